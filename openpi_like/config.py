@@ -1,0 +1,153 @@
+"""Runs as typed objects: one Python file per run, small dotted overrides, and JSON that restores the same object.
+
+There is no registry. A config file builds frozen dataclasses; `to_json` names their classes so that a checkpoint can
+restore them; `override` changes single values from the command line.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_CLASS = "__class__"
+_PACKAGE = "openpi_like"
+
+
+def near_names(name: str, known: Sequence[str]) -> str:
+    """Returns the end of an error message: the nearest known names, or all of them when none is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(map(repr, known))}"
+
+
+def to_json(value: Any) -> Any:
+    """Returns `value` (nested frozen dataclasses, dicts, tuples, numbers, strings, None) as JSON-ready data.
+
+    Raises:
+        TypeError: a leaf cannot be written as JSON, or a dataclass lives outside this package.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        if cls.__module__.split(".")[0] != _PACKAGE:
+            raise TypeError(
+                f"only dataclasses of {_PACKAGE} can be stored in a checkpoint, got {cls.__module__}.{cls.__qualname__}; "
+                "build the config from the library's own classes"
+            )
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {_CLASS: f"{cls.__module__}:{cls.__qualname__}", **fields}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot write {type(value).__name__} as JSON, expected a dataclass, dict, tuple, number or string")
+
+
+def from_json(data: Any) -> Any:
+    """Inverse of `to_json`; lists come back as tuples.
+
+    Raises:
+        ValueError: a class is outside this package or does not exist, or its fields do not match those stored.
+    """
+    if isinstance(data, list):
+        return tuple(from_json(v) for v in data)
+    if not isinstance(data, dict):
+        return data
+    if _CLASS not in data:
+        return {k: from_json(v) for k, v in data.items()}
+    module, _, name = data[_CLASS].partition(":")
+    # A checkpoint may come from anyone: it can name our own dataclasses and nothing else.
+    if module.split(".")[0] != _PACKAGE:
+        raise ValueError(f"class {data[_CLASS]!r} is outside {_PACKAGE}; the file is not one of ours or was changed")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"class {data[_CLASS]!r} does not exist in this version of {_PACKAGE}: {e}") from e
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"{data[_CLASS]!r} is not a dataclass; the file is not one of ours or was changed")
+    stored = {k: from_json(v) for k, v in data.items() if k != _CLASS}
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(stored) - set(known))
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = sorted(k for k, f in known.items() if k not in stored and (f.default, f.default_factory) == required)
+    if unknown or missing:
+        raise ValueError(
+            f"{data[_CLASS]}: stored fields do not match this version: unknown {unknown}, missing {missing}; "
+            "load it with the version that wrote it"
+        )
+    return cls(**stored)
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Returns `config` with dotted `key=value` assignments applied, e.g. `["model.action_dim=8", "steps=100"]`.
+
+    A value is a Python literal, or a plain string. It must have the type of the value it replaces (an int may replace
+    a float, anything may replace None).
+
+    Raises:
+        ValueError: lists every assignment that names no field or has the wrong type.
+    """
+    failures = []
+    for assignment in assignments:
+        path, eq, text = assignment.partition("=")
+        if not eq:
+            failures.append(f"{assignment!r}: expected key=value")
+            continue
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config = _replace(config, path.split("."), value, path)
+        except ValueError as e:
+            failures.append(str(e))
+    if failures:
+        raise ValueError("cannot apply overrides:\n  " + "\n  ".join(failures))
+    return config
+
+
+def _replace(obj: Any, keys: list[str], value: Any, path: str) -> Any:
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        raise ValueError(f"{path!r}: {keys[0]!r} would be a field of {obj!r}, which has none")
+    names = [f.name for f in dataclasses.fields(obj)]
+    if keys[0] not in names:
+        raise ValueError(f"{path!r}: {type(obj).__name__} has no field {keys[0]!r}; {near_names(keys[0], names)}")
+    old = getattr(obj, keys[0])
+    if len(keys) > 1:
+        new = _replace(old, keys[1:], value, path)
+    else:
+        new = list_to_tuple(value)
+        if isinstance(old, float) and type(new) is int:
+            new = float(new)
+        if old is not None and new is not None and type(new) is not type(old):
+            raise ValueError(
+                f"{path!r}: got {new!r} of type {type(new).__name__}, expected {type(old).__name__} like {old!r}"
+            )
+    return dataclasses.replace(obj, **{keys[0]: new})
+
+
+def list_to_tuple(value: Any) -> Any:
+    """Returns lists, at any depth, as tuples, which frozen dataclasses can hold and hash."""
+    return tuple(map(list_to_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def load_run(path: str | Path) -> Any:
+    """Runs the Python file of a run and returns its `config`.
+
+    Raises:
+        FileNotFoundError: no such file; names those beside it.
+        ValueError: the file defines no `config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no config file {path}; in {path.parent}: {', '.join(beside) or 'no config files'}")
+    variables = runpy.run_path(str(path))
+    if "config" not in variables:
+        raise ValueError(f"{path} defines no variable named config; got {sorted(k for k in variables if k[0] != '_')}")
+    return variables["config"]

@@ -1,0 +1,324 @@
+"""The `Robot` dataclass: one frozen object per embodiment, used unchanged by training and by serving.
+
+Two spaces are told apart everywhere:
+- *robot space*: numbers as the dataset stores them and the controller takes them (its units, its gripper convention);
+- *model space*: SI units (metres, radians), gripper 1 = open and 0 = closed, the chosen rotation representation, and
+  fields with `relative_to` expressed relative to the state at the first step of the chunk.
+
+`Robot.encode_*` goes from robot space to model space, `Robot.decode_actions` back. Normalisation is applied on top of
+model space (see `openpi_like.data.normalize`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float
+from scipy.spatial.transform import Rotation
+
+from openpi_like.config import near_names
+
+# unit in the dataset -> (unit in model space, factor)
+UNITS: dict[str, tuple[str, float]] = {
+    "m": ("m", 1.0),
+    "mm": ("m", 1e-3),
+    "cm": ("m", 1e-2),
+    "rad": ("rad", 1.0),
+    "deg": ("rad", math.pi / 180.0),
+    "px": ("px", 1.0),
+    "m/s": ("m/s", 1.0),
+    "rad/s": ("rad/s", 1.0),
+    "1": ("1", 1.0),  # dimensionless, for example a normalised command in [-1, 1]
+}
+
+# name -> (size, to scipy Rotation, from scipy Rotation); all act on (N, size) arrays
+ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], Rotation], Callable[[Rotation], np.ndarray]]] = {
+    "rpy": (3, lambda x: Rotation.from_euler("xyz", x), lambda r: r.as_euler("xyz")),
+    "axis_angle": (3, Rotation.from_rotvec, lambda r: r.as_rotvec()),
+    "quaternion_xyzw": (4, Rotation.from_quat, lambda r: r.as_quat()),
+    "quaternion_wxyz": (4, lambda x: Rotation.from_quat(x[:, [1, 2, 3, 0]]), lambda r: r.as_quat()[:, [3, 0, 1, 2]]),
+    "rotation_6d": (6, lambda x: _from_6d(x), lambda r: r.as_matrix()[:, :, :2].transpose(0, 2, 1).reshape(-1, 6)),
+}
+
+
+def _from_6d(x: np.ndarray) -> Rotation:
+    """First two columns of the rotation matrix, orthonormalised by Gram-Schmidt (Zhou et al. 2019, section 4)."""
+    a, b = x[:, :3], x[:, 3:]
+    a = a / np.linalg.norm(a, axis=1, keepdims=True)
+    b = b - (a * b).sum(1, keepdims=True) * a
+    b = b / np.linalg.norm(b, axis=1, keepdims=True)
+    return Rotation.from_matrix(np.stack([a, b, np.cross(a, b)], axis=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gripper:
+    """The dataset's values of a fully open and a fully closed gripper. Model space is 1 = open, 0 = closed."""
+
+    open: float
+    closed: float
+
+    def __post_init__(self) -> None:
+        if self.open == self.closed:
+            raise ValueError(f"gripper: open and closed are both {self.open}, expected two different values")
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """One camera.
+
+    name: the slot the model sees; robots that share a slot name share its place in the prefix.
+    key: path of the image in an RLDS step, e.g. "observation/image_0".
+    height, width: pixels of the frames the robot delivers; None accepts any size.
+    channel_order: "rgb", or "bgr" where a copy of a dataset stores the channels swapped.
+    """
+
+    name: str
+    key: str
+    height: int | None = None
+    width: int | None = None
+    channel_order: str = "rgb"
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"camera {self.name!r}: channel_order {self.channel_order!r}, expected 'rgb' or 'bgr'")
+
+
+@dataclasses.dataclass(frozen=True)
+class StateField:
+    """A run of numbers in the state: `size` values of RLDS field `key` from index `start` on.
+
+    unit: one of `UNITS`. gripper: convention, for gripper fields. rotation, model_rotation: one of `ROTATIONS`, the
+    representation stored and the one the model sees (default: as stored).
+    """
+
+    name: str
+    key: str
+    size: int
+    start: int = 0
+    unit: str = "1"
+    gripper: Gripper | None = None
+    rotation: str | None = None
+    model_rotation: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.unit not in UNITS:
+            problems.append(f"unit {self.unit!r} is unknown; {near_names(self.unit, list(UNITS))}")
+        for name in (self.rotation, self.model_rotation):
+            if name is not None and name not in ROTATIONS:
+                problems.append(f"rotation {name!r} is unknown; {near_names(name, list(ROTATIONS))}")
+        if self.model_rotation is not None and self.rotation is None:
+            problems.append("model_rotation is given without rotation")
+        if self.rotation in ROTATIONS and ROTATIONS[self.rotation][0] != self.size:
+            problems.append(f"size {self.size}, expected {ROTATIONS[self.rotation][0]} for rotation {self.rotation!r}")
+        if self.rotation is not None and self.gripper is not None:
+            problems.append("a field is a rotation or a gripper, not both")
+        if self.size < 1 or self.start < 0:
+            problems.append(f"size {self.size} and start {self.start}, expected size >= 1 and start >= 0")
+        if problems:
+            raise ValueError(f"{type(self).__name__} {self.name!r}: " + "; ".join(problems))
+
+    @property
+    def model_size(self) -> int:
+        """Number of values this field has in model space."""
+        representation = self.model_rotation or self.rotation
+        return self.size if representation is None else ROTATIONS[representation][0]
+
+    @property
+    def model_unit(self) -> str:
+        """Unit in model space."""
+        return "1" if self.gripper else UNITS[self.unit][0]
+
+    def _to_rotation(self, x: np.ndarray) -> Rotation:
+        scale = 1.0 if self.rotation is None or self.rotation.startswith("quaternion") else UNITS[self.unit][1]
+        return ROTATIONS[self.rotation or ""][1](x.reshape(-1, self.size) * scale)
+
+    def to_model(self, x: np.ndarray) -> np.ndarray:
+        """(..., size) in robot space -> (..., model_size) in model space."""
+        if self.gripper is not None:
+            return (x - self.gripper.closed) / (self.gripper.open - self.gripper.closed)
+        if self.rotation is not None and (self.model_rotation or self.rotation) != self.rotation:
+            rotation = self._to_rotation(x)
+            return ROTATIONS[self.model_rotation or ""][2](rotation).reshape(*x.shape[:-1], self.model_size)
+        return x * UNITS[self.unit][1]
+
+    def to_robot(self, x: np.ndarray) -> np.ndarray:
+        """Inverse of `to_model`: (..., model_size) -> (..., size)."""
+        if self.gripper is not None:
+            return x * (self.gripper.open - self.gripper.closed) + self.gripper.closed
+        if self.rotation is not None and (self.model_rotation or self.rotation) != self.rotation:
+            rotation = ROTATIONS[self.model_rotation or ""][1](x.reshape(-1, self.model_size))
+            scale = 1.0 if self.rotation.startswith("quaternion") else UNITS[self.unit][1]
+            return (ROTATIONS[self.rotation][2](rotation) / scale).reshape(*x.shape[:-1], self.size)
+        return x / UNITS[self.unit][1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionField(StateField):
+    """A run of numbers in the action; see `StateField`.
+
+    command: "absolute" (a target) or "delta" (a change per control step), as the controller takes it.
+    relative_to: name of a state field. The model then predicts an absolute command relative to that state at the first
+        step of the chunk: by subtraction, or by composition `state^-1 * action` for rotations.
+    """
+
+    command: str = "absolute"
+    relative_to: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.command not in ("absolute", "delta"):
+            raise ValueError(f"ActionField {self.name!r}: command {self.command!r}, expected 'absolute' or 'delta'")
+        if self.command == "delta" and self.relative_to is not None:
+            raise ValueError(f"ActionField {self.name!r}: a delta command cannot be made relative to a state again")
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    """One embodiment.
+
+    name: identity, stored in checkpoints and checked when serving.
+    cameras, state, action: in the order in which they are concatenated.
+    control_hz: rate at which actions are executed, in Hz.
+    action_horizon: A, steps in a predicted chunk. execute_steps: how many of them are executed before asking again.
+    normalization: "zscore" or "quantile".
+    language_key: path of the instruction in an RLDS step, or None with a fixed `default_prompt`.
+
+    Raises:
+        ValueError: lists everything that is inconsistent.
+    """
+
+    name: str
+    cameras: tuple[Camera, ...]
+    state: tuple[StateField, ...]
+    action: tuple[ActionField, ...]
+    control_hz: float
+    action_horizon: int
+    execute_steps: int
+    normalization: str = "zscore"
+    language_key: str | None = "language_instruction"
+    default_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for what, items in (("camera", self.cameras), ("state field", self.state), ("action field", self.action)):
+            names = [item.name for item in items]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                problems.append(f"{what} names {twice} are used twice")
+            if not items:
+                problems.append(f"no {what}, expected at least one")
+        states = {f.name: f for f in self.state}
+        for field in self.action:
+            if field.relative_to is None:
+                continue
+            if field.relative_to not in states:
+                near = near_names(field.relative_to, list(states))
+                problems.append(f"action {field.name!r} is relative to {field.relative_to!r}, no such state; {near}")
+            elif states[field.relative_to].size != field.size or states[field.relative_to].rotation != field.rotation:
+                problems.append(f"action {field.name!r} and state {field.relative_to!r} differ in size or rotation")
+        if not 1 <= self.execute_steps <= self.action_horizon:
+            problems.append(f"execute_steps {self.execute_steps}, expected 1 .. action_horizon {self.action_horizon}")
+        if self.control_hz <= 0:
+            problems.append(f"control_hz {self.control_hz}, expected > 0")
+        if self.normalization not in ("zscore", "quantile"):
+            problems.append(f"normalization {self.normalization!r}, expected 'zscore' or 'quantile'")
+        if self.language_key is None and self.default_prompt is None:
+            problems.append("language_key and default_prompt are both None, expected one of them")
+        if problems:
+            raise ValueError(f"Robot {self.name!r}: " + "; ".join(problems))
+
+    @property
+    def robot_state_size(self) -> int:
+        """Values of the state in robot space."""
+        return sum(f.size for f in self.state)
+
+    @property
+    def robot_action_size(self) -> int:
+        """Values of one action in robot space."""
+        return sum(f.size for f in self.action)
+
+    @property
+    def state_size(self) -> int:
+        """Values of the state in model space."""
+        return sum(f.model_size for f in self.state)
+
+    @property
+    def action_size(self) -> int:
+        """Values of one action in model space."""
+        return sum(f.model_size for f in self.action)
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """One name per action dim in model space, e.g. "hand_0 [m]"."""
+        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.action for i in range(f.model_size))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """One name per state dim in model space."""
+        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.state for i in range(f.model_size))
+
+    def encode_state(self, state: Float[np.ndarray, "*batch Ds"]) -> Float[np.ndarray, "*batch De"]:
+        """Robot space -> model space. (..., robot_state_size) -> (..., state_size), float32."""
+        _check_size("state", state, self.robot_state_size, self)
+        parts = [f.to_model(x) for f, x in zip(self.state, _split(state, self.state), strict=True)]
+        return np.concatenate(parts, axis=-1).astype(np.float32)
+
+    def encode_actions(
+        self, actions: Float[np.ndarray, "*batch A Js"], state: Float[np.ndarray, "*batch Ds"]
+    ) -> Float[np.ndarray, "*batch A J"]:
+        """Robot space -> model space. `state` is that of the chunk's first step, in robot space. Float32."""
+        _check_size("actions", actions, self.robot_action_size, self)
+        _check_size("state", state, self.robot_state_size, self)
+        states = {f.name: (f, x) for f, x in zip(self.state, _split(state, self.state), strict=True)}
+        parts = []
+        for field, x in zip(self.action, _split(actions, self.action), strict=True):
+            if field.relative_to is None:
+                parts.append(field.to_model(x))
+                continue
+            reference, s = states[field.relative_to]
+            s = np.broadcast_to(s[..., None, :], x.shape)
+            if field.rotation is None:
+                parts.append(field.to_model(x) - reference.to_model(s))
+            else:
+                relative = reference._to_rotation(s).inv() * field._to_rotation(x)
+                to_array = ROTATIONS[field.model_rotation or field.rotation][2]
+                parts.append(to_array(relative).reshape(*x.shape[:-1], field.model_size))
+        return np.concatenate(parts, axis=-1).astype(np.float32)
+
+    def decode_actions(
+        self, actions: Float[np.ndarray, "*batch A J"], state: Float[np.ndarray, "*batch Ds"]
+    ) -> Float[np.ndarray, "*batch A Js"]:
+        """Inverse of `encode_actions`: model space -> robot space. `state` is in robot space. Float32."""
+        _check_size("actions", actions, self.action_size, self)
+        _check_size("state", state, self.robot_state_size, self)
+        states = {f.name: (f, x) for f, x in zip(self.state, _split(state, self.state), strict=True)}
+        parts, start = [], 0
+        for field in self.action:
+            x = np.asarray(actions, np.float64)[..., start : start + field.model_size]
+            start += field.model_size
+            if field.relative_to is None:
+                parts.append(field.to_robot(x))
+                continue
+            reference, s = states[field.relative_to]
+            s = np.broadcast_to(s[..., None, :], (*x.shape[:-1], reference.size))
+            if field.rotation is None:
+                parts.append(field.to_robot(x + reference.to_model(s)))
+            else:
+                from_array = ROTATIONS[field.model_rotation or field.rotation][1]
+                target = reference._to_rotation(s) * from_array(x.reshape(-1, field.model_size))
+                scale = 1.0 if field.rotation.startswith("quaternion") else UNITS[field.unit][1]
+                parts.append((ROTATIONS[field.rotation][2](target) / scale).reshape(*x.shape[:-1], field.size))
+        return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def _check_size(what: str, x: np.ndarray, size: int, robot: Robot) -> None:
+    if x.shape[-1:] != (size,):
+        fields = ", ".join(f"{f.name}:{f.size}" for f in (robot.state if what == "state" else robot.action))
+        raise ValueError(f"{what} of robot {robot.name!r}: got shape {x.shape}, expected last axis {size} ({fields})")
+
+
+def _split(x: np.ndarray, fields: tuple[StateField, ...]) -> list[np.ndarray]:
+    ends = np.cumsum([f.size for f in fields])
+    return np.split(np.asarray(x, np.float64), ends[:-1].tolist(), axis=-1)
