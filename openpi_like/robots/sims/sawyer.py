@@ -1,0 +1,137 @@
+"""Meta-World tasks (Yu et al. 2019; metaworld 3) from one camera and without privileged state."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.robots.sims.render import Renderer, import_mujoco, make_renderer, renderer_name
+from openpi_like.robots.sims.sim import check_action, prompt_of
+
+# The simulator runs at 80 Hz; an action is held for four of its steps. The package's experts, asked at 20 Hz, still
+# succeed on all of these tasks (10 of 10 episodes each, with and without noise).
+_REPEAT = 4
+
+PROMPTS = {
+    "button-press-topdown": "press the button from above",
+    "button-press": "press the button",
+    "coffee-button": "press the button of the coffee machine",
+    "handle-press": "push the handle down",
+    "plate-slide": "slide the plate into the goal",
+    "window-open": "open the window",
+    "window-close": "close the window",
+    "faucet-open": "open the faucet",
+    "faucet-close": "close the faucet",
+    "drawer-open": "open the drawer",
+    "drawer-close": "close the drawer",
+    "door-close": "close the door",
+}
+
+# The package's cameras are upside down or show goals of one pixel; this one looks from the front right.
+_CAMERA = "corner2"
+_CAMERA_POSITION = np.array([0.75, -0.05, 0.75])
+_CAMERA_TARGET = np.array([0.0, 0.68, 0.12])
+_CAMERA_FOVY = 45.0
+
+
+class SawyerExpert:
+    """The package's scripted policy of a task."""
+
+    def __init__(self, sim: "SawyerSim", policy: Any, rng: np.random.Generator, noise: float) -> None:
+        self._sim, self._policy, self._rng, self._noise = sim, policy, rng, noise
+
+    def act(self) -> Float[np.ndarray, "4"]:
+        """See `Expert.act`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it asks for up to 25 times the longest step, hence the cut
+            action = self._policy.get_action(self._sim.privileged_observation)
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def disturb(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
+        """Gaussian noise on the hand's three axes; see `Expert.disturb`."""
+        noise = self._noise * self._rng.standard_normal(4) * [1, 1, 1, 0]
+        return np.clip(action + noise, -1.0, 1.0).astype(np.float32)
+
+
+class SawyerSim:
+    """See `Sim`. A seed is a position of the object (or of the goal, where a task has one)."""
+
+    robot = SAWYER
+    tasks = tuple(PROMPTS)
+    max_steps = 500 // _REPEAT  # the benchmark's own horizon
+    noises: tuple[float, ...] = (0.0, 0.2, 0.4)
+
+    def __init__(self) -> None:
+        self.renderer = renderer_name()
+        self.success = False
+        self.privileged_observation = np.zeros(0)
+        self._envs: dict[str, Any] = {}  # building one takes half a second
+        self._renderers: dict[tuple[str, int], Renderer] = {}
+        self._task, self._prompt = "", ""
+
+    def reset(self, task: str, seed: int) -> None:
+        """See `Sim.reset`."""
+        self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
+        if task not in self._envs:
+            self._envs[task] = _make_env(task)
+        env = self._envs[task]
+        env.seed(seed)
+        self.privileged_observation, _ = env.reset()
+        self._task, self.success = task, False
+
+    def observe(self) -> dict[str, Any]:
+        """See `Sim.observe`."""
+        camera = self.robot.cameras[0]
+        return {
+            "images": {camera.name: self.frame(camera.height or 0)},
+            "state": self.privileged_observation[:4].astype(np.float32),
+            "prompt": self._prompt,
+        }
+
+    def step(self, action: Float[np.ndarray, "4"]) -> None:
+        """See `Sim.step`."""
+        action = np.clip(check_action(action, self.robot), -1.0, 1.0).astype(np.float32)
+        for _ in range(_REPEAT):
+            self.privileged_observation, _, _, _, info = self._envs[self._task].step(action)
+            self.success = self.success or bool(info["success"])
+
+    def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """See `Sim.frame`."""
+        env = self._envs[self._task]
+        if (self._task, size) not in self._renderers:
+            self._renderers[self._task, size] = make_renderer(env.model, size, size, _CAMERA)
+        return self._renderers[self._task, size].render(env.data)
+
+    def expert(self, rng: np.random.Generator, noise: float) -> SawyerExpert:
+        """See `Sim.expert`."""
+        from metaworld.policies import ENV_POLICY_MAP
+
+        return SawyerExpert(self, ENV_POLICY_MAP[f"{self._task}-v3"](), rng, noise)
+
+
+def _make_env(task: str) -> Any:
+    mujoco = import_mujoco()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the packages
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+        env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0)
+    # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
+    env.seeded_rand_vec, env._freeze_rand_vec = True, False
+    _aim(mujoco, env.model)
+    return env
+
+
+def _aim(mujoco: Any, model: Any) -> None:
+    """Points the camera at the table, upright. A MuJoCo camera looks along its -z axis."""
+    camera = model.camera(_CAMERA).id
+    z = _CAMERA_POSITION - _CAMERA_TARGET
+    z /= np.linalg.norm(z)
+    x = np.cross([0.0, 0.0, 1.0], z)
+    x /= np.linalg.norm(x)
+    rotation = np.stack([x, np.cross(z, x), z], axis=1)
+    mujoco.mju_mat2Quat(model.cam_quat[camera], rotation.ravel())
+    model.cam_pos[camera] = _CAMERA_POSITION
+    model.cam_fovy[camera] = _CAMERA_FOVY

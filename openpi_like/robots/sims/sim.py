@@ -1,0 +1,99 @@
+"""What every simulated robot offers: to a policy the observations of the wire, to demonstrations an expert."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from openpi_like.config import near_names
+from openpi_like.robots.robot import Robot
+
+HELD_OUT_SEED = 10_000
+"""Seeds from here on are for evaluation: demonstrations never use them, so their layouts are new to the policy."""
+
+
+class Expert(Protocol):
+    """A scripted demonstrator for one episode; it knows the simulator's whole state."""
+
+    def act(self) -> Float[np.ndarray, "J"]:
+        """Returns the clean action for the present state: robot space, cut to the valid range, float32."""
+
+    def disturb(self, action: Float[np.ndarray, "J"]) -> Float[np.ndarray, "J"]:
+        """Returns what to execute instead of the clean `action`, so that recoveries are demonstrated too.
+
+        Record the clean action and execute this one (noise injection: Laskey et al. 2017, DART).
+        """
+
+
+class Sim(Protocol):
+    """A simulated robot and its tasks.
+
+    robot: what it is; observations and actions are in its robot space.
+    tasks: names that `reset` takes.
+    renderer: what draws the frames.
+    max_steps: control steps after which an episode counts as failed.
+    noises: standard deviations that demonstrations are disturbed with, drawn per episode; units of the action.
+    success: whether the task is done; stays True until the next reset.
+    """
+
+    robot: Robot
+    tasks: tuple[str, ...]
+    renderer: str
+    max_steps: int
+    noises: tuple[float, ...]
+    success: bool
+
+    def reset(self, task: str, seed: int) -> None:
+        """Starts an episode. The same task and seed give the same episode; see `HELD_OUT_SEED`.
+
+        Raises:
+            ValueError: no such task, or a negative seed.
+        """
+
+    def observe(self) -> dict[str, Any]:
+        """Draws the cameras and returns {"images": {name: uint8 (H, W, 3)}, "state": float32 (Ds,), "prompt": str}."""
+
+    def step(self, action: Float[np.ndarray, "J"]) -> None:
+        """Executes one action for one control step. What lies outside the valid range is cut, as a controller does.
+
+        Raises:
+            ValueError: the action has the wrong shape or is not finite.
+        """
+
+    def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """Returns a square picture of the scene for people to look at."""
+
+    def expert(self, rng: np.random.Generator, noise: float) -> Expert:
+        """Returns an expert for the episode just started.
+
+        noise: standard deviation of what `Expert.disturb` adds, in units of the action.
+        """
+
+
+def prompt_of(prompts: Mapping[str, str], task: str, seed: int, robot: Robot) -> str:
+    """Returns the instruction of `task`.
+
+    Raises:
+        ValueError: no such task, or a negative seed.
+    """
+    if task not in prompts:
+        raise ValueError(f"robot {robot.name!r} has no task {task!r}; {near_names(task, list(prompts))}")
+    if seed < 0:
+        raise ValueError(f"seed {seed}, expected 0 .. {HELD_OUT_SEED - 1} for demonstrations or more for evaluation")
+    return prompts[task]
+
+
+def check_action(action: np.ndarray, robot: Robot) -> np.ndarray:
+    """Returns `action` as float64.
+
+    Raises:
+        ValueError: it has the wrong shape or is not finite.
+    """
+    action = np.asarray(action, np.float64)
+    if action.shape != (robot.robot_action_size,) or not np.all(np.isfinite(action)):
+        raise ValueError(
+            f"action of robot {robot.name!r}: got shape {action.shape} {action}, "
+            f"expected {robot.robot_action_size} finite numbers"
+        )
+    return action
