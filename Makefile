@@ -1,0 +1,53 @@
+# `make demo` and `make test` do everything on a machine with Python 3.11 or newer, make and gcc.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+# The newest tested interpreter that is there; override with `make PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+EXTRAS := train,sim,rlds,trackers,dev
+# These three declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
+# needs a display, gym-aloha wants dm_control (only its model files are used), openpi-client wants numpy<2.
+NO_DEPS := gym-pusht gym-aloha openpi-client
+define LIST_REQUIREMENTS
+import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = p["optional-dependencies"]; \
+print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
+endef
+
+.PHONY: setup demo test lint constraints clean
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one, or run: make PYTHON=/path/to/python3"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$$(grep -o '^pip==[0-9.]*' constraints.txt)"  # older ones refuse hashes in constraints
+	$(PY) -c '$(LIST_REQUIREMENTS)' > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt editables
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(NO_DEPS)
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .  # a folder has no hash to check
+	@touch $@
+
+# The main job, end to end: demonstrations, statistics, pretraining, fine-tuning, serving, closed loop, report.
+# It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
+demo: setup
+	$(PY) train/demo.py
+
+test: setup lint
+	$(PY) -m pytest -q
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Pins every package for Python 3.11 and newer (needs uv).
+constraints:
+	( echo "# Written by 'make constraints'. Used as: pip install --constraint constraints.txt"; \
+	  ( echo "pip"; echo "editables"; sed 's/ /\n/g' <<< "$(NO_DEPS)" ) > .no-deps.in; \
+	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --all-extras pyproject.toml; \
+	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-deps .no-deps.in; \
+	  rm .no-deps.in ) > constraints.txt.new && mv constraints.txt.new constraints.txt
+
+clean:
+	rm -rf $(VENV) runs

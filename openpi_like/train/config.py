@@ -1,0 +1,57 @@
+"""One training run as a typed object."""
+
+import dataclasses
+from typing import Any
+
+from openpi_like.data.loader import DataConfig
+from openpi_like.train.checkpoint import WarmStart
+from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.sharding import MeshConfig, ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run is made of; `configs/` holds one file per run.
+
+    run_dir: where checkpoints, metrics and the load report go.
+    model: a policy config, an object with `create(key)`, for example `Pi0Config`.
+    stats: directory with one normalisation file per robot, `<robot name>.json`, as `data/stats.py` writes them.
+    tokenizer: SentencePiece model of the prompts; None takes the one of the `warm_start` checkpoint.
+    batch_size: samples per step over all hosts. ema_decay: None keeps no average.
+    log_every, validate_every, save_every: steps. keep: newest checkpoints kept.
+    validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
+    """
+
+    run_dir: str
+    model: Any
+    data: DataConfig
+    stats: str
+    tokenizer: str | None
+    batch_size: int
+    steps: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = 0.99
+    seed: int = 0
+    warm_start: WarmStart | None = None
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingRules = ShardingRules()
+    multi_host: bool = False
+    log_every: int = 50
+    validate_every: int = 1_000
+    save_every: int = 1_000
+    keep: int = 2
+    validation_batches: int = 4
+    validation_batch_size: int = 64
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("batch_size", "steps", "log_every", "validate_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            problems.append(f"ema_decay={self.ema_decay}, expected a value between 0 and 1, or None")
+        if self.tokenizer is None and self.warm_start is None:
+            problems.append("tokenizer=None needs a warm_start checkpoint to take it from")
+        if problems:
+            raise ValueError("TrainConfig: " + "; ".join(problems))

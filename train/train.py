@@ -1,0 +1,192 @@
+"""Trains a policy: `python train/train.py CONFIG [key=value ...]`, for example
+
+    python train/train.py configs/demo_pretrain.py steps=500 data.num_threads=4
+
+This file is the run, in order: mesh, contract, data, state, loop. A run that was stopped at any moment goes on from its
+newest complete checkpoint when the same command is given again; what it then computes is what it would have computed.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from openpi_like.config import load_run, override, to_json
+from openpi_like.data.loader import describe, make_loader
+from openpi_like.data.stats import load_normalization
+from openpi_like.train.checkpoint import (
+    Checkpointer,
+    Contract,
+    encode_tokenizer,
+    find_step,
+    print_load_report,
+    read_contract,
+    warm_start,
+)
+from openpi_like.train.config import TrainConfig
+from openpi_like.train.metrics import MetricsWriter
+from openpi_like.train.sharding import put_batch
+from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.validation import Validator
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def main(config: TrainConfig, console: Console) -> None:
+    # ---- Devices -----------------------------------------------------------------------------------------------------
+    if config.multi_host:
+        jax.distributed.initialize()  # coordinator and ranks come from the cluster's environment
+    mesh = config.mesh.create()
+    lead = jax.process_index() == 0
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if lead:
+        (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=1))
+        console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
+
+    # ---- Contract: what serving will depend on -----------------------------------------------------------------------
+    robots = tuple(entry.robot for entry in config.data.entries)
+    if config.tokenizer is not None:
+        tokenizer = encode_tokenizer(Path(config.tokenizer).read_bytes())
+    else:
+        assert config.warm_start is not None  # TrainConfig has checked it
+        tokenizer = read_contract(find_step(config.warm_start.checkpoint)).tokenizer
+    contract = Contract(
+        policy=config.model,
+        robots=robots,
+        normalizations={r.name: load_normalization(Path(config.stats) / f"{r.name}.json", r) for r in robots},
+        tokenizer=tokenizer,
+        renderers=describe(config.data).renderers,
+    )
+
+    # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
+    model = ModelDef(config.model)
+    trainer = Trainer(
+        model,
+        config.optimizer.create(),
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+        mesh=mesh,
+        rules=config.sharding,
+        dataset_names=tuple(r.name for r in robots),
+    )
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
+    position = 0
+    if checkpointer.latest_step() is not None:
+        state, position = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+        console.print(f"resumed at step {int(state.step)}, sample {position}")
+    elif config.warm_start is not None:
+        fresh = trainer.init()
+        params, rows = warm_start(config.warm_start, fresh.params, trainer.shardings.params)
+        state = trainer.init_from(params)
+        if lead:
+            print_load_report(rows, console)
+            (run_dir / "load_report.json").write_text(json.dumps(rows, indent=1))
+    else:
+        state = trainer.init()
+    step = int(state.step)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    console.print(f"{count:,} parameters, {config.steps - step:,} of {config.steps:,} steps to go")
+
+    # ---- Data: position in the global sample order is all the state it has -------------------------------------------
+    loader = make_loader(
+        config.data,
+        batch_size=config.batch_size,
+        policy=config.model,
+        tokenizer=contract.text_tokenizer(),
+        normalizations=contract.normalizations,
+        start=position,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    validator = Validator(config, contract, model, mesh)
+    metrics = MetricsWriter(run_dir, resume_step=step, tensorboard=config.tensorboard) if lead else None
+
+    # ---- Loop --------------------------------------------------------------------------------------------------------
+    stop = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda s, _: stop.append(s))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns += (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    history: list[tuple[int, dict, dict]] = []  # steps whose metrics have not been looked at
+    sums: dict[str, float] = {}
+    logged_at, logged_wait, logged_step = time.perf_counter(), loader.wait_seconds, step
+    with Progress(*columns, console=console, disable=not lead, refresh_per_second=2) as progress:
+        bar = progress.add_task("train", total=config.steps, completed=step, loss="")
+        while step < config.steps and not stop:
+            batch = next(loader)
+            state, values = trainer.train_step(state, put_batch(batch, mesh))
+            step += 1
+            history.append((step, values, batch))
+            # Look at the step before this one: by now it is done, and the device is busy with this one.
+            while len(history) > 1 or (history and step == config.steps):
+                done, values, seen = history.pop(0)
+                seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
+                if not (math.isfinite(seen_values["loss"]) and math.isfinite(seen_values["grad_norm"])):
+                    path = run_dir / f"nonfinite_step{done}.npz"
+                    np.savez(path, **{k: v for k, v in _flat_batch(seen).items()})
+                    raise NonFiniteLossError(
+                        f"step {done}: loss {seen_values['loss']}, gradient norm {seen_values['grad_norm']}, expected "
+                        f"finite numbers; the batch is in {path}; the newest checkpoint is step "
+                        f"{checkpointer.latest_step()}: look at the batch, lower optimizer.peak_lr, and resume"
+                    )
+                for k, v in seen_values.items():
+                    weight = seen_values.get(k.replace("loss/", "samples/"), 1.0) if k.startswith("loss/") else 1.0
+                    sums[k] = sums.get(k, 0.0) + v * weight
+            if step % config.log_every == 0 or step == config.steps:
+                now, wait = time.perf_counter(), loader.wait_seconds
+                steps = step - logged_step
+                line = {"steps_per_s": steps / (now - logged_at), "data_wait": (wait - logged_wait) / (now - logged_at)}
+                for k, v in sums.items():
+                    if k.startswith("samples/"):
+                        line[k] = v
+                    else:
+                        per = sums[k.replace("loss/", "samples/")] if k.startswith("loss/") else max(steps, 1)
+                        line[k] = v / per if per else math.nan
+                line["learning_rate"] = float(config.optimizer.schedule()(step - 1))
+                if metrics:
+                    metrics.write(step, "train", line)
+                progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
+                logged_at, logged_wait, logged_step, sums = now, wait, step, {}
+            if step % config.validate_every == 0 or step == config.steps:
+                line = validator(state)
+                if metrics:
+                    metrics.write(step, "val", line)
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("loss"))
+                progress.console.print(f"step {step}: validation {shown}")
+                logged_at, logged_wait = time.perf_counter(), loader.wait_seconds
+            # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
+            if step % config.save_every == 0 or step == config.steps or stop:
+                checkpointer.save(state, position=loader.position, contract=contract, config=config)
+            progress.update(bar, completed=step)
+    loader.close()
+    checkpointer.close()
+    if metrics:
+        metrics.close()
+    if stop:
+        console.print(f"stopped by signal {stop[0]} at step {step}, which is saved; the same command goes on from here")
+        sys.exit(128 + stop[0])
+    console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
+
+
+def _flat_batch(batch: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    flat: dict[str, np.ndarray] = {}
+    for k, v in batch.items():
+        flat.update(_flat_batch(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": np.asarray(v)})
+    return flat
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    main(override(load_run(sys.argv[1]), sys.argv[2:]), Console())
