@@ -5,7 +5,7 @@ import importlib
 from openpi_like.config import near_names
 from openpi_like.robots.sims.sim import Sim
 
-# A module of this package and its class: imported when asked for, since each needs simulators that take a while to load.
+# Module of this package and its class, imported when asked for: some simulators take a while to load.
 SIMS = {"pusht": "PushTSim", "sawyer": "SawyerSim", "aloha": "AlohaSim"}
 
 

@@ -11,7 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -33,7 +33,7 @@ class Renderer(Protocol):
 
     name: str
 
-    def render(self, data: object) -> UInt8[np.ndarray, "height width 3"]:
+    def render(self, data: Any) -> UInt8[np.ndarray, "height width 3"]:
         """Returns the RGB frame of the state in `data` (an `mujoco.MjData` after `mj_forward`)."""
 
 
@@ -43,13 +43,13 @@ class GLRenderer:
     A GL context belongs to the thread that made it: build and use a renderer in one thread.
     """
 
-    def __init__(self, name: str, model: object, height: int, width: int, camera: str) -> None:
+    def __init__(self, name: str, model: Any, height: int, width: int, camera: str) -> None:
         mujoco = import_mujoco()
         self.name = name
         self._mujoco, self._model = mujoco, model
-        model.vis.quality.shadowsize = 0  # type: ignore[attr-defined]
-        model.vis.quality.offsamples = 0  # type: ignore[attr-defined]
-        model.vis.global_.offheight, model.vis.global_.offwidth = height, width  # type: ignore[attr-defined]
+        model.vis.quality.shadowsize = 0
+        model.vis.quality.offsamples = 0
+        model.vis.global_.offheight, model.vis.global_.offwidth = height, width
         # The context classes are imported by name: which one `mujoco.GLContext` is was fixed when mujoco was imported.
         self._gl = importlib.import_module(f"mujoco.{name}").GLContext(width, height)
         # Before the interpreter takes the display down, or the context complains on standard error.
@@ -61,10 +61,10 @@ class GLRenderer:
         self._option = mujoco.MjvOption()
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = model.camera(camera).id  # type: ignore[attr-defined]
+        self._camera.fixedcamid = model.camera(camera).id
         self._rectangle = mujoco.MjrRect(0, 0, width, height)
 
-    def render(self, data: object) -> UInt8[np.ndarray, "height width 3"]:
+    def render(self, data: Any) -> UInt8[np.ndarray, "height width 3"]:
         """See `Renderer.render`."""
         mujoco = self._mujoco
         self._gl.make_current()
@@ -78,14 +78,14 @@ class GLRenderer:
         return np.ascontiguousarray(frame[::-1])  # GL counts rows from the bottom
 
 
-def import_mujoco():  # noqa: ANN201 - a module
+def import_mujoco() -> Any:
     """Imports mujoco without a GL backend: a MUJOCO_GL that does not work here would break the import itself."""
     if "mujoco" not in sys.modules:
         os.environ["MUJOCO_GL"] = "disabled"
     return importlib.import_module("mujoco")
 
 
-def make_renderer(model: object, height: int, width: int, camera: str) -> Renderer:
+def make_renderer(model: Any, height: int, width: int, camera: str) -> Renderer:
     """Returns a renderer of `camera` (a name in the MuJoCo model) at `height` x `width` pixels; see `renderer_name`."""
     name = renderer_name()
     if name == "raycast":

@@ -108,7 +108,8 @@ class SawyerSim:
         """See `Sim.expert`."""
         from metaworld.policies import ENV_POLICY_MAP
 
-        return SawyerExpert(self, ENV_POLICY_MAP[f"{self._task}-v3"](), rng, noise)
+        policy: Any = ENV_POLICY_MAP[f"{self._task}-v3"]
+        return SawyerExpert(self, policy(), rng, noise)
 
 
 def _make_env(task: str) -> Any:
@@ -117,7 +118,8 @@ def _make_env(task: str) -> Any:
         warnings.simplefilter("ignore")  # deprecations inside the packages
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
-        env = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"](seed=0)
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"]
+        env = make(seed=0)
     # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
     env.seeded_rand_vec, env._freeze_rand_vec = True, False
     _aim(mujoco, env.model)
