@@ -1,0 +1,75 @@
+"""Runs as objects: JSON that restores the same object, overrides that refuse what they do not know."""
+
+import dataclasses
+import json
+
+import pytest
+
+from openpi_like.config import from_json, load_run, override, to_json
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.robots.widowx import WIDOWX
+from openpi_like.train.optimizer import OptimizerConfig
+
+
+@pytest.mark.parametrize("robot", [SAWYER, WIDOWX], ids=lambda r: r.name)
+def test_json_restores_the_same_object(robot):
+    assert from_json(json.loads(json.dumps(to_json(robot)))) == robot
+
+
+def test_json_names_fields_of_another_version():
+    data = to_json(OptimizerConfig())
+    data["peak_learning_rate"] = data.pop("peak_lr")
+    with pytest.raises(ValueError, match=r"unknown \['peak_learning_rate'\], missing \[\]"):
+        from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("os:system", "outside openpi_like"),
+        ("openpi_like.robots:Rabbit", "does not exist"),
+        ("openpi_like.config:to_json", "not a dataclass"),
+        ("openpi_likeness.evil:Robot", "outside openpi_like"),
+    ],
+)
+def test_json_loads_only_our_dataclasses(name, message):
+    with pytest.raises(ValueError, match=message):
+        from_json({"__class__": name})
+
+
+def test_json_refuses_foreign_objects():
+    @dataclasses.dataclass
+    class Foreign:
+        x: int = 1
+
+    with pytest.raises(TypeError, match="only dataclasses of openpi_like"):
+        to_json(Foreign())
+    with pytest.raises(TypeError, match="cannot write set"):
+        to_json({"x": {1, 2}})
+
+
+def test_override_replaces_nested_values_and_keeps_the_rest():
+    robot = override(SAWYER, ["control_hz=5", "default_prompt=press the button"])
+    assert (robot.control_hz, robot.default_prompt) == (5.0, "press the button")
+    assert type(robot.control_hz) is float
+    assert dataclasses.replace(robot, control_hz=SAWYER.control_hz, default_prompt=SAWYER.default_prompt) == SAWYER
+
+
+def test_override_reports_all_failures_with_near_names():
+    with pytest.raises(ValueError, match="cannot apply overrides") as e:
+        override(OptimizerConfig(), ["peek_lr=1e-3", "warmup_steps=ten", "b1", "b1.x=3"])
+    text = str(e.value)
+    assert "did you mean 'peak_lr'" in text
+    assert "got 'ten' of type str, expected int" in text
+    assert "'b1': expected key=value" in text
+    assert "'x' would be a field of 0.9" in text
+
+
+def test_load_run_names_the_files_beside(tmp_path):
+    (tmp_path / "good.py").write_text("config = 3\n")
+    (tmp_path / "bad.py").write_text("value = 3\n")
+    assert load_run(tmp_path / "good.py") == 3
+    with pytest.raises(FileNotFoundError, match="bad.py, good.py"):
+        load_run(tmp_path / "god.py")
+    with pytest.raises(ValueError, match="no variable named config"):
+        load_run(tmp_path / "bad.py")
