@@ -96,6 +96,29 @@ def make_renderer(model: Any, height: int, width: int, camera: str) -> Renderer:
     return GLRenderer(name, model, height, width, camera)
 
 
+def aim(
+    model: Any,
+    camera: str,
+    position: tuple[float, float, float],
+    target: tuple[float, float, float],
+    fovy: float,
+) -> None:
+    """Fixes `camera` at `position`, upright, looking at `target`: metres in the world, vertical view in degrees.
+
+    Do so before making a renderer.
+    """
+    mujoco = import_mujoco()
+    index = model.camera(camera).id
+    z = np.subtract(position, target)  # a MuJoCo camera looks along its -z axis
+    z /= np.linalg.norm(z)
+    x = np.cross([0.0, 0.0, 1.0], z)
+    x /= np.linalg.norm(x)
+    mujoco.mju_mat2Quat(model.cam_quat[index], np.stack([x, np.cross(z, x), z], axis=1).ravel())
+    model.cam_mode[index] = mujoco.mjtCamLight.mjCAMLIGHT_FIXED
+    model.cam_pos[index] = position
+    model.cam_fovy[index] = fovy
+
+
 @functools.cache
 def renderer_name() -> str:
     """Returns "egl", "osmesa" or "raycast": the one forced, else the first that draws a frame, tried once.

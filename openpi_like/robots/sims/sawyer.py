@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.robots.sims.render import Renderer, import_mujoco, make_renderer, renderer_name
+from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
 from openpi_like.robots.sims.sim import check_action, prompt_of
 
 # The simulator runs at 80 Hz; an action is held for four of its steps. The package's experts, asked at 20 Hz, still
@@ -31,8 +31,8 @@ PROMPTS = {
 
 # The package's cameras are upside down or show goals of one pixel; this one looks from the front right.
 _CAMERA = "corner2"
-_CAMERA_POSITION = np.array([0.75, -0.05, 0.75])
-_CAMERA_TARGET = np.array([0.0, 0.68, 0.12])
+_CAMERA_POSITION = (0.75, -0.05, 0.75)
+_CAMERA_TARGET = (0.0, 0.68, 0.12)
 _CAMERA_FOVY = 45.0
 
 
@@ -113,7 +113,7 @@ class SawyerSim:
 
 
 def _make_env(task: str) -> Any:
-    mujoco = import_mujoco()
+    import_mujoco()  # before the package does
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the packages
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
@@ -122,18 +122,5 @@ def _make_env(task: str) -> Any:
         env = make(seed=0)
     # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
     env.seeded_rand_vec, env._freeze_rand_vec = True, False
-    _aim(mujoco, env.model)
+    aim(env.model, _CAMERA, _CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY)
     return env
-
-
-def _aim(mujoco: Any, model: Any) -> None:
-    """Points the camera at the table, upright. A MuJoCo camera looks along its -z axis."""
-    camera = model.camera(_CAMERA).id
-    z = _CAMERA_POSITION - _CAMERA_TARGET
-    z /= np.linalg.norm(z)
-    x = np.cross([0.0, 0.0, 1.0], z)
-    x /= np.linalg.norm(x)
-    rotation = np.stack([x, np.cross(z, x), z], axis=1)
-    mujoco.mju_mat2Quat(model.cam_quat[camera], rotation.ravel())
-    model.cam_pos[camera] = _CAMERA_POSITION
-    model.cam_fovy[camera] = _CAMERA_FOVY

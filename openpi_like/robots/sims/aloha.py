@@ -1,0 +1,268 @@
+"""ALOHA's transfer-cube task on the model that comes with gym-aloha, driven through MuJoCo directly.
+
+The right arm picks a cube up and hands it to the left arm. Layout, units and contacts follow the task of Zhao et al.
+2023 (ACT) as packaged there; the package itself is not imported, since it renders three large frames at every step.
+"""
+
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from openpi_like.robots.aloha import ALOHA
+from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
+from openpi_like.robots.sims.sim import check_action, prompt_of
+
+PROMPTS = {"transfer-cube": "hand the red cube from the right arm to the left arm"}
+
+_REPEAT = 10  # of the 2 ms step: 50 Hz
+_HELD_STEPS = 10  # the cube must stay in the left gripper for 0.2 s
+_START_JOINTS = np.array([0.0, -0.96, 1.16, 0.0, -0.3, 0.0])
+_START_FINGER = 0.02239
+_FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.058  # m, of the gripper values 0 and 1
+_CUBE_LOW, _CUBE_HIGH = np.array([0.0, 0.4, 0.05]), np.array([0.2, 0.6, 0.05])
+_ARMS = ("left", "right")
+_QPOS = {"left": 0, "right": 8}  # first joint of each arm; six joints and two fingers follow
+_CUBE_QPOS = 16
+# The package's top camera is so high that the cube is two of 64 pixels wide; this one sees both hands and the cube.
+_TOP_POSITION, _TOP_TARGET, _TOP_FOVY = (0.05, 0.12, 0.62), (0.05, 0.5, 0.12), 44.0
+_MODEL_CAMERAS = {"base": "top", "wrist_right": "right_wrist"}
+
+
+class AlohaSim:
+    """See `Sim`. A seed is a position of the cube, in a square of 20 cm in front of the right arm."""
+
+    robot = ALOHA
+    tasks = tuple(PROMPTS)
+    max_steps = 400
+    noises: tuple[float, ...] = (0.0, 0.02, 0.04)  # rad
+
+    def __init__(self) -> None:
+        self._mujoco = import_mujoco()
+        self.renderer = renderer_name()
+        self.success = False
+        self.model = self._mujoco.MjModel.from_xml_path(str(_model_path()))
+        aim(self.model, "top", _TOP_POSITION, _TOP_TARGET, _TOP_FOVY)
+        self.data = self._mujoco.MjData(self.model)
+        self._renderers: dict[tuple[str, int], Renderer] = {}
+        self._prompt, self._held = "", 0
+        geom = self.model.geom
+        self._cube, self._table = geom("red_box").id, geom("table").id
+        self._fingers = {
+            arm: [geom(f"vx300s_{arm}/10_{side}_gripper_finger").id for side in ("left", "right")] for arm in _ARMS
+        }
+
+    def reset(self, task: str, seed: int) -> None:
+        """See `Sim.reset`."""
+        self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
+        self._mujoco.mj_resetData(self.model, self.data)
+        start = np.concatenate([_START_JOINTS, [_START_FINGER, -_START_FINGER]])
+        cube = np.random.default_rng(seed).uniform(_CUBE_LOW, _CUBE_HIGH)
+        self.data.qpos[:_CUBE_QPOS] = np.tile(start, 2)
+        self.data.qpos[_CUBE_QPOS:] = [*cube, 1, 0, 0, 0]
+        self.data.ctrl[:] = np.tile(start, 2)
+        self._mujoco.mj_forward(self.model, self.data)
+        self.success, self._held = False, 0
+
+    @property
+    def cube(self) -> np.ndarray:
+        """Position of the cube, in metres; privileged."""
+        return self.data.qpos[_CUBE_QPOS : _CUBE_QPOS + 3].copy()
+
+    def observe(self) -> dict[str, Any]:
+        """See `Sim.observe`."""
+        state = []
+        for arm in _ARMS:
+            q = self.data.qpos[_QPOS[arm] :]
+            state += [*q[:6], (q[6] - _FINGER_CLOSED) / (_FINGER_OPEN - _FINGER_CLOSED)]
+        return {
+            "images": {c.name: self._draw(_MODEL_CAMERAS[c.name], c.height or 0) for c in self.robot.cameras},
+            "state": np.array(state, np.float32),
+            "prompt": self._prompt,
+        }
+
+    def step(self, action: Float[np.ndarray, "14"]) -> None:
+        """See `Sim.step`. MuJoCo cuts targets to the actuators' ranges."""
+        action = check_action(action, self.robot)
+        for k in range(2):
+            joints, gripper = action[7 * k : 7 * k + 6], action[7 * k + 6]
+            finger = gripper * (_FINGER_OPEN - _FINGER_CLOSED) + _FINGER_CLOSED
+            self.data.ctrl[8 * k : 8 * k + 8] = [*joints, finger, -finger]
+        self._mujoco.mj_step(self.model, self.data, _REPEAT)
+        touched = self._touched()
+        in_left_only = touched & {self._table, *self._fingers["left"], *self._fingers["right"]}
+        held = bool(in_left_only) and in_left_only <= set(self._fingers["left"])
+        self._held = self._held + 1 if held else 0
+        self.success = self.success or self._held >= _HELD_STEPS
+
+    def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """See `Sim.frame`."""
+        return self._draw("angle", size)
+
+    def expert(self, rng: np.random.Generator, noise: float) -> "AlohaExpert":
+        """See `Sim.expert`."""
+        return AlohaExpert(self, rng, noise)
+
+    def _draw(self, camera: str, size: int) -> np.ndarray:
+        if (camera, size) not in self._renderers:
+            self._renderers[camera, size] = make_renderer(self.model, size, size, camera)
+        return self._renderers[camera, size].render(self.data)
+
+    def _touched(self) -> set[int]:
+        """Geoms in contact with the cube."""
+        pairs = self.data.contact.geom.reshape(-1, 2)
+        pairs = pairs[(pairs == self._cube).any(axis=1)]
+        return set(pairs[pairs != self._cube].tolist())
+
+
+# The hand is 13.5 cm ahead of the gripper link along its x axis; on the right arm, turned by half a turn about z.
+_HAND = {
+    "left": (np.array([-0.134706, 0.0, 0.00205]), np.array([1.0, 0.0, 0.0, 0.0])),
+    "right": (np.array([0.134706, 0.0, 0.00205]), np.array([0.0, 0.0, 0.0, 1.0])),
+}
+_ROTATION_WEIGHT = 0.3  # metres per radian in the error of the inverse kinematics
+_DAMPING = 1e-5
+# Pulls forearm roll and wrist rotation to zero: of the wrist's two solutions, always the same.
+_POSTURE = np.diag([0.0, 0.0, 0.0, 0.03, 0.0, 0.003])
+_LONGEST_STEP = 0.2  # rad per iteration
+_ITERATIONS = 20
+
+_MEMORY = 0.9  # correlation of the noise from one control step to the next
+_CALM_FROM = 45  # control steps; the right gripper closes from 62 on
+
+Waypoint = tuple[float, np.ndarray, np.ndarray, float]  # time, hand position, hand quaternion (wxyz), gripper
+
+
+class AlohaExpert:
+    """Hand waypoints over time, turned into joint targets by damped-least-squares inverse kinematics.
+
+    The plan is fixed at the start; joint targets are absolute, so disturbances are corrected by following it.
+    """
+
+    def __init__(self, sim: AlohaSim, rng: np.random.Generator, noise: float) -> None:
+        self._mujoco, self._model = import_mujoco(), sim.model
+        self._data = self._mujoco.MjData(sim.model)
+        self._rng, self._noise = rng, noise
+        self._plan = _plan(sim.cube)
+        self._joints = {arm: _START_JOINTS.copy() for arm in _ARMS}
+        self._time = 0
+        self._drift = np.zeros(14)
+
+    def act(self) -> Float[np.ndarray, "14"]:
+        """See `Expert.act`."""
+        self._time += 1
+        action: list[float] = []
+        for arm in _ARMS:
+            position, quaternion, gripper = _interpolate(self._plan[arm], self._time)
+            action += [*self._solve(arm, position, quaternion), gripper]
+        return np.array(action, np.float32)
+
+    def disturb(self, action: Float[np.ndarray, "14"]) -> Float[np.ndarray, "14"]:
+        """Slowly varying noise on the joints until shortly before the cube is grasped; see `Expert.disturb`.
+
+        The stiff arms would swallow noise that is new at every step; with the cube in hand it would be dropped.
+        """
+        sigma = self._noise if self._time < _CALM_FROM else 0.0
+        fresh = sigma * self._rng.standard_normal(14)
+        self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
+        self._drift[[6, 13]] = 0.0  # the grippers
+        return (action + self._drift).astype(np.float32)
+
+    def _solve(self, arm: str, position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
+        """Joint angles that bring the arm's hand to a pose, starting from the last ones."""
+        mujoco, model, data = self._mujoco, self._model, self._data
+        first = _QPOS[arm]
+        own = slice(first, first + 6)
+        body = model.body(f"vx300s_{arm}/gripper_link").id
+        offset, turn = _HAND[arm]
+        target, target_quaternion, rotation_error, inverse, difference = (np.zeros(n) for n in (3, 4, 3, 4, 4))
+        mujoco.mju_rotVecQuat(target, offset, quaternion)
+        target += position
+        mujoco.mju_mulQuat(target_quaternion, quaternion, turn)
+        jacobian_position, jacobian_rotation = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        low, high = model.jnt_range[own].T
+        q = self._joints[arm]
+        for _ in range(_ITERATIONS):
+            data.qpos[own] = q
+            mujoco.mj_kinematics(model, data)
+            mujoco.mj_comPos(model, data)
+            mujoco.mj_jacBody(model, data, jacobian_position, jacobian_rotation, body)
+            mujoco.mju_negQuat(inverse, data.xquat[body])
+            mujoco.mju_mulQuat(difference, target_quaternion, inverse)
+            mujoco.mju_quat2Vel(rotation_error, difference, 1.0)
+            error = np.concatenate([target - data.xpos[body], _ROTATION_WEIGHT * rotation_error])
+            if np.linalg.norm(error) < 1e-4:
+                break
+            jacobian = np.concatenate(
+                [jacobian_position[:, own], _ROTATION_WEIGHT * jacobian_rotation[:, own], _POSTURE]
+            )
+            error = np.concatenate([error, -_POSTURE @ q])
+            change = np.linalg.solve(jacobian.T @ jacobian + _DAMPING * np.eye(6), jacobian.T @ error)
+            q = np.clip(q + np.clip(change, -_LONGEST_STEP, _LONGEST_STEP), low, high)
+        self._joints[arm] = q
+        return q
+
+
+def _plan(cube: np.ndarray) -> dict[str, list[Waypoint]]:
+    """Waypoints of both arms, in control steps: pick up, meet in the middle, hand over, part."""
+    straight = np.array([1.0, 0.0, 0.0, 0.0])
+    down, sideways = _turn([0, 1, 0], -60), _turn([1, 0, 0], 90)
+    grasp = np.array([cube[0], cube[1], 0.02])
+    above = grasp + np.array([0.0, 0.0, 0.08])
+    meet = np.array([0.0, 0.5, 0.25])
+    part = meet + np.array([0.12, 0.0, 0.0])
+    wait, take, leave = (np.array([x, 0.5, 0.23]) for x in (-0.12, 0.02, -0.1))
+    home = {arm: np.array([sign * 0.18248281, 0.5, 0.29525]) for arm, sign in (("left", -1), ("right", 1))}
+    return {
+        "left": [
+            (0, home["left"], straight, 0.0),
+            (48, wait, sideways, 1.0),
+            (112, wait, sideways, 1.0),
+            (140, take, sideways, 1.0),
+            (156, take, sideways, 0.0),
+            (172, take, sideways, 0.0),
+            (196, leave, sideways, 0.0),
+        ],
+        "right": [
+            (0, home["right"], straight, 0.0),
+            (36, above, down, 1.0),
+            (56, grasp, down, 1.0),
+            (62, grasp, down, 1.0),
+            (76, grasp, down, 0.0),
+            (108, meet, down, 0.0),
+            (160, meet, down, 0.0),
+            (170, meet, down, 1.0),
+            (192, part, down, 1.0),
+        ],
+    }
+
+
+def _interpolate(plan: list[Waypoint], time: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pose and gripper at `time`: linear, and the last waypoint for ever after."""
+    for (t0, p0, q0, g0), (t1, p1, q1, g1) in itertools.pairwise(plan):
+        if time < t1:
+            s = (time - t0) / (t1 - t0)
+            quaternion = (1 - s) * q0 + s * q1
+            return (1 - s) * p0 + s * p1, quaternion / np.linalg.norm(quaternion), (1 - s) * g0 + s * g1
+    return plan[-1][1], plan[-1][2], plan[-1][3]
+
+
+def _turn(axis: list[float], degrees: float) -> np.ndarray:
+    """Quaternion (wxyz) of a turn about a unit axis."""
+    half = np.deg2rad(degrees) / 2
+    return np.array([np.cos(half), *(np.sin(half) * np.array(axis, float))])
+
+
+def _model_path() -> Path:
+    """Where gym-aloha keeps its model.
+
+    Raises:
+        ModuleNotFoundError: gym-aloha is not installed.
+    """
+    spec = importlib.util.find_spec("gym_aloha")  # finds without importing, which would need dm_control
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'gym_aloha', whose robot model this needs", name="gym_aloha")
+    return Path(spec.submodule_search_locations[0]) / "assets" / "bimanual_viperx_transfer_cube.xml"
