@@ -1,0 +1,252 @@
+"""Gemma-1 transformer stacks, used as the language model and as the action expert of a policy.
+
+A policy's experts have separate weights and attend to each other's tokens through keys and values (a mixture of
+transformers, pi0 paper section IV). No token of an earlier expert ever sees a later one, so the joint attention is
+computed one expert after the other: each gets the keys and values of those before it as a cache. Training and
+sampling therefore run the same code.
+
+Letters: B batch, S tokens, T keys (cached and own), D width, N query heads, K kv heads, G = N / K, H head dim,
+F mlp width, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from openpi_like.batch import Array as Leaf
+from openpi_like.models.param import Linear, fan_in, named_key, weight, zeros
+
+# What is kept for the backward pass, by name of the policy in jax.checkpoint_policies.
+REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+# Finite, so that a query without any visible key averages uniformly instead of becoming NaN.
+MASKED = -2.3819763e38
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of one stack."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"num_heads={self.num_heads}, expected a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim}, expected an even number (rotary pairs)")
+        if problems:
+            raise ValueError("GemmaConfig: " + "; ".join(problems))
+
+    @classmethod
+    def gemma_2b(cls) -> "GemmaConfig":
+        """Returns the language model of PaliGemma-3B."""
+        return cls(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+
+    @classmethod
+    def gemma_300m(cls) -> "GemmaConfig":
+        """Returns the action expert of pi0."""
+        return cls(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (after rotation) and values: (L, B, S, K, H), or (B, S, K, H) inside a layer."""
+
+    k: Leaf
+    v: Leaf
+
+
+def attention_mask(valid_BS: Bool[Array, "B S"], starts_S: Bool[Array, "*B S"]) -> Bool[Array, "B S S"]:
+    """Returns which token sees which: all valid ones in its own block and in earlier blocks.
+
+    starts: (S,) or (B, S), True where a token starts a new block. Rows of invalid queries are all False.
+    """
+    block = jnp.broadcast_to(jnp.cumsum(starts_S.astype(jnp.int32), axis=-1), valid_BS.shape)
+    return (block[:, None, :] <= block[:, :, None]) & valid_BS[:, None, :] & valid_BS[:, :, None]
+
+
+def token_positions(valid_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Returns the positions of tokens: padding takes none, and repeats the one before it."""
+    return jnp.cumsum(valid_BS.astype(jnp.int32), axis=-1) - 1
+
+
+def rope_angles(positions_BS: Int[Array, "B S"], head_dim: int) -> Float[Array, "B S half"]:
+    """Returns the rotary angles p * 10000^(-2i/H) in float32 (Su et al. 2021, eq. 15)."""
+    timescale = 10_000.0 ** (2.0 / head_dim * jnp.arange(head_dim // 2, dtype=jnp.float32))
+    return positions_BS[..., None].astype(jnp.float32) / timescale
+
+
+def rotate(x_BSNH: Float[Array, "B S N H"], angles_BSh: Float[Array, "B S half"]) -> Float[Array, "B S N H"]:
+    """Rotates pairs made of the first and second half of the head dim. In float32: bfloat16 angles lose far tokens."""
+    sin, cos = jnp.sin(angles_BSh)[:, :, None, :], jnp.cos(angles_BSh)[:, :, None, :]
+    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BSNH.dtype)
+
+
+def attend(
+    q_BSNH: Float[Array, "B S N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    mask_BST: Bool[Array, "B S T"] | None,
+) -> Float[Array, "B S N H"]:
+    """Attention with grouped heads: query head n uses kv head n // G. q is scaled already.
+
+    Logits and softmax are float32, as in the references: bfloat16 has 8 bits for a sum over thousands of keys.
+    """
+    B, S, N, H = q_BSNH.shape
+    K = k_BTKH.shape[2]
+    q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
+    logits = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
+    if mask_BST is not None:
+        logits = jnp.where(mask_BST[:, None, None, :, :], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v_BTKH.dtype)
+    return jnp.einsum("BKGST,BTKH->BSKGH", probs, v_BTKH).reshape(B, S, N, H)
+
+
+def scan_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, *, remat: str | None
+) -> tuple[Any, Any]:
+    """Runs `carry, y = body(carry, layer)` over axis 0 of every array in `layers`; returns (carry, stacked y).
+
+    layers: a pytree, for example a module declared with stacked weights, which `body` gets with one layer's weights.
+    remat: a name in `REMAT`, or None to keep everything for the backward pass.
+    """
+    if remat is not None:
+        # Inside a scan nothing can be merged across the checkpoint, so its guard against that is not needed.
+        body = jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, remat), prevent_cse=False)
+    return jax.lax.scan(body, carry, layers)
+
+
+class RMSNorm(nnx.Module):
+    """RMS normalisation with weight 1 + scale, or adaptive: scale, shift and gate are a linear map of a condition.
+
+    Statistics in float32, where bfloat16 would lose them. The adaptive map starts at zero, so that a fresh expert is
+    the identity (adaLN-zero of Peebles and Xie 2022; used by pi0.5).
+    """
+
+    def __init__(self, key: Key[Array, ""], width: int, *, adaptive: bool, layers: int | None = None) -> None:
+        if adaptive:
+            axes = ("embed", "norm")
+            self.modulation = Linear(key, "BSD,DE->BSE", (width, 3 * width), axes, layers=layers, zero=True)
+        else:
+            shape, norm_axes = ((width,), ("norm",)) if layers is None else ((layers, width), ("layers", "norm"))
+            self.scale = weight(key, "scale", shape, norm_axes, zeros)
+
+    def __call__(
+        self, x_BSD: Float[Array, "B S D"], cond_BSD: Float[Array, "B #S D"] | None
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B #S D"] | None]:
+        """Returns the normalised tokens, and the gate of the branch behind them when adaptive.
+
+        cond: one vector per example (S = 1) or per token; None when not adaptive.
+        """
+        x32 = x_BSD.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+        if cond_BSD is None:
+            return (normed * (1 + self.scale[...])).astype(x_BSD.dtype), None
+        scale, shift, gate = jnp.split(self.modulation(cond_BSD.astype(x_BSD.dtype)), 3, axis=-1)
+        return (normed * (1 + scale) + shift).astype(x_BSD.dtype), gate
+
+
+def _residual(x: jax.Array, branch: jax.Array, gate: jax.Array | None) -> jax.Array:
+    return x + branch if gate is None else x + gate * branch
+
+
+class GemmaLayer(nnx.Module):
+    """Attention and gated MLP. Declared for all layers at once; called with one layer's weights (see `scan_layers`)."""
+
+    def __init__(self, config: GemmaConfig, key: Key[Array, ""], *, adaptive: bool) -> None:
+        L, D, F = config.depth, config.width, config.mlp_dim
+        N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+        self.attn_norm = RMSNorm(named_key(key, "attn_norm"), D, adaptive=adaptive, layers=L)
+        self.q = weight(key, "q", (L, N, D, H), ("layers", "heads", "embed", "head_dim"), fan_in(2))
+        kv_axes = ("layers", "stack", "kv_heads", "embed", "head_dim")
+        self.kv = weight(key, "kv", (L, 2, K, D, H), kv_axes, fan_in(3))
+        self.out = weight(key, "out", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), fan_in(1, 2))
+        self.mlp_norm = RMSNorm(named_key(key, "mlp_norm"), D, adaptive=adaptive, layers=L)
+        self.gate_up = weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), fan_in(2))
+        self.down = weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), fan_in(1))
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        mask_BST: Bool[Array, "B S T"],
+        angles_BSh: Float[Array, "B S half"],
+        past: KVCache | None,
+        cond_BSD: Float[Array, "B #S D"] | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Returns the tokens after this layer, and their own keys and values (without those of `past`)."""
+        dtype = x_BSD.dtype
+        y, gate = self.attn_norm(x_BSD, cond_BSD)
+        q_BSNH = rotate(jnp.einsum("BSD,NDH->BSNH", y, self.q[...].astype(dtype)), angles_BSh)
+        q_BSNH = q_BSNH * q_BSNH.shape[-1] ** -0.5
+        k_BSKH, v_BSKH = jnp.einsum("BSD,CKDH->CBSKH", y, self.kv[...].astype(dtype))
+        own = KVCache(k=rotate(k_BSKH, angles_BSh), v=v_BSKH)
+        every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
+        attended = attend(q_BSNH, every.k, every.v, mask_BST)
+        x_BSD = _residual(x_BSD, jnp.einsum("BSNH,NHD->BSD", attended, self.out[...].astype(dtype)), gate)
+
+        y, gate = self.mlp_norm(x_BSD, cond_BSD)
+        gate_BSF, up_BSF = jnp.einsum("BSD,CDF->CBSF", y, self.gate_up[...].astype(dtype))
+        hidden_BSF = jax.nn.gelu(gate_BSF, approximate=True) * up_BSF
+        branch = jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(dtype))
+        return _residual(x_BSD, branch, gate), own
+
+
+class Gemma(nnx.Module):
+    """One expert: stacked layers and the final norm; with an embedding table if it reads text."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        key: Key[Array, ""],
+        *,
+        dtype: str,
+        remat: str | None,
+        vocab_size: int | None = None,
+        adaptive: bool = False,
+    ) -> None:
+        """adaptive: norms take a condition (pi0.5's action expert). vocab_size: None for an expert without text."""
+        self.config, self.dtype, self.remat = config, dtype, remat
+        if vocab_size is not None:
+            self.embedding = weight(key, "embedding", (vocab_size, config.width), ("vocab", "embed"), fan_in(1))
+        self.layers = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
+        self.final_norm = RMSNorm(named_key(key, "final_norm"), config.width, adaptive=adaptive)
+
+    def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Returns token embeddings times sqrt(D)."""
+        x_BSD = jnp.take(self.embedding[...], tokens_BS, axis=0).astype(self.dtype)
+        return x_BSD * jnp.sqrt(self.config.width).astype(self.dtype)
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        mask_BST: Bool[Array, "B S T"],
+        positions_BS: Int[Array, "B S"],
+        *,
+        past: KVCache | None = None,
+        cond_BSD: Float[Array, "B #S D"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache]:
+        """Returns the tokens after the final norm, and their keys and values for the experts that follow.
+
+        mask: True where a token sees a key; T counts the keys of `past` first, then the S own ones.
+        past: keys and values of the tokens before these, (L, B, T - S, K, H).
+        """
+        angles_BSh = rope_angles(positions_BS, self.config.head_dim)
+
+        def body(x: jax.Array, layer: tuple[GemmaLayer, KVCache | None]) -> tuple[jax.Array, KVCache]:
+            return layer[0](x, mask_BST, angles_BSh, layer[1], cond_BSD)
+
+        x_BSD, own = scan_layers(body, x_BSD.astype(self.dtype), (self.layers, past), remat=self.remat)
+        return self.final_norm(x_BSD, cond_BSD)[0], own

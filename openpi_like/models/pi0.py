@@ -1,0 +1,402 @@
+"""pi0 and pi0.5: a vision-language prefix and an action expert trained by flow matching (Black et al. 2024, 2025).
+
+Flow time is t = 1 at noise and t = 0 at data, as in the published weights (the paper counts the other way):
+x_t = t * noise + (1 - t) * actions, velocity = noise - actions, sampling goes from t = 1 down to t = 0.
+
+Letters: B batch, S prefix tokens, P patches, D width, A action horizon, J action dims, T suffix tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from openpi_like.batch import Array as Leaf
+from openpi_like.batch import Batch, Observation
+from openpi_like.config import near_names
+from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, attention_mask, token_positions
+from openpi_like.models.param import Linear, named_key
+from openpi_like.models.siglip import Siglip, SiglipConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    """Sizes and options of a pi0 policy.
+
+    cameras: slot names, in prefix order; any number. image_size: (height, width) pixels, multiples of the patch size.
+    state_dim, action_dim: padded sizes. action_horizon: steps in a chunk. prompt_len: padded tokens.
+    pi05: the state comes in the prompt instead of its own token, and flow time acts through adaptive norms.
+    dtype: of activations, "float32" or "bfloat16"; weights are float32.
+    remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
+    sample_steps: Euler steps when sampling.
+    train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
+    """
+
+    vision: SiglipConfig
+    vlm: GemmaConfig
+    expert: GemmaConfig
+    cameras: tuple[str, ...]
+    image_size: tuple[int, int]
+    state_dim: int
+    action_dim: int
+    action_horizon: int
+    prompt_len: int
+    vocab_size: int
+    pi05: bool = False
+    dtype: str = "float32"
+    remat: str | None = None
+    sample_steps: int = 10
+    train_on_padding: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            ours, theirs = getattr(self.vlm, name), getattr(self.expert, name)
+            if ours != theirs:
+                problems.append(f"expert.{name}={theirs}, expected vlm.{name}={ours}: they attend to each other")
+        if any(size % self.vision.patch_size for size in self.image_size):
+            problems.append(f"image_size={self.image_size}, expected multiples of {self.vision.patch_size=}")
+        if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
+            problems.append(f"cameras={self.cameras}, expected at least one, each named once")
+        for name in ("state_dim", "action_dim", "action_horizon", "prompt_len", "vocab_size", "sample_steps"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.expert.width % 2:
+            problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
+        if self.dtype not in ("float32", "bfloat16"):
+            problems.append(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
+        if self.remat is not None and self.remat not in REMAT:
+            problems.append(f"remat={self.remat!r}, expected None or one of {REMAT}")
+        if problems:
+            raise ValueError("Pi0Config: " + "; ".join(problems))
+
+    @classmethod
+    def tiny(
+        cls,
+        *,
+        cameras: tuple[str, ...],
+        state_dim: int,
+        action_dim: int,
+        action_horizon: int,
+        prompt_len: int,
+        vocab_size: int,
+        image_size: tuple[int, int] = (64, 64),
+        patch_size: int = 8,
+    ) -> "Pi0Config":
+        """Returns a policy of about a million weights that trains on two CPU cores."""
+        return cls(
+            vision=SiglipConfig(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=patch_size),
+            vlm=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
+            expert=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
+            cameras=cameras,
+            image_size=image_size,
+            state_dim=state_dim,
+            action_dim=action_dim,
+            action_horizon=action_horizon,
+            prompt_len=prompt_len,
+            vocab_size=vocab_size,
+        )
+
+    @classmethod
+    def base(cls, *, pi05: bool = False) -> "Pi0Config":
+        """Returns the sizes of openpi's released pi0 or pi0.5 weights (3.2 billion)."""
+        return cls(
+            vision=SiglipConfig.so400m_14(),
+            vlm=GemmaConfig.gemma_2b(),
+            expert=GemmaConfig.gemma_300m(),
+            cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+            image_size=(224, 224),
+            state_dim=32,
+            action_dim=32,
+            action_horizon=50,
+            prompt_len=200 if pi05 else 48,
+            vocab_size=257_152,
+            pi05=pi05,
+            dtype="bfloat16",
+            remat="nothing_saveable",
+        )
+
+    def create(self, key: Key[Array, ""]) -> "Pi0":
+        """Returns a policy with fresh weights; every weight's draw depends on `key` and its own name only."""
+        return Pi0(self, key)
+
+    def check(self, inputs: Observation | Batch, *, actions: bool) -> None:
+        """Checks names, shapes and dtypes of an observation, or of a batch with `actions`; costs nothing when compiled.
+
+        Raises:
+            ValueError: lists everything that does not fit.
+        """
+        problems: list[str] = []
+        B = inputs["state"].shape[0] if "state" in inputs and inputs["state"].ndim else 0
+
+        def expect(name: str, value: Any, shape: tuple[int, ...], *dtypes: str) -> None:
+            if tuple(value.shape) != shape or str(value.dtype) not in dtypes:
+                got = f"{value.dtype} {tuple(value.shape)}"
+                problems.append(f"{name}: got {got}, expected {' or '.join(dtypes)} {shape}")
+
+        rows: list[tuple[str, tuple[int, ...], str]] = [
+            ("state", (B, self.state_dim), "float32"),
+            ("state_mask", (B, self.state_dim), "bool"),
+            ("prompt", (B, self.prompt_len), "int32"),
+            ("prompt_mask", (B, self.prompt_len), "bool"),
+        ]
+        if actions:
+            chunk = (B, self.action_horizon, self.action_dim)
+            rows += [("actions", chunk, "float32"), ("action_mask", chunk, "bool")]
+        leaves: dict[str, Any] = dict(inputs)
+        for name, shape, dtype in rows:
+            if name in leaves:
+                expect(name, leaves[name], shape, dtype)
+            else:
+                problems.append(f"{name}: missing; got {sorted(leaves)}")
+        cameras: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+            "images": ((B, *self.image_size, 3), ("uint8", "float32")),
+            "image_mask": ((B,), ("bool",)),
+        }
+        for group, (shape, dtypes) in cameras.items():
+            if group not in leaves:
+                problems.append(f"{group}: missing; got {sorted(leaves)}")
+                continue
+            for camera in self.cameras:
+                if camera in leaves[group]:
+                    expect(f"{group}[{camera!r}]", leaves[group][camera], shape, *dtypes)
+                else:
+                    problems.append(f"{group}[{camera!r}]: missing; {near_names(camera, list(leaves[group]))}")
+            for camera in sorted(set(leaves[group]) - set(self.cameras)):
+                near = near_names(camera, self.cameras)
+                problems.append(f"{group}[{camera!r}]: the policy has no such camera; {near}; leave it out")
+        if problems:
+            raise ValueError("inputs do not fit the policy's config:\n  " + "\n  ".join(problems))
+
+
+def time_embedding(
+    time_B: Float[Array, "B"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "B dim"]:
+    """Returns sines, then cosines, of flow time at dim / 2 periods spaced geometrically, both ends included.
+
+    The phase reaches 1571 rad, where float32 resolves 1e-4: it stays float32, with openpi's order of operations.
+    """
+    fraction = jnp.linspace(0.0, 1.0, dim // 2)
+    period = min_period * (max_period / min_period) ** fraction
+    phase = time_B[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
+    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Cameras and prompt, computed once per observation. valid: (B, S). cache: keys and values. out: (B, S, D)."""
+
+    valid: Leaf
+    cache: Any  # KVCache; a pytree's fields hold whatever jax maps over them
+    out: Leaf
+
+
+class Pi0(nnx.Module):
+    """The policy: `loss` to train it, `sample_actions` to use it."""
+
+    def __init__(self, config: Pi0Config, key: Key[Array, ""]) -> None:
+        """Use `Pi0Config.create`."""
+        self.config = config
+        c, D, J = config, config.expert.width, config.action_dim
+        self.vision = Siglip(
+            c.vision,
+            named_key(key, "vision"),
+            image_size=c.image_size,
+            out_width=c.vlm.width,
+            dtype=c.dtype,
+            remat=c.remat,
+        )
+        self.vlm = Gemma(c.vlm, named_key(key, "vlm"), dtype=c.dtype, remat=c.remat, vocab_size=c.vocab_size)
+        self.expert = Gemma(c.expert, named_key(key, "expert"), dtype=c.dtype, remat=c.remat, adaptive=c.pi05)
+        # These run in float32, as in openpi: they touch actions and flow time, and cost next to nothing.
+        self.action_in = Linear(named_key(key, "action_in"), "BAJ,JD->BAD", (J, D), ("action", "embed"))
+        self.action_out = Linear(named_key(key, "action_out"), "BAD,DJ->BAJ", (D, J), ("embed", "action"))
+        square = (None, "embed")
+        if c.pi05:
+            self.time_in = Linear(named_key(key, "time_in"), "BSD,DE->BSE", (D, D), square)
+            self.time_out = Linear(named_key(key, "time_out"), "BSD,DE->BSE", (D, D), square)
+        else:
+            state_axes = ("action", "embed")
+            self.state_in = Linear(named_key(key, "state_in"), "BSJ,JD->BSD", (c.state_dim, D), state_axes)
+            self.action_time_in = Linear(named_key(key, "action_time_in"), "BAD,DE->BAE", (2 * D, D), square)
+            self.action_time_out = Linear(named_key(key, "action_time_out"), "BAD,DE->BAE", (D, D), square)
+
+    # ---- Tokens ------------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, observation: Observation) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+        """Returns the tokens of all cameras in config order, then of the prompt, and which of them are valid."""
+        cameras = self.config.cameras
+        images = jnp.stack([_to_float(observation["images"][c]) for c in cameras], axis=1)
+        # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
+        B, C = images.shape[:2]
+        tokens = self.vision(images.reshape(B * C, *images.shape[2:]))
+        P, D = tokens.shape[1:]
+        seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
+        tokens = jnp.concatenate([tokens.reshape(B, C * P, D), self.vlm.embed(observation["prompt"])], axis=1)
+        return tokens, jnp.concatenate([jnp.repeat(seen, P, axis=1), observation["prompt_mask"]], axis=1)
+
+    def embed_suffix(
+        self, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"] | None]:
+        """Returns the expert's tokens (state first, then actions; pi0.5: actions only) and its condition (pi0.5)."""
+        actions = self.action_in(x_BAJ)
+        time_B1D = time_embedding(time_B, self.config.expert.width)[:, None, :]
+        if self.config.pi05:
+            return actions, jax.nn.swish(self.time_out(jax.nn.swish(self.time_in(time_B1D))))
+        state = self.state_in(observation["state"][:, None, :])
+        mixed = jnp.concatenate([actions, jnp.broadcast_to(time_B1D, actions.shape)], axis=-1)
+        return jnp.concatenate([state, self.action_time_out(jax.nn.swish(self.action_time_in(mixed)))], axis=1), None
+
+    def masks(
+        self, prefix_valid_BS: Bool[Array, "B S"]
+    ) -> tuple[Bool[Array, "B SplusT SplusT"], Int[Array, "B SplusT"]]:
+        """Returns the attention mask and positions of prefix and suffix together.
+
+        Three blocks: cameras and prompt; the state token (pi0); the actions. Each sees itself and the blocks before.
+        """
+        B, S = prefix_valid_BS.shape
+        A = self.config.action_horizon
+        suffix_starts = [True] + [False] * (A - 1) if self.config.pi05 else [True, True] + [False] * (A - 1)
+        valid = jnp.concatenate([prefix_valid_BS, jnp.ones((B, len(suffix_starts)), bool)], axis=1)
+        starts = jnp.asarray(np.array([False] * S + suffix_starts))
+        return attention_mask(valid, starts), token_positions(valid)
+
+    # ---- Passes ------------------------------------------------------------------------------------------------------
+
+    def prefix(self, observation: Observation) -> Prefix:
+        """Runs cameras and prompt through the vision tower and the language model."""
+        tokens, valid = self.embed_prefix(observation)
+        S = valid.shape[1]
+        mask, positions = self.masks(valid)
+        with jax.named_scope("vlm"):
+            out, cache = self.vlm(tokens, mask[:, :S, :S], positions[:, :S])
+        return Prefix(valid=valid, cache=cache, out=out)
+
+    def suffix(
+        self,
+        prefix: Prefix,
+        tokens_BTD: Float[Array, "B T D"],
+        cond_BSD: Float[Array, "B 1 D"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Runs the expert's tokens against the prefix; returns them after the final norm."""
+        S = prefix.valid.shape[1]
+        mask, positions = self.masks(prefix.valid)
+        with jax.named_scope("expert"):
+            out, _ = self.expert(tokens_BTD, mask[:, S:], positions[:, S:], past=prefix.cache, cond_BSD=cond_BSD)
+        return out
+
+    def velocity(
+        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+    ) -> Float[Array, "B A J"]:
+        """Returns the predicted velocity (noise - actions) at x_t."""
+        out = self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B))
+        return self.action_out(out[:, -self.config.action_horizon :].astype(jnp.float32))
+
+    # ---- Training ----------------------------------------------------------------------------------------------------
+
+    def flow_loss(
+        self, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+    ) -> Float[Array, "B A J"]:
+        """Returns the squared error of the velocity, entry by entry, at given noise and flow times; masks nothing.
+
+        Raises:
+            ValueError: the batch does not fit the config; lists everything that does not.
+        """
+        self.config.check(batch, actions=True)
+        t = time_B[:, None, None]
+        # Padded entries are zero by contract; whatever they hold must not reach the network.
+        actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
+        x_t = t * noise_BAJ + (1 - t) * actions
+        velocity = self.velocity(self.prefix(batch), batch, x_t, time_B)
+        return jnp.square(velocity - (noise_BAJ - actions))
+
+    def loss(self, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+        """Returns the mean squared velocity error at random flow times, and per-sample metrics.
+
+        A sample's loss is the mean over its valid entries; the scalar is the mean over samples that have any.
+        Metrics: "loss", and "valid" (1.0, or 0.0 for a sample without valid entries, whose loss is 0).
+        Row i draws from `fold_in(key, i)`, so its draws do not depend on the number of rows.
+        """
+        shape = (self.config.action_horizon, self.config.action_dim)
+        noise, time = draw_noise(key, batch["state"].shape[0], shape), draw_time(key, batch["state"].shape[0])
+        return masked_means(self.flow_loss(batch, noise, time), self.loss_mask(batch))
+
+    def loss_mask(self, batch: Batch) -> Bool[Array, "B A J"]:
+        """Returns which entries of the actions count in the loss."""
+        mask = batch["action_mask"]
+        return jnp.ones_like(mask) if self.config.train_on_padding else mask
+
+    # ---- Sampling ----------------------------------------------------------------------------------------------------
+
+    def sample_actions(
+        self,
+        key: Key[Array, ""],
+        observation: Observation,
+        *,
+        num_steps: int | None = None,
+        noise: Float[Array, "B A J"] | None = None,
+        action_dims: Bool[Array, "B J"] | None = None,
+    ) -> Float[Array, "B A J"]:
+        """Returns normalised actions: Euler steps from noise (t = 1) to data (t = 0); the prefix is computed once.
+
+        key: draws the noise, row i from `fold_in(key, i)`; not used when `noise` is given.
+        num_steps: None takes `config.sample_steps`.
+        action_dims: which dims this robot has (None: all). The others follow the path they had in training, that of
+            padding, x_t = t * noise, whatever the network says about them; so they end at zero.
+
+        Raises:
+            ValueError: the observation does not fit the config; lists everything that does not.
+        """
+        self.config.check(observation, actions=False)
+        B = observation["state"].shape[0]
+        steps = self.config.sample_steps if num_steps is None else num_steps
+        start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
+        prefix = self.prefix(observation)
+        dt = jnp.float32(-1.0 / steps)
+
+        def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, t = carry
+            x = x + dt * self.velocity(prefix, observation, x, jnp.full((B,), t))
+            # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
+            t = t + dt
+            if action_dims is not None:
+                x = jnp.where(action_dims[:, None, :], x, (1 - (i + 1) / steps) * start)
+            return x, t
+
+        return jax.lax.fori_loop(0, steps, step, (start, jnp.float32(1.0)))[0]
+
+
+def _to_float(image: jax.Array) -> jax.Array:
+    """Returns an image in [-1, 1]; float images are in that range already."""
+    return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else image
+
+
+def _row_keys(key: jax.Array, rows: int, name: str) -> jax.Array:
+    fold = lambda i: named_key(jax.random.fold_in(key, i), name)  # noqa: E731
+    return jax.vmap(fold)(jnp.arange(rows))
+
+
+def draw_noise(key: Key[Array, ""], rows: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns normal noise (rows, *shape); row i depends on `key` and i only."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(_row_keys(key, rows, "noise"))
+
+
+def draw_time(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
+    """Returns flow times 0.001 + 0.999 * Beta(1.5, 1) (pi0 paper, section B); row i depends on `key` and i only."""
+    uniform = jax.vmap(jax.random.uniform)(_row_keys(key, rows, "time"))
+    return 0.001 + 0.999 * uniform ** (1 / 1.5)  # Beta(a, 1) has the distribution function x^a
+
+
+def masked_means(
+    error_BAJ: Float[Array, "B A J"], mask_BAJ: Bool[Array, "B A J"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+    """Returns the mean over samples of the mean over valid entries, and the per-sample "loss" and "valid"."""
+    count = mask_BAJ.sum((1, 2)).astype(jnp.float32)
+    per_sample = jnp.where(mask_BAJ, error_BAJ, 0.0).sum((1, 2)) / jnp.maximum(count, 1.0)
+    valid = (count > 0).astype(jnp.float32)
+    return per_sample.sum() / jnp.maximum(valid.sum(), 1.0), {"loss": per_sample, "valid": valid}
