@@ -1,0 +1,243 @@
+"""PushT (gym-pusht, after Chi et al. 2023, Diffusion Policy): push the T onto its green outline with a disc."""
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from openpi_like.robots.pusht import PUSHT
+from openpi_like.robots.sims.sim import check_action, prompt_of
+
+PROMPTS = {"push-t": "push the T onto the green outline"}
+
+_SIZE = 512.0  # px, of the world
+_DISC = 15.0  # px, radius of the disc
+
+
+class PushTSim:
+    """See `Sim`. A seed is a position of the disc and a pose of the T; the outline never moves."""
+
+    robot = PUSHT
+    tasks = tuple(PROMPTS)
+    max_steps = 300
+    noises: tuple[float, ...] = (0.0, 4.0)  # px
+    renderer = "pygame"
+
+    def __init__(self) -> None:
+        self.success = False
+        self.env = _make_env()
+        self._prompt = ""
+
+    def reset(self, task: str, seed: int) -> None:
+        """See `Sim.reset`."""
+        self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
+        self.env.reset(seed=seed)
+        self.success = False
+
+    @property
+    def disc(self) -> np.ndarray:
+        """(2,) position of the disc, in px."""
+        return np.array(self.env.agent.position)
+
+    @property
+    def block_pose(self) -> np.ndarray:
+        """(3,) position in px and angle in rad of the T; privileged."""
+        return np.array([*self.env.block.position, self.env.block.angle])
+
+    def observe(self) -> dict[str, Any]:
+        """See `Sim.observe`."""
+        camera = self.robot.cameras[0]
+        return {
+            "images": {camera.name: self.frame(camera.height or 0)},
+            "state": self.disc.astype(np.float32),
+            "prompt": self._prompt,
+        }
+
+    def step(self, action: Float[np.ndarray, "2"]) -> None:
+        """See `Sim.step`."""
+        _, _, done, _, _ = self.env.step(np.clip(check_action(action, self.robot), 0.0, _SIZE))
+        self.success = self.success or bool(done)
+
+    def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """See `Sim.frame`."""
+        import pygame
+
+        screen = pygame.transform.smoothscale(self.env._draw(), (size, size))  # averages; the package's own aliases
+        return np.ascontiguousarray(pygame.surfarray.array3d(screen).transpose(1, 0, 2))
+
+    def expert(self, rng: np.random.Generator, noise: float) -> "PushTExpert":
+        """See `Sim.expert`."""
+        return PushTExpert(self, rng, noise)
+
+
+_LONGEST_MOVE = 40.0  # px per control step, away from the T
+_PUSHES = 10  # longest push, in control steps
+_COARSE, _FINE = 10.0, 4.0  # px per control step while pushing
+_FINE_COST = 12.0  # px; below it the T is nearly in place and pushes are short steps
+_STEP_COST = 0.045  # px per control step: of equally good coarse pushes, the shortest
+_CLEARANCE = 6.0  # px between disc and T before a push
+_MOVED = 3.0  # px; the T was bumped on the way, so plan again
+# The T in its own frame: a bar of 120 x 30 px and a stem of 30 x 90 px below it.
+_OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)], float)
+
+
+class PushTExpert:
+    """Greedy search over straight pushes, tried in a second copy of the simulator.
+
+    Every push starts at one of some forty points of the T's outline. The one that brings the T's corners nearest to
+    their goal is executed, after going there around the T.
+    """
+
+    def __init__(self, sim: PushTSim, rng: np.random.Generator, noise: float) -> None:
+        self._sim, self._rng, self._noise = sim, rng, noise
+        self._trial = _make_env()
+        self._trial.reset(seed=0)
+        self._goal = _to_world(_OUTLINE, sim.env.goal_pose)
+        self._targets = self._plan_and_move()
+
+    def act(self) -> Float[np.ndarray, "2"]:
+        """See `Expert.act`."""
+        return np.clip(next(self._targets), 0.0, _SIZE).astype(np.float32)
+
+    def disturb(self, action: Float[np.ndarray, "2"]) -> Float[np.ndarray, "2"]:
+        """Gaussian noise on the target; see `Expert.disturb`."""
+        return np.clip(action + self._noise * self._rng.standard_normal(2), 0.0, _SIZE).astype(np.float32)
+
+    def _plan_and_move(self) -> Iterator[np.ndarray]:
+        sim = self._sim
+        while True:
+            pose = sim.block_pose
+            push = None if sim.success else self._best_push(pose)
+            if push is None:
+                yield sim.disc  # done, or no push helps: stay
+                continue
+            start, step, count = push
+            yield from self._go(start, pose)
+            if self._moved(pose):
+                continue
+            for k in range(1, count + 1):
+                yield start + k * step
+            yield sim.disc - 12.0 * step / np.linalg.norm(step)  # let go
+
+    def _moved(self, pose: np.ndarray) -> bool:
+        return bool(np.linalg.norm(self._sim.block_pose[:2] - pose[:2]) > _MOVED)
+
+    def _go(self, goal: np.ndarray, pose: np.ndarray) -> Iterator[np.ndarray]:
+        """Targets on a way to `goal` that avoids the T; ends early if the T was bumped."""
+        route = self._route(self._sim.disc, goal, pose)
+        for i, point in enumerate(route):
+            near = 2.5 if i == len(route) - 1 else 14.0
+            for _ in range(25):
+                way = point - self._sim.disc
+                distance = np.linalg.norm(way)
+                if distance < near:
+                    break
+                yield self._sim.disc + way * min(1.0, _LONGEST_MOVE / distance)
+            if self._moved(pose):
+                return
+
+    def _best_push(self, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Returns (start, step per control step, number of steps) of the best push, or None if none helps."""
+        now = self._cost(pose)
+        fine = now < _FINE_COST
+        best, push = now - 0.05, None
+        outline = _to_world(_OUTLINE, pose)
+        for point, normal in _perimeter(outline):
+            for angle in (0.0, self._rng.uniform(-0.6, 0.6)):
+                c, s = np.cos(angle), np.sin(angle)
+                direction = -np.array([c * normal[0] - s * normal[1], s * normal[0] + c * normal[1]])
+                start = point - direction * (_DISC + _CLEARANCE)
+                if not np.all((start > 16) & (start < _SIZE - 16)):
+                    continue
+                step = direction * (_FINE if fine else _COARSE)
+                self._place(pose, start)
+                for k in range(1, _PUSHES + 1):
+                    target = start + k * step
+                    if not np.all((target > 10) & (target < _SIZE - 10)):
+                        break
+                    self._try(target)
+                    block = self._trial.block
+                    cost = self._cost(np.array([*block.position, block.angle]))
+                    penalised = cost + (0.0 if fine else _STEP_COST * (k - 1))
+                    if penalised < best:
+                        best, push = penalised, (start, step, k)
+                    if cost > now + 25:
+                        break
+        return push
+
+    def _cost(self, pose: np.ndarray) -> float:
+        """Mean distance of the T's corners from where they belong, in px."""
+        return float(np.linalg.norm(_to_world(_OUTLINE, pose) - self._goal, axis=1).mean())
+
+    def _place(self, pose: np.ndarray, disc: np.ndarray) -> None:
+        block, agent, space = self._trial.block, self._trial.agent, self._trial.space
+        block.velocity, block.angular_velocity = (0.0, 0.0), 0.0
+        block.angle = float(pose[2])  # before the position: it turns about the centre of gravity
+        block.position = (float(pose[0]), float(pose[1]))
+        agent.position, agent.velocity = (float(disc[0]), float(disc[1])), (0.0, 0.0)
+        space.reindex_shapes_for_body(block)
+        space.reindex_shapes_for_body(agent)
+
+    def _try(self, target: np.ndarray) -> None:
+        """One control step of the copy, without the coverage that the package computes: that takes most of the time."""
+        env, agent = self._trial, self._trial.agent
+        x, y = float(target[0]), float(target[1])
+        for _ in range(round(1 / (env.dt * env.control_hz))):
+            position, velocity = agent.position, agent.velocity
+            agent.velocity = (
+                velocity.x + (env.k_p * (x - position.x) - env.k_v * velocity.x) * env.dt,
+                velocity.y + (env.k_p * (y - position.y) - env.k_v * velocity.y) * env.dt,
+            )
+            env.space.step(env.dt)
+
+    def _route(self, start: np.ndarray, goal: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
+        """Points to pass on the way: straight if the T is not in between, else along a circle around it."""
+        from shapely.geometry import LineString, Polygon
+
+        block = Polygon(_to_world(_OUTLINE, pose))
+        grown = block.buffer(_DISC + 1.5)
+        straight = LineString([start, goal])
+        if not straight.crosses(grown) and not straight.within(grown):
+            return [goal]
+        centre = np.array(block.centroid.coords[0])
+        angles = [np.arctan2(*(p - centre)[::-1]) for p in (start, goal)]
+        turn = (angles[1] - angles[0] + np.pi) % (2 * np.pi) - np.pi
+        routes = []
+        for sweep in (turn, turn - np.sign(turn) * 2 * np.pi):
+            count = max(1, int(abs(sweep) / 0.5))
+            around = angles[0] + sweep * np.arange(count + 1) / count
+            circle = centre + 115.0 * np.stack([np.cos(around), np.sin(around)], axis=1)
+            points = [*np.clip(circle, 12.0, _SIZE - 12.0), goal]
+            legs = [LineString(leg) for leg in itertools.pairwise([start, *points])]
+            bumps = sum(leg.intersection(block.buffer(_DISC + 0.5)).length for leg in legs)
+            routes.append((sum(leg.length for leg in legs) + 8.0 * bumps, points))
+        return min(routes, key=lambda r: r[0])[1]
+
+
+def _to_world(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """(N, 2) points in the T's frame -> the world's, for a pose (x, y, angle)."""
+    c, s = np.cos(pose[2]), np.sin(pose[2])
+    return points @ np.array([[c, s], [-s, c]]) + pose[:2]
+
+
+def _perimeter(outline: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Points about every 12 px along the outline, each with its outward unit normal."""
+    for a, b in itertools.pairwise([*outline, outline[0]]):
+        length = np.linalg.norm(b - a)
+        along = (b - a) / length
+        count = max(1, round(length / 12.0))
+        for i in range(count):
+            yield a + (b - a) * (i + 0.5) / count, np.array([along[1], -along[0]])
+
+
+def _make_env() -> Any:
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the packages
+        from gym_pusht.envs.pusht import PushTEnv
+
+        return PushTEnv(obs_type="state")
