@@ -35,3 +35,52 @@ def golden() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no golden vectors: {directory} is absent; set OPENPI_LIKE_GOLDEN")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_policy():
+    """Smallest pi0 that has every part: two cameras, state, padded dims."""
+    from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.pi0 import Pi0Config
+    from openpi_like.models.siglip import SiglipConfig
+
+    gemma = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    return Pi0Config(
+        vision=SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8),
+        vlm=gemma,
+        expert=gemma,
+        cameras=("base", "wrist_right"),
+        image_size=(16, 16),
+        state_dim=4,
+        action_dim=4,
+        action_horizon=4,
+        prompt_len=8,
+        vocab_size=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_batch(tiny_policy):
+    """Eight random samples of two datasets for `tiny_policy`; the second has neither a wrist camera nor all dims."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    p, B = tiny_policy, 8
+    dataset = np.arange(B, dtype=np.int32) % 2
+    action_mask = np.ones((B, p.action_horizon, p.action_dim), bool)
+    action_mask[dataset == 1, :, 3:] = False
+    action_mask[3, 2:] = False
+    state_mask = np.ones((B, p.state_dim), bool)
+    prompt_mask = np.arange(p.prompt_len) < rng.integers(2, p.prompt_len, (B, 1))
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        "images": {c: rng.integers(0, 256, (B, *p.image_size, 3), dtype=np.uint8) for c in p.cameras},
+        "image_mask": {"base": np.ones(B, bool), "wrist_right": dataset == 0},
+        "state": draw(B, p.state_dim),
+        "state_mask": state_mask,
+        "prompt": np.where(prompt_mask, rng.integers(4, p.vocab_size, prompt_mask.shape), 0).astype(np.int32),
+        "prompt_mask": prompt_mask,
+        "actions": np.where(action_mask, draw(*action_mask.shape), 0).astype(np.float32),
+        "action_mask": action_mask,
+        "dataset_id": dataset,
+    }

@@ -69,7 +69,7 @@ def test_load_run_names_the_files_beside(tmp_path):
     (tmp_path / "good.py").write_text("config = 3\n")
     (tmp_path / "bad.py").write_text("value = 3\n")
     assert load_run(tmp_path / "good.py") == 3
-    with pytest.raises(FileNotFoundError, match="bad.py, good.py"):
+    with pytest.raises(FileNotFoundError, match=r"bad\.py, good\.py"):
         load_run(tmp_path / "god.py")
     with pytest.raises(ValueError, match="no variable named config"):
         load_run(tmp_path / "bad.py")

@@ -18,12 +18,15 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 (). params, ema: nested dicts of float32 weights (ema None when off). opt_state: optax."""
+    """step: int32 (). params, ema: nested dicts of float32 weights (ema None when off). opt_state: optax.
 
-    step: jax.Array
-    params: Params
-    ema: Params | None
-    opt_state: optax.OptState
+    The same structure also holds the shapes, or the shardings, of these leaves.
+    """
+
+    step: Any
+    params: Any
+    ema: Any
+    opt_state: Any
 
 
 class ModelDef:
@@ -125,7 +128,7 @@ class Trainer:
         if ema is not None and self.ema_decay is not None:
             decay = self.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         one_hot = jax.nn.one_hot(batch["dataset_id"], len(self.dataset_names))  # (B, datasets), a handful of columns
         sums, counts = per_sample["loss"] @ one_hot, one_hot.sum(0)
         for i, name in enumerate(self.dataset_names):
