@@ -1,0 +1,407 @@
+"""Mixtures of datasets as batches: a pure function of (seed, global sample index).
+
+Sample p of a run comes from a dataset and frame that are computed from p alone, so the order does not depend on the
+number of hosts, of threads, or on where a run was resumed. Batch k of a loader that starts at s holds the samples
+s + k * batch_size ... s + (k + 1) * batch_size - 1; host h of H holds every H-th of them, from the h-th on.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from openpi_like.batch import Batch
+from openpi_like.config import near_names
+from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.images import Augment, augment
+from openpi_like.data.index import open_index
+from openpi_like.data.normalize import Normalization
+from openpi_like.data.schema import DatasetError
+from openpi_like.data.text import TextTokenizer
+from openpi_like.robots.robot import Robot
+
+RENDERER_KEY = "episode_metadata/renderer"
+
+
+class PolicyShape(Protocol):
+    """The part of a policy's config that decides the shapes of batches; `Pi0Config` is one."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def state_dim(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def action_horizon(self) -> int: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture.
+
+    path: TFDS directory. weight: part of the samples that come from it, relative to the other weights, whatever its
+    size. split, val_split: for training and validation; val_split None means there is nothing to validate on.
+    """
+
+    robot: Robot
+    path: str
+    weight: float = 1.0
+    split: str = "train"
+    val_split: str | None = "val"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A mixture of datasets and how it is read.
+
+    frame_stride: see `EpisodeDataset`. drop_cameras: slots that robots have and the policy is not to see.
+    augment: None leaves training images as they are. num_threads: each decodes a batch at a time. prefetch: batches
+    kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+    """
+
+    entries: tuple[MixtureEntry, ...]
+    frame_stride: int = 1
+    seed: int = 0
+    drop_cameras: tuple[str, ...] = ()
+    augment: Augment | None = None
+    num_threads: int = 2
+    prefetch: int = 4
+    index_dir: str | None = None
+    max_corrupt_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.entries:
+            problems.append("no entries, expected at least one dataset")
+        for entry in self.entries:
+            if not 0 < entry.weight < float("inf"):
+                problems.append(f"weight {entry.weight} of {entry.path}, expected a number above 0")
+        for name, least in (("frame_stride", 1), ("num_threads", 1), ("prefetch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                problems.append(f"{name}={getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.max_corrupt_fraction < 1:
+            problems.append(f"max_corrupt_fraction={self.max_corrupt_fraction}, expected a value in [0, 1)")
+        if problems:
+            raise ValueError("DataConfig: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What the training split of each robot is: how it was rendered (None for real cameras), episodes and frames."""
+
+    renderers: dict[str, str | None]
+    episodes: dict[str, int]
+    frames: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatch:
+    """A batch of held-out frames of one dataset, with the same numbers in robot space for errors in physical units.
+
+    state: (B, Ds). actions: (B, A, Js), A the robot's horizon. action_mask: (B, A), False past the end of the episode.
+    """
+
+    batch: Batch
+    robot: Robot
+    state: np.ndarray
+    actions: np.ndarray
+    action_mask: np.ndarray
+
+
+def open_datasets(config: DataConfig, *, validation: bool = False) -> list[EpisodeDataset | None]:
+    """Opens the training (or validation) split of every entry; None where an entry has no validation split.
+
+    Raises:
+        DatasetError: lists what is wrong with all of the datasets.
+    """
+    datasets: list[EpisodeDataset | None] = []
+    problems = []
+    for entry in config.entries:
+        split = entry.val_split if validation else entry.split
+        if split is None:
+            datasets.append(None)
+            continue
+        try:
+            index = open_index(
+                entry.path, split, index_dir=config.index_dir, max_corrupt_fraction=config.max_corrupt_fraction
+            )
+            datasets.append(EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride))
+        except DatasetError as e:
+            problems.append(str(e))
+    if problems:
+        raise DatasetError("\n".join(problems))
+    return datasets
+
+
+def describe(config: DataConfig) -> Description:
+    """Says what the training data is.
+
+    Raises:
+        DatasetError: as `open_datasets`; or the images of one robot come from different renderers.
+    """
+    renderers: dict[str, set[str | None]] = {}
+    episodes: dict[str, int] = {}
+    frames: dict[str, int] = {}
+    for dataset in open_datasets(config):
+        assert dataset is not None  # only validation splits may be absent
+        name, index = dataset.robot.name, dataset.index
+        found = index.episode_texts.get(RENDERER_KEY)
+        used = {None} if found is None else {found.table[i] for i in np.unique(found.ids)}
+        renderers.setdefault(name, set()).update(used)
+        episodes[name] = episodes.get(name, 0) + index.episodes
+        frames[name] = frames.get(name, 0) + len(dataset)
+        dataset.close()
+    mixed = {name: sorted(map(str, used)) for name, used in renderers.items() if len(used) > 1}
+    if mixed:
+        raise DatasetError(
+            f"images of one robot come from different renderers ({mixed}), which differ in their pixels; "
+            "record them again with one renderer"
+        )
+    return Description({name: next(iter(used)) for name, used in renderers.items()}, episodes, frames)
+
+
+class _Assembler:
+    """Turns (dataset, frame) pairs into batches of the policy's shape. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        datasets: Sequence[EpisodeDataset | None],
+        policy: PolicyShape,
+        tokenizer: TextTokenizer,
+        normalizations: Mapping[str, Normalization],
+        config: DataConfig,
+    ) -> None:
+        self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
+        self.normalizations = normalizations
+        problems = []
+        if tokenizer.prompt_len != policy.prompt_len:
+            problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
+        if tokenizer.vocab_size > policy.vocab_size:
+            problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
+        for entry in config.entries:
+            problems += [f"robot {entry.robot.name!r}: {p}" for p in self._problems(entry.robot)]
+        if problems:
+            raise ValueError(
+                "robots, tokenizer and policy do not fit each other:\n  " + "\n  ".join(dict.fromkeys(problems))
+            )
+
+    def _problems(self, robot: Robot) -> list[str]:
+        problems = []
+        for camera in robot.cameras:
+            if camera.name not in self.policy.cameras and camera.name not in self.config.drop_cameras:
+                near = near_names(camera.name, list(self.policy.cameras))
+                problems.append(
+                    f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, "
+                    "or to drop_cameras"
+                )
+        if not any(c.name in self.policy.cameras for c in robot.cameras):
+            problems.append(f"none of its cameras is a slot of the policy: {', '.join(self.policy.cameras)}")
+        for what, got, most in (
+            ("state size", robot.state_size, self.policy.state_dim),
+            ("action size", robot.action_size, self.policy.action_dim),
+            ("action_horizon", robot.action_horizon, self.policy.action_horizon),
+        ):
+            if got > most:
+                problems.append(f"{what} {got}, the policy has room for {most}; enlarge the policy")
+        if robot.name not in self.normalizations:
+            problems.append(f"no normalisation; {near_names(robot.name, list(self.normalizations))}")
+        else:
+            try:
+                self.normalizations[robot.name].check(robot)
+            except ValueError as e:
+                problems.append(str(e))
+        return problems
+
+    def __call__(self, ids: np.ndarray, frames: np.ndarray, positions: Sequence[int] | None) -> Batch:
+        """ids, frames: (B,) dataset and frame of each sample. positions: in the run, to augment by; None for as is."""
+        policy, size = self.policy, len(ids)
+        height, width = policy.image_size
+        images = {name: np.zeros((size, height, width, 3), np.uint8) for name in policy.cameras}
+        image_mask = {name: np.zeros(size, bool) for name in policy.cameras}
+        state = np.zeros((size, policy.state_dim), np.float32)
+        state_mask = np.zeros((size, policy.state_dim), bool)
+        actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
+        action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
+        prompts = [""] * size
+        for i in np.unique(ids):
+            dataset = self.datasets[i]
+            assert dataset is not None  # ids are of open datasets
+            rows = np.flatnonzero(ids == i)
+            robot, normalization = dataset.robot, self.normalizations[dataset.robot.name]
+            states, chunks, mask = dataset.encoded(frames[rows])
+            state[rows, : robot.state_size] = normalization.apply_state(states)
+            state_mask[rows, : robot.state_size] = True
+            chunks = np.where(mask[..., None], normalization.apply_actions(chunks), np.float32(0))
+            actions[rows, : robot.action_horizon, : robot.action_size] = chunks
+            action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
+            for row, prompt in zip(rows, dataset.prompts(frames[rows]), strict=True):
+                prompts[row] = prompt
+            for camera in robot.cameras:
+                if camera.name not in images:
+                    continue
+                image_mask[camera.name][rows] = True
+                slot = policy.cameras.index(camera.name)
+                for row in rows:
+                    out = images[camera.name][row]
+                    dataset.image_into(int(frames[row]), camera, out)
+                    if self.config.augment is not None and positions is not None:
+                        key = (self.config.seed, positions[int(row)], slot)
+                        augment(out, self.config.augment, np.random.default_rng(key))
+        prompt, prompt_mask = self.tokenizer.batch(prompts)
+        return Batch(
+            images=images,
+            image_mask=image_mask,
+            state=state,
+            state_mask=state_mask,
+            prompt=prompt,
+            prompt_mask=prompt_mask,
+            actions=actions,
+            action_mask=action_mask,
+            dataset_id=ids.astype(np.int32),
+        )
+
+
+def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Returns the endless order of a mixture: element p is (p, dataset, frame), computed from p.
+
+    Every dataset is shuffled anew in each of its passes, and each frame comes once in a pass.
+    """
+    orders = []
+    for i, length in enumerate(lengths):
+        shuffle_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+        order = grain.MapDataset.range(length).shuffle(seed=shuffle_seed).repeat()
+        orders.append(order.map(lambda frame, i=i: (i, int(frame))))
+    mixed = grain.MapDataset.mix(orders, weights=[w / sum(weights) for w in weights])
+    return mixed.map_with_index(lambda p, element: (p, *element))
+
+
+class Loader:
+    """Batches of this host, decoded ahead in threads. An iterator that never ends.
+
+    position: global sample index of the next batch; a loader made with `start=position` goes on from there.
+    wait_seconds: time spent waiting for batches so far.
+    """
+
+    def __init__(self, batches: Iterator[Batch], datasets: list[EpisodeDataset], batch_size: int, start: int) -> None:
+        self._batches, self._datasets, self._batch_size = batches, datasets, batch_size
+        self.position = start
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.wait_seconds += time.perf_counter() - started
+        self.position += self._batch_size
+        return batch
+
+    def close(self) -> None:
+        """Stops the threads and closes files."""
+        self._batches.close()  # type: ignore[attr-defined]
+        for dataset in self._datasets:
+            dataset.close()
+
+
+def make_loader(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    policy: PolicyShape,
+    tokenizer: TextTokenizer,
+    normalizations: Mapping[str, Normalization],
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Returns the training batches of one host, from global sample `start` on; prints what they take in memory.
+
+    Args:
+        batch_size: over all hosts.
+        normalizations: by robot name.
+
+    Raises:
+        DatasetError: as `open_datasets`.
+        ValueError: robots do not fit the policy or the statistics (lists all), or sizes do not divide.
+    """
+    if batch_size % process_count or not 0 <= process_index < process_count or start < 0:
+        raise ValueError(
+            f"batch_size={batch_size} on {process_count} hosts, host {process_index}, start={start}; expected a "
+            "batch_size that the number of hosts divides, a host number below it, and start >= 0"
+        )
+    datasets = [d for d in open_datasets(config) if d is not None]
+    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config)
+    local = batch_size // process_count
+    order = sample_order([len(d) for d in datasets], [e.weight for e in config.entries], config.seed)
+
+    def decode(samples: list[tuple[int, int, int]]) -> Batch:
+        positions, ids, frames = zip(*samples, strict=True)
+        return assemble(np.array(ids), np.array(frames), positions)
+
+    batches = order.slice(slice(start + process_index, None, process_count)).batch(local, batch_fn=list).map(decode)
+    options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+    print(memory_budget(config, datasets, policy, local))
+    return Loader(iter(batches.to_iter_dataset(options)), datasets, batch_size, start)
+
+
+def memory_budget(config: DataConfig, datasets: list[EpisodeDataset], policy: PolicyShape, local_batch: int) -> str:
+    """Returns a line that says what the buffers of one host hold at most."""
+    height, width = policy.image_size
+    decoded = local_batch * len(policy.cameras) * height * width * 3
+    sizes = [np.mean(d.index.images[c.key][:, 1]) for d in datasets for c in d.robot.cameras]
+    held = config.prefetch + config.num_threads
+    frames = sum(len(d) for d in datasets)
+    return (
+        f"data: {frames:,} frames in {len(datasets)} datasets; buffers per host: {held} batches of "
+        f"{decoded / 2**20:.1f} MiB decoded = {held * decoded / 2**20:.0f} MiB, and {config.num_threads} encoded images of about "
+        f"{np.mean(sizes) / 2**10:.0f} KiB; indexes are memory-mapped"
+    )
+
+
+def validation_batches(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    count: int,
+    policy: PolicyShape,
+    tokenizer: TextTokenizer,
+    normalizations: Mapping[str, Normalization],
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[ValidationBatch]:
+    """Yields `count` batches of each dataset with a validation split: the same evenly spaced frames every time.
+
+    `batch_size` is over all hosts; each gets every `process_count`-th row. A split with fewer frames than asked for
+    repeats some of them. Images are not augmented.
+
+    Raises:
+        DatasetError, ValueError: as `make_loader`.
+    """
+    datasets = open_datasets(config, validation=True)
+    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config)
+    for i, dataset in enumerate(datasets):
+        if dataset is None:
+            continue
+        chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
+        for frames in chosen.reshape(count, batch_size):
+            mine = frames[process_index::process_count]
+            actions, mask = dataset.actions(mine)
+            yield ValidationBatch(
+                batch=assemble(np.full(len(mine), i), mine, None),
+                robot=dataset.robot,
+                state=dataset.state(mine),
+                actions=actions,
+                action_mask=mask,
+            )
+        dataset.close()

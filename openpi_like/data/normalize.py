@@ -1,0 +1,121 @@
+"""Normalisation of states and actions in model space (see `openpi_like.robots.robot`), and back."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from openpi_like.robots.robot import Robot
+
+EPSILON = 1e-6  # as in openpi, so that its statistics give its numbers
+# A dimension that varies less than this in the data (in its own unit) carries no scale. It is only centred, so a value
+# off the constant comes out at its own size instead of a thousand times larger.
+FLOOR = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldStats:
+    """Statistics of the dims of a state or an action, one value per dim. count: values they were computed from."""
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    count: int
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("mean", "std", "q01", "q99", "min", "max"):
+            values = getattr(self, name)
+            if len(values) != len(self.names):
+                problems.append(f"{name} has {len(values)} values, expected {len(self.names)}")
+            elif not np.all(np.isfinite(values)):
+                problems.append(f"{name} has values that are not finite: {values}")
+        if problems:
+            raise ValueError(f"FieldStats of {self.names}: " + "; ".join(problems))
+
+    def affine(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (offset, scale), float64, so that normalised = (x - offset) / scale."""
+        if mode == "zscore":
+            offset, width = np.array(self.mean), np.array(self.std)
+            return offset, np.where(width < FLOOR, 1.0, width + EPSILON)
+        q01, width = np.array(self.q01), np.array(self.q99) - np.array(self.q01)
+        # (x - q01) / width * 2 - 1, with half the width as the scale
+        scale = np.where(width < FLOOR, 1.0, (width + EPSILON) / 2)
+        return np.where(width < FLOOR, q01 + width / 2, q01 + scale), scale
+
+    def degenerate(self, mode: str) -> tuple[str, ...]:
+        """Returns the names of dims that are constant for this mode (below `FLOOR`) and are only centred."""
+        widths = self.std if mode == "zscore" else np.array(self.q99) - np.array(self.q01)
+        return tuple(name for name, width in zip(self.names, widths, strict=True) if width < FLOOR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """How the numbers of one robot are normalised.
+
+    mode: "zscore", (x - mean) / (std + 1e-6); or "quantile", (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, not clipped.
+    robot: its name. Stored in checkpoints, as JSON through `openpi_like.config.to_json`.
+    """
+
+    robot: str
+    mode: str
+    state: FieldStats
+    action: FieldStats
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("zscore", "quantile"):
+            raise ValueError(f"Normalization of {self.robot!r}: mode {self.mode!r}, expected 'zscore' or 'quantile'")
+
+    def apply_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
+        """Model space -> normalised, float32."""
+        return _apply(x, self.state, self.mode)
+
+    def apply_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
+        """Model space -> normalised, float32."""
+        return _apply(x, self.action, self.mode)
+
+    def invert_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
+        """Inverse of `apply_state`."""
+        return _invert(x, self.state, self.mode)
+
+    def invert_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
+        """Inverse of `apply_actions`."""
+        return _invert(x, self.action, self.mode)
+
+    def check(self, robot: Robot) -> None:
+        """Raises ValueError, naming every difference, unless these are statistics of this robot."""
+        problems = []
+        for what, got, expected in (
+            ("robot", self.robot, robot.name),
+            ("mode", self.mode, robot.normalization),
+            ("state dims", self.state.names, robot.state_names),
+            ("action dims", self.action.names, robot.action_names),
+        ):
+            if got != expected:
+                problems.append(f"{what} {got}, expected {expected}")
+        if problems:
+            raise ValueError(
+                f"normalisation does not fit robot {robot.name!r}: {'; '.join(problems)}; "
+                "compute the statistics again (data/stats.py)"
+            )
+
+
+def _check_size(x: np.ndarray, stats: FieldStats) -> None:
+    if x.shape[-1] != len(stats.names):
+        raise ValueError(f"got shape {x.shape}, expected last axis {len(stats.names)}: {', '.join(stats.names)}")
+
+
+def _apply(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
+    _check_size(x, stats)
+    offset, scale = stats.affine(mode)
+    return ((x - offset) / scale).astype(np.float32)
+
+
+def _invert(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
+    _check_size(x, stats)
+    offset, scale = stats.affine(mode)
+    return (x * scale + offset).astype(np.float32)
