@@ -8,6 +8,7 @@ that the robot declares. Images are stored as the encoded bytes they come as.
 import dataclasses
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,16 @@ def write_rlds(
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     part.mkdir(parents=True)
 
-    writer = None
+    writer, kinds = None, None
     for split, episodes in splits.items():
         count = 0
         for episode in episodes:
-            _check(episode, robot, f"episode {count} of split {split!r}")
+            where = f"episode {count} of split {split!r}"
+            _check(episode, robot, where)
+            own = {k: type(v).__name__ for k, v in episode.metadata.items()}
+            kinds = kinds or own
+            if own != kinds:
+                raise ValueError(f"{where}: metadata {own} are not those of the first episode, {kinds}")
             if writer is None:
                 identity = tfds.core.DatasetIdentity(
                     name=name, version=tfds.core.Version(VERSION), data_dir=os.fspath(part), module_name=__name__
@@ -95,13 +101,7 @@ def write_rlds(
                 )
                 writer = tfds.core.SequentialWriter(info, episodes_per_shard, file_format=file_format)
                 writer.initialize_splits(list(splits))
-            try:
-                writer.add_examples({split: [_example(robot, episode)]})
-            except KeyError as e:
-                raise ValueError(
-                    f"episode {count} of split {split!r}: metadata {sorted(episode.metadata)} "
-                    f"are not those of the first episode: {e}"
-                ) from e
+            writer.add_examples({split: [_example(robot, episode)]})
             count += 1
             on_episode()
         if count == 0:
@@ -126,14 +126,25 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
             problems.append(f"{what} has values that are not finite")
     if steps == 0:
         problems.append("it has no steps")
-    cameras = [c.name for c in robot.cameras]
-    if sorted(episode.images) != sorted(cameras):
-        problems.append(f"cameras {sorted(episode.images)}, expected {sorted(cameras)}")
-    for camera, frames in episode.images.items():
+    cameras = sorted(c.name for c in robot.cameras)
+    if sorted(episode.images) != cameras:
+        problems.append(f"cameras {sorted(episode.images)}, expected {cameras}")
+    for camera in robot.cameras:
+        frames = episode.images.get(camera.name)
+        if frames is None:
+            continue
         if len(frames) != steps:
-            problems.append(f"camera {camera!r} has {len(frames)} images, expected {steps}")
+            problems.append(f"camera {camera.name!r} has {len(frames)} images, expected {steps}")
         if not all(f.startswith(b"\x89PNG") for f in frames):
-            problems.append(f"camera {camera!r} has images that are not PNG")
+            problems.append(f"camera {camera.name!r} has images that are not PNG")
+            continue
+        # The header of a PNG has width and height as big-endian 32-bit integers from byte 16 on.
+        sizes = {struct.unpack(">II", f[16:24])[::-1] for f in frames}
+        expected = (camera.height, camera.width)
+        if any(want not in (None, got) for size in sizes for got, want in zip(size, expected, strict=True)):
+            problems.append(
+                f"camera {camera.name!r} has images of (height, width) {sorted(sizes)}, expected {expected}"
+            )
     kinds = {k: type(v).__name__ for k, v in episode.metadata.items() if not isinstance(v, _METADATA_KINDS)}
     if kinds:
         problems.append(f"metadata of types {kinds}, expected str, bool, int or float")

@@ -133,7 +133,7 @@ _ITERATIONS = 20
 _MEMORY = 0.9  # correlation of the noise from one control step to the next
 _CALM_FROM = 45  # control steps; the right gripper closes from 62 on
 
-Waypoint = tuple[float, np.ndarray, np.ndarray, float]  # time, hand position, hand quaternion (wxyz), gripper
+Waypoint = tuple[int, np.ndarray, np.ndarray, float]  # time, hand position, hand quaternion (wxyz), gripper
 
 
 class AlohaExpert:
@@ -209,7 +209,7 @@ class AlohaExpert:
 def _plan(cube: np.ndarray) -> dict[str, list[Waypoint]]:
     """Waypoints of both arms, in control steps: pick up, meet in the middle, hand over, part."""
     straight = np.array([1.0, 0.0, 0.0, 0.0])
-    down, sideways = _turn([0, 1, 0], -60), _turn([1, 0, 0], 90)
+    down, sideways = _turn(np.array([0.0, 1.0, 0.0]), -60.0), _turn(np.array([1.0, 0.0, 0.0]), 90.0)
     grasp = np.array([cube[0], cube[1], 0.02])
     above = grasp + np.array([0.0, 0.0, 0.08])
     meet = np.array([0.0, 0.5, 0.25])
@@ -240,7 +240,7 @@ def _plan(cube: np.ndarray) -> dict[str, list[Waypoint]]:
     }
 
 
-def _interpolate(plan: list[Waypoint], time: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _interpolate(plan: list[Waypoint], time: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Pose and gripper at `time`: linear, and the last waypoint for ever after."""
     for (t0, p0, q0, g0), (t1, p1, q1, g1) in itertools.pairwise(plan):
         if time < t1:
@@ -250,10 +250,10 @@ def _interpolate(plan: list[Waypoint], time: float) -> tuple[np.ndarray, np.ndar
     return plan[-1][1], plan[-1][2], plan[-1][3]
 
 
-def _turn(axis: list[float], degrees: float) -> np.ndarray:
+def _turn(axis: np.ndarray, degrees: float) -> np.ndarray:
     """Quaternion (wxyz) of a turn about a unit axis."""
     half = np.deg2rad(degrees) / 2
-    return np.array([np.cos(half), *(np.sin(half) * np.array(axis, float))])
+    return np.array([np.cos(half), *(np.sin(half) * axis)])
 
 
 def _model_path() -> Path:

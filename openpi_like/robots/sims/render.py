@@ -11,7 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,6 +28,7 @@ _PROBE_MODEL = (
 )
 
 
+@runtime_checkable
 class Renderer(Protocol):
     """Draws one camera of one MuJoCo model at one size."""
 
@@ -41,9 +42,18 @@ class GLRenderer:
     """OpenGL, off screen, without shadows, reflections and multisampling: those are nine tenths of a frame's time.
 
     A GL context belongs to the thread that made it: build and use a renderer in one thread.
+
+    Raises:
+        RuntimeError: this process has imported TensorFlow.
     """
 
     def __init__(self, name: str, model: Any, height: int, width: int, camera: str) -> None:
+        if "tensorflow" in sys.modules:
+            # Mesa's driver and TensorFlow each bring an LLVM: whichever comes second dies of a segmentation fault.
+            raise RuntimeError(
+                f"cannot draw with {name}: TensorFlow is loaded in this process, and the two crash each other; "
+                f"draw in a process without TensorFlow, or set {VARIABLE}=raycast"
+            )
         mujoco = import_mujoco()
         self.name = name
         self._mujoco, self._model = mujoco, model

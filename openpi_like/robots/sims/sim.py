@@ -1,7 +1,7 @@
 """What every simulated robot offers: to a policy the observations of the wire, to demonstrations an expert."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -13,6 +13,7 @@ HELD_OUT_SEED = 10_000
 """Seeds from here on are for evaluation: demonstrations never use them, so their layouts are new to the policy."""
 
 
+@runtime_checkable
 class Expert(Protocol):
     """A scripted demonstrator for one episode; it knows the simulator's whole state."""
 
@@ -26,6 +27,7 @@ class Expert(Protocol):
         """
 
 
+@runtime_checkable
 class Sim(Protocol):
     """A simulated robot and its tasks.
 

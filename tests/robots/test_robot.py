@@ -1,0 +1,261 @@
+"""Robot space and model space: numbers by hand, laws over random robots, and every error."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.spatial.transform import Rotation
+
+from openpi_like.robots.aloha import ALOHA
+from openpi_like.robots.pusht import PUSHT
+from openpi_like.robots.robot import ROTATIONS, UNITS, ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.robots.widowx import WIDOWX
+
+ALL = (PUSHT, SAWYER, ALOHA, WIDOWX)
+
+
+def make_robot(state, action, **changes):
+    defaults = {
+        "name": "r",
+        "cameras": (Camera("base", "observation/image"),),
+        "state": tuple(state),
+        "action": tuple(action),
+        "control_hz": 10.0,
+        "action_horizon": 4,
+        "execute_steps": 2,
+    }
+    return Robot(**{**defaults, **changes})
+
+
+def rotation_values(representation, rotations, unit="1"):
+    """(N, size) values of scipy rotations, converted by scipy alone."""
+    to_array = {
+        "rpy": lambda r: r.as_euler("xyz"),
+        "axis_angle": lambda r: r.as_rotvec(),
+        "quaternion_xyzw": lambda r: r.as_quat(),
+        "quaternion_wxyz": lambda r: np.roll(r.as_quat(), 1, axis=-1),
+        "rotation_6d": lambda r: np.concatenate([r.as_matrix()[:, :, 0], r.as_matrix()[:, :, 1]], axis=-1),
+    }
+    return to_array[representation](rotations) / UNITS[unit][1]
+
+
+# ---- numbers by hand
+
+
+def test_units_and_gripper():
+    gripper = Gripper(open=-1.0, closed=1.0)
+    state = [
+        StateField("hand", "s", 2, unit="mm"),
+        StateField("turn", "s", 1, start=2, unit="deg"),
+        StateField("gripper", "s", 1, start=3, gripper=gripper),
+    ]
+    robot = make_robot(state, [ActionField("gripper", "a", 2, gripper=gripper)])
+    encoded = robot.encode_state(np.array([120.0, -5.0, 90.0, 0.5]))
+    np.testing.assert_allclose(encoded, [0.12, -0.005, math.pi / 2, 0.25], rtol=1e-6)
+    assert encoded.dtype == np.float32
+    actions = robot.encode_actions(np.array([[-1.0, 1.0], [0.0, 3.0]]), np.zeros(4))
+    np.testing.assert_allclose(actions, [[1.0, 0.0], [0.5, -1.0]])  # out of range stays out of range
+
+
+def test_relative_to_subtracts_the_first_state_from_the_whole_chunk():
+    chunk = np.array([[110.0, 220.0], [130.0, 190.0]])
+    encoded = PUSHT.encode_actions(chunk, np.array([100.0, 200.0]))
+    np.testing.assert_allclose(encoded, [[10.0, 20.0], [30.0, -10.0]])
+
+
+def test_relative_to_converts_units_on_both_sides():
+    robot = make_robot(
+        [StateField("hand", "s", 1, unit="m")], [ActionField("hand", "a", 1, unit="cm", relative_to="hand")]
+    )
+    np.testing.assert_allclose(robot.encode_actions(np.array([[25.0]]), np.array([0.1])), [[0.15]], rtol=1e-6)
+    np.testing.assert_allclose(robot.decode_actions(np.array([[0.15]]), np.array([0.1])), [[25.0]], rtol=1e-6)
+
+
+def test_quarter_turn_in_every_representation():
+    h = math.sqrt(0.5)
+    by_hand: dict[str, list[float]] = {
+        "rpy": [0, 0, math.pi / 2],
+        "axis_angle": [0, 0, math.pi / 2],
+        "quaternion_xyzw": [0, 0, h, h],
+        "quaternion_wxyz": [h, 0, 0, h],
+        "rotation_6d": [0, 1, 0, -1, 0, 0],
+    }
+    assert by_hand.keys() == ROTATIONS.keys()
+    for name, values in by_hand.items():
+        field = StateField("r", "s", 3, rotation="rpy", unit="deg", model_rotation=name)
+        got = make_robot([field], [ActionField("x", "a", 1)]).encode_state(np.array([0.0, 0.0, 90.0]))
+        np.testing.assert_allclose(got, values, atol=1e-6, err_msg=name)
+
+
+def test_relative_rotation_is_in_the_frame_of_the_state():
+    state = StateField("r", "s", 3, rotation="rpy", unit="deg")
+    action = ActionField("r", "a", 3, rotation="rpy", unit="deg", model_rotation="axis_angle", relative_to="r")
+    robot = make_robot([state], [action])
+    got = robot.encode_actions(np.array([[0.0, 0.0, 75.0]]), np.array([0.0, 0.0, 30.0]))
+    np.testing.assert_allclose(got, [[0.0, 0.0, math.pi / 4]], atol=1e-6)
+    # After a quarter turn about z, the world's x axis is the hand's -y axis: a roll of the world is a turn about that.
+    quarter = Rotation.from_euler("z", 90, degrees=True)
+    target = (Rotation.from_euler("x", 20, degrees=True) * quarter).as_euler("xyz", degrees=True)
+    got = robot.encode_actions(target[None], np.array([0.0, 0.0, 90.0]))
+    np.testing.assert_allclose(got, [[0.0, -math.radians(20), 0.0]], atol=1e-6)
+
+
+def test_names_and_sizes():
+    assert PUSHT.action_names == ("disc_0 [px]", "disc_1 [px]")
+    assert SAWYER.state_names == ("hand_0 [m]", "hand_1 [m]", "hand_2 [m]", "gripper_0 [1]")
+    sizes = [(r.robot_state_size, r.robot_action_size, r.state_size, r.action_size) for r in ALL]
+    assert sizes == [(2, 2, 2, 2), (4, 4, 4, 4), (14, 14, 14, 14), (7, 7, 7, 7)]
+    wide = make_robot(
+        [StateField("r", "s", 3, rotation="rpy", model_rotation="rotation_6d")], [ActionField("x", "a", 1)]
+    )
+    assert (wide.robot_state_size, wide.state_size) == (3, 6)
+    assert len(wide.state_names) == 6
+
+
+# ---- laws
+
+FLOATS = st.floats(-10, 10, width=32)
+
+
+@pytest.mark.parametrize("robot", ALL, ids=lambda r: r.name)
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_decode_inverts_encode(robot, data):
+    batch = data.draw(st.sampled_from([(), (2,), (2, 3)]))
+    state = data.draw(arrays(np.float32, (*batch, robot.robot_state_size), elements=FLOATS))
+    actions = data.draw(arrays(np.float32, (*batch, 5, robot.robot_action_size), elements=FLOATS))
+    encoded = robot.encode_actions(actions, state)
+    assert encoded.shape == (*batch, 5, robot.action_size)
+    np.testing.assert_allclose(robot.decode_actions(encoded, state), actions, atol=1e-5)
+
+
+@given(
+    unit=st.sampled_from(sorted(UNITS)),
+    reference_unit=st.sampled_from(["m", "mm", "cm"]),
+    limits=st.tuples(FLOATS, FLOATS).filter(lambda x: abs(x[0] - x[1]) > 0.1),
+    data=st.data(),
+)
+@settings(max_examples=50, deadline=None)
+def test_units_and_grippers_invert(unit, reference_unit, limits, data):
+    state = [StateField("hand", "s", 2, unit=reference_unit), StateField("x", "s", 1, start=2, unit=unit)]
+    action = [
+        ActionField("hand", "a", 2, unit="cm", relative_to="hand"),
+        ActionField("x", "a", 1, start=2, unit=unit, command="delta"),
+        ActionField("gripper", "a", 1, start=3, gripper=Gripper(*limits)),
+    ]
+    robot = make_robot(state, action)
+    s = data.draw(arrays(np.float32, 3, elements=FLOATS))
+    a = data.draw(arrays(np.float32, (3, 4), elements=FLOATS))
+    encoded = robot.encode_actions(a, s)
+    np.testing.assert_allclose(robot.decode_actions(encoded, s), a, atol=2e-3)  # metres in float32, read back in cm
+    np.testing.assert_allclose(encoded[:, 2], a[:, 2] * UNITS[unit][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stored", sorted(ROTATIONS))
+@pytest.mark.parametrize("model", sorted(ROTATIONS))
+@pytest.mark.parametrize("relative", [False, True])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=5, deadline=None)
+def test_rotations_invert(stored, model, relative, seed):
+    unit = "deg" if stored in ("rpy", "axis_angle") else "1"
+    size = ROTATIONS[stored][0]
+    field = {"size": size, "rotation": stored, "model_rotation": model, "unit": unit}
+    robot = make_robot(
+        [StateField("r", "s", **field)],
+        [ActionField("r", "a", **field, relative_to="r" if relative else None)],
+    )
+    rng = np.random.default_rng(seed)
+    targets, now = Rotation.random(6, rng=rng), Rotation.random(1, rng=rng)
+    a, s = rotation_values(stored, targets, unit), rotation_values(stored, now, unit)[0]
+    encoded = robot.encode_actions(a, s)
+    assert encoded.shape == (6, ROTATIONS[model][0])
+    # The same rotations by scipy; q and -q are one rotation, hence the comparison of matrices.
+    expected = now.inv() * targets if relative else targets
+    got = ROTATIONS[model][1](encoded.astype(np.float64))
+    np.testing.assert_allclose(got.as_matrix(), expected.as_matrix(), atol=1e-5)
+    decoded = ROTATIONS[stored][1](robot.decode_actions(encoded, s).astype(np.float64) * UNITS[unit][1])
+    np.testing.assert_allclose(decoded.as_matrix(), targets.as_matrix(), atol=1e-4)
+
+
+def test_6d_of_any_two_vectors_is_a_rotation():
+    # A policy's output is not orthonormal; Gram-Schmidt keeps the direction of the first vector.
+    got = ROTATIONS["rotation_6d"][1](np.array([[2.0, 0, 0, 1.0, 3.0, 0]])).as_matrix()
+    np.testing.assert_allclose(got, [np.eye(3)], atol=1e-12)
+
+
+# ---- errors
+
+STATE = StateField("hand", "s", 3)
+ACTION = ActionField("hand", "a", 3)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Gripper(1.0, 1.0), "both 1.0"),
+        (lambda: Camera("c", "k", channel_order="gbr"), "channel_order 'gbr', expected 'rgb' or 'bgr'"),
+        (lambda: StateField("x", "s", 1, unit="millimetres"), "unit 'millimetres' is unknown"),
+        (lambda: StateField("x", "s", 1, unit="degs"), "did you mean 'deg'"),
+        (lambda: StateField("x", "s", 3, rotation="axisangle"), "did you mean 'axis_angle'"),
+        (lambda: StateField("x", "s", 3, rotation="rpy", model_rotation="6d"), "rotation '6d' is unknown"),
+        (lambda: StateField("x", "s", 3, model_rotation="rpy"), "model_rotation is given without rotation"),
+        (lambda: StateField("x", "s", 3, rotation="quaternion_xyzw"), "size 3, expected 4"),
+        (lambda: StateField("x", "s", 3, rotation="rpy", gripper=Gripper(0.0, 1.0)), "not both"),
+        (lambda: StateField("x", "s", 0), "size 0 and start 0"),
+        (lambda: StateField("x", "s", 1, start=-1), "start -1"),
+        (lambda: ActionField("x", "s", 1, unit="feet"), "ActionField 'x': unit 'feet'"),
+        (lambda: ActionField("x", "s", 1, command="relative"), "command 'relative', expected 'absolute' or 'delta'"),
+        (lambda: ActionField("x", "s", 1, command="delta", relative_to="x"), "cannot be made relative"),
+        (lambda: make_robot([STATE, STATE], [ACTION]), r"state field names \['hand'\] are used twice"),
+        (lambda: make_robot([STATE], [ACTION, ACTION]), "action field names"),
+        (lambda: make_robot([STATE], [ACTION], cameras=()), "no camera, expected at least one"),
+        (lambda: make_robot([], [ACTION]), "no state field"),
+        (
+            lambda: make_robot([STATE], [dataclasses.replace(ACTION, relative_to="hnad")]),
+            "relative to 'hnad', no such state; did you mean 'hand'",
+        ),
+        (
+            lambda: make_robot([STATE], [dataclasses.replace(ACTION, size=2, relative_to="hand")]),
+            "differ in size or rotation",
+        ),
+        (
+            lambda: make_robot([STATE], [dataclasses.replace(ACTION, rotation="rpy", relative_to="hand")]),
+            "differ in size or rotation",
+        ),
+        (lambda: make_robot([STATE], [ACTION], execute_steps=5), r"execute_steps 5, expected 1 \.\. action_horizon 4"),
+        (lambda: make_robot([STATE], [ACTION], execute_steps=0), "execute_steps 0"),
+        (lambda: make_robot([STATE], [ACTION], control_hz=0.0), "control_hz 0.0, expected > 0"),
+        (lambda: make_robot([STATE], [ACTION], normalization="minmax"), "expected 'zscore' or 'quantile'"),
+        (lambda: make_robot([STATE], [ACTION], language_key=None), "language_key and default_prompt are both None"),
+    ],
+)
+def test_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ValueError, match=r"(?s)Robot 'r'.*no camera.*execute_steps 9.*control_hz -1"):
+        make_robot([STATE], [ACTION], cameras=(), execute_steps=9, control_hz=-1.0)
+    with pytest.raises(ValueError, match=r"(?s)unit 'inch'.*rotation 'euler'.*size 0"):
+        StateField("x", "s", 0, unit="inch", rotation="euler")
+
+
+def test_wrong_sizes_name_the_fields():
+    with pytest.raises(
+        ValueError, match=r"state of robot 'sawyer': got shape \(3,\), expected last axis 4 \(hand:3, g"
+    ):
+        SAWYER.encode_state(np.zeros(3))
+    with pytest.raises(ValueError, match=r"actions of robot 'pusht': got shape \(8, 3\), expected last axis 2"):
+        PUSHT.encode_actions(np.zeros((8, 3)), np.zeros(2))
+    with pytest.raises(ValueError, match="state of robot 'pusht'"):
+        PUSHT.encode_actions(np.zeros((8, 2)), np.zeros(3))
+    with pytest.raises(ValueError, match="actions of robot 'aloha'"):
+        ALOHA.decode_actions(np.zeros((8, 7)), np.zeros(14))
+    with pytest.raises(ValueError, match="state of robot 'aloha'"):
+        ALOHA.decode_actions(np.zeros((8, 14)), np.zeros(7))

@@ -1,0 +1,216 @@
+"""Simulated robots: experts succeed, observations are whole and repeatable, evaluation layouts are new."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+from openpi_like.robots.sims import SIMS, make_sim
+from openpi_like.robots.sims.sim import HELD_OUT_SEED, check_action
+
+PACKAGES = {"pusht": "gym_pusht", "sawyer": "metaworld", "aloha": "gym_aloha"}
+TASKS = {"pusht": ["push-t"], "sawyer": ["handle-press", "drawer-open", "plate-slide"], "aloha": ["transfer-cube"]}
+CASES = [(robot, task) for robot, tasks in TASKS.items() for task in tasks]
+
+
+@pytest.fixture(scope="module")
+def sims():
+    """Robot name -> its simulator, made when first asked for: building one takes up to a second."""
+    made = {}
+
+    def get(name):
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            pytest.skip(f"{PACKAGES[name]} is not installed")
+        if name not in made:
+            made[name] = make_sim(name)
+        return made[name]
+
+    return get
+
+
+def run_expert(sim, task, seed, noise=0.0, steps=None):
+    """Returns (clean actions, states) of an episode, up to success."""
+    sim.reset(task, seed)
+    expert = sim.expert(np.random.default_rng(seed), noise)
+    actions = []
+    for _ in range(steps or sim.max_steps):
+        actions.append(expert.act())
+        sim.step(expert.disturb(actions[-1]))
+        if sim.success:
+            break
+    return np.stack(actions)
+
+
+@pytest.mark.parametrize(("robot", "task"), CASES)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_expert_succeeds(sims, robot, task, noisy):
+    sim = sims(robot)
+    actions = run_expert(sim, task, seed=4, noise=sim.noises[-1] if noisy else 0.0)
+    assert sim.success
+    assert len(actions) < sim.max_steps
+    assert actions.dtype == np.float32
+    assert actions.shape[1] == sim.robot.robot_action_size
+    if robot == "sawyer":
+        assert np.abs(actions).max() <= 1.0  # cut before it is recorded
+    if robot == "pusht":
+        assert actions.min() >= 0
+        assert actions.max() <= 512
+
+
+@pytest.mark.parametrize("robot", PACKAGES)
+def test_nothing_happens_without_the_expert(sims, robot):
+    sim = sims(robot)
+    sim.reset(sim.tasks[0], 0)
+    # Stays where it is: the robot's own state is the target where commands are absolute.
+    still = np.zeros(4) if robot == "sawyer" else sim.observe()["state"].astype(np.float64)
+    for _ in range(20):
+        sim.step(still)
+    assert not sim.success
+
+
+@pytest.mark.parametrize(("robot", "task"), CASES)
+def test_same_seed_same_episode_bit_for_bit(sims, robot, task):
+    sim = sims(robot)
+    runs = []
+    for between in (1, 2):  # whatever happened before must not show
+        run_expert(sim, task, seed=between, steps=3 * between)
+        actions = run_expert(sim, task, seed=7, noise=sim.noises[-1], steps=12)
+        runs.append((actions, sim.observe()))
+    (actions_1, first), (actions_2, second) = runs
+    np.testing.assert_array_equal(actions_1, actions_2)
+    np.testing.assert_array_equal(first["state"], second["state"])
+    for name, image in first["images"].items():
+        np.testing.assert_array_equal(image, second["images"][name])
+
+
+@pytest.mark.parametrize("robot", PACKAGES)
+def test_observation_is_what_the_robot_declares(sims, robot):
+    sim = sims(robot)
+    for task in TASKS[robot]:
+        sim.reset(task, 3)
+        observation = sim.observe()
+        assert set(observation) == {"images", "state", "prompt"}
+        assert list(observation["images"]) == [c.name for c in sim.robot.cameras]
+        for camera in sim.robot.cameras:
+            image = observation["images"][camera.name]
+            assert image.shape == (camera.height, camera.width, 3)
+            assert image.dtype == np.uint8
+            assert len(np.unique(image.reshape(-1, 3), axis=0)) > 5
+            assert image.std() > 10
+        assert observation["state"].shape == (sim.robot.robot_state_size,)
+        assert observation["state"].dtype == np.float32
+        assert observation["prompt"].islower() or "T" in observation["prompt"]
+        assert sim.frame(100).shape == (100, 100, 3)
+
+
+@pytest.mark.parametrize(("robot", "task"), CASES)
+def test_camera_sees_what_differs_between_layouts(sims, robot, task):
+    sim = sims(robot)
+    images = []
+    for seed in (1, 2, HELD_OUT_SEED + 1):
+        sim.reset(task, seed)
+        images.append(sim.observe()["images"]["base"].astype(int))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (np.abs(images[a] - images[b]).sum(-1) > 30).sum() >= 4  # pixels
+
+
+@pytest.mark.parametrize(("robot", "task"), CASES)
+def test_held_out_layouts_are_new(sims, robot, task):
+    sim = sims(robot)
+
+    def layout(seed):
+        sim.reset(task, seed)
+        if robot == "sawyer":
+            return tuple(sim.privileged_observation[[4, 5, 6, 36, 37, 38]])
+        return tuple(sim.block_pose if robot == "pusht" else sim.cube)
+
+    train = {layout(seed) for seed in range(8)}
+    held_out = {layout(HELD_OUT_SEED + seed) for seed in range(8)}
+    assert len(train) == len(held_out) == 8
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("robot", PACKAGES)
+def test_moving_the_robot_changes_its_image(sims, robot):
+    sim = sims(robot)
+    task = TASKS[robot][0]
+    sim.reset(task, 5)
+    before = {k: v.copy() for k, v in sim.observe()["images"].items()}
+    state = sim.observe()["state"]
+    run_expert(sim, task, seed=5, steps=12)
+    after = sim.observe()
+    assert np.abs(after["state"] - state).max() > 0.01
+    assert any((after["images"][k] != v).any() for k, v in before.items())
+
+
+def test_sawyer_state_holds_nothing_privileged(sims):
+    sim = sims("sawyer")
+    states = []
+    for seed in (1, 2):
+        sim.reset("plate-slide", seed)
+        states.append(sim.observe()["state"])
+    np.testing.assert_allclose(states[0], states[1], atol=1e-3)  # the layout differs, the arm does not
+    assert 0.0 <= states[0][3] <= 1.0
+
+
+def test_aloha_gripper_is_normalised(sims):
+    sim = sims("aloha")
+    sim.reset("transfer-cube", 0)
+    # (0.02239 - 0.01844) / (0.058 - 0.01844)
+    np.testing.assert_allclose(sim.observe()["state"][[6, 13]], 0.09985, atol=1e-4)
+    target = sim.observe()["state"].astype(np.float64)
+    target[[6, 13]] = 1.0
+    for _ in range(50):
+        sim.step(target)
+    assert np.all(sim.observe()["state"][[6, 13]] > 0.9)
+
+
+def test_pusht_disc_goes_where_it_is_told(sims):
+    sim = sims("pusht")
+    sim.reset("push-t", 0)
+    corner = np.array([40.0, 40.0])
+    for _ in range(60):
+        sim.step(corner)
+    assert np.linalg.norm(sim.disc - corner) < 1.0 or np.linalg.norm(sim.block_pose[:2] - corner) < 150
+    image = sim.observe()["images"]["base"].astype(int)
+    column, row = np.round(sim.disc / 512 * 64 - 0.5).astype(int)
+    assert image[row, column, 2] > image[row, column, 0] + 50  # x is the column, y the row, the disc is blue
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("robot", PACKAGES)
+def test_unknown_task_names_near_ones(sims, robot):
+    sim = sims(robot)
+    task = sim.tasks[-1]
+    with pytest.raises(ValueError, match=f"robot '{robot}' has no task '{task}s'; did you mean '{task}'"):
+        sim.reset(task + "s", 0)
+    with pytest.raises(ValueError, match=r"seed -1, expected 0 \.\. 9999"):
+        sim.reset(task, -1)
+
+
+@pytest.mark.parametrize("robot", PACKAGES)
+def test_bad_actions_are_refused(sims, robot):
+    sim = sims(robot)
+    sim.reset(sim.tasks[0], 0)
+    size = sim.robot.robot_action_size
+    with pytest.raises(ValueError, match=f"action of robot '{robot}'.*expected {size} finite numbers"):
+        sim.step(np.full(size, np.nan))
+    with pytest.raises(ValueError, match=rf"got shape \({size + 1},\)"):
+        check_action(np.zeros(size + 1), sim.robot)
+
+
+def test_unknown_simulator():
+    assert set(SIMS) == set(PACKAGES)
+    with pytest.raises(ValueError, match="no simulator of robot 'sawer'; did you mean 'sawyer'"):
+        make_sim("sawer")
+
+
+def test_missing_extra_is_explained(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'pymunk'", name="pymunk")
+
+    monkeypatch.setattr("openpi_like.robots.sims.importlib.import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'pymunk'; simulated robots need the `sim` extra"):
+        make_sim("pusht")
