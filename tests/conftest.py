@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The renderer that every machine has; OpenGL and TensorFlow in one process crash each other.
+os.environ.setdefault("OPENPI_LIKE_RENDERER", "raycast")
 
 import pytest
 

@@ -1,7 +1,7 @@
 """The main job, end to end, on simulated robots: what `make demo` runs.
 
-Each step is one of the project's own programs; the exact command is printed, timed and put into the report. The demo can
-be stopped at any moment: started again, it skips the finished steps and the interrupted one goes on where it was.
+Each step is one of the project's own programs; the exact command is printed, timed and put into the report. The demo
+can be stopped at any moment: started again, it skips the finished steps and the interrupted one goes on where it was.
 `DEMO_SCALE=full` makes more demonstrations and trains longer, into another directory.
 """
 
@@ -133,34 +133,17 @@ def main() -> None:
             commands = [rollout(robot, policy, *more, *frames) for robot in robots]
             demo.step(f"drive {', '.join(robots)} ({policy})", *commands, server=server)
 
+    sets = [f"{data}/{robot}_sim/1.0.0" for robot in robots]
     for robot in robots:
-        demo.step(
-            f"demonstrations of {robot}",
-            [
-                "data/make_demos.py",
-                "--robot",
-                robot,
-                "--out",
-                data,
-                "--episodes-per-task",
-                str(n[robot]),
-                "--workers",
-                workers,
-            ],
-        )
+        count = ["--episodes-per-task", str(n[robot]), "--workers", workers]
+        demo.step(f"demonstrations of {robot}", ["data/make_demos.py", "--robot", robot, "--out", data, *count])
     demo.step(
         "statistics and text tokeniser",
         *(
-            ["data/stats.py", "--robot", robot, "--data", f"{data}/{robot}/1.0.0", "--out", f"{stats}/{robot}.json"]
-            for robot in robots
+            ["data/stats.py", "--robot", robot, "--data", path, "--out", f"{stats}/{robot}.json"]
+            for robot, path in zip(robots, sets, strict=True)
         ),
-        [
-            "data/fit_text.py",
-            "--data",
-            *(f"{data}/{r}/1.0.0" for r in ("sawyer", "pusht")),
-            "--out",
-            f"{run}/text.model",
-        ],
+        ["data/fit_text.py", "--data", *sets, "--out", f"{run}/text.model"],
     )
     steps = (f"steps={n['pretrain']}", f"optimizer.decay_steps={n['pretrain']}")
     paths = (f"stats={stats}", f"tokenizer={run}/text.model")

@@ -127,8 +127,10 @@ def main(config: TrainConfig, console: Console) -> None:
             state, values = trainer.train_step(state, put_batch(batch, mesh))
             step += 1
             history.append((step, values, batch))
-            # Look at the step before this one: by now it is done, and the device is busy with this one.
-            while len(history) > 1 or (history and step == config.steps):
+            saving = step % config.save_every == 0 or step == config.steps or bool(stop)
+            # Look at the step before this one: by now it is done, and the device is busy with this one. Before a save
+            # or a log line, look at this one too.
+            while len(history) > 1 or (history and (saving or step % config.log_every == 0)):
                 done, values, seen = history.pop(0)
                 seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
                 if not (math.isfinite(seen_values["loss"]) and math.isfinite(seen_values["grad_norm"])):
@@ -165,9 +167,11 @@ def main(config: TrainConfig, console: Console) -> None:
                 progress.console.print(f"step {step}: validation {shown}")
                 logged_at, logged_wait = time.perf_counter(), loader.wait_seconds
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
-            if step % config.save_every == 0 or step == config.steps or stop:
+            if saving:
                 checkpointer.save(state, position=loader.position, contract=contract, config=config)
             progress.update(bar, completed=step)
+    if checkpointer.latest_step() is None:  # a run of no steps: the weights it would start from
+        checkpointer.save(state, position=position, contract=contract, config=config)
     loader.close()
     checkpointer.close()
     if metrics:

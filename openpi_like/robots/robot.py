@@ -255,6 +255,11 @@ class Robot:
         return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.action for i in range(f.model_size))
 
     @property
+    def robot_action_names(self) -> tuple[str, ...]:
+        """One name per action dim in robot space, e.g. "hand_0 [mm]"."""
+        return tuple(f"{f.name}_{i} [{f.unit}]" for f in self.action for i in range(f.size))
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """One name per state dim in model space."""
         return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.state for i in range(f.model_size))

@@ -226,8 +226,9 @@ def _read_weights(step_dir: Path, *, average: bool = True, shardings: Params | N
                 is_leaf=lambda x: hasattr(x, "shape"),
             )
             return checkpointer.restore(item, target)
-    except (OSError, ValueError, KeyError) as e:
-        raise CheckpointError(f"cannot read the weights {item}: {e}; the checkpoint is damaged or incomplete") from e
+    except Exception as e:  # Orbax raises bare Exception for a damaged array
+        first = str(e.__cause__ or e).split("\n")[0]
+        raise CheckpointError(f"cannot read the weights {item}: {first}; the checkpoint is damaged or incomplete") from e
 
 
 def load_policy_parts(directory: str | Path, step: int | None = None, *, ema: bool = True) -> PolicyParts:

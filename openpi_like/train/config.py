@@ -46,7 +46,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("batch_size", "steps", "log_every", "validate_every", "save_every", "keep"):
+        if self.steps < 0:
+            problems.append(f"steps={self.steps}, expected at least 0 (0 saves the weights the run would start from)")
+        for name in ("batch_size", "log_every", "validate_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

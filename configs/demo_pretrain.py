@@ -1,0 +1,40 @@
+"""Pretrains a tiny pi0 on two simulated robots: Sawyer (twelve Meta-World tasks) and PushT.
+
+    python train/train.py configs/demo_pretrain.py
+
+Two CPU cores, RESULT_PRETRAIN; `make demo` makes the data, statistics and tokeniser it needs, and runs it.
+"""
+
+from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.robots.pusht import PUSHT
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.train.config import TrainConfig
+from openpi_like.train.optimizer import OptimizerConfig
+
+config = TrainConfig(
+    run_dir="runs/demo/pretrain",
+    model=Pi0Config.tiny(
+        cameras=("base",),
+        state_dim=4,
+        action_dim=4,
+        action_horizon=8,
+        prompt_len=16,
+        patch_size=16,
+        vocab_size=512,
+    ),
+    data=DataConfig(
+        entries=(
+            MixtureEntry(robot=SAWYER, path="runs/demo/data/sawyer_sim/1.0.0", weight=0.8),
+            MixtureEntry(robot=PUSHT, path="runs/demo/data/pusht_sim/1.0.0", weight=0.2),
+        ),
+    ),
+    stats="runs/demo/stats",
+    tokenizer="runs/demo/text.model",
+    batch_size=64,
+    steps=3_000,
+    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=3_000, weight_decay=1e-4),
+    ema_decay=0.99,
+    validate_every=1_000,
+    save_every=500,
+)

@@ -1,0 +1,55 @@
+"""Fits a SentencePiece model to the instructions of RLDS datasets: the text tokeniser of a policy trained from scratch.
+
+    python data/fit_text.py --data demos/sawyer_sim/1.0.0 demos/pusht_sim/1.0.0 --out text.model
+
+Any other text can be encoded with it too, if need be byte by byte. Policies that start from released weights bring
+their own tokeniser.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from openpi_like.config import near_names
+from openpi_like.data.index import open_index
+from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Fits a SentencePiece model to the instructions of RLDS datasets.
+
+    data: TFDS directories. out: file to write. key: step field that holds the instruction.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    key: str = "language_instruction"
+    split: str = "train"
+    vocab_size: int = 512
+    index_dir: Path | None = None
+
+
+def main(args: Args, console: Console) -> None:
+    texts: set[str] = set()
+    for directory in args.data:
+        index = open_index(directory, args.split, index_dir=args.index_dir)
+        if args.key not in index.texts:
+            raise SystemExit(f"{directory} has no text field {args.key!r}; {near_names(args.key, list(index.texts))}")
+        texts.update(index.texts[args.key].table)
+    model = fit_text_tokenizer(texts, args.vocab_size)
+    tokenizer = TextTokenizer(model, prompt_len=10_000)
+    lengths = {text: int(tokenizer.encode(text)[1].sum()) for text in sorted(texts)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_bytes(model)
+    for text, length in lengths.items():
+        console.print(f"{length:4d} tokens  {text!r}")
+    console.print(
+        f"{len(texts)} instructions, {tokenizer.vocab_size} tokens, longest {max(lengths.values())} -> {args.out}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args), Console(highlight=False))

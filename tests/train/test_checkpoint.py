@@ -1,0 +1,193 @@
+"""Checkpoints: what is saved comes back bit for bit, nothing loads partly unasked, damage is named."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from openpi_like.data.normalize import FieldStats, Normalization
+from openpi_like.data.text import fit_text_tokenizer
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.train.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Contract,
+    WarmStart,
+    encode_tokenizer,
+    find_step,
+    flatten,
+    load_policy_parts,
+    unflatten,
+    warm_start,
+)
+from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.sharding import MeshConfig, ShardingRules, put_batch
+from openpi_like.train.state import ModelDef, Trainer
+
+
+def _stats(names: tuple[str, ...]) -> FieldStats:
+    n = len(names)
+    return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
+
+
+def _contract(policy: Pi0Config) -> Contract:
+    normalization = Normalization(SAWYER.name, "zscore", _stats(SAWYER.state_names), _stats(SAWYER.action_names))
+    return Contract(
+        policy=policy,
+        robots=(SAWYER,),
+        normalizations={SAWYER.name: normalization},
+        tokenizer=encode_tokenizer(fit_text_tokenizer(["press the button"], 300)),
+        renderers={SAWYER.name: "raycast"},
+    )
+
+
+def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
+    return Trainer(
+        ModelDef(policy),
+        OptimizerConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=10).create(),
+        ema_decay=0.9,
+        seed=0,
+        mesh=mesh.create(),
+        rules=ShardingRules(),
+        dataset_names=("one", "two"),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_policy, tiny_batch):
+    """A run of two steps on four devices, saved: (directory, trainer, state, contract)."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    trainer = _trainer(tiny_policy, MeshConfig(fsdp=2, tensor=2))
+    state = trainer.init()
+    for _ in range(2):
+        state, _ = trainer.train_step(state, put_batch(tiny_batch, trainer.mesh))
+    contract = _contract(tiny_policy)
+    checkpointer = Checkpointer(directory)
+    checkpointer.save(state, position=16, contract=contract, config=OptimizerConfig())
+    checkpointer.close()
+    return directory, trainer, jax.device_get(state), contract
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of the checkpoint, to damage."""
+    shutil.copytree(saved[0], tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def test_a_state_comes_back_bit_for_bit_on_another_mesh(saved, tiny_policy):
+    directory, _, state, contract = saved
+    other = _trainer(tiny_policy, MeshConfig(data=4))
+    checkpointer = Checkpointer(directory)
+    restored, position = checkpointer.restore(other.abstract, other.shardings, contract=contract)
+    checkpointer.close()
+    assert position == 16
+    assert int(restored.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
+    placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, other.shardings)
+    assert all(jax.tree.leaves(placed))
+
+
+def test_resuming_with_other_statistics_is_refused(saved):
+    directory, trainer, _, contract = saved
+    changed = dataclasses.replace(contract, renderers={SAWYER.name: "egl"})
+    checkpointer = Checkpointer(directory)
+    with pytest.raises(CheckpointError, match="this run differs in renderers"):
+        checkpointer.restore(trainer.abstract, trainer.shardings, contract=changed)
+    checkpointer.close()
+
+
+def test_serving_needs_the_directory_alone(saved, tiny_batch):
+    directory, trainer, state, contract = saved
+    parts = load_policy_parts(directory)
+    assert (parts.step, parts.contract_hash) == (2, contract.hash())
+    assert (parts.robots, parts.normalizations) == (contract.robots, contract.normalizations)
+    assert parts.renderer == {"sawyer": "raycast"}
+    assert parts.tokenizer.encode("press the button")[1].sum() > 2
+    observation = {k: v for k, v in tiny_batch.items() if k not in ("actions", "action_mask", "dataset_id")}
+    sample = jax.jit(lambda model, obs: model.sample_actions(jax.random.key(0), obs, num_steps=1))
+    served = sample(parts.model, observation)
+    np.testing.assert_array_equal(served, sample(trainer.model.bind(state.ema), observation))
+    assert not np.array_equal(served, sample(load_policy_parts(directory, ema=False).model, observation))
+
+
+def test_find_step_says_what_is_there(saved, tmp_path):
+    directory = saved[0]
+    assert find_step(directory) == find_step(directory.parent) == find_step(directory / "2") == directory / "2"
+    with pytest.raises(CheckpointError, match=r"no step 7; steps there: \[2\]"):
+        find_step(directory, 7)
+    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+        find_step(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        find_step(tmp_path)
+
+
+def test_a_changed_contract_is_refused(copy):
+    path = copy / "2" / "contract" / "metadata"
+    record = json.loads(path.read_text())
+    record["contract"]["normalizations"]["sawyer"]["mode"] = "quantile"
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="the contract was changed after training"):
+        load_policy_parts(copy)
+
+
+def test_damaged_weights_are_refused(copy):
+    chunks = [p for p in (copy / "2" / "ema").rglob("*") if p.is_file() and p.parent.name == "d"]
+    largest = max(chunks, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        load_policy_parts(copy)
+
+
+def test_an_unfinished_step_does_not_count(copy, saved):
+    (copy / "9.orbax-checkpoint-tmp").mkdir()
+    assert find_step(copy).name == "2"
+    checkpointer = Checkpointer(copy)
+    assert checkpointer.latest_step() == 2
+    checkpointer.close()
+    assert not (copy / "9.orbax-checkpoint-tmp").exists()
+
+
+def test_warm_start_takes_what_fits_and_says_why(saved, tiny_policy):
+    directory, _, state, _ = saved
+    bigger = dataclasses.replace(tiny_policy, action_dim=7, cameras=("base", "wrist_right", "wrist_left"))
+    trainer = _trainer(bigger, MeshConfig(fsdp=2))
+    fresh = trainer.init().params
+    start = WarmStart(str(directory), reinitialize=("^action_in/kernel", "^action_out/"))
+    params, rows = warm_start(start, fresh, trainer.shardings.params)
+    by_name = {row["weight"]: row for row in rows}
+    flat, old, new = (flatten(jax.device_get(x)) for x in (params, state.ema, fresh))
+    assert set(by_name) == set(flat)
+    assert {k for k, row in by_name.items() if row["from"] == "fresh"} == {
+        "action_in/kernel",
+        "action_out/kernel",
+        "action_out/bias",
+    }
+    assert by_name["action_in/kernel"]["why"] == "asked by '^action_in/kernel', the checkpoint has (4, 16)"
+    for name, row in by_name.items():
+        np.testing.assert_array_equal(flat[name], (old if row["from"] == "checkpoint" else new)[name])
+
+
+def test_warm_start_never_loads_partly_unasked(saved, tiny_policy):
+    directory = saved[0]
+    bigger = dataclasses.replace(tiny_policy, action_dim=7)
+    trainer = _trainer(bigger, MeshConfig())
+    start = WarmStart(str(directory), reinitialize=("^state_inn/",))
+    with pytest.raises(CheckpointError) as e:
+        warm_start(start, trainer.init().params, trainer.shardings.params)
+    for part in (
+        "action_in/kernel: the checkpoint has (4, 16), this model (7, 16)",
+        "action_out/bias: the checkpoint has (4,), this model (7,)",
+        "pattern '^state_inn/' matches no weight",
+    ):
+        assert part in str(e.value)
+
+
+def test_flatten_has_an_inverse():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree
