@@ -109,7 +109,8 @@ class EpisodeDataset:
         if any(b is not None and a != b for a, b in zip(got, expected, strict=True)):
             raise DatasetError(
                 f"{self.index.where(step)}: {camera.key} is {got[0]} x {got[1]} pixels, camera {camera.name!r} of "
-                f"robot {self.robot.name!r} expects {expected[0]} x {expected[1]}; correct the camera's height and width"
+                f"robot {self.robot.name!r} expects {expected[0]} x {expected[1]}; "
+                "correct the camera's height and width"
             )
         return image
 
@@ -160,8 +161,8 @@ class EpisodeDataset:
                     problems.append(f"{where}: {self._no_field(field.key, list(self.index.columns))}")
                 elif field.start + field.size > math.prod(column.shape[1:]):
                     problems.append(
-                        f"{where}: takes values {field.start} to {field.start + field.size - 1} of {field.key!r}, which "
-                        f"has {math.prod(column.shape[1:])}; correct its start or size"
+                        f"{where}: takes values {field.start} to {field.start + field.size - 1} of {field.key!r}, "
+                        f"which has {math.prod(column.shape[1:])}; correct its start or size"
                     )
                 else:
                     usable.append((what, field))

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,7 @@ from openpi_like.data.schema import DatasetError, Feature, Schema, Split, read_s
 INDEX_VERSION = 1
 # Step fields with more values than this (sentence embeddings, point clouds) would dwarf the rest of the index.
 MAX_STEP_VALUES = 256
+SHOWN_RECORDS = 50  # damaged records listed in one message
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def open_index(
     if len(index.skipped) > max_corrupt_fraction * total:
         raise DatasetError(_corrupt_message(found, index.skipped, max_corrupt_fraction))
     if index.skipped:
-        listed = "\n  ".join(index.skipped)
+        listed = _some(index.skipped)
         _log.warning("%s: %d of %d records are damaged and skipped:\n  %s", found, len(index.skipped), total, listed)
     return index
 
@@ -293,11 +294,15 @@ def _image_reader(data: bytes, span: tfrecord.Span) -> np.ndarray:
     return np.stack([spans[:, 0], spans[:, 1] - spans[:, 0]], axis=1)
 
 
-def _corrupt_message(split: Split, problems: tuple[str, ...] | list[str], fraction: float) -> str:
-    listed = "\n  ".join(problems)
+def _some(problems: Sequence[str]) -> str:
+    more = [f"... and {len(problems) - SHOWN_RECORDS} more"] if len(problems) > SHOWN_RECORDS else []
+    return "\n  ".join([*problems[:SHOWN_RECORDS], *more])
+
+
+def _corrupt_message(split: Split, problems: Sequence[str], fraction: float) -> str:
     return (
         f"{split}: {len(problems)} of {sum(split.lengths)} records are damaged, tolerated are "
-        f"{fraction:g} of them (max_corrupt_fraction):\n  {listed}\ncopy these files again, or tolerate them"
+        f"{fraction:g} of them (max_corrupt_fraction):\n  {_some(problems)}\ncopy these files again, or tolerate them"
     )
 
 

@@ -8,7 +8,7 @@ s + k * batch_size ... s + (k + 1) * batch_size - 1; host h of H holds every H-t
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -26,6 +26,7 @@ from openpi_like.robots.robot import Robot
 RENDERER_KEY = "episode_metadata/renderer"
 
 
+@runtime_checkable
 class PolicyShape(Protocol):
     """The part of a policy's config that decides the shapes of batches; `Pi0Config` is one."""
 
@@ -364,8 +365,8 @@ def memory_budget(config: DataConfig, datasets: list[EpisodeDataset], policy: Po
     frames = sum(len(d) for d in datasets)
     return (
         f"data: {frames:,} frames in {len(datasets)} datasets; buffers per host: {held} batches of "
-        f"{decoded / 2**20:.1f} MiB decoded = {held * decoded / 2**20:.0f} MiB, and {config.num_threads} encoded images of about "
-        f"{np.mean(sizes) / 2**10:.0f} KiB; indexes are memory-mapped"
+        f"{decoded / 2**20:.1f} MiB decoded = {held * decoded / 2**20:.0f} MiB, and {config.num_threads} "
+        f"encoded images of about {np.mean(sizes) / 2**10:.0f} KiB; indexes are memory-mapped"
     )
 
 

@@ -1,13 +1,13 @@
 """Statistics of states and encoded action chunks, from the columns of an index; no image is read.
 
 Mean, standard deviation, minimum and maximum come from one pass, the quantiles from two: values are counted by the
-upper 16 bits of their float32 pattern, then, inside the bins that hold the wanted ranks, by the lower 16. The quantiles are
-therefore exact (those of `numpy.quantile`), and memory does not grow with the dataset.
+upper 16 bits of their float32 pattern, then, inside the bins that hold the wanted ranks, by the lower 16. The
+quantiles are therefore exact (those of `numpy.quantile`), and memory does not grow with the dataset.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +23,22 @@ _LEVELS = (0.01, 0.99)
 _log = logging.getLogger(__name__)
 
 
-def compute_normalization(dataset: EpisodeDataset) -> Normalization:
-    """Returns statistics over all frames: of states, and of action chunks over the steps inside the episode.
+def compute_normalization(*datasets: EpisodeDataset) -> Normalization:
+    """Returns statistics over all frames of one robot's datasets: of states, and of action chunks inside episodes.
 
     Both are in model space, so fields relative to the state have the statistics of the relative values. Dims that do
     not vary are named in a warning.
     """
-    robot = dataset.robot
+    robot = datasets[0].robot
+    if any(d.robot != robot for d in datasets):
+        raise ValueError(f"got datasets of robots {[d.robot.name for d in datasets]}, expected one and the same robot")
 
     def states() -> Iterator[np.ndarray]:
-        for frames in _blocks(len(dataset)):
+        for dataset, frames in _blocks(datasets):
             yield robot.encode_state(dataset.state(frames))
 
     def actions() -> Iterator[np.ndarray]:
-        for frames in _blocks(len(dataset)):
+        for dataset, frames in _blocks(datasets):
             _, chunks, mask = dataset.encoded(frames)
             yield chunks[mask]
 
@@ -50,15 +52,19 @@ def compute_normalization(dataset: EpisodeDataset) -> Normalization:
         names = stats.degenerate(normalization.mode)
         if names:
             _log.warning(
-                "%s of robot %r: %s vary by less than %g in %s; they are only centred, not scaled",
-                what, robot.name, ", ".join(names), FLOOR, dataset.index.split,
-            )  # fmt: skip
+                "%s of robot %r: %s vary by less than %g; they are only centred, not scaled",
+                what,
+                robot.name,
+                ", ".join(names),
+                FLOOR,
+            )
     return normalization
 
 
-def _blocks(count: int) -> Iterator[np.ndarray]:
-    for at in range(0, count, _BLOCK):
-        yield np.arange(at, min(at + _BLOCK, count))
+def _blocks(datasets: Sequence[EpisodeDataset]) -> Iterator[tuple[EpisodeDataset, np.ndarray]]:
+    for dataset in datasets:
+        for at in range(0, len(dataset), _BLOCK):
+            yield dataset, np.arange(at, min(at + _BLOCK, len(dataset)))
 
 
 def field_stats(names: tuple[str, ...], blocks: Callable[[], Iterator[np.ndarray]]) -> FieldStats:

@@ -1,8 +1,8 @@
 """TFRecord files and the `tf.train.Example` messages in them, read without TensorFlow.
 
 A record is: length (uint64, little endian), masked CRC-32C of those 8 bytes, payload, masked CRC-32C of the payload.
-The payload of an RLDS dataset is one episode: a `tf.train.Example`, a protobuf map from feature name to a list of bytes,
-floats or integers. The parser below touches only what is asked for and reports *where* in the record bytes values lie,
+The payload of an RLDS dataset is one episode: a `tf.train.Example`, a protobuf map from feature name to a list of
+bytes, floats or integers. The parser below touches only what is asked for and reports *where* in the record values lie,
 which is what lets a loader read one image later without the rest of its episode.
 """
 

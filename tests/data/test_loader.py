@@ -1,0 +1,309 @@
+"""Order, mixing, resuming and shapes of batches, checked against one sample at a time."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openpi_like.batch import Batch
+from openpi_like.config import from_json, to_json
+from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.images import Augment, fit
+from openpi_like.data.index import open_index
+from openpi_like.data.loader import (
+    DataConfig,
+    Loader,
+    MixtureEntry,
+    describe,
+    make_loader,
+    sample_order,
+    validation_batches,
+)
+from openpi_like.data.normalize import Normalization
+from openpi_like.data.schema import DatasetError
+from openpi_like.data.stats import compute_normalization
+from openpi_like.data.text import TextTokenizer
+from tests.data.toy import ARM, CART, Shapes, change_record, shard
+
+
+@pytest.fixture(scope="module")
+def normalizations(toy: Path) -> dict[str, Normalization]:
+    return {r.name: compute_normalization(EpisodeDataset(open_index(toy, "train"), r)) for r in (ARM, CART)}
+
+
+@pytest.fixture(scope="module")
+def config(toy: Path) -> DataConfig:
+    """Three of four samples from one robot, one of four from the other, whose "training" data is the small split."""
+    return DataConfig(
+        entries=(
+            MixtureEntry(ARM, str(toy), weight=3.0),
+            MixtureEntry(CART, str(toy), weight=1.0, split="val", val_split=None),
+        ),
+        seed=5,
+        augment=Augment(),
+    )
+
+
+@pytest.fixture
+def load(config: DataConfig, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]) -> Iterator[Any]:
+    """Makes loaders of the config and closes them."""
+    made: list[Loader] = []
+
+    def make(**options: Any) -> Loader:
+        defaults: dict[str, Any] = dict(
+            batch_size=8, policy=Shapes(), tokenizer=tokenizer, normalizations=normalizations
+        )
+        changes = {k: options.pop(k) for k in list(options) if k in {f.name for f in dataclasses.fields(DataConfig)}}
+        made.append(make_loader(dataclasses.replace(config, **changes), **(defaults | options)))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def flatten(batch: Batch) -> dict[str, np.ndarray]:
+    flat = {f"images/{k}": v for k, v in batch["images"].items()}
+    flat |= {f"image_mask/{k}": v for k, v in batch["image_mask"].items()}
+    return flat | {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+
+
+def rows(batches: list[Batch]) -> list[tuple[bytes, ...]]:
+    """Every sample as bytes, pixels included."""
+    flat = [flatten(b) for b in batches]
+    return [tuple(f[k][i].tobytes() for k in sorted(f)) for f in flat for i in range(len(f["state"]))]
+
+
+# ---- Order -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), seed=st.integers(0, 2**40),
+    weights=st.lists(st.floats(0.05, 1), min_size=4, max_size=4),
+)  # fmt: skip
+def test_a_mixture_keeps_its_weights_and_repeats_no_frame_in_a_pass(
+    lengths: list[int], seed: int, weights: list[float]
+) -> None:
+    weights = weights[: len(lengths)]
+    order = sample_order(lengths, weights, seed)
+    count = 200
+    samples = [order[p] for p in range(count)]
+    assert [p for p, _, _ in samples] == list(range(count))
+    for i, length in enumerate(lengths):
+        frames = [frame for _, dataset, frame in samples if dataset == i]
+        share = weights[i] / sum(weights)
+        assert abs(len(frames) - share * count) <= len(lengths)
+        for at in range(0, len(frames) - length + 1, length):
+            assert sorted(frames[at : at + length]) == list(range(length))
+
+
+def test_passes_and_seeds_differ_and_far_positions_cost_nothing() -> None:
+    order = sample_order([50], [1.0], 0)
+    passes = [[order[p][2] for p in range(at, at + 50)] for at in (0, 50)]
+    assert passes[0] != passes[1] != list(range(50))
+    assert [sample_order([50], [1.0], 1)[p][2] for p in range(50)] not in passes
+    assert order[10**12][0] == 10**12
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_disjoint_parts_whose_union_is_the_whole(load: Any, hosts: int) -> None:
+    """Interleaving the hosts' samples gives those of one host: nothing twice, nothing missing, same augmentation."""
+    loader = load()
+    whole = rows([next(loader) for _ in range(4)])
+    loaders = [load(process_index=h, process_count=hosts) for h in range(hosts)]
+    parts = [rows([next(part) for _ in range(4)]) for part in loaders]
+    assert [row for samples in zip(*parts, strict=True) for row in samples] == whole
+    assert {part.position for part in loaders} == {32}
+
+
+@pytest.mark.parametrize(
+    ("start", "hosts", "batch", "threads"), [(8, 1, 8, 1), (13, 1, 4, 3), (16, 2, 8, 2), (6, 4, 4, 1)]
+)
+def test_resuming_anywhere_on_any_hosts_is_exact(load: Any, start: int, hosts: int, batch: int, threads: int) -> None:
+    loader = load()
+    whole = rows([next(loader) for _ in range(5)])
+    options = dict(start=start, batch_size=batch, process_count=hosts, num_threads=threads)
+    loaders = [load(process_index=h, **options) for h in range(hosts)]
+    parts = [rows([next(part) for _ in range(16 // batch)]) for part in loaders]
+    resumed = [row for samples in zip(*parts, strict=True) for row in samples]
+    assert resumed == whole[start : start + 16]
+    assert loaders[0].position == start + 16
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_its_samples_one_by_one(
+    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
+) -> None:
+    """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
+    batch = next(load(augment=None, batch_size=64, frame_stride=2))
+    datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
+    order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
+    shapes = Shapes()
+    assert Counter(batch["dataset_id"].tolist()) == {0: 48, 1: 16}
+    for row in range(64):
+        _, i, frame = order[row]
+        dataset, robot = datasets[i], config.entries[i].robot
+        assert batch["dataset_id"][row] == i
+        state, chunk, inside = (x[0] for x in dataset.encoded(np.array([frame])))
+        norm = normalizations[robot.name]
+        expected = np.zeros(shapes.state_dim, np.float32)
+        expected[: len(state)] = norm.apply_state(state)
+        np.testing.assert_array_equal(batch["state"][row], expected)
+        assert batch["state_mask"][row].tolist() == [d < len(state) for d in range(shapes.state_dim)]
+        for a in range(shapes.action_horizon):
+            valid = a < robot.action_horizon and inside[a]
+            for d in range(shapes.action_dim):
+                mask = bool(valid and d < robot.action_size)
+                assert batch["action_mask"][row, a, d] == mask
+                value = norm.apply_actions(chunk[a])[d] if mask else 0.0
+                assert batch["actions"][row, a, d] == value
+        ids, real = tokenizer.encode(dataset.prompts(np.array([frame]))[0])
+        np.testing.assert_array_equal(batch["prompt"][row], ids)
+        np.testing.assert_array_equal(batch["prompt_mask"][row], real)
+        cameras = {c.name: c for c in robot.cameras}
+        for name in shapes.cameras:
+            assert batch["image_mask"][name][row] == (name in cameras)
+            image = np.zeros((*shapes.image_size, 3), np.uint8)
+            if name in cameras:
+                fit(dataset.image(frame, cameras[name]), image)
+            np.testing.assert_array_equal(batch["images"][name][row], image)
+
+
+def test_leaves_have_the_types_of_the_contract(load: Any) -> None:
+    flat = flatten(next(load()))
+    assert {k.partition("/")[0]: v.dtype.name for k, v in flat.items()} == {
+        "images": "uint8", "image_mask": "bool", "state": "float32", "state_mask": "bool", "prompt": "int32",
+        "prompt_mask": "bool", "actions": "float32", "action_mask": "bool", "dataset_id": "int32",
+    }  # fmt: skip
+    assert {v.shape[0] for v in flat.values()} == {8}
+
+
+def test_augmentation_differs_from_pass_to_pass_and_can_be_off(load: Any) -> None:
+    """The small split has 19 frames: the same frame comes again in the next pass, changed in another way."""
+    with_it, without = load(batch_size=152), load(batch_size=152, augment=None)
+    changed, plain = next(with_it), next(without)
+    cart = np.flatnonzero(plain["dataset_id"] == 1)
+    first, second = cart[:19], cart[19:]
+    assert len(second) == 19
+
+    def images(batch: Batch, which: np.ndarray) -> set[bytes]:
+        return {batch["images"]["base"][i].tobytes() for i in which}
+
+    assert images(plain, first) == images(plain, second)
+    assert not images(changed, first) & images(changed, second)
+    assert not images(changed, first) & images(plain, first)
+    np.testing.assert_array_equal(changed["images"]["third"], 0)
+
+
+def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
+    loader = load(prefetch=3, num_threads=2)
+    next(loader)
+    assert loader.wait_seconds > 0
+    # 5 batches of 8 samples, 3 cameras of 12 x 16 x 3 bytes
+    assert "129 frames in 2 datasets; buffers per host: 5 batches of 0.0 MiB decoded" in capsys.readouterr().out
+
+
+def test_configs_are_stored_as_json(config: DataConfig) -> None:
+    assert from_json(to_json(config)) == config
+
+
+def test_describe(config: DataConfig) -> None:
+    description = describe(config)
+    assert description.renderers == {"arm": "ray", "cart": "ray"}
+    assert description.frames == {"arm": 110, "cart": 19}
+    assert description.episodes == {"arm": 12, "cart": 3}
+
+
+# ---- Validation ------------------------------------------------------------------------------------------------------
+
+
+def test_validation_frames_are_held_out_evenly_spaced_and_the_same_every_time(
+    config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
+) -> None:
+    def batches(**options: Any) -> list:
+        options |= dict(policy=Shapes(), tokenizer=tokenizer, normalizations=normalizations)
+        return list(validation_batches(config, batch_size=4, count=2, **options))
+
+    dataset = EpisodeDataset(open_index(toy, "val"), ARM)
+    frames = np.array([0, 3, 5, 8, 10, 13, 15, 18])
+    first, again = batches(), batches()
+    assert [b.robot.name for b in first] == ["arm", "arm"]  # the other entry has nothing to validate on
+    np.testing.assert_array_equal(np.concatenate([b.state for b in first]), dataset.state(frames))
+    actions, mask = dataset.actions(frames)
+    np.testing.assert_array_equal(np.concatenate([b.actions for b in first]), actions)
+    np.testing.assert_array_equal(np.concatenate([b.action_mask for b in first]), mask)
+    assert rows([b.batch for b in first]) == rows([b.batch for b in again])
+    parts = [rows([b.batch for b in batches(process_index=h, process_count=2)]) for h in range(2)]
+    assert [r for pair in zip(*parts, strict=True) for r in pair] == rows([b.batch for b in first])
+    # the physical actions come back from the normalised ones
+    norm, batch = normalizations["arm"], first[0].batch
+    model_space = norm.invert_actions(batch["actions"][:, :5, :3])
+    back = ARM.decode_actions(model_space, first[0].state)
+    inside = first[0].action_mask
+    np.testing.assert_allclose(back[inside], first[0].actions[inside], rtol=1e-4, atol=1e-4)
+
+
+# ---- What does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_everything_that_does_not_fit_the_policy_is_listed(
+    load: Any, normalizations: dict[str, Normalization], tokenizer: TextTokenizer
+) -> None:
+    small = Shapes(cameras=("base", "wrists"), state_dim=5, action_dim=2, action_horizon=4, prompt_len=9, vocab_size=10)
+    with pytest.raises(ValueError, match="do not fit each other") as e:
+        load(policy=small, normalizations={"arm": dataclasses.replace(normalizations["cart"], robot="car")})
+    for expected in (
+        "the tokenizer pads to 40 tokens, the policy to 9",
+        f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows 10",
+        "robot 'arm': camera 'wrist' is not a slot of the policy (did you mean 'wrists'?)",
+        "robot 'arm': state size 6, the policy has room for 5",
+        "robot 'arm': action size 3, the policy has room for 2",
+        "robot 'arm': action_horizon 5, the policy has room for 4",
+        "robot 'arm': normalisation does not fit robot 'arm': robot car, expected arm; mode quantile",
+        "robot 'cart': no normalisation; did you mean 'arm'",
+    ):
+        assert expected in str(e.value)
+
+
+def test_a_camera_may_be_dropped_when_asked_for(load: Any) -> None:
+    batch = next(load(policy=Shapes(cameras=("base",)), drop_cameras=("wrist",)))
+    assert list(batch["images"]) == ["base"]
+    with pytest.raises(ValueError, match="none of its cameras is a slot of the policy: third"):
+        load(policy=Shapes(cameras=("third",)), drop_cameras=("wrist", "base"))
+
+
+def test_all_datasets_that_cannot_be_opened_are_listed(load: Any, config: DataConfig) -> None:
+    entries = tuple(dataclasses.replace(e, split=f"{e.split}x") for e in config.entries)
+    with pytest.raises(DatasetError, match=r"(?s)no split 'trainx'; .*no split 'valx'; "):
+        load(entries=entries)
+
+
+def test_a_damaged_image_stops_the_run_and_is_located(load: Any, copy: Path, config: DataConfig) -> None:
+    """The checksums are right: it was written like this."""
+    path = shard(copy, 1)
+    index = open_index(copy, "train")
+    offset, length = (int(x) for x in index.images["observation/image"][index.episode_start[7] + 2])
+    image = path.read_bytes()[offset : offset + length]
+    change_record(path, 2, lambda data: data.replace(image, bytes(length)))
+    entry = dataclasses.replace(config.entries[0], path=str(copy))
+    loader = load(entries=(entry,), batch_size=110)
+    with pytest.raises(DatasetError, match=r"episode 7, step 2 \(.*, record 2\): cannot decode observation/image"):
+        next(loader)
+
+
+def test_settings_without_meaning_are_listed(config: DataConfig, load: Any) -> None:
+    with pytest.raises(ValueError, match=r"weight 0.0 of x, .*; frame_stride=0, expected at least 1; .*max_corrupt"):
+        DataConfig((MixtureEntry(ARM, "x", weight=0.0),), frame_stride=0, max_corrupt_fraction=1.5)
+    with pytest.raises(ValueError, match="no entries"):
+        DataConfig(())
+    with pytest.raises(ValueError, match="batch_size=8 on 3 hosts, host 0, start=0; expected a batch_size that"):
+        load(process_count=3)

@@ -1,0 +1,79 @@
+"""Prompts as tokens, against golden vectors of the reference tokenizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_golden_prompts(golden: Path, length: str) -> None:
+    model = (golden / "item8_tiny_text_tokenizer.model").read_bytes()
+    z = np.load(golden / "item8_tokenization.npz")
+    for i in range(3):
+        expected, mask = z[f"{i}/pi0/{length}/tokens"], z[f"{i}/pi0/{length}/mask"]
+        ids, real = TextTokenizer(model, len(expected), truncate=True).encode(str(z[f"{i}/prompt"]))
+        np.testing.assert_array_equal(ids, expected)
+        np.testing.assert_array_equal(real, mask)
+
+
+def test_golden_prompt_strings(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given to SentencePiece, call by call."""
+    z = np.load(golden / "item5_functions.npz")
+    tokenizer = TextTokenizer((golden / "item8_tiny_text_tokenizer.model").read_bytes(), 60)
+    calls: list[str] = []
+    encode = tokenizer._processor.encode
+
+    def record(text: str) -> list[int]:
+        calls.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer._processor, "encode", record)
+    for i in range(4):
+        calls.clear()
+        tokenizer.encode(str(z[f"prompt_strings/{i}/prompt"]))
+        assert calls == [text for text, _, _ in json.loads(str(z[f"prompt_strings/{i}/pi0_encode_calls_json"]))]
+
+
+def test_batches_are_rows(tokenizer: TextTokenizer) -> None:
+    ids, mask = tokenizer.batch(["open the drawer", "", "open the drawer"])
+    np.testing.assert_array_equal(ids[0], ids[2])
+    assert ids[1, :2].tolist() == [2, 4]  # BOS and the newline
+    assert mask.sum(axis=1).tolist() == [len(np.flatnonzero(row)) for row in ids]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=8))
+def test_any_text_can_be_encoded_and_read_back(tokenizer: TextTokenizer, text: str) -> None:
+    ids, mask = tokenizer.encode(text)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    assert 3 not in ids[mask]  # unknown
+    cleaned = text.strip().replace("_", " ").replace("\n", " ")
+    assert pieces.decode(ids[mask].tolist()) == cleaned.replace("\u2581", " ") + "\n"
+
+
+def test_fitting_depends_on_the_set_of_texts_only() -> None:
+    texts = ["push the T", "pick up the cube", "slide the plate"]
+    model = fit_text_tokenizer(texts, 350)
+    assert fit_text_tokenizer([*reversed(texts), " push_the T"], 350) == model
+    assert fit_text_tokenizer([*texts, "close the window"], 350) != model
+    assert TextTokenizer(model, 8).vocab_size <= 350
+
+
+def test_too_long_too_small_and_not_a_model(tokenizer: TextTokenizer) -> None:
+    short = TextTokenizer(tokenizer.model, 3)
+    with pytest.raises(ValueError, match=r"prompt 'zzzz' has 6 tokens, expected at most prompt_len=3; use a larger"):
+        short.encode("zzzz")
+    assert TextTokenizer(tokenizer.model, 3, truncate=True).encode("zzzz")[1].tolist() == [True] * 3
+    with pytest.raises(ValueError, match="vocab_size=100, expected at least 2"):
+        fit_text_tokenizer(["a"], 100)
+    with pytest.raises(ValueError, match="no texts"):
+        fit_text_tokenizer([" ", ""], 400)
+    with pytest.raises(ValueError, match=r"not a SentencePiece model \(4 bytes\)"):
+        TextTokenizer(b"nope", 8)
