@@ -7,6 +7,7 @@ Letters: B batch, S prefix tokens, P patches, D width, A action horizon, J actio
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Pi0Config:
     pi05: the state comes in the prompt instead of its own token, and flow time acts through adaptive norms.
     dtype: of activations, "float32" or "bfloat16"; weights are float32.
     remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
+    unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
     sample_steps: Euler steps when sampling.
     train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
     """
@@ -49,6 +51,7 @@ class Pi0Config:
     pi05: bool = False
     dtype: str = "float32"
     remat: str | None = None
+    unroll: bool = False
     sample_steps: int = 10
     train_on_padding: bool = False
 
@@ -85,13 +88,13 @@ class Pi0Config:
         prompt_len: int,
         vocab_size: int,
         image_size: tuple[int, int] = (64, 64),
-        patch_size: int = 8,
+        patch_size: int = 16,
     ) -> "Pi0Config":
         """Returns a policy of about a million weights that trains on two CPU cores."""
         return cls(
             vision=SiglipConfig(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=patch_size),
             vlm=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
-            expert=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
+            expert=GemmaConfig(width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24),
             cameras=cameras,
             image_size=image_size,
             state_dim=state_dim,
@@ -99,6 +102,7 @@ class Pi0Config:
             action_horizon=action_horizon,
             prompt_len=prompt_len,
             vocab_size=vocab_size,
+            unroll=True,
         )
 
     @classmethod
@@ -209,10 +213,12 @@ class Pi0(nnx.Module):
             image_size=c.image_size,
             out_width=c.vlm.width,
             dtype=c.dtype,
+            unroll=c.unroll,
             remat=c.remat,
         )
-        self.vlm = Gemma(c.vlm, named_key(key, "vlm"), dtype=c.dtype, remat=c.remat, vocab_size=c.vocab_size)
-        self.expert = Gemma(c.expert, named_key(key, "expert"), dtype=c.dtype, remat=c.remat, adaptive=c.pi05)
+        stack = functools.partial(Gemma, dtype=c.dtype, unroll=c.unroll, remat=c.remat)
+        self.vlm = stack(c.vlm, named_key(key, "vlm"), vocab_size=c.vocab_size)
+        self.expert = stack(c.expert, named_key(key, "expert"), adaptive=c.pi05)
         # These run in float32, as in openpi: they touch actions and flow time, and cost next to nothing.
         self.action_in = Linear(named_key(key, "action_in"), "BAJ,JD->BAD", (J, D), ("action", "embed"))
         self.action_out = Linear(named_key(key, "action_out"), "BAD,DJ->BAJ", (D, J), ("embed", "action"))

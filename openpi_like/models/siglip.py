@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from openpi_like.models.gemma import attend, scan_layers
+from openpi_like.models.gemma import run_layers
 from openpi_like.models.param import Linear, named_key, normal, ones, weight, zeros
 
 
@@ -52,7 +52,7 @@ class LayerNorm(nnx.Module):
 
 
 class SiglipLayer(nnx.Module):
-    """Pre-norm transformer block. Declared for all layers at once; its methods apply one layer (see `scan_layers`)."""
+    """Pre-norm transformer block. Declared for all layers at once; its methods apply one layer (see `run_layers`)."""
 
     def __init__(self, config: SiglipConfig, key: Key[Array, ""]) -> None:
         L, D, N, F = config.depth, config.width, config.num_heads, config.mlp_dim
@@ -71,9 +71,7 @@ class SiglipLayer(nnx.Module):
     def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its self-attention; every patch sees every patch."""
         y = self.attn_norm(x_BPD)
-        q_BPNH = self.query(y)
-        q_BPNH = q_BPNH * q_BPNH.shape[-1] ** -0.5
-        return x_BPD + self.out(attend(q_BPNH, self.key(y), self.value(y), None))
+        return x_BPD + self.out(jax.nn.dot_product_attention(self.query(y), self.key(y), self.value(y)))
 
     def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its MLP with tanh-approximated GELU."""
@@ -91,10 +89,11 @@ class Siglip(nnx.Module):
         image_size: tuple[int, int],
         out_width: int,
         dtype: str,
+        unroll: bool,
         remat: str | None,
     ) -> None:
         """image_size: (height, width) in pixels, multiples of the patch size. out_width: E."""
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
         p, D = config.patch_size, config.width
         P = math.prod(s // p for s in image_size)
         axes = ("patch", "patch", None, "embed")
@@ -117,8 +116,8 @@ class Siglip(nnx.Module):
         """Returns the transformer's output for patches with positions, after the final norm."""
         body = lambda x, layer: (layer.mlp(layer.attention(x)), None)  # noqa: E731
         # Patches and positions stay float32 (as in openpi): pixels and the position table are summed at full precision.
-        x_BPD, _ = scan_layers(body, x_BPD.astype(self.dtype), self.layers, remat=self.remat)
-        return self.final_norm(x_BPD)
+        x_BPD = x_BPD.astype(self.dtype)
+        return self.final_norm(run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)[0])
 
     def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B P E"]:
         """Returns one token per patch, row by row. images: float32 in [-1, 1], RGB."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -89,10 +90,9 @@ def openpi_names(config: Pi0Config) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def flat_shapes(config: Pi0Config) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every weight of a policy, by its flat name; allocates nothing."""
-    model = nnx.eval_shape(lambda: config.create(jax.random.key(0)))
-    return {path: tuple(value.shape) for path, value in flat_weights(model).items()}
+def _abstract(config: Pi0Config) -> Pi0:
+    """Returns a policy whose weights are shapes only."""
+    return nnx.eval_shape(lambda: config.create(jax.random.key(0)))
 
 
 def flat_weights(model: Pi0) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def from_openpi(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> dict[str
     Raises:
         WeightsError: an array is missing, unused, of the wrong shape or not of floats; lists all of them.
     """
-    names, shapes = openpi_names(config), flat_shapes(config)
+    names = openpi_names(config)
+    shapes = {name: value.shape for name, value in flat_weights(_abstract(config)).items()}
     problems = [f"{k}: missing; {near_names(k, list(arrays))}" for k in sorted(names.keys() - arrays.keys())]
     problems += [f"{k}: not used; {near_names(k, list(names))}" for k in sorted(arrays.keys() - names.keys())]
     flat: dict[str, np.ndarray] = {}
@@ -118,7 +119,7 @@ def from_openpi(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> dict[str
         if array.shape != expected:
             hint = " (the same sizes in another order: transposed?)" if sorted(array.shape) == sorted(expected) else ""
             problems.append(f"{theirs}: got shape {array.shape}, expected {expected}{hint}")
-        elif not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"{theirs}: got {array.dtype}, expected a floating-point array")
         else:
             parts = (array[:, 0], array[:, 1:]) if len(ours) == 2 else (array,)
@@ -145,10 +146,10 @@ def to_openpi(model: Pi0) -> dict[str, np.ndarray]:
     return arrays
 
 
-def load(model: Pi0, weights: dict[str, Any]) -> Pi0:
-    """Returns a policy of the same config with the given nested weights (as from `from_openpi`)."""
-    graph, state = nnx.split(model, nnx.Param)
-    nnx.replace_by_pure_dict(state, weights)
+def load(config: Pi0Config, weights: dict[str, Any]) -> Pi0:
+    """Returns a policy with the given nested weights (as from `from_openpi`); draws nothing."""
+    graph, state = nnx.split(_abstract(config), nnx.Param)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights))
     return nnx.merge(graph, state)
 
 

@@ -6,7 +6,6 @@ Set OPENPI_LIKE_GOLDEN to the directory of another set; configs come from the fi
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix, time_embedding
 from openpi_like.models.siglip import LayerNorm, SiglipConfig
 from openpi_like.models.weights import from_openpi, load, openpi_names, to_openpi
 
-GOLDEN = Path(os.environ.get("OPENPI_LIKE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 # Vision, prefix, cache.
 assert_tokens = functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=0)
 # Behind the time embedding, whose float32 phase is only good to 1e-4.
@@ -30,10 +28,9 @@ assert_flow = functools.partial(np.testing.assert_allclose, atol=5e-4, rtol=0)
 assert_bfloat16 = functools.partial(np.testing.assert_allclose, atol=5e-2, rtol=0)
 
 
-def open_golden(name: str) -> dict[str, Any]:
-    path = GOLDEN / name
+def open_golden(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        pytest.skip(f"no golden vectors at {path}; set OPENPI_LIKE_GOLDEN to a directory that has them")
+        pytest.skip(f"no golden vectors: {path} is absent; set OPENPI_LIKE_GOLDEN to a directory that has it")
     with np.load(path, allow_pickle=False) as archive:
         return {k: v if v.dtype.kind == "U" else jnp.asarray(v) for k, v in archive.items()}
 
@@ -63,8 +60,8 @@ def config_of(arrays: dict[str, Any]) -> Pi0Config:
 class Golden:
     """One file: its arrays, the policy with its weights, its batch, and what is computed from them once."""
 
-    def __init__(self, name: str) -> None:
-        self.arrays = open_golden(name)
+    def __init__(self, path: Path) -> None:
+        self.arrays = open_golden(path)
         self.config = config_of(self.arrays)
         self.params = {
             k.removeprefix("params/"): np.asarray(v) for k, v in self.arrays.items() if k.startswith("params/")
@@ -85,7 +82,7 @@ class Golden:
 
     def with_dtype(self, dtype: str) -> Pi0:
         config = dataclasses.replace(self.config, dtype=dtype)
-        return load(config.create(jax.random.key(0)), from_openpi(config, self.params))
+        return load(config, from_openpi(config, self.params))
 
     @functools.cached_property
     def prefix(self) -> Prefix:
@@ -108,26 +105,26 @@ class Golden:
 
 
 @pytest.fixture(scope="module", params=["item1_pi0.npz", "item2_pi05.npz"])
-def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.param)
+def case(request: pytest.FixtureRequest, golden: Path) -> Golden:
+    return Golden(golden / request.param)
 
 
 @pytest.fixture(scope="module")
-def functions() -> dict[str, Any]:
-    return open_golden("item5_functions.npz")
+def functions(golden: Path) -> dict[str, Any]:
+    return open_golden(golden / "item5_functions.npz")
 
 
 # ---- Vision and prefix -----------------------------------------------------------------------------------------------
 
 
-def test_golden_siglip_stages(golden: Golden) -> None:
-    a, vision = golden.arrays, golden.model.vision
-    x = vision.stem(golden.batch["images"][golden.config.cameras[0]])
+def test_golden_siglip_stages(case: Golden) -> None:
+    a, vision = case.arrays, case.model.vision
+    x = vision.stem(case.batch["images"][case.config.cameras[0]])
     assert_tokens(x, a["siglip/stem"])
     x = x.reshape(x.shape[0], -1, x.shape[-1]) + vision.position[...]
     assert_tokens(x, a["siglip/with_posemb"])
     assert_tokens(vision.encode(x), a["siglip/encoded"])
-    for i in range(golden.config.vision.depth):
+    for i in range(case.config.vision.depth):
         layer = jax.tree.map(lambda w, i=i: w[i], vision.layers)
         x = layer.attention(x)
         assert_tokens(x, a[f"siglip/block{i:02d}/+sa"])
@@ -136,36 +133,35 @@ def test_golden_siglip_stages(golden: Golden) -> None:
     assert_tokens(vision.head(vision.final_norm(x)), a["siglip/image_tokens"])
 
 
-def test_golden_prefix_tokens(golden: Golden) -> None:
-    tokens, valid = golden.model.embed_prefix(golden.batch)
-    np.testing.assert_array_equal(valid, golden.arrays["prefix_mask"])
-    assert_tokens(tokens, golden.arrays["prefix_tokens"])
+def test_golden_prefix_tokens(case: Golden) -> None:
+    tokens, valid = case.model.embed_prefix(case.batch)
+    np.testing.assert_array_equal(valid, case.arrays["prefix_mask"])
+    assert_tokens(tokens, case.arrays["prefix_tokens"])
 
 
-def test_golden_uint8_images_are_converted_on_the_device(golden: Golden) -> None:
-    images = {c: golden.arrays[f"images_uint8/{c}"] for c in golden.config.cameras}
-    tokens, _ = golden.model.embed_prefix({**golden.batch, "images": images})
-    assert_tokens(tokens, golden.arrays["prefix_tokens"])
+def test_golden_uint8_images_are_converted_on_the_device(case: Golden) -> None:
+    images = {c: case.arrays[f"images_uint8/{c}"] for c in case.config.cameras}
+    batch: Batch = {**case.batch, "images": images}
+    tokens, _ = case.model.embed_prefix(batch)
+    assert_tokens(tokens, case.arrays["prefix_tokens"])
 
 
-def test_golden_masks_and_positions(golden: Golden) -> None:
-    mask, positions = golden.model.masks(golden.arrays["prefix_mask"])
-    np.testing.assert_array_equal(mask, golden.arrays["attn_mask"])
-    np.testing.assert_array_equal(positions, golden.arrays["positions"])
-    S = golden.arrays["prefix_mask"].shape[1]
-    np.testing.assert_array_equal(positions[:, S:], golden.arrays["sample_suffix_positions"])
-    parts = [
-        jnp.concatenate([golden.arrays[f"{p}_{m}"] for p in ("prefix", "suffix")], -1) for m in ("mask", "ar_mask")
-    ]
-    np.testing.assert_array_equal(attention_mask(*parts), golden.arrays["attn_mask"])
+def test_golden_masks_and_positions(case: Golden) -> None:
+    mask, positions = case.model.masks(case.arrays["prefix_mask"])
+    np.testing.assert_array_equal(mask, case.arrays["attn_mask"])
+    np.testing.assert_array_equal(positions, case.arrays["positions"])
+    S = case.arrays["prefix_mask"].shape[1]
+    np.testing.assert_array_equal(positions[:, S:], case.arrays["sample_suffix_positions"])
+    parts = [jnp.concatenate([case.arrays[f"{p}_{m}"] for p in ("prefix", "suffix")], -1) for m in ("mask", "ar_mask")]
+    np.testing.assert_array_equal(attention_mask(*parts), case.arrays["attn_mask"])
 
 
-def test_golden_prefix_outputs_and_cache(golden: Golden) -> None:
-    a, valid = golden.arrays, golden.arrays["prefix_mask"]
+def test_golden_prefix_outputs_and_cache(case: Golden) -> None:
+    a, valid = case.arrays, case.arrays["prefix_mask"]
     # Only valid rows: what a fully masked query returns has no meaning and is seen by nobody.
-    assert_tokens(np.asarray(golden.prefix.out)[valid], a["prefix_out"][valid])
+    assert_tokens(np.asarray(case.prefix.out)[valid], a["prefix_out"][valid])
     for name in ("k", "v"):
-        ours, theirs = np.asarray(getattr(golden.prefix.cache, name)), a[f"prefix_kv_cache/{name}"]
+        ours, theirs = np.asarray(getattr(case.prefix.cache, name)), a[f"prefix_kv_cache/{name}"]
         assert ours.shape == theirs.shape
         assert_tokens(ours[:, valid], theirs[:, valid])
 
@@ -173,46 +169,46 @@ def test_golden_prefix_outputs_and_cache(golden: Golden) -> None:
 # ---- Suffix, loss, gradients -----------------------------------------------------------------------------------------
 
 
-def test_golden_suffix_tokens_and_condition(golden: Golden) -> None:
-    a = golden.arrays
-    tokens, cond = golden.model.embed_suffix(golden.batch, a["x_t"], a["time"])
+def test_golden_suffix_tokens_and_condition(case: Golden) -> None:
+    a = case.arrays
+    tokens, cond = case.model.embed_suffix(case.batch, a["x_t"], a["time"])
     assert_flow(tokens, a["suffix_tokens"])
-    assert (cond is not None) == golden.config.pi05
+    assert (cond is not None) == case.config.pi05
     if cond is not None:
         assert_flow(cond[:, 0], a["adarms_cond"])
 
 
-def test_golden_suffix_output_and_velocity_from_stored_tokens(golden: Golden) -> None:
-    a = golden.arrays
-    cond = a["adarms_cond"][:, None] if golden.config.pi05 else None
-    out = nnx.jit(Pi0.suffix)(golden.model, golden.prefix, a["suffix_tokens"], cond)
+def test_golden_suffix_output_and_velocity_from_stored_tokens(case: Golden) -> None:
+    a = case.arrays
+    cond = a["adarms_cond"][:, None] if case.config.pi05 else None
+    out = nnx.jit(Pi0.suffix)(case.model, case.prefix, a["suffix_tokens"], cond)
     assert_tokens(out, a["suffix_out"])
-    velocity = golden.model.action_out(out[:, -golden.config.action_horizon :])
+    velocity = case.model.action_out(out[:, -case.config.action_horizon :])
     assert_tokens(velocity, a["v_t"])
 
 
-def test_golden_velocity_and_loss(golden: Golden) -> None:
-    a = golden.arrays
-    velocity = nnx.jit(Pi0.velocity)(golden.model, golden.prefix, golden.batch, a["x_t"], a["time"])
+def test_golden_velocity_and_loss(case: Golden) -> None:
+    a = case.arrays
+    velocity = nnx.jit(Pi0.velocity)(case.model, case.prefix, case.batch, a["x_t"], a["time"])
     assert_flow(velocity, a["v_t"])
-    error = nnx.jit(Pi0.flow_loss)(golden.model, golden.batch, a["noise"], a["time"])
+    error = nnx.jit(Pi0.flow_loss)(case.model, case.batch, a["noise"], a["time"])
     assert_flow(error.mean(-1), a["loss"])
     assert_flow(error.mean(), a["loss_mean"])
 
 
-def test_golden_gradient_norms_of_all_weights(golden: Golden) -> None:
-    expected = {k.removeprefix("grad_norm/"): v for k, v in golden.arrays.items() if k.startswith("grad_norm/")}
-    assert expected.keys() == golden.gradients.keys()
+def test_golden_gradient_norms_of_all_weights(case: Golden) -> None:
+    expected = {k.removeprefix("grad_norm/"): v for k, v in case.arrays.items() if k.startswith("grad_norm/")}
+    assert expected.keys() == case.gradients.keys()
     for name, norm in expected.items():
-        np.testing.assert_allclose(np.linalg.norm(golden.gradients[name]), norm, rtol=1e-3, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(np.linalg.norm(case.gradients[name]), norm, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-def test_golden_gradients(golden: Golden) -> None:
-    stored = [k.removeprefix("grad/") for k in golden.arrays if k.startswith("grad/")]
+def test_golden_gradients(case: Golden) -> None:
+    stored = [k.removeprefix("grad/") for k in case.arrays if k.startswith("grad/")]
     assert stored
     for name in stored:
-        expected = golden.arrays[f"grad/{name}"]
-        error = np.linalg.norm(golden.gradients[name] - expected) / np.linalg.norm(expected)
+        expected = case.arrays[f"grad/{name}"]
+        error = np.linalg.norm(case.gradients[name] - expected) / np.linalg.norm(expected)
         assert error < 1e-3, f"{name}: relative error {error:.1e}"
 
 
@@ -220,34 +216,34 @@ def test_golden_gradients(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
-def test_golden_samples(golden: Golden, steps: int) -> None:
-    sampled = golden.sample(golden.model, steps)
-    assert_flow(sampled, golden.arrays[f"sample_actions_num_steps_{steps}"])
+def test_golden_samples(case: Golden, steps: int) -> None:
+    sampled = case.sample(case.model, steps)
+    assert_flow(sampled, case.arrays[f"sample_actions_num_steps_{steps}"])
 
 
-def test_golden_sampling_velocities(golden: Golden) -> None:
-    a = golden.arrays
+def test_golden_sampling_velocities(case: Golden) -> None:
+    a = case.arrays
     call = nnx.jit(Pi0.velocity)
     for x, v, t in zip(a["sample_trajectory_x"], a["sample_trajectory_v"], a["sample_trajectory_time"], strict=False):
-        velocity = call(golden.model, golden.prefix, golden.batch, x, jnp.full(x.shape[0], t))
+        velocity = call(case.model, case.prefix, case.batch, x, jnp.full(x.shape[0], t))
         assert_flow(velocity, v)
 
 
-def test_golden_bfloat16_activations(golden: Golden) -> None:
-    model = golden.with_dtype("bfloat16")
-    error = nnx.jit(Pi0.flow_loss)(model, golden.batch, golden.arrays["noise"], golden.arrays["time"])
-    assert_bfloat16(error.mean(-1), golden.arrays["bf16_activations/loss"])
-    expected = golden.arrays["bf16_activations/sample_actions_num_steps_10"]
-    assert_bfloat16(golden.sample(model, 10), expected)
+def test_golden_bfloat16_activations(case: Golden) -> None:
+    model = case.with_dtype("bfloat16")
+    error = nnx.jit(Pi0.flow_loss)(model, case.batch, case.arrays["noise"], case.arrays["time"])
+    assert_bfloat16(error.mean(-1), case.arrays["bf16_activations/loss"])
+    expected = case.arrays["bf16_activations/sample_actions_num_steps_10"]
+    assert_bfloat16(case.sample(model, 10), expected)
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_golden_weights_round_trip(golden: Golden) -> None:
-    exported = to_openpi(golden.model)
-    assert exported.keys() == golden.params.keys() == openpi_names(golden.config).keys()
-    for name, array in golden.params.items():
+def test_golden_weights_round_trip(case: Golden) -> None:
+    exported = to_openpi(case.model)
+    assert exported.keys() == case.params.keys() == openpi_names(case.config).keys()
+    for name, array in case.params.items():
         np.testing.assert_array_equal(exported[name], array, err_msg=name)
 
 
@@ -255,22 +251,22 @@ def test_golden_weights_round_trip(golden: Golden) -> None:
 
 
 def test_golden_function_attention_mask(functions: dict[str, Any]) -> None:
-    cases = sorted({k.split("/")[1] for k in functions if k.startswith("make_attn_mask/")})
-    assert cases
-    for case in cases:
-        at = {k.split("/")[2]: v for k, v in functions.items() if k.startswith(f"make_attn_mask/{case}/")}
+    numbers = sorted({k.split("/")[1] for k in functions if k.startswith("make_attn_mask/")})
+    assert numbers
+    for number in numbers:
+        at = {k.split("/")[2]: v for k, v in functions.items() if k.startswith(f"make_attn_mask/{number}/")}
         np.testing.assert_array_equal(attention_mask(at["input_mask"], at["mask_ar"]), at["result"])
         np.testing.assert_array_equal(attention_mask(at["input_mask"], at["mask_ar_1d"]), at["result_1d"])
 
 
 def test_golden_function_time_embedding(functions: dict[str, Any]) -> None:
-    cases = sorted({k.split("/")[1] for k in functions if k.startswith("posemb_sincos/")})
-    assert cases
-    for case in cases:
-        dim, low, high = functions[f"posemb_sincos/{case}/dim_min_max"]
-        pos = functions[f"posemb_sincos/{case}/pos"]
+    numbers = sorted({k.split("/")[1] for k in functions if k.startswith("posemb_sincos/")})
+    assert numbers
+    for number in numbers:
+        dim, low, high = functions[f"posemb_sincos/{number}/dim_min_max"]
+        pos = functions[f"posemb_sincos/{number}/pos"]
         result = time_embedding(pos, int(dim), min_period=float(low), max_period=float(high))
-        assert_flow(result, functions[f"posemb_sincos/{case}/result"])
+        assert_flow(result, functions[f"posemb_sincos/{number}/result"])
 
 
 def test_golden_function_rope(functions: dict[str, Any]) -> None:
@@ -303,10 +299,10 @@ def test_golden_function_gelu(functions: dict[str, Any]) -> None:
     assert_tokens(jax.nn.gelu(x, approximate=True), functions["gelu/result"])
 
 
-def test_golden_embedding_is_scaled_and_expert_has_none(golden: Golden) -> None:
-    table = golden.params["PaliGemma/llm/embedder/input_embedding"]
+def test_golden_embedding_is_scaled_and_expert_has_none(case: Golden) -> None:
+    table = case.params["PaliGemma/llm/embedder/input_embedding"]
     tokens = np.asarray([[0, 3, table.shape[0] - 1]], np.int32)
-    expected = table[tokens] * np.float32(np.sqrt(golden.config.vlm.width))
-    np.testing.assert_allclose(golden.model.vlm.embed(jnp.asarray(tokens)), expected, rtol=1e-6)
-    assert isinstance(golden.model.expert, Gemma)
-    assert not hasattr(golden.model.expert, "embedding")
+    expected = table[tokens] * np.float32(np.sqrt(case.config.vlm.width))
+    np.testing.assert_allclose(case.model.vlm.embed(jnp.asarray(tokens)), expected, rtol=1e-6)
+    assert isinstance(case.model.expert, Gemma)
+    assert not hasattr(case.model.expert, "embedding")
