@@ -1,6 +1,8 @@
 """Order, mixing, resuming and shapes of batches, checked against one sample at a time."""
 
 import dataclasses
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,11 +207,12 @@ def test_augmentation_differs_from_pass_to_pass_and_can_be_off(load: Any) -> Non
 
 
 def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
-    loader = load(prefetch=3, num_threads=2)
+    loader = load(prefetch=3, num_threads=2, policy=Shapes(image_size=(224, 224)))
     next(loader)
     assert loader.wait_seconds > 0
-    # 5 batches of 8 samples, 3 cameras of 12 x 16 x 3 bytes
-    assert "129 frames in 2 datasets; buffers per host: 5 batches of 0.0 MiB decoded" in capsys.readouterr().out
+    # 5 batches of 8 samples with 3 cameras: 8 * 3 * 224 * 224 * 3 / 2^20 = 3.45
+    expected = "129 frames in 2 datasets; buffers per host: 5 batches of 3.4 MiB decoded = 17 MiB"
+    assert expected in capsys.readouterr().out
 
 
 def test_configs_are_stored_as_json(config: DataConfig) -> None:
@@ -307,3 +310,12 @@ def test_settings_without_meaning_are_listed(config: DataConfig, load: Any) -> N
         DataConfig(())
     with pytest.raises(ValueError, match="batch_size=8 on 3 hosts, host 0, start=0; expected a batch_size that"):
         load(process_count=3)
+
+
+def test_the_pipeline_never_imports_tensorflow(toy: Path) -> None:
+    code = (
+        "import sys, openpi_like.data.loader, openpi_like.data.stats; from openpi_like.data.index import open_index; "
+        f"open_index({str(toy)!r}, 'train'); print([m for m in sys.modules if m.startswith('tensorflow')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

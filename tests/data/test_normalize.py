@@ -24,8 +24,8 @@ def stats_of(x: np.ndarray) -> FieldStats:
     low, high = np.quantile(x, [0.01, 0.99], axis=0)
     names = tuple(f"x{i}" for i in range(x.shape[1]))
     x64 = x.astype(np.float64)
-    values = (x64.mean(0), x64.std(0), low, high, x.min(0), x.max(0))
-    return FieldStats(names, *(tuple(v.tolist()) for v in values), len(x))  # type: ignore[arg-type]
+    values = {"mean": x64.mean(0), "std": x64.std(0), "q01": low, "q99": high, "min": x.min(0), "max": x.max(0)}
+    return FieldStats(names=names, count=len(x), **{k: tuple(v.tolist()) for k, v in values.items()})
 
 
 @pytest.mark.parametrize("mode", ["zscore", "quantile"])
