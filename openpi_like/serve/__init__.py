@@ -1,0 +1,1 @@
+"""Policies for remote robots. `protocol` and `client` need numpy, msgpack and websockets, nothing else."""

@@ -1,0 +1,87 @@
+"""The wire: msgpack with numpy arrays, as the PyPI package `openpi-client` speaks it. Bytes to objects; no sockets.
+
+On connection the server sends one binary message, the handshake metadata. A request is one binary message, an
+observation:
+
+    {"images": {camera: uint8 (H, W, 3) RGB}, "state": float (Ds,), "prompt": str, "robot": str, "seed": int}
+
+where "prompt" may be left out if the robot has a default, "robot" if the server has only one, and "seed" always. State
+is in the robot's own units. The reply is one binary message, {"actions": float32 (A, J), "timing_ms": {...}}, ready to
+be executed; or one text message, which says why there is none. The connection stays usable after it.
+"""
+
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 64 * 2**20
+_ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
+_KINDS = "biuf"  # bool, integers, floats: what an observation is made of; never objects, which would need pickle
+
+
+class ProtocolError(ValueError):
+    """A message does not follow the protocol."""
+
+
+def pack(message: Any) -> bytes:
+    """Returns a message of dicts, lists, strings, numbers and arrays as bytes.
+
+    Raises:
+        ProtocolError: an array's dtype, or an object, has no place on the wire.
+    """
+    try:
+        return msgpack.packb(message, default=_encode)
+    except ProtocolError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise ProtocolError(f"cannot send this message: {e}") from e
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in _KINDS:
+        raise ProtocolError(f"array of dtype {value.dtype}, expected booleans, integers or floats; convert it first")
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    if isinstance(value, np.generic):
+        return {_SCALAR: True, b"data": value.item(), b"dtype": value.dtype.str}
+    raise ProtocolError(f"object of type {type(value).__name__}, expected dict, list, string, number or numpy array")
+
+
+def unpack(data: bytes) -> Any:
+    """Inverse of `pack`. Arrays are read-only views of `data`.
+
+    Raises:
+        ProtocolError: not msgpack, too large, or an array whose dtype, shape and size do not agree.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}; send smaller images")
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    except ProtocolError:
+        raise
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
+        raise ProtocolError(f"not a msgpack message ({len(data)} bytes): {type(e).__name__} {e}") from e
+
+
+def _decode(value: dict) -> Any:
+    if _ARRAY not in value and _SCALAR not in value:
+        return value
+    try:
+        dtype = np.dtype(value[b"dtype"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ProtocolError(f"array with dtype {value.get(b'dtype')!r}, expected a numpy type string") from e
+    if dtype.kind not in _KINDS:
+        raise ProtocolError(f"array of dtype {dtype}, expected booleans, integers or floats")
+    if _SCALAR in value:
+        return dtype.type(value.get(b"data"))
+    shape, data = value.get(b"shape"), value.get(b"data")
+    if not isinstance(data, bytes) or not isinstance(shape, list | tuple):
+        raise ProtocolError("array without data or shape")
+    if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
+        raise ProtocolError(
+            f"array of shape {tuple(shape)} and dtype {dtype} with {len(data)} bytes, which do not agree"
+        )
+    return np.frombuffer(data, dtype).reshape(tuple(shape))

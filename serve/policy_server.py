@@ -1,0 +1,59 @@
+"""Serves a checkpoint to robots over websockets: `python serve/policy_server.py runs/demo/pretrain --port 8000`.
+
+The checkpoint directory is all it needs. Robots connect with the PyPI package openpi-client, unmodified, or with
+`openpi_like.serve.client.PolicyClient`. It listens once it has compiled; then `/healthz` answers.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from openpi_like.serve.policy import ObservationError, Policy
+from openpi_like.serve.server import PolicyServer, run
+from openpi_like.train.checkpoint import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Serves a checkpoint to robots over websockets.
+
+    checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest. host: 0.0.0.0 to be
+    reachable from other machines. port: 0 takes a free one. port_file: written with the port once it listens.
+    api_key: clients must send it. seed: of the sampling noise.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    robot: str | None = None
+    step: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    port_file: Path | None = None
+    api_key: str | None = None
+    seed: int = 0
+
+
+def main(args: Args) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array it reads
+    try:
+        policy = Policy.load(args.checkpoint, step=args.step, robot=args.robot, seed=args.seed)
+    except (CheckpointError, ValueError) as e:
+        sys.exit(f"cannot serve {args.checkpoint}: {e}")
+    policy.warm_up()
+    server = PolicyServer(
+        policy.infer,
+        policy.metadata(),
+        client_errors=(ObservationError,),
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key,
+    )
+    run(server, port_file=args.port_file)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
