@@ -1,0 +1,173 @@
+"""A checkpoint as a policy: every fault of an observation is named, and actions come back in the robot's own units."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from openpi_like.data.normalize import FieldStats, Normalization
+from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.serve.policy import ObservationError, Policy
+from openpi_like.train.checkpoint import PolicyParts
+
+ARM = Robot(
+    name="arm",
+    cameras=(Camera("base", "image", 24, 32), Camera("wrist_right", "wrist")),
+    state=(StateField("hand", "state", 2, unit="mm"), StateField("gripper", "state", 1, gripper=Gripper(0.0, 80.0))),
+    action=(
+        ActionField("hand", "action", 2, unit="mm", relative_to="hand"),
+        ActionField("gripper", "action", 1, gripper=Gripper(open=-1.0, closed=1.0)),
+    ),
+    control_hz=10.0,
+    action_horizon=3,
+    execute_steps=2,
+)
+CART = dataclasses.replace(ARM, name="cart", cameras=ARM.cameras[:1], default_prompt="roll")
+
+
+def _stats(names):
+    n = len(names)
+    return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
+
+
+class Constant(nnx.Module):
+    """A policy that always answers the same normalised actions, and keeps the last observation it was asked for."""
+
+    def __init__(self, config, value):
+        self.config, self.value = config, value
+
+    def sample_actions(self, key, observation, *, action_dims):
+        shape = (1, self.config.action_horizon, self.config.action_dim)
+        noise = 1e-3 * jax.random.normal(key, shape)
+        return jnp.where(action_dims[:, None], self.value, 0.0) + noise + 0 * observation["state"].sum()
+
+
+def _policy(tiny_policy, value=1.0, **options):
+    parts = PolicyParts(
+        model=Constant(tiny_policy, value),
+        robots=(ARM, CART),
+        normalizations={
+            r.name: Normalization(r.name, "zscore", _stats(r.state_names), _stats(r.action_names)) for r in (ARM, CART)
+        },
+        tokenizer=TextTokenizer(fit_text_tokenizer(["lift"], 280), tiny_policy.prompt_len),
+        contract_hash="abc",
+        step=7,
+        renderer={"arm": None, "cart": "egl"},
+    )
+    return Policy(parts, **options)
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy):
+    return _policy(tiny_policy)
+
+
+@pytest.fixture
+def observation():
+    images = {"base": np.zeros((24, 32, 3), np.uint8), "wrist_right": np.zeros((50, 40, 3), np.uint8)}
+    return {"images": images, "state": np.array([100.0, 200.0, 40.0], np.float32), "prompt": "lift", "robot": "arm"}
+
+
+def test_actions_are_in_the_robots_own_units(policy, observation):
+    actions = policy.infer(observation)["actions"]
+    assert actions.dtype == np.float32
+    assert actions.shape == (3, 3)  # the robot's horizon and dims, not the model's
+    # Normalised 1 is 1 * 2 + 0.5 = 2.5 in model space: 2500 mm from the state, and gripper 2.5 (1 open -> -1, 0 -> 1).
+    np.testing.assert_allclose(actions, np.broadcast_to([2600, 2700, -4.0], (3, 3)), atol=15)
+
+
+def test_requests_draw_different_noise_unless_they_bring_a_seed(policy, observation):
+    free = [policy.infer(observation)["actions"] for _ in range(2)]
+    assert not np.array_equal(*free)
+    seeded = [policy.infer({**observation, "seed": 5})["actions"] for _ in range(2)]
+    np.testing.assert_array_equal(*seeded)
+
+
+def test_metadata_tells_a_robot_what_to_send(policy):
+    metadata = policy.metadata()
+    assert (metadata["contract"], metadata["step"]) == ("abc", 7)
+    assert metadata["robots"]["arm"] == {
+        "cameras": {"base": [24, 32], "wrist_right": None},
+        "state": [["hand", 2, "mm"], ["gripper", 1, "1"]],
+        "action": [["hand", 2, "mm"], ["gripper", 1, "1"]],
+        "control_hz": 10.0,
+        "action_horizon": 3,
+        "execute_steps": 2,
+        "renderer": None,
+    }
+    assert metadata["robots"]["cart"]["renderer"] == "egl"
+
+
+def _without(d, key):
+    return {k: v for k, v in d.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda o: [o], ["got a list, expected a dict"]),
+        (lambda o: _without(o, "robot"), ["robot: missing, and this server has several; add one of arm, cart"]),
+        (lambda o: {**o, "robot": "card"}, ["got 'card', this checkpoint has not seen it; did you mean 'cart'"]),
+        (lambda o: {**o, "images": _without(o["images"], "base")}, ["images['base']: missing; got 'wrist_right'"]),
+        (
+            lambda o: {**o, "images": {**_without(o["images"], "base"), "bass": o["images"]["base"]}},
+            ["images['bass']: the robot has no such camera; did you mean 'base'", "images['base']: missing"],
+        ),
+        (lambda o: {**o, "images": None}, ["images: got NoneType, expected a dict with cameras base, wrist_right"]),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": np.zeros((32, 24, 3), np.uint8)}},
+            ["images['base']: got shape (32, 24, 3), expected (24, 32, 3)"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "wrist_right": np.zeros((3, 50, 40), np.uint8)}},
+            ["images['wrist_right']: got shape (3, 50, 40), expected ('any', 'any', 3)"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": np.zeros((24, 32, 3), np.float32)}},
+            ["images['base']: got dtype float32, expected uint8"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": "png"}},
+            ["images['base']: got str, expected a uint8 array"],
+        ),
+        (lambda o: _without(o, "state"), ["state: got NoneType", "hand:2 [mm], gripper:1 [1]"]),
+        (lambda o: {**o, "state": np.zeros(4, np.float32)}, ["state: got shape (4,), expected (3,): hand:2 [mm]"]),
+        (lambda o: {**o, "state": np.zeros(3, np.int64)}, ["state: got dtype int64, expected float32"]),
+        (lambda o: {**o, "state": np.float32([0, np.nan, np.inf])}, ["state: not finite at [1, 2]"]),
+        (lambda o: _without(o, "prompt"), ["prompt: missing, and the robot has no default"]),
+        (lambda o: {**o, "prompt": "  "}, ["prompt: got '  ', expected a text that is not empty"]),
+        (lambda o: {**o, "prompt": "lift " * 50}, ["prompt: prompt 'lift lift", "expected at most prompt_len=8"]),
+        (lambda o: {**o, "seed": -1}, ["seed: got -1, expected an integer"]),
+        (lambda o: {**o, "promt": "lift"}, ["promt: not part of an observation; did you mean 'prompt'"]),
+        (
+            lambda o: {"robot": "arm", "images": {}, "state": np.zeros(1), "prompt": 3},
+            ["images['base']: missing", "images['wrist_right']: missing", "state: got shape (1,)", "prompt: got 3"],
+        ),
+    ],
+)
+def test_everything_wrong_with_an_observation_is_named(policy, observation, change, messages):
+    with pytest.raises(ObservationError) as e:
+        policy.infer(change(observation))
+    for message in messages:
+        assert message in str(e.value)
+    assert policy.infer(observation)["actions"].shape == (3, 3)
+
+
+def test_a_default_prompt_and_a_single_robot_may_be_left_out(tiny_policy, observation):
+    policy = _policy(tiny_policy, robot="cart")
+    actions = policy.infer({"images": {"base": observation["images"]["base"]}, "state": observation["state"]})
+    assert actions["actions"].shape == (3, 3)
+
+
+def test_a_robot_that_the_checkpoint_has_not_seen_is_refused(tiny_policy):
+    with pytest.raises(ValueError, match="trained for arm, cart, not for robot 'aloha'"):
+        _policy(tiny_policy, robot="aloha")
+
+
+def test_actions_that_are_not_finite_are_never_sent(tiny_policy, observation):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        _policy(tiny_policy, value=np.nan).infer(observation)
