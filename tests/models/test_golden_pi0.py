@@ -90,10 +90,8 @@ class Golden:
 
     @functools.cached_property
     def gradients(self) -> dict[str, np.ndarray]:
-        def loss(model: Pi0) -> jax.Array:
-            return model.flow_loss(self.batch, self.arrays["noise"], self.arrays["time"]).mean()
-
-        state = nnx.jit(nnx.grad(loss))(self.model)
+        loss = nnx.grad(lambda model, *inputs: model.flow_loss(*inputs).mean())
+        state = nnx.jit(loss)(self.model, self.batch, self.arrays["noise"], self.arrays["time"])
         graph, _ = nnx.split(self.model, nnx.Param)
         return to_openpi(nnx.merge(graph, state))
 

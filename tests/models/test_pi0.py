@@ -140,8 +140,8 @@ def test_unrolled_and_recomputed_layers_give_the_same_loss_and_gradients(
 ) -> None:
     def evaluate(unroll: bool, remat: str | None) -> tuple[jax.Array, list[jax.Array]]:
         config = dataclasses.replace(tiny_policy, unroll=unroll, remat=remat)
-        objective = nnx.value_and_grad(lambda model: model.flow_loss(batch, *draws).mean())
-        value, gradients = nnx.jit(objective)(filled(lambda: config.create(KEY)))
+        objective = nnx.value_and_grad(lambda model, *inputs: model.flow_loss(*inputs).mean())
+        value, gradients = nnx.jit(objective)(filled(lambda: config.create(KEY)), batch, *draws)
         return value, jax.tree.leaves(gradients)
 
     value, gradients = evaluate(False, None)
@@ -171,18 +171,18 @@ def test_thirty_steps_overfit_one_batch(model: Pi0, batch: Any, draws: Any) -> N
     graph, state = nnx.split(model, nnx.Param)
     optimizer = optax.adam(1e-2)
 
-    def objective(weights: Any) -> jax.Array:
+    def objective(weights: Any, batch: Any, draws: Any) -> jax.Array:
         return masked_means(nnx.merge(graph, weights).flow_loss(batch, *draws), batch["action_mask"])[0]
 
     @jax.jit
-    def step(weights: Any, moments: Any) -> tuple[Any, Any, jax.Array, Any]:
-        value, gradients = jax.value_and_grad(objective)(weights)
+    def step(weights: Any, moments: Any, batch: Any, draws: Any) -> tuple[Any, Any, jax.Array, Any]:
+        value, gradients = jax.value_and_grad(objective)(weights, batch, draws)
         updates, moments = optimizer.update(gradients, moments, weights)
         return optax.apply_updates(weights, updates), moments, value, gradients
 
     moments, values = optimizer.init(state), []
     for i in range(30):
-        state, moments, value, gradients = step(state, moments)
+        state, moments, value, gradients = step(state, moments, batch, draws)
         values.append(float(value))
         if i == 0:
             norms = {k: float(jnp.abs(v.get_value()).max()) for k, v in nnx.to_flat_state(gradients)}
