@@ -31,7 +31,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 # The main job, end to end: demonstrations, statistics, pretraining, fine-tuning, serving, closed loop, report.
 # It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
 demo: setup
-	$(PY) train/demo.py
+	$(PY) train/demo.py --scale $${DEMO_SCALE:-demo}
 
 test: setup lint
 	$(PY) -m pytest -q

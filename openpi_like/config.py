@@ -34,8 +34,8 @@ def to_json(value: Any) -> Any:
         cls = type(value)
         if cls.__module__.split(".")[0] != _PACKAGE:
             raise TypeError(
-                f"only dataclasses of {_PACKAGE} can be stored in a checkpoint, got {cls.__module__}.{cls.__qualname__}; "
-                "build the config from the library's own classes"
+                f"only dataclasses of {_PACKAGE} can be stored in a checkpoint, got {cls.__module__}.{cls.__qualname__}"
+                "; build the config from the library's own classes"
             )
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {_CLASS: f"{cls.__module__}:{cls.__qualname__}", **fields}
@@ -84,7 +84,7 @@ def from_json(data: Any) -> Any:
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
-    """Returns `config` with dotted `key=value` assignments applied, e.g. `["model.action_dim=8", "steps=100"]`.
+    """Returns `config` with dotted `key=value` assignments applied, e.g. `["steps=100", "data.entries.0.weight=2"]`.
 
     A value is a Python literal, or a plain string. It must have the type of the value it replaces (an int may replace
     a float, anything may replace None).
@@ -112,23 +112,31 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
 
 def _replace(obj: Any, keys: list[str], value: Any, path: str) -> Any:
+    if isinstance(obj, tuple):
+        if not (keys[0].isdigit() and int(keys[0]) < len(obj)):
+            raise ValueError(f"{path!r}: {keys[0]!r} is not a position in a tuple of {len(obj)}, counted from 0")
+        i = int(keys[0])
+        return (*obj[:i], _assign(obj[i], keys[1:], value, path), *obj[i + 1 :])
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise ValueError(f"{path!r}: {keys[0]!r} would be a field of {obj!r}, which has none")
     names = [f.name for f in dataclasses.fields(obj)]
     if keys[0] not in names:
         raise ValueError(f"{path!r}: {type(obj).__name__} has no field {keys[0]!r}; {near_names(keys[0], names)}")
-    old = getattr(obj, keys[0])
-    if len(keys) > 1:
-        new = _replace(old, keys[1:], value, path)
-    else:
-        new = list_to_tuple(value)
-        if isinstance(old, float) and type(new) is int:
-            new = float(new)
-        if old is not None and new is not None and type(new) is not type(old):
-            raise ValueError(
-                f"{path!r}: got {new!r} of type {type(new).__name__}, expected {type(old).__name__} like {old!r}"
-            )
-    return dataclasses.replace(obj, **{keys[0]: new})
+    return dataclasses.replace(obj, **{keys[0]: _assign(getattr(obj, keys[0]), keys[1:], value, path)})
+
+
+def _assign(old: Any, keys: list[str], value: Any, path: str) -> Any:
+    """Returns what stands in the place of `old`: `value`, or `old` with `value` somewhere inside."""
+    if keys:
+        return _replace(old, keys, value, path)
+    new = list_to_tuple(value)
+    if isinstance(old, float) and type(new) is int:
+        new = float(new)
+    if old is not None and new is not None and type(new) is not type(old):
+        raise ValueError(
+            f"{path!r}: got {new!r} of type {type(new).__name__}, expected {type(old).__name__} like {old!r}"
+        )
+    return new
 
 
 def list_to_tuple(value: Any) -> Any:

@@ -55,6 +55,13 @@ def test_override_replaces_nested_values_and_keeps_the_rest():
     assert dataclasses.replace(robot, control_hz=SAWYER.control_hz, default_prompt=SAWYER.default_prompt) == SAWYER
 
 
+def test_override_reaches_into_tuples():
+    robot = override(SAWYER, ["cameras.0.height=128", "state.1.name=fingers"])
+    assert (robot.cameras[0].height, robot.state[1].name, robot.state[0]) == (128, "fingers", SAWYER.state[0])
+    with pytest.raises(ValueError, match="'7' is not a position in a tuple of 1, counted from 0"):
+        override(SAWYER, ["cameras.7.height=128"])
+
+
 def test_override_reports_all_failures_with_near_names():
     with pytest.raises(ValueError, match="cannot apply overrides") as e:
         override(OptimizerConfig(), ["peek_lr=1e-3", "warmup_steps=ten", "b1", "b1.x=3"])

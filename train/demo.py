@@ -2,10 +2,11 @@
 
 Each step is one of the project's own programs; the exact command is printed, timed and put into the report. The demo
 can be stopped at any moment: started again, it skips the finished steps and the interrupted one goes on where it was.
-`DEMO_SCALE=full` makes more demonstrations and trains longer, into another directory.
+`--scale full` makes more demonstrations and trains longer, into another directory.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -17,21 +18,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
+import tyro
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
+# Episodes per task and robot for training, and for validation; training steps; episodes per task to drive.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"sawyer": 40, "pusht": 60, "aloha": 25, "pretrain": 3000, "finetune": 900, "episodes": 20, "workers": 2},
+    "demo": {"sawyer": 50, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 3_000, "finetune": 900, "episodes": 20},
     "full": {
         "sawyer": 100,
         "pusht": 300,
         "aloha": 100,
-        "pretrain": 30000,
-        "finetune": 8000,
+        "val": 10,
+        "pretrain": 30_000,
+        "finetune": 8_000,
         "episodes": 50,
-        "workers": 2,
     },
+    "pulse": {"sawyer": 1, "pusht": 1, "aloha": 1, "val": 1, "pretrain": 2, "finetune": 2, "episodes": 1},
 }
 CONSOLE = Console(highlight=False)
 
@@ -42,7 +47,7 @@ class Demo:
     def __init__(self, run: Path) -> None:
         self.run, self.record_path = run, run / "demo.json"
         run.mkdir(parents=True, exist_ok=True)
-        self.record = {"seconds": {}, "commands": {}, "done": []}
+        self.record: dict[str, Any] = {"seconds": {}, "commands": {}, "done": []}
         if self.record_path.is_file():
             self.record = json.loads(self.record_path.read_text())
         self.record["hardware"] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -106,65 +111,80 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    scale = os.environ.get("DEMO_SCALE", "demo")
-    if scale not in SCALES:
-        raise SystemExit(f"DEMO_SCALE={scale!r}, expected one of {', '.join(SCALES)}")
-    n = SCALES[scale]
-    run = f"runs/{scale}"
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """The main job, end to end, on simulated robots.
+
+    scale: how much of everything; "pulse" only shows that the parts fit together. run: directory for all that it makes,
+    default runs/SCALE. workers: simulator processes.
+    """
+
+    scale: Literal["demo", "full", "pulse"] = "demo"
+    run: Path | None = None
+    workers: int = 2
+
+
+def main(args: Args) -> None:
+    n, run = SCALES[args.scale], str(args.run or Path("runs") / args.scale)
     demo = Demo(ROOT / run)
     robots = ("sawyer", "pusht", "aloha")
-    data, stats, workers = f"{run}/data", f"{run}/stats", str(n["workers"])
+    data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
+    sets = {robot: f"{data}/{robot}_sim/1.0.0" for robot in robots}
 
-    def train(config: str, name: str, *overrides: str) -> list[str]:
-        return ["train/train.py", config, f"run_dir={run}/{name}", *overrides]
-
-    def rollout(robot: str, policy: str, *more: str) -> list[str]:
-        episodes = ["--episodes", str(n["episodes"]), "--workers", workers]
-        out = ["--out", f"{run}/rollouts/{robot}_{policy}.jsonl"]
-        return ["serve/rollout.py", "--robot", robot, "--policy", policy, *episodes, *out, *more]
-
-    def drive(policy: str, trained: dict[str, tuple[str, ...]]) -> None:
-        for checkpoint, robots in trained.items():
-            port_file = f"{run}/{checkpoint}/port"
-            server = ["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", "--port-file", port_file]
-            more = ["--port-file", port_file]
-            frames = ["--frames-dir", f"{run}/frames"] if policy == "trained" else []
-            commands = [rollout(robot, policy, *more, *frames) for robot in robots]
-            demo.step(f"drive {', '.join(robots)} ({policy})", *commands, server=server)
-
-    sets = [f"{data}/{robot}_sim/1.0.0" for robot in robots]
+    # ---- 1. Demonstrations, 2. statistics ----------------------------------------------------------------------------
     for robot in robots:
-        count = ["--episodes-per-task", str(n[robot]), "--workers", workers]
-        demo.step(f"demonstrations of {robot}", ["data/make_demos.py", "--robot", robot, "--out", data, *count])
+        count = ["--episodes-per-task", str(n[robot]), "--val-episodes-per-task", str(n["val"])]
+        make = ["data/make_demos.py", "--robot", robot, "--out", data, *count, *workers]
+        demo.step(f"demonstrations of {robot}", make)
     demo.step(
         "statistics and text tokeniser",
-        *(
-            ["data/stats.py", "--robot", robot, "--data", path, "--out", f"{stats}/{robot}.json"]
-            for robot, path in zip(robots, sets, strict=True)
-        ),
-        ["data/fit_text.py", "--data", *sets, "--out", f"{run}/text.model"],
+        *(["data/stats.py", "--robot", r, "--data", sets[r], "--out", f"{stats}/{r}.json"] for r in robots),
+        ["data/fit_text.py", "--data", *sets.values(), "--out", f"{run}/text.model"],
     )
-    steps = (f"steps={n['pretrain']}", f"optimizer.decay_steps={n['pretrain']}")
-    paths = (f"stats={stats}", f"tokenizer={run}/text.model")
-    demo.step("pretrain on sawyer and pusht", train("configs/demo_pretrain.py", "pretrain", *paths, *steps))
-    steps = (f"steps={n['finetune']}", f"optimizer.decay_steps={n['finetune']}")
+
+    # ---- 3. Pretraining, 4. fine-tuning ------------------------------------------------------------------------------
+    def train(config: str, name: str, steps: int, entries: tuple[str, ...], *more: str) -> list[str]:
+        paths = [f"data.entries.{i}.path={sets[robot]}" for i, robot in enumerate(entries)]
+        length = [f"steps={steps}", f"optimizer.decay_steps={max(steps, 100)}"]
+        return ["train/train.py", config, f"run_dir={run}/{name}", f"stats={stats}", *paths, *length, *more]
+
+    tokenizer = f"tokenizer={run}/text.model"
+    pretrain = ("configs/demo_pretrain.py", ("sawyer", "pusht"))
+    finetune = ("configs/demo_finetune_aloha.py", ("aloha",))
+    demo.step("pretrain on sawyer and pusht", train(pretrain[0], "pretrain", n["pretrain"], pretrain[1], tokenizer))
     start = f"warm_start.checkpoint={run}/pretrain"
+    demo.step("fine-tune to aloha", train(finetune[0], "finetune", n["finetune"], finetune[1], start))
     demo.step(
-        "fine-tune to aloha", train("configs/demo_finetune_aloha.py", "finetune", f"stats={stats}", start, *steps)
+        "untrained policies to compare with",
+        train(pretrain[0], "untrained", 0, pretrain[1], tokenizer),
+        train(finetune[0], "untrained_aloha", 0, finetune[1], tokenizer, "warm_start=None"),
     )
-    demo.step(
-        "untrained weights to compare with",
-        train("configs/demo_pretrain.py", "untrained", *paths, "steps=0"),
-        train("configs/demo_finetune_aloha.py", "untrained_aloha", *paths, "warm_start=None", "steps=0"),
-    )
-    drive("trained", {"pretrain": ("sawyer", "pusht"), "finetune": ("aloha",)})
-    drive("untrained", {"untrained": ("sawyer", "pusht"), "untrained_aloha": ("aloha",)})
-    demo.step("expert on the same goals", *(rollout(robot, "expert") for robot in robots))
+
+    # ---- 5. Serving, and driving the simulators from another process -------------------------------------------------
+    def rollout(robot: str, policy: str, *more: str) -> list[str]:
+        out = ["--out", f"{run}/rollouts/{robot}_{policy}.jsonl"]
+        return ["serve/rollout.py", "--robot", robot, "--policy", policy, "--episodes", str(n["episodes"]), *out, *more]
+
+    for policy, checkpoint, driven in (
+        ("trained", "pretrain", ("sawyer", "pusht")),
+        ("trained", "finetune", ("aloha",)),
+        ("untrained", "untrained", ("sawyer", "pusht")),
+        ("untrained", "untrained_aloha", ("aloha",)),
+    ):
+        port = ["--port-file", f"{run}/{checkpoint}/port"]
+        frames = ["--frames-dir", f"{run}/frames"] if policy == "trained" else []
+        demo.step(
+            f"drive {' and '.join(driven)} with the {policy} policy",
+            *(rollout(robot, policy, *port, *frames, *workers) for robot in driven),
+            server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port],
+        )
+    demo.step("experts on the same goals", *(rollout(robot, "expert", *workers) for robot in robots))
+
+    # ---- 6. Report ---------------------------------------------------------------------------------------------------
     demo.step("report", ["serve/report.py", run])
     total = sum(demo.record["seconds"].values())
     CONSOLE.print(f"\n[bold]{run}/report.html[/] and {run}/report.json; {total / 60:.1f} minutes in all")
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
 from openpi_like.data.loader import describe, make_loader
 from openpi_like.data.stats import load_normalization
@@ -26,6 +27,7 @@ from openpi_like.train.checkpoint import (
     Contract,
     encode_tokenizer,
     find_step,
+    flatten,
     print_load_report,
     read_contract,
     warm_start,
@@ -115,9 +117,16 @@ def main(config: TrainConfig, console: Console) -> None:
     stop = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda s, _: stop.append(s))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    columns += (TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    history: list[tuple[int, dict, dict]] = []  # steps whose metrics have not been looked at
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    history: list[tuple[int, dict[str, jax.Array], Batch]] = []  # steps whose metrics have not been looked at
     sums: dict[str, float] = {}
     logged_at, logged_wait, logged_step = time.perf_counter(), loader.wait_seconds, step
     with Progress(*columns, console=console, disable=not lead, refresh_per_second=2) as progress:
@@ -135,7 +144,7 @@ def main(config: TrainConfig, console: Console) -> None:
                 seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
                 if not (math.isfinite(seen_values["loss"]) and math.isfinite(seen_values["grad_norm"])):
                     path = run_dir / f"nonfinite_step{done}.npz"
-                    np.savez(path, **{k: v for k, v in _flat_batch(seen).items()})
+                    np.savez(path, **flatten(dict(seen)))
                     raise NonFiniteLossError(
                         f"step {done}: loss {seen_values['loss']}, gradient norm {seen_values['grad_norm']}, expected "
                         f"finite numbers; the batch is in {path}; the newest checkpoint is step "
@@ -180,13 +189,6 @@ def main(config: TrainConfig, console: Console) -> None:
         console.print(f"stopped by signal {stop[0]} at step {step}, which is saved; the same command goes on from here")
         sys.exit(128 + stop[0])
     console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
-
-
-def _flat_batch(batch: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    flat: dict[str, np.ndarray] = {}
-    for k, v in batch.items():
-        flat.update(_flat_batch(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": np.asarray(v)})
-    return flat
 
 
 if __name__ == "__main__":

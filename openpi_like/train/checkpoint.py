@@ -228,7 +228,7 @@ def _read_weights(step_dir: Path, *, average: bool = True, shardings: Params | N
             return checkpointer.restore(item, target)
     except Exception as e:  # Orbax raises bare Exception for a damaged array
         first = str(e.__cause__ or e).split("\n")[0]
-        raise CheckpointError(f"cannot read the weights {item}: {first}; the checkpoint is damaged or incomplete") from e
+        raise CheckpointError(f"cannot read the weights {item}: {first}; they are damaged or incomplete") from e
 
 
 def load_policy_parts(directory: str | Path, step: int | None = None, *, ema: bool = True) -> PolicyParts:

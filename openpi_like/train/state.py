@@ -58,9 +58,10 @@ def state_shardings(abstract: TrainState, model: ModelDef, mesh: Mesh, rules: Sh
     weights = weight_shardings(model.axes, model.shapes, mesh, rules)
     everywhere = replicated(mesh)
 
+    structure: Any = jax.tree.structure(model.shapes)
+
     def follow(subtree: Any) -> Any:
-        same = jax.tree.structure(subtree) == jax.tree.structure(model.shapes)
-        return weights if same else everywhere
+        return weights if jax.tree.structure(subtree) == structure else everywhere
 
     # Optimiser moments are the subtrees shaped like the weights; counts and the like are replicated.
     is_weights = lambda x: isinstance(x, dict)  # noqa: E731

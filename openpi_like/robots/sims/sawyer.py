@@ -39,8 +39,8 @@ _CAMERA_FOVY = 45.0
 class SawyerExpert:
     """The package's scripted policy of a task, made for 80 Hz, as an expert for 20 Hz.
 
-    Holding its momentary command for four steps would make the arm swing around its path: its gains are too high for the
-    delay. So its next four commands are found by simulating ahead, and their mean is the action.
+    Holding its momentary command for four steps would make the arm swing around its path: its gains are too high for
+    the delay. So its next four commands are found by simulating ahead, and their mean is the action.
     """
 
     def __init__(self, sim: "SawyerSim", policy: Any, rng: np.random.Generator, noise: float) -> None:
