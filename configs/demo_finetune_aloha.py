@@ -21,7 +21,6 @@ config = TrainConfig(
         action_dim=14,
         action_horizon=20,
         prompt_len=16,
-        patch_size=16,
         vocab_size=512,
     ),
     data=DataConfig(entries=(MixtureEntry(robot=ALOHA, path="runs/demo/data/aloha_sim/1.0.0", weight=1.0),)),

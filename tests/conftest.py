@@ -74,7 +74,7 @@ def tiny_batch(tiny_policy):
     action_mask[3, 2:] = False
     state_mask = np.ones((B, p.state_dim), bool)
     prompt_mask = np.arange(p.prompt_len) < rng.integers(2, p.prompt_len, (B, 1))
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
     return {
         "images": {c: rng.integers(0, 256, (B, *p.image_size, 3), dtype=np.uint8) for c in p.cameras},
         "image_mask": {"base": np.ones(B, bool), "wrist_right": dataset == 0},

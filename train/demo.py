@@ -26,7 +26,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 # Episodes per task and robot for training, and for validation; training steps; episodes per task to drive.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"sawyer": 50, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 3_000, "finetune": 900, "episodes": 20},
+    "demo": {"sawyer": 60, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 5_000, "finetune": 900, "episodes": 20},
     "full": {
         "sawyer": 100,
         "pusht": 300,
@@ -38,6 +38,19 @@ SCALES: dict[str, dict[str, int]] = {
     },
     "pulse": {"sawyer": 1, "pusht": 1, "aloha": 1, "val": 1, "pretrain": 2, "finetune": 2, "episodes": 1},
 }
+# Meta-World tasks of this demo; the simulated Sawyer knows a few more.
+SAWYER_TASKS = (
+    "button-press-topdown",
+    "button-press",
+    "coffee-button",
+    "window-open",
+    "window-close",
+    "faucet-open",
+    "faucet-close",
+    "drawer-open",
+    "drawer-close",
+    "door-close",
+)
 CONSOLE = Console(highlight=False)
 
 
@@ -129,12 +142,13 @@ def main(args: Args) -> None:
     demo = Demo(ROOT / run)
     robots = ("sawyer", "pusht", "aloha")
     data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
+    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS], "pusht": [], "aloha": []}
     sets = {robot: f"{data}/{robot}_sim/1.0.0" for robot in robots}
 
     # ---- 1. Demonstrations, 2. statistics ----------------------------------------------------------------------------
     for robot in robots:
         count = ["--episodes-per-task", str(n[robot]), "--val-episodes-per-task", str(n["val"])]
-        make = ["data/make_demos.py", "--robot", robot, "--out", data, *count, *workers]
+        make = ["data/make_demos.py", "--robot", robot, "--out", data, *count, *workers, *tasks[robot]]
         demo.step(f"demonstrations of {robot}", make)
     demo.step(
         "statistics and text tokeniser",
@@ -163,7 +177,8 @@ def main(args: Args) -> None:
     # ---- 5. Serving, and driving the simulators from another process -------------------------------------------------
     def rollout(robot: str, policy: str, *more: str) -> list[str]:
         out = ["--out", f"{run}/rollouts/{robot}_{policy}.jsonl"]
-        return ["serve/rollout.py", "--robot", robot, "--policy", policy, "--episodes", str(n["episodes"]), *out, *more]
+        episodes = ["--episodes", str(n["episodes"]), *workers, *tasks[robot]]
+        return ["serve/rollout.py", "--robot", robot, "--policy", policy, *episodes, *out, *more]
 
     for policy, checkpoint, driven in (
         ("trained", "pretrain", ("sawyer", "pusht")),
@@ -175,10 +190,10 @@ def main(args: Args) -> None:
         frames = ["--frames-dir", f"{run}/frames"] if policy == "trained" else []
         demo.step(
             f"drive {' and '.join(driven)} with the {policy} policy",
-            *(rollout(robot, policy, *port, *frames, *workers) for robot in driven),
+            *(rollout(robot, policy, *port, *frames) for robot in driven),
             server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port],
         )
-    demo.step("experts on the same goals", *(rollout(robot, "expert", *workers) for robot in robots))
+    demo.step("experts on the same goals", *(rollout(robot, "expert") for robot in robots))
 
     # ---- 6. Report ---------------------------------------------------------------------------------------------------
     demo.step("report", ["serve/report.py", run])

@@ -35,6 +35,8 @@ class Pi0Config:
     remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
     unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
     sample_steps: Euler steps when sampling.
+    flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
+        so a few more draws make the gradient less noisy at less than the cost of as many more samples.
     train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
     """
 
@@ -54,6 +56,7 @@ class Pi0Config:
     unroll: bool = False
     sample_steps: int = 10
     train_on_padding: bool = False
+    flow_draws: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -65,7 +68,15 @@ class Pi0Config:
             problems.append(f"image_size={self.image_size}, expected multiples of {self.vision.patch_size=}")
         if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
             problems.append(f"cameras={self.cameras}, expected at least one, each named once")
-        for name in ("state_dim", "action_dim", "action_horizon", "prompt_len", "vocab_size", "sample_steps"):
+        for name in (
+            "state_dim",
+            "action_dim",
+            "action_horizon",
+            "prompt_len",
+            "vocab_size",
+            "sample_steps",
+            "flow_draws",
+        ):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")
         if self.expert.width % 2:
@@ -89,6 +100,7 @@ class Pi0Config:
         vocab_size: int,
         image_size: tuple[int, int] = (64, 64),
         patch_size: int = 16,
+        flow_draws: int = 1,
     ) -> "Pi0Config":
         """Returns a policy of about a million weights that trains on two CPU cores."""
         return cls(
@@ -102,6 +114,7 @@ class Pi0Config:
             action_horizon=action_horizon,
             prompt_len=prompt_len,
             vocab_size=vocab_size,
+            flow_draws=flow_draws,
             unroll=True,
         )
 
@@ -314,23 +327,35 @@ class Pi0(nnx.Module):
             ValueError: the batch does not fit the config; lists everything that does not.
         """
         self.config.check(batch, actions=True)
+        return self._flow_errors(self.prefix(batch), batch, noise_BAJ, time_B)
+
+    def _flow_errors(
+        self, prefix: Prefix, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+    ) -> Float[Array, "B A J"]:
         t = time_B[:, None, None]
         # Padded entries are zero by contract; whatever they hold must not reach the network.
         actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
         x_t = t * noise_BAJ + (1 - t) * actions
-        velocity = self.velocity(self.prefix(batch), batch, x_t, time_B)
+        velocity = self.velocity(prefix, batch, x_t, time_B)
         return jnp.square(velocity - (noise_BAJ - actions))
 
     def loss(self, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean squared velocity error at random flow times, and per-sample metrics.
 
-        A sample's loss is the mean over its valid entries; the scalar is the mean over samples that have any.
+        A sample's loss is the mean over its valid entries and over `config.flow_draws` draws of noise and flow time;
+        the scalar is the mean over samples that have any valid entry.
         Metrics: "loss", and "valid" (1.0, or 0.0 for a sample without valid entries, whose loss is 0).
         Row i draws from `fold_in(key, i)`, so its draws do not depend on the number of rows.
         """
-        shape = (self.config.action_horizon, self.config.action_dim)
-        noise, time = draw_noise(key, batch["state"].shape[0], shape), draw_time(key, batch["state"].shape[0])
-        return masked_means(self.flow_loss(batch, noise, time), self.loss_mask(batch))
+        self.config.check(batch, actions=True)
+        rows, shape = batch["state"].shape[0], (self.config.action_horizon, self.config.action_dim)
+        prefix = self.prefix(batch)
+
+        def errors(draw_key: jax.Array) -> jax.Array:
+            return self._flow_errors(prefix, batch, draw_noise(draw_key, rows, shape), draw_time(draw_key, rows))
+
+        keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
+        return masked_means(jax.vmap(errors)(jnp.stack(keys)).mean(0), self.loss_mask(batch))
 
     def loss_mask(self, batch: Batch) -> Bool[Array, "B A J"]:
         """Returns which entries of the actions count in the loss."""

@@ -137,7 +137,7 @@ def _without(d, key):
         (lambda o: _without(o, "state"), ["state: got NoneType", "hand:2 [mm], gripper:1 [1]"]),
         (lambda o: {**o, "state": np.zeros(4, np.float32)}, ["state: got shape (4,), expected (3,): hand:2 [mm]"]),
         (lambda o: {**o, "state": np.zeros(3, np.int64)}, ["state: got dtype int64, expected float32"]),
-        (lambda o: {**o, "state": np.float32([0, np.nan, np.inf])}, ["state: not finite at [1, 2]"]),
+        (lambda o: {**o, "state": np.array([0, np.nan, np.inf], np.float32)}, ["state: not finite at [1, 2]"]),
         (lambda o: _without(o, "prompt"), ["prompt: missing, and the robot has no default"]),
         (lambda o: {**o, "prompt": "  "}, ["prompt: got '  ', expected a text that is not empty"]),
         (lambda o: {**o, "prompt": "lift " * 50}, ["prompt: prompt 'lift lift", "expected at most prompt_len=8"]),

@@ -99,7 +99,7 @@ def test_unexpected_errors_stay_in_the_log(client, caplog):
 
 def test_malformed_messages_are_answered(server):
     with connect(f"ws://127.0.0.1:{server.port}") as connection:
-        assert unpack(connection.recv()) == {"robots": ["r"]}
+        assert unpack(connection.recv(decode=False)) == {"robots": ["r"]}
         for message, answer in (("text", "got a text message"), (b"\xc1", "not a msgpack message")):
             connection.send(message)
             assert answer in connection.recv()
@@ -150,9 +150,9 @@ def test_a_late_answer_is_never_taken_for_the_next():
     with _serving(slow) as server:
         client = PolicyClient(port=server.port, timeout_s=0.2)
         with pytest.raises(DeadlineError, match=r"within 0\.2 s"):
-            client.infer({"state": np.float32([1.0]), "prompt": "wait"})
+            client.infer({"state": np.ones(1, np.float32), "prompt": "wait"})
         go_on.set()
-        assert client.infer({"state": np.float32([2.0]), "prompt": "go"})["actions"] == [[2.0]]
+        assert client.infer({"state": np.full(1, 2.0, np.float32), "prompt": "go"})["actions"] == [[2.0]]
         client.close()
 
 

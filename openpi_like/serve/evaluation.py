@@ -1,0 +1,80 @@
+"""Closed-loop results: one line per episode, success rates with Wilson intervals."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One closed-loop episode.
+
+    policy: "trained", "untrained" or "expert". seed: of the layout. steps: control steps until success or the limit.
+    latency_ms: time of each request as the robot saw it. renderer: what drew the frames.
+    """
+
+    robot: str
+    task: str
+    policy: str
+    seed: int
+    success: bool
+    steps: int
+    renderer: str
+    latency_ms: tuple[float, ...] = ()
+
+
+def append_episode(path: Path, episode: Episode) -> None:
+    """Adds one line to a JSONL file."""
+    with path.open("a") as f:
+        f.write(json.dumps(dataclasses.asdict(episode)) + "\n")
+
+
+def read_episodes(path: Path) -> list[Episode]:
+    """Returns the episodes of a JSONL file; a last line that a kill cut short is removed from the file.
+
+    Raises:
+        ValueError: a complete line is not an episode; names file and line.
+    """
+    if not path.is_file():
+        return []
+    *lines, cut = path.read_text().split("\n")
+    if cut:
+        path.write_text("".join(line + "\n" for line in lines))
+    episodes = []
+    for i, line in enumerate(lines):
+        try:
+            values = json.loads(line)
+            episodes.append(Episode(**{**values, "latency_ms": tuple(values["latency_ms"])}))
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{path}, line {i + 1}: not an episode: {e}; remove the file to drive again") from e
+    return episodes
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Returns the Wilson score interval of a success rate (z = 1.959964: 95 %).
+
+    Raises:
+        ValueError: not 0 <= successes <= n, or no trial.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"got {successes} successes of {n} episodes, expected 0 <= successes <= n and n >= 1")
+    p, z2 = successes / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def success_rows(episodes: Iterable[Episode]) -> list[dict[str, Any]]:
+    """Returns one row per robot, task and policy, in that order, with its success rate's 95 % interval."""
+    groups: dict[tuple[str, str, str], list[bool]] = {}
+    for e in episodes:
+        groups.setdefault((e.robot, e.task, e.policy), []).append(e.success)
+    rows = []
+    for (robot, task, policy), outcomes in sorted(groups.items()):
+        low, high = wilson(sum(outcomes), len(outcomes))
+        counts = {"successes": sum(outcomes), "episodes": len(outcomes)}
+        rows.append({"robot": robot, "task": task, "policy": policy, **counts, "wilson_low": low, "wilson_high": high})
+    return rows

@@ -1,0 +1,135 @@
+"""The whole chain through its public entry points, at two training steps; and a run killed in the middle of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from openpi_like.robots.sims.sawyer import SawyerSim
+from openpi_like.train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
+
+
+def _program(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A finished demo of the smallest scale."""
+    run = tmp_path_factory.mktemp("demo") / "run"
+    done = _program("train/demo.py", "--scale", "pulse", "--run", str(run))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_reports_every_task_and_policy(demo):
+    report = json.loads((demo / "report.json").read_text())
+    rows = {(row["robot"], row["task"], row["policy"]): row for row in report["success"]}
+    tasks = {("pusht", "push-t"), ("aloha", "transfer-cube")} | {("sawyer", task) for task in _tasks(demo)}
+    assert len(_tasks(demo)) >= 8
+    assert set(rows) == {(*task, policy) for task in tasks for policy in ("trained", "untrained", "expert")}
+    for row in rows.values():
+        expected = {0: (0.0, 0.7935), 1: (0.2065, 1.0)}[row["successes"]]  # Wilson at 0 and 1 of 1
+        assert row["episodes"] == 1
+        np.testing.assert_allclose((row["wilson_low"], row["wilson_high"]), expected, atol=1e-4)
+    assert sum(rows["sawyer", task, "expert"]["successes"] for task in _tasks(demo)) == len(_tasks(demo))
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    html = (demo / "report.html").read_text()
+    assert "data:image/gif;base64," in html
+    assert "http" not in html.replace("http://www.w3.org", "")
+
+
+def _tasks(demo: Path) -> list[str]:
+    metadata = json.loads((demo / "data" / "sawyer_sim" / "1.0.0" / "metadata.json").read_text())
+    assert set(metadata["tasks"]) <= set(SawyerSim.tasks)
+    return metadata["tasks"]
+
+
+def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
+    rows = json.loads((demo / "finetune" / "load_report.json").read_text())
+    fresh = {row["weight"]: row["why"] for row in rows if row["from"] == "fresh"}
+    assert set(fresh) == {"action_in/kernel", "action_out/kernel", "action_out/bias", "state_in/kernel"}
+    assert fresh["state_in/kernel"] == "asked by '^state_in/kernel', the checkpoint has (4, 64)"
+    assert len(rows) > 40
+
+
+def test_a_finished_demo_is_not_done_again(demo):
+    before = json.loads((demo / "demo.json").read_text())["seconds"]
+    again = _program("train/demo.py", "--scale", "pulse", "--run", str(demo))
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == len(before)
+    assert json.loads((demo / "demo.json").read_text())["seconds"] == before
+
+
+def _train(demo: Path, name: str) -> list[str]:
+    paths = [f"data.entries.{i}.path={demo}/data/{robot}_sim/1.0.0" for i, robot in enumerate(("sawyer", "pusht"))]
+    often = ["steps=6", "batch_size=8", "log_every=1", "save_every=2", "validate_every=100", "validation_batches=1"]
+    files = [f"run_dir={demo}/{name}", f"stats={demo}/stats", f"tokenizer={demo}/text.model"]
+    return ["train/train.py", "configs/demo_pretrain.py", *files, *paths, *often, "validation_batch_size=8"]
+
+
+def _arrays(step: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    for item in ("params", "ema", "opt_state"):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            for path, leaf in jax.tree_util.tree_leaves_with_path(checkpointer.restore(step / item)):
+                arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
+    whole = _program(*_train(demo, "whole"))
+    assert whole.returncode == 0, whole.stdout[-2000:] + whole.stderr[-2000:]
+
+    metrics = demo / "killed" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, *_train(demo, "killed")],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(read_metrics(metrics)) < 4:  # step 4 is done: there is a checkpoint of step 2, perhaps of step 4
+        assert process.poll() is None, "the run ended before it could be killed"
+        try:
+            process.wait(timeout=0.02)
+        except subprocess.TimeoutExpired:
+            continue
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (demo / "killed" / "checkpoints" / "6").exists()
+
+    resumed = _program(*_train(demo, "killed"))
+    assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-2000:]
+    assert "resumed at step" in resumed.stdout or "6 of 6 steps to go" in resumed.stdout
+    expected, got = (_arrays(demo / name / "checkpoints" / "6") for name in ("whole", "killed"))
+    assert len(expected) > 100
+    assert expected.keys() == got.keys()
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    steps = [line["step"] for line in read_metrics(metrics) if line["split"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_says_what_is_wrong_with_its_inputs(demo):
+    missing = _program(*_train(demo, "wrong"), "data.entries.0.path=/nowhere/sawyer_sim/1.0.0")
+    assert missing.returncode != 0
+    assert "/nowhere/sawyer_sim/1.0.0" in missing.stderr
+    typo = _program(*_train(demo, "wrong"), "data.entires.0.weight=1")
+    assert typo.returncode != 0
+    assert "did you mean 'entries'" in typo.stderr
