@@ -18,5 +18,5 @@ SAWYER = Robot(
     ),
     control_hz=20.0,
     action_horizon=8,
-    execute_steps=4,
+    execute_steps=2,
 )

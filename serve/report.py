@@ -1,0 +1,269 @@
+"""Makes the report of a demo run: `python serve/report.py runs/demo` writes report.html, one file without external
+resources, and report.json, the same numbers.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import numpy as np
+import tyro
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from openpi_like.serve.evaluation import Episode, read_episodes, success_rows
+from openpi_like.train.metrics import read_metrics
+
+RUNS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
+COLOURS = {"trained": "#2563eb", "expert": "#16a34a", "untrained": "#9ca3af"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; background: #f3f4f6; color: #111827; margin: 0; }
+main { max-width: 1140px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { margin: 0 0 2px; font-size: 28px; } h2 { margin: 0 0 10px; font-size: 19px; }
+.note { color: #6b7280; font-size: 13px; }
+section { background: #fff; border-radius: 10px; padding: 18px 22px; margin-top: 18px; box-shadow: 0 1px 2px #0001; }
+.headline { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin-top: 18px; }
+.headline div { background: #fff; border-radius: 10px; padding: 14px 18px; box-shadow: 0 1px 2px #0001; }
+.headline b { display: block; font-size: 26px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-size: 12px; color: #6b7280; border-bottom: 1px solid #e5e7eb; padding: 4px 10px 4px 0; }
+td { padding: 4px 10px 4px 0; border-bottom: 1px solid #f3f4f6; }
+img.plot { max-width: 100%; }
+pre { background: #f9fafb; padding: 10px 12px; border-radius: 6px; white-space: pre-wrap; font-size: 12px; }
+.films { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; }
+.films img { width: 100%; border-radius: 6px; } .films figure { margin: 0; font-size: 12px; color: #6b7280; }
+.good { color: #15803d; font-weight: 600; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Makes the report of a demo run. run: its directory."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """Returns all numbers of the report.
+
+    Raises:
+        SystemExit: inputs are missing; lists all of them.
+    """
+    demo, rollouts = run / "demo.json", sorted((run / "rollouts").glob("*.jsonl"))
+    needed = [demo, run / "finetune" / "load_report.json", *(run / name / "metrics.jsonl" for name in RUNS)]
+    missing = [f"no {path}" for path in needed if not path.is_file()]
+    if not rollouts:
+        missing.append(f"no results in {run / 'rollouts'}, see serve/rollout.py")
+    if missing:
+        sys.exit("cannot make the report:\n  " + "\n  ".join(missing) + "\n`make demo` makes all of them")
+    record = json.loads(demo.read_text())
+    episodes = [e for path in rollouts for e in read_episodes(path)]
+    weights = json.loads((run / "finetune" / "load_report.json").read_text())
+    numbers: dict[str, Any] = {key: record[key] for key in ("date", "hardware", "seconds", "commands")}
+    numbers["success"] = success_rows(episodes)
+    numbers["renderers"] = {e.robot: e.renderer for e in episodes}
+    numbers["latency_ms"] = {r: _latency(episodes, r) for r in sorted({e.robot for e in episodes if e.latency_ms})}
+    numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in RUNS}
+    numbers["weights"] = {
+        "loaded": sum(row["from"] == "checkpoint" for row in weights),
+        "fresh": [row for row in weights if row["from"] == "fresh"],
+    }
+    return numbers
+
+
+def _latency(episodes: list[Episode], robot: str) -> dict[str, float]:
+    times = [ms for e in episodes if e.robot == robot and e.policy == "trained" for ms in e.latency_ms]
+    p50, p95, p99 = np.percentile(times, [50, 95, 99]) if times else (float("nan"),) * 3
+    return {"requests": len(times), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def _training(path: Path) -> dict[str, Any]:
+    lines = read_metrics(path)
+    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
+    errors = {k: v for k, v in val[-1].items() if k.startswith("action_mae/")}
+    return {
+        "steps": train[-1]["step"],
+        "loss_first": train[0]["loss"],
+        "loss_last": train[-1]["loss"],
+        "steps_per_s": float(np.median([line["steps_per_s"] for line in train])),
+        "data_wait": float(np.mean([line["data_wait"] for line in train])),
+        "validation_loss": {k.removeprefix("loss/"): v for k, v in val[-1].items() if k.startswith("loss/")},
+        "action_mae": {k.removeprefix("action_mae/"): v for k, v in errors.items()},
+        "curves": {
+            "train": [[line["step"], line["loss"]] for line in train],
+            **{
+                f"held out, {k.removeprefix('loss/')}": [[line["step"], line[k]] for line in val]
+                for k in val[-1]
+                if k.startswith("loss/")
+            },
+        },
+    }
+
+
+def success_plot(rows: list[dict[str, Any]]) -> Figure:
+    """Success rates with their intervals, one line per task."""
+    tasks = list(dict.fromkeys((row["robot"], row["task"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(11, 0.42 * len(tasks) + 1.1), layout="constrained")
+    for row in rows:
+        y = tasks.index((row["robot"], row["task"])) + {"trained": 0, "expert": -0.22, "untrained": 0.22}[row["policy"]]
+        rate, colour = row["successes"] / row["episodes"], COLOURS[row["policy"]]
+        axes.plot([row["wilson_low"], row["wilson_high"]], [y, y], color=colour, lw=2.5, solid_capstyle="round")
+        axes.plot(rate, y, "o", color=colour, ms=6)
+    for policy, colour in COLOURS.items():
+        axes.plot([], [], "o-", color=colour, label=policy)
+    axes.set_yticks(range(len(tasks)), [f"{robot}  {task}" for robot, task in tasks])
+    axes.invert_yaxis()
+    axes.set_xlim(-0.02, 1.02)
+    axes.axvline(0.8, color="#d1d5db", ls="--", lw=1, zorder=0)
+    axes.set_xlabel("success rate on held-out layouts, Wilson 95 % interval")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axes.grid(axis="x", color="#f3f4f6")
+    return figure
+
+
+def loss_plot(training: dict[str, Any]) -> Figure:
+    """Training and held-out loss of every run."""
+    figure, panels = plt.subplots(1, len(training), figsize=(11, 3.2), layout="constrained")
+    for axes, (name, values) in zip(panels, training.items(), strict=True):
+        for label, curve in values["curves"].items():
+            steps, losses = zip(*curve, strict=True)
+            axes.plot(steps, losses, "-" if label == "train" else "o-", lw=1.5, ms=4, label=label)
+        axes.set_title(RUNS[name], fontsize=11)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.grid(color="#f3f4f6", which="both")
+        axes.legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("flow-matching loss")
+    return figure
+
+
+def time_plot(seconds: dict[str, float]) -> Figure:
+    """Time of every step."""
+    figure, axes = plt.subplots(figsize=(11, 0.3 * len(seconds) + 0.7), layout="constrained")
+    axes.barh(list(seconds), list(seconds.values()), color="#93c5fd")
+    axes.bar_label(axes.containers[0], fmt="%.0f s", padding=4, fontsize=9)  # type: ignore[arg-type]
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds")
+    return figure
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return f'<img class="plot" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    def cells(tag: str, values: list[Any]) -> str:
+        return "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+
+
+def _success_table(rows: list[dict[str, Any]]) -> str:
+    by_task: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        interval = f"{row['successes']}/{row['episodes']}  [{row['wilson_low']:.2f}, {row['wilson_high']:.2f}]"
+        by_task.setdefault((row["robot"], row["task"]), {})[row["policy"]] = interval
+    body = [[*task, *(cells.get(policy, "not driven") for policy in COLOURS)] for task, cells in by_task.items()]
+    return _table(["robot", "task", *COLOURS], body)
+
+
+def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
+    """Returns the report as HTML. films: name -> GIF."""
+    e = html.escape
+    trained = [row for row in numbers["success"] if row["policy"] == "trained"]
+    good = [row for row in trained if row["successes"] / row["episodes"] >= 0.8]
+    minutes = sum(numbers["seconds"].values()) / 60
+    p50 = {robot: latency["p50"] for robot, latency in numbers["latency_ms"].items()}
+    hardware = numbers["hardware"]
+    steps_per_s = " / ".join(f"{t['steps_per_s']:.1f}" for t in numbers["training"].values())
+    headline = [
+        (f"{len(good)} of {len(trained)}", "tasks at 80 % success or better"),
+        (f"{min(p50.values()):.1f} ms" if p50 else "none", "median round trip of the fastest robot"),
+        (steps_per_s, "training steps per second, pretraining / fine-tuning"),
+        (f"{minutes:.1f} min", "from nothing to this page"),
+    ]
+    errors = [
+        [*name.split("/", 1), f"{value:.4g}"]
+        for run in numbers["training"].values()
+        for name, value in run["action_mae"].items()
+    ]
+    latency = [
+        [robot, v["requests"], f"{v['p50']:.1f}", f"{v['p95']:.1f}", f"{v['p99']:.1f}"]
+        for robot, v in numbers["latency_ms"].items()
+    ]
+    runs = [
+        [
+            RUNS[name],
+            t["steps"],
+            f"{t['loss_first']:.3f}",
+            f"{t['loss_last']:.3f}",
+            f"{t['steps_per_s']:.1f}",
+            f"{t['data_wait']:.1%}",
+        ]
+        for name, t in numbers["training"].items()
+    ]
+    fresh = [[row["weight"], row["shape"], row["why"]] for row in numbers["weights"]["fresh"]]
+    strips = "".join(
+        f'<figure><img alt="" src="data:image/gif;base64,{base64.b64encode(gif).decode()}">{e(name)}</figure>'
+        for name, gif in films.items()
+    )
+    commands = "".join(f"<p>{e(step)}</p><pre>{e(text)}</pre>" for step, text in numbers["commands"].items())
+    renderers = ", ".join(f"{robot}: {renderer}" for robot, renderer in numbers["renderers"].items())
+    subtitle = " · ".join(
+        [
+            numbers["date"],
+            f"{hardware['cpu']}, {hardware['cores']} cores",
+            f"Python {hardware['python']}",
+            f"images by {renderers}",
+        ]
+    )
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>openpi_like demo</title>
+<style>{STYLE}</style></head><body><main>
+<h1>From demonstrations to driven robots</h1>
+<div class="note">{e(subtitle)}</div>
+<div class="headline">{"".join(f"<div><b>{e(big)}</b>{e(small)}</div>" for big, small in headline)}</div>
+<section><h2>Success, closed loop over websockets</h2>{_png(success_plot(numbers["success"]))}
+{_success_table(numbers["success"])}</section>
+<section><h2>Rollouts of the trained policies</h2><div class="films">{strips}</div></section>
+<section><h2>Loss</h2>{_png(loss_plot(numbers["training"]))}
+{_table(["run", "steps", "first loss", "last loss", "steps/s", "waiting for data"], runs)}
+<p class="note">The held-out loss is that of the averaged weights on episodes never trained on, on a fixed grid of noise
+and flow times, so it is not on the scale of the training loss.</p></section>
+<section><h2>Action error on held-out episodes</h2>
+{_table(["robot", "dim [unit]", "mean absolute error of sampled chunks"], errors)}</section>
+<section><h2>Latency of the trained policies</h2>
+{_table(["robot", "requests", "p50 ms", "p95 ms", "p99 ms"], latency)}
+<p class="note">Round trip as the robot's process sees it: packing, websocket, inference with ten flow steps, unpacking;
+server and simulators share the machine.</p></section>
+<section><h2>What fine-tuning started from</h2>
+<p>{numbers["weights"]["loaded"]} weights came from the pretrained checkpoint, {len(fresh)} started fresh:</p>
+{_table(["weight", "shape", "why"], fresh)}</section>
+<section><h2>Time of each step</h2>{_png(time_plot(numbers["seconds"]))}</section>
+<section><h2>Each step alone</h2>{commands}</section>
+</main></body></html>
+"""
+
+
+def main(args: Args) -> None:
+    numbers = collect(args.run)
+    films = {path.stem.replace("_", " "): path.read_bytes() for path in sorted((args.run / "frames").glob("*.gif"))}
+    (args.run / "report.json").write_text(json.dumps(numbers, indent=1))
+    (args.run / "report.html").write_text(page(numbers, films))
+    print(f"{args.run / 'report.html'} and {args.run / 'report.json'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
