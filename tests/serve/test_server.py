@@ -1,7 +1,5 @@
 """The server over real sockets, with the unmodified PyPI client and with ours."""
 
-import asyncio
-import contextlib
 import socket
 import subprocess
 import sys
@@ -17,11 +15,7 @@ from websockets.sync.client import connect
 
 from openpi_like.serve.client import DeadlineError, PolicyClient, ServerError
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, unpack
-from openpi_like.serve.server import PolicyServer
-
-
-class WrongObservationError(ValueError):
-    pass
+from tests.serve.running import WrongObservationError, serving
 
 
 def _echo(observation):
@@ -33,25 +27,9 @@ def _echo(observation):
     return {"actions": np.arange(8, dtype=np.float32).reshape(4, 2) + observation["state"]}
 
 
-@contextlib.contextmanager
-def _serving(infer=_echo, **options):
-    server = PolicyServer(infer, {"robots": ["r"]}, port=0, client_errors=(WrongObservationError,), **options)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
-    try:
-        yield server
-    finally:
-        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 @pytest.fixture(scope="module")
 def server():
-    with _serving() as server:
+    with serving(_echo) as server:
         yield server
 
 
@@ -122,7 +100,7 @@ def test_the_loop_answers_while_inference_runs_and_the_queue_is_bounded():
         assert go_on.wait(10)
         return {"actions": np.zeros((1, 1), np.float32)}
 
-    with _serving(slow, max_pending=1) as server:
+    with serving(slow, max_pending=1) as server:
         first, second = PolicyClient(port=server.port), PolicyClient(port=server.port)
         answers = []
         thread = threading.Thread(target=lambda: answers.append(first.infer(OBSERVATION)))
@@ -147,7 +125,7 @@ def test_a_late_answer_is_never_taken_for_the_next():
             assert go_on.wait(10)
         return {"actions": observation["state"][None]}
 
-    with _serving(slow) as server:
+    with serving(slow) as server:
         client = PolicyClient(port=server.port, timeout_s=0.2)
         with pytest.raises(DeadlineError, match=r"within 0\.2 s"):
             client.infer({"state": np.ones(1, np.float32), "prompt": "wait"})
@@ -172,7 +150,7 @@ def test_no_server_is_said_in_time():
 
 
 def test_api_keys_are_checked():
-    with _serving(api_key="open sesame") as server:
+    with serving(_echo, api_key="open sesame") as server:
         for key in (None, "wrong"):
             with pytest.raises(InvalidStatus, match="401"):
                 PolicyClient(port=server.port, api_key=key)
