@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -16,7 +17,9 @@ from openpi_like.robots.sims.sawyer import SawyerSim
 from openpi_like.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
+# One device, as a user on a laptop has, and compiled programs shared between the runs: most of them are the same.
+CACHE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENVIRONMENT = {**os.environ, **CACHE, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
 
 
 def _program(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -124,6 +127,17 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
     steps = [line["step"] for line in read_metrics(metrics) if line["split"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_batch(demo):
+    done = _program(*_train(demo, "diverged"), "optimizer.peak_lr=1e30", "optimizer.warmup_steps=0")
+    assert done.returncode != 0
+    assert "expected finite numbers" in done.stderr
+    (kept,) = (demo / "diverged").glob("nonfinite_step*.npz")
+    batch = np.load(kept)
+    assert batch["images/base"].shape == (8, 64, 64, 3)
+    assert batch["action_mask"].shape == (8, 8, 4)
 
 
 def test_a_run_says_what_is_wrong_with_its_inputs(demo):
