@@ -1,4 +1,4 @@
-"""Pretrains a tiny pi0 on two simulated robots: Sawyer (twelve Meta-World tasks) and PushT.
+"""Pretrains a tiny pi0 on two simulated robots: Sawyer (nine Meta-World tasks) and PushT.
 
     python train/train.py configs/demo_pretrain.py
 
@@ -32,8 +32,8 @@ config = TrainConfig(
     stats="runs/demo/stats",
     tokenizer="runs/demo/text.model",
     batch_size=32,
-    steps=5_000,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=5_000, weight_decay=1e-4),
+    steps=6_500,
+    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=6_500, weight_decay=1e-4),
     ema_decay=0.99,
     validate_every=1_000,
     save_every=1_000,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -88,7 +89,8 @@ def _train(demo: Path, name: str) -> list[str]:
 def _arrays(step: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for item in ("params", "ema", "opt_state"):
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the sharding is read from the file
             for path, leaf in jax.tree_util.tree_leaves_with_path(checkpointer.restore(step / item)):
                 arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return arrays

@@ -26,7 +26,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 # Episodes per task and robot for training, and for validation; training steps; episodes per task to drive.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"sawyer": 60, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 5_000, "finetune": 900, "episodes": 20},
+    "demo": {"sawyer": 60, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 6_500, "finetune": 900, "episodes": 20},
     "full": {
         "sawyer": 100,
         "pusht": 300,
@@ -48,7 +48,6 @@ SAWYER_TASKS = (
     "faucet-open",
     "faucet-close",
     "drawer-open",
-    "drawer-close",
     "door-close",
 )
 CONSOLE = Console(highlight=False)
@@ -75,14 +74,18 @@ class Demo:
         """Runs the commands one after another, with a policy server beside them when one is given."""
         shown = [*([server] if server else []), *commands]
         text = "\n".join(shlex.join(["python", *c]) for c in shown)
-        if name in self.record["done"] and self.record["commands"].get(name) == text:
+        if self.record["commands"].get(name, text) != text:
+            raise SystemExit(
+                f"{self.run} holds another demo: its step {name!r} was\n{self.record['commands'][name]}\nand would now be\n"
+                f"{text}\nremove the directory, or give another one with --run"
+            )
+        if name in self.record["done"]:
             CONSOLE.print(f"[green]done before[/] {name} ({self.record['seconds'][name]:.0f} s)")
             return
         CONSOLE.rule(f"[bold]{name}")
         for line in text.splitlines():
             CONSOLE.print(f"[dim]$ {line}", soft_wrap=True)
-        if self.record["commands"].get(name) != text:
-            self.record["seconds"][name] = 0.0
+        self.record["seconds"].setdefault(name, 0.0)
         self.record["commands"][name] = text
         started = time.perf_counter()
         try:
@@ -93,7 +96,7 @@ class Demo:
             # Time of interrupted tries counts too.
             self.record["seconds"][name] += time.perf_counter() - started
             self.save()
-        self.record["done"] = [*(d for d in self.record["done"] if d != name), name]
+        self.record["done"].append(name)
         self.save()
 
 
