@@ -76,8 +76,8 @@ class Demo:
         text = "\n".join(shlex.join(["python", *c]) for c in shown)
         if self.record["commands"].get(name, text) != text:
             raise SystemExit(
-                f"{self.run} holds another demo: its step {name!r} was\n{self.record['commands'][name]}\nand would now be\n"
-                f"{text}\nremove the directory, or give another one with --run"
+                f"{self.run} holds another demo: its step {name!r} was\n{self.record['commands'][name]}\n"
+                f"and would now be\n{text}\nremove the directory, or give another one with --run"
             )
         if name in self.record["done"]:
             CONSOLE.print(f"[green]done before[/] {name} ({self.record['seconds'][name]:.0f} s)")
