@@ -2,7 +2,7 @@
 
     python train/train.py configs/demo_pretrain.py
 
-Two CPU cores, RESULT_PRETRAIN; `make demo` makes the data, statistics and tokeniser it needs, and runs it.
+Two CPU cores: about 7 minutes; `make demo` makes the data, statistics and tokeniser it needs, and runs it.
 """
 
 from openpi_like.data.loader import DataConfig, MixtureEntry
