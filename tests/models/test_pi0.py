@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.models.gemma import REMAT, rope_angles, rotate
+from openpi_like.models.param import named_key
 from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time, masked_means
 from openpi_like.models.weights import flat_weights
 
@@ -98,6 +99,17 @@ def test_loss_is_flow_loss_at_its_own_draws(model: Pi0, tiny_batch: Any, draws: 
     # Two programs round flow time differently in the last bit, and its embedding has phases up to 1571 rad.
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     np.testing.assert_allclose(scalar, np.mean(expected), rtol=1e-4)
+
+
+def test_several_draws_are_averaged(model: Pi0, tiny_policy: Pi0Config, tiny_batch: Any, draws: Any) -> None:
+    graph, state = nnx.split(model, nnx.Param)
+    several = nnx.merge(graph, state)
+    several.config = dataclasses.replace(tiny_policy, flow_draws=2)
+    key, shape = named_key(KEY, "draw 1"), (tiny_policy.action_horizon, tiny_policy.action_dim)
+    errors = [flow_loss(model, tiny_batch, *d) for d in (draws, (draw_noise(key, 8, shape), draw_time(key, 8)))]
+    expected = [masked_means(error, jnp.asarray(tiny_batch["action_mask"]))[0] for error in errors]
+    assert abs(expected[0] - expected[1]) > 1e-3
+    np.testing.assert_allclose(loss(several, KEY, tiny_batch)[0], np.mean(expected), rtol=1e-4)
 
 
 def test_compatible_loss_counts_padding(model: Pi0, tiny_policy: Pi0Config, tiny_batch: Any, draws: Any) -> None:
