@@ -179,8 +179,9 @@ def main(config: TrainConfig, console: Console) -> None:
             if saving:
                 checkpointer.save(state, position=loader.position, contract=contract, config=config)
             progress.update(bar, completed=step)
-    if checkpointer.latest_step() is None:  # a run of no steps: the weights it would start from
-        checkpointer.save(state, position=position, contract=contract, config=config)
+    # Not yet saved: a run of no steps, or a signal that came after this step's turn to save.
+    if checkpointer.latest_step() != step:
+        checkpointer.save(state, position=loader.position, contract=contract, config=config)
     loader.close()
     checkpointer.close()
     if metrics:
