@@ -20,6 +20,18 @@ class Observation(TypedDict):
     prompt_mask: Array  # bool (B, S)
 
 
+class TextBatch(TypedDict):
+    """Images and text with what is to be predicted of it: captions, answers, subtasks."""
+
+    images: dict[str, Array]  # as in Observation
+    image_mask: dict[str, Array]
+    prompt: Array  # int32 (B, S): a prefix, then what is to be predicted; 0 where padded
+    prompt_mask: Array  # bool (B, S)
+    prompt_causal: Array  # bool (B, S), True in the part whose tokens see only what is before them
+    prompt_loss: Array  # bool (B, S), tokens to predict; the first one cannot be
+    dataset_id: Array  # int32 (B,), index into the mixture's entries
+
+
 class Batch(Observation):
     """An observation with what is to be predicted from it."""
 

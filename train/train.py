@@ -22,13 +22,12 @@ from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
 from openpi_like.data.loader import describe, make_loader
 from openpi_like.data.stats import load_normalization
+from openpi_like.models.weights import flatten, print_load_report
 from openpi_like.train.checkpoint import (
     Checkpointer,
     Contract,
     encode_tokenizer,
     find_step,
-    flatten,
-    print_load_report,
     read_contract,
     warm_start,
 )
@@ -87,12 +86,11 @@ def main(config: TrainConfig, console: Console) -> None:
         state, position = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
         console.print(f"resumed at step {int(state.step)}, sample {position}")
     elif config.warm_start is not None:
-        fresh = trainer.init()
-        params, rows = warm_start(config.warm_start, fresh.params, trainer.shardings.params)
+        params, plan = warm_start(config.warm_start, config.model, trainer.shardings.params, trainer.fresh_weights)
         state = trainer.init_from(params)
         if lead:
-            print_load_report(rows, console)
-            (run_dir / "load_report.json").write_text(json.dumps(rows, indent=1))
+            print_load_report(plan, console)
+            (run_dir / "load_report.json").write_text(json.dumps(plan.report, indent=1))
     else:
         state = trainer.init()
     step = int(state.step)

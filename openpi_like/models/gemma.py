@@ -218,6 +218,11 @@ class Gemma(nnx.Module):
         x_BSD = jnp.take(self.embedding[...], tokens_BS, axis=0).astype(self.dtype)
         return x_BSD * jnp.sqrt(self.config.width).astype(self.dtype)
 
+    def logits(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Returns x times the embedding table, accumulated and returned in float32: a softmax over them follows."""
+        table = self.embedding[...].astype(self.dtype)
+        return jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)
+
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],

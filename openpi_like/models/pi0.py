@@ -7,86 +7,56 @@ Letters: B batch, S prefix tokens, P patches, D width, A action horizon, J actio
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
-from openpi_like.config import near_names
-from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, attention_mask, token_positions
+from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
+from openpi_like.models.paligemma import VisionLanguageConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear, named_key
-from openpi_like.models.siglip import Siglip, SiglipConfig
+from openpi_like.models.siglip import SiglipConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Pi0Config:
-    """Sizes and options of a pi0 policy.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pi0Config(VisionLanguageConfig):
+    """Sizes and options of a pi0 policy; see `VisionLanguageConfig` for those of its prefix.
 
-    cameras: slot names, in prefix order; any number. image_size: (height, width) pixels, multiples of the patch size.
-    state_dim, action_dim: padded sizes. action_horizon: steps in a chunk. prompt_len: padded tokens.
+    state_dim, action_dim: padded sizes. action_horizon: steps in a chunk.
     pi05: the state comes in the prompt instead of its own token, and flow time acts through adaptive norms.
-    dtype: of activations, "float32" or "bfloat16"; weights are float32.
-    remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
-    unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
     sample_steps: Euler steps when sampling.
     flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
         so a few more draws make the gradient less noisy at less than the cost of as many more samples.
     train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
     """
 
-    vision: SiglipConfig
-    vlm: GemmaConfig
     expert: GemmaConfig
-    cameras: tuple[str, ...]
-    image_size: tuple[int, int]
     state_dim: int
     action_dim: int
     action_horizon: int
-    prompt_len: int
-    vocab_size: int
     pi05: bool = False
-    dtype: str = "float32"
-    remat: str | None = None
-    unroll: bool = False
     sample_steps: int = 10
     train_on_padding: bool = False
     flow_draws: int = 1
 
-    def __post_init__(self) -> None:
-        problems = []
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.vlm, name), getattr(self.expert, name)
             if ours != theirs:
                 problems.append(f"expert.{name}={theirs}, expected vlm.{name}={ours}: they attend to each other")
-        if any(size % self.vision.patch_size for size in self.image_size):
-            problems.append(f"image_size={self.image_size}, expected multiples of {self.vision.patch_size=}")
-        if len(set(self.cameras)) != len(self.cameras) or not self.cameras:
-            problems.append(f"cameras={self.cameras}, expected at least one, each named once")
-        for name in (
-            "state_dim",
-            "action_dim",
-            "action_horizon",
-            "prompt_len",
-            "vocab_size",
-            "sample_steps",
-            "flow_draws",
-        ):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        problems += [
+            f"{name}={getattr(self, name)}, expected at least 1"
+            for name in ("state_dim", "action_dim", "action_horizon", "sample_steps", "flow_draws")
+            if getattr(self, name) < 1
+        ]
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
-        if self.dtype not in ("float32", "bfloat16"):
-            problems.append(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
-        if self.remat is not None and self.remat not in REMAT:
-            problems.append(f"remat={self.remat!r}, expected None or one of {REMAT}")
-        if problems:
-            raise ValueError("Pi0Config: " + "; ".join(problems))
+        return problems
 
     @classmethod
     def tiny(
@@ -119,7 +89,7 @@ class Pi0Config:
         )
 
     @classmethod
-    def base(cls, *, pi05: bool = False) -> "Pi0Config":
+    def released(cls, *, pi05: bool = False) -> "Pi0Config":
         """Returns the sizes of openpi's released pi0 or pi0.5 weights (3.2 billion)."""
         return cls(
             vision=SiglipConfig.so400m_14(),
@@ -141,53 +111,20 @@ class Pi0Config:
         """Returns a policy with fresh weights; every weight's draw depends on `key` and its own name only."""
         return Pi0(self, key)
 
-    def check(self, inputs: Observation | Batch, *, actions: bool) -> None:
-        """Checks names, shapes and dtypes of an observation, or of a batch with `actions`; costs nothing when compiled.
+    def check_inputs(self, inputs: Observation | Batch, *, actions: bool) -> None:
+        """Checks an observation, or a batch with `actions`; see `VisionLanguageConfig.check`.
 
         Raises:
             ValueError: lists everything that does not fit.
         """
-        problems: list[str] = []
-        B = inputs["state"].shape[0] if "state" in inputs and inputs["state"].ndim else 0
-
-        def expect(name: str, value: Any, shape: tuple[int, ...], *dtypes: str) -> None:
-            if tuple(value.shape) != shape or str(value.dtype) not in dtypes:
-                got = f"{value.dtype} {tuple(value.shape)}"
-                problems.append(f"{name}: got {got}, expected {' or '.join(dtypes)} {shape}")
-
-        rows: list[tuple[str, tuple[int, ...], str]] = [
-            ("state", (B, self.state_dim), "float32"),
-            ("state_mask", (B, self.state_dim), "bool"),
-            ("prompt", (B, self.prompt_len), "int32"),
-            ("prompt_mask", (B, self.prompt_len), "bool"),
-        ]
-        if actions:
-            chunk = (B, self.action_horizon, self.action_dim)
-            rows += [("actions", chunk, "float32"), ("action_mask", chunk, "bool")]
-        leaves: dict[str, Any] = dict(inputs)
-        for name, shape, dtype in rows:
-            if name in leaves:
-                expect(name, leaves[name], shape, dtype)
-            else:
-                problems.append(f"{name}: missing; got {sorted(leaves)}")
-        cameras: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-            "images": ((B, *self.image_size, 3), ("uint8", "float32")),
-            "image_mask": ((B,), ("bool",)),
+        chunk = (self.action_horizon, self.action_dim)
+        rows: dict[str, tuple[tuple[int, ...], str]] = {
+            "state": ((self.state_dim,), "float32"),
+            "state_mask": ((self.state_dim,), "bool"),
         }
-        for group, (shape, dtypes) in cameras.items():
-            if group not in leaves:
-                problems.append(f"{group}: missing; got {sorted(leaves)}")
-                continue
-            for camera in self.cameras:
-                if camera in leaves[group]:
-                    expect(f"{group}[{camera!r}]", leaves[group][camera], shape, *dtypes)
-                else:
-                    problems.append(f"{group}[{camera!r}]: missing; {near_names(camera, list(leaves[group]))}")
-            for camera in sorted(set(leaves[group]) - set(self.cameras)):
-                near = near_names(camera, self.cameras)
-                problems.append(f"{group}[{camera!r}]: the policy has no such camera; {near}; leave it out")
-        if problems:
-            raise ValueError("inputs do not fit the policy's config:\n  " + "\n  ".join(problems))
+        if actions:
+            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool")}
+        self.check(inputs, rows)
 
 
 def time_embedding(
@@ -213,25 +150,18 @@ class Prefix:
     out: Leaf
 
 
-class Pi0(nnx.Module):
-    """The policy: `loss` to train it, `sample_actions` to use it."""
+class Pi0(VisionLanguageModel):
+    """The policy: `loss` to train it, `sample_actions` to use it. Its prefix is a PaliGemma."""
+
+    config: Pi0Config
 
     def __init__(self, config: Pi0Config, key: Key[Array, ""]) -> None:
         """Use `Pi0Config.create`."""
-        self.config = config
+        super().__init__(config, key)
         c, D, J = config, config.expert.width, config.action_dim
-        self.vision = Siglip(
-            c.vision,
-            named_key(key, "vision"),
-            image_size=c.image_size,
-            out_width=c.vlm.width,
-            dtype=c.dtype,
-            unroll=c.unroll,
-            remat=c.remat,
+        self.expert = Gemma(
+            c.expert, named_key(key, "expert"), adaptive=c.pi05, dtype=c.dtype, unroll=c.unroll, remat=c.remat
         )
-        stack = functools.partial(Gemma, dtype=c.dtype, unroll=c.unroll, remat=c.remat)
-        self.vlm = stack(c.vlm, named_key(key, "vlm"), vocab_size=c.vocab_size)
-        self.expert = stack(c.expert, named_key(key, "expert"), adaptive=c.pi05)
         # These run in float32, as in openpi: they touch actions and flow time, and cost next to nothing.
         self.action_in = Linear(named_key(key, "action_in"), "BAJ,JD->BAD", (J, D), ("action", "embed"))
         self.action_out = Linear(named_key(key, "action_out"), "BAD,DJ->BAJ", (D, J), ("embed", "action"))
@@ -246,18 +176,6 @@ class Pi0(nnx.Module):
             self.action_time_out = Linear(named_key(key, "action_time_out"), "BAD,DE->BAE", (D, D), square)
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
-
-    def embed_prefix(self, observation: Observation) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
-        """Returns the tokens of all cameras in config order, then of the prompt, and which of them are valid."""
-        cameras = self.config.cameras
-        images = jnp.stack([_to_float(observation["images"][c]) for c in cameras], axis=1)
-        # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
-        B, C = images.shape[:2]
-        tokens = self.vision(images.reshape(B * C, *images.shape[2:]))
-        P, D = tokens.shape[1:]
-        seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
-        tokens = jnp.concatenate([tokens.reshape(B, C * P, D), self.vlm.embed(observation["prompt"])], axis=1)
-        return tokens, jnp.concatenate([jnp.repeat(seen, P, axis=1), observation["prompt_mask"]], axis=1)
 
     def embed_suffix(
         self, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
@@ -326,7 +244,7 @@ class Pi0(nnx.Module):
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
-        self.config.check(batch, actions=True)
+        self.config.check_inputs(batch, actions=True)
         return self._flow_errors(self.prefix(batch), batch, noise_BAJ, time_B)
 
     def _flow_errors(
@@ -347,7 +265,7 @@ class Pi0(nnx.Module):
         Metrics: "loss", and "valid" (1.0, or 0.0 for a sample without valid entries, whose loss is 0).
         Row i draws from `fold_in(key, i)`, so its draws do not depend on the number of rows.
         """
-        self.config.check(batch, actions=True)
+        self.config.check_inputs(batch, actions=True)
         rows, shape = batch["state"].shape[0], (self.config.action_horizon, self.config.action_dim)
         prefix = self.prefix(batch)
 
@@ -383,7 +301,7 @@ class Pi0(nnx.Module):
         Raises:
             ValueError: the observation does not fit the config; lists everything that does not.
         """
-        self.config.check(observation, actions=False)
+        self.config.check_inputs(observation, actions=False)
         B = observation["state"].shape[0]
         steps = self.config.sample_steps if num_steps is None else num_steps
         start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
@@ -402,11 +320,6 @@ class Pi0(nnx.Module):
         return jax.lax.fori_loop(0, steps, step, (start, jnp.float32(1.0)))[0]
 
 
-def _to_float(image: jax.Array) -> jax.Array:
-    """Returns an image in [-1, 1]; float images are in that range already."""
-    return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else image
-
-
 def _row_keys(key: jax.Array, rows: int, name: str) -> jax.Array:
     fold = lambda i: named_key(jax.random.fold_in(key, i), name)  # noqa: E731
     return jax.vmap(fold)(jnp.arange(rows))
@@ -421,13 +334,3 @@ def draw_time(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
     """Returns flow times 0.001 + 0.999 * Beta(1.5, 1) (pi0 paper, section B); row i depends on `key` and i only."""
     uniform = jax.vmap(jax.random.uniform)(_row_keys(key, rows, "time"))
     return 0.001 + 0.999 * uniform ** (1 / 1.5)  # Beta(a, 1) has the distribution function x^a
-
-
-def masked_means(
-    error_BAJ: Float[Array, "B A J"], mask_BAJ: Bool[Array, "B A J"]
-) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-    """Returns the mean over samples of the mean over valid entries, and the per-sample "loss" and "valid"."""
-    count = mask_BAJ.sum((1, 2)).astype(jnp.float32)
-    per_sample = jnp.where(mask_BAJ, error_BAJ, 0.0).sum((1, 2)) / jnp.maximum(count, 1.0)
-    valid = (count > 0).astype(jnp.float32)
-    return per_sample.sum() / jnp.maximum(valid.sum(), 1.0), {"loss": per_sample, "valid": valid}

@@ -1,157 +1,504 @@
-"""Import and export of weights under the names and layouts of openpi's checkpoints.
+"""Import and export of published weights; `openpi_like.models.formats` says which array holds which weight.
 
-One table, `openpi_names`, says which of our weights a published array holds; import and export both read it.
-Weights are flat here: {"vlm/layers/q": array} for ours, {"PaliGemma/llm/layers/attn/q_einsum/w": array} for theirs.
+Nothing is loaded partly without being asked for: every array of a file is used, or named in an error together with all
+others that do not fit. A weight is read, converted and placed on its devices before the next one is read.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import functools
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from openpi_like.config import near_names
-from openpi_like.models.gemma import GemmaConfig
-from openpi_like.models.pi0 import Pi0, Pi0Config
+from openpi_like.models.formats import FORMATS, Row, Table, family, recognise
+from openpi_like.models.paligemma import VisionLanguageConfig
 
 
 class WeightsError(ValueError):
-    """Arrays do not fit the model; the message lists every one that does not."""
+    """Weights are damaged, or do not fit the model; the message lists everything that does not."""
 
 
-def _linear(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
-    return {f"{theirs}/{name}": (f"{ours}/{name}",) for name in ("kernel", "bias")}
+# ---- Weights by name -------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
-    return {f"{theirs}/{name}": (f"{ours}/{name}",) for name in ("scale", "bias")}
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested dict as {"a/b/c": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
 
 
-def _rms_norm(theirs: str, ours: str, adaptive: bool) -> dict[str, tuple[str, ...]]:
-    if adaptive:
-        return _linear(f"{theirs}/Dense_0", f"{ours}/modulation")
-    return {f"{theirs}/scale": (f"{ours}/scale",)}
-
-
-def _gemma(config: GemmaConfig, ours: str, suffix: str, *, adaptive: bool) -> dict[str, tuple[str, ...]]:
-    """suffix: "" for openpi's first expert, "_1" for its second."""
-    layers, attn = "PaliGemma/llm/layers", "PaliGemma/llm/layers/attn"
-    names: dict[str, tuple[str, ...]] = {}
-    if config.num_heads == config.num_kv_heads:
-        names[f"{attn}/qkv_einsum{suffix}/w"] = (f"{ours}/layers/q", f"{ours}/layers/kv")
-    else:
-        names[f"{attn}/q_einsum{suffix}/w"] = (f"{ours}/layers/q",)
-        names[f"{attn}/kv_einsum{suffix}/w"] = (f"{ours}/layers/kv",)
-    return {
-        **names,
-        f"{attn}/attn_vec_einsum{suffix}/w": (f"{ours}/layers/out",),
-        f"{layers}/mlp{suffix}/gating_einsum": (f"{ours}/layers/gate_up",),
-        f"{layers}/mlp{suffix}/linear": (f"{ours}/layers/down",),
-        **_rms_norm(f"{layers}/pre_attention_norm{suffix}", f"{ours}/layers/attn_norm", adaptive),
-        **_rms_norm(f"{layers}/pre_ffw_norm{suffix}", f"{ours}/layers/mlp_norm", adaptive),
-        **_rms_norm(f"PaliGemma/llm/final_norm{suffix}", f"{ours}/final_norm", adaptive),
-    }
-
-
-def openpi_names(config: Pi0Config) -> dict[str, tuple[str, ...]]:
-    """Returns {name in openpi's checkpoint: our weights it holds}.
-
-    One weight has the same shape there and here. Two are q (L, N, D, H) and kv (L, 2, N, D, H), which openpi fuses to
-    one array (L, 3, N, D, H) when every query head has its own kv head.
-    """
-    block = "PaliGemma/img/Transformer/encoderblock"
-    attention = f"{block}/MultiHeadDotProductAttention_0"
-    names = {
-        **_linear("PaliGemma/img/embedding", "vision/patch"),
-        "PaliGemma/img/pos_embedding": ("vision/position",),
-        **_layer_norm(f"{block}/LayerNorm_0", "vision/layers/attn_norm"),
-        **_linear(f"{attention}/query", "vision/layers/query"),
-        **_linear(f"{attention}/key", "vision/layers/key"),
-        **_linear(f"{attention}/value", "vision/layers/value"),
-        **_linear(f"{attention}/out", "vision/layers/out"),
-        **_layer_norm(f"{block}/LayerNorm_1", "vision/layers/mlp_norm"),
-        **_linear(f"{block}/MlpBlock_0/Dense_0", "vision/layers/mlp_up"),
-        **_linear(f"{block}/MlpBlock_0/Dense_1", "vision/layers/mlp_down"),
-        **_layer_norm("PaliGemma/img/Transformer/encoder_norm", "vision/final_norm"),
-        **_linear("PaliGemma/img/head", "vision/head"),
-        "PaliGemma/llm/embedder/input_embedding": ("vlm/embedding",),
-        **_gemma(config.vlm, "vlm", "", adaptive=False),
-        **_gemma(config.expert, "expert", "_1", adaptive=config.pi05),
-        **_linear("action_in_proj", "action_in"),
-        **_linear("action_out_proj", "action_out"),
-    }
-    if config.pi05:
-        names |= _linear("time_mlp_in", "time_in") | _linear("time_mlp_out", "time_out")
-    else:
-        names |= _linear("state_proj", "state_in")
-        names |= _linear("action_time_mlp_in", "action_time_in") | _linear("action_time_mlp_out", "action_time_out")
-    return names
-
-
-def _abstract(config: Pi0Config) -> Pi0:
-    """Returns a policy whose weights are shapes only."""
-    return nnx.eval_shape(lambda: config.create(jax.random.key(0)))
-
-
-def flat_weights(model: Pi0) -> dict[str, Any]:
-    """Returns {"a/b/c": array} of a policy's weights."""
-    return {"/".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def from_openpi(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns our weights, float32 and nested by name, from openpi's flat names (without "params/" and "/value").
-
-    Raises:
-        WeightsError: an array is missing, unused, of the wrong shape or not of floats; lists all of them.
-    """
-    names = openpi_names(config)
-    shapes = {name: value.shape for name, value in flat_weights(_abstract(config)).items()}
-    problems = [f"{k}: missing; {near_names(k, list(arrays))}" for k in sorted(names.keys() - arrays.keys())]
-    problems += [f"{k}: not used; {near_names(k, list(names))}" for k in sorted(arrays.keys() - names.keys())]
-    flat: dict[str, np.ndarray] = {}
-    for theirs, ours in names.items():
-        if theirs not in arrays:
-            continue
-        array = np.asarray(arrays[theirs])
-        expected = _fused_shape(shapes[ours[0]]) if len(ours) == 2 else shapes[ours[0]]
-        if array.shape != expected:
-            hint = " (the same sizes in another order: transposed?)" if sorted(array.shape) == sorted(expected) else ""
-            problems.append(f"{theirs}: got shape {array.shape}, expected {expected}{hint}")
-        elif not jnp.issubdtype(array.dtype, jnp.floating):
-            problems.append(f"{theirs}: got {array.dtype}, expected a floating-point array")
-        else:
-            parts = (array[:, 0], array[:, 1:]) if len(ours) == 2 else (array,)
-            flat.update({name: part.astype(np.float32) for name, part in zip(ours, parts, strict=True)})
-    if problems:
-        raise WeightsError("arrays do not fit the model:\n  " + "\n  ".join(problems))
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
         node[leaf] = value
-    return nested
+    return tree
 
 
-def to_openpi(model: Pi0) -> dict[str, np.ndarray]:
-    """Returns a policy's weights under openpi's flat names: the inverse of `from_openpi`."""
-    flat = {name: np.asarray(value) for name, value in flat_weights(model).items()}
-    arrays = {}
-    for theirs, ours in openpi_names(model.config).items():
-        q, *kv = (flat[name] for name in ours)
-        arrays[theirs] = np.concatenate([q[:, None], *kv], axis=1) if kv else q
-    return arrays
+def weight_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns {"a/b/c": shape} of a model's weights; allocates nothing."""
+    state = nnx.state(nnx.eval_shape(lambda: config.create(jax.random.key(0))), nnx.Param)
+    return flatten(nnx.to_pure_dict(state))
 
 
-def load(config: Pi0Config, weights: dict[str, Any]) -> Pi0:
-    """Returns a policy with the given nested weights (as from `from_openpi`); draws nothing."""
-    graph, state = nnx.split(_abstract(config), nnx.Param)
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights))
+def flat_weights(model: nnx.Module) -> dict[str, Any]:
+    """Returns {"a/b/c": array} of a model's weights."""
+    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def bind(config: Any, weights: Mapping[str, Any]) -> Any:
+    """Returns the model with the given nested weights; draws nothing."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0))), nnx.Param)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(weights)))
     return nnx.merge(graph, state)
 
 
-def _fused_shape(q_shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (q_shape[0], 3, *q_shape[1:])
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Arrays(Protocol):
+    """Named arrays that are read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one array on the host."""
+        ...
+
+
+class MemoryArrays:
+    """Arrays that are in memory already."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+        self.shapes = {k: tuple(v.shape) for k, v in arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self._arrays[name])
+
+
+class NpzArrays:
+    """A big_vision `.npz`: names may begin with "params/"; bfloat16 is stored as two-byte records."""
+
+    def __init__(self, path: Path) -> None:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("its end is missing" if path.is_file() else "no such file")
+        self._file = np.load(path, allow_pickle=False)
+        prefix = "params/" if all(k.startswith("params/") for k in self._file) else ""
+        self._names = {k.removeprefix(prefix): k for k in self._file}
+        self.shapes = {}
+        for name, stored in self._names.items():  # headers only
+            with self._file.zip.open(f"{stored}.npy") as f:
+                version = np.lib.format.read_magic(f)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                self.shapes[name] = read(f)[0]
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._file[self._names[name]]
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+
+class SafetensorsArrays:
+    """One safetensors file, or all that an index file or a directory names."""
+
+    def __init__(self, path: Path) -> None:
+        if path.is_dir():
+            indexes = sorted(path.glob("*.safetensors.index.json"))
+            path = indexes[0] if indexes else path / "model.safetensors"
+        self._files: dict[str, Any] = {}
+        if path.name.endswith(".json"):
+            stored = json.loads(path.read_text())["weight_map"]
+            opened = {name: safe_open(path.parent / name, "numpy") for name in sorted(set(stored.values()))}
+            lost = [f"{k} in {name}" for k, name in stored.items() if k not in opened[name].keys()]  # noqa: SIM118
+            if lost:
+                raise WeightsError(f"{path} names arrays that its files lack: {lost}")
+            self._files = {k: opened[name] for k, name in stored.items()}
+        else:
+            file = safe_open(path, "numpy")
+            self._files = dict.fromkeys(file.keys(), file)
+        self.shapes = {k: tuple(f.get_slice(k).get_shape()) for k, f in self._files.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+
+class OrbaxArrays:
+    """An Orbax directory of arrays; openpi's {"params": ...} level and its trailing "value" level are taken off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        self._tree = self._checkpointer.metadata(self._path).item_metadata.tree
+        flat = flatten(self._tree)
+        prefix = "params/" if all(k.startswith("params/") for k in flat) else ""
+        suffix = "/value" if all(k.endswith("/value") for k in flat) else ""
+        self._names = {k.removeprefix(prefix).removesuffix(suffix): k for k in flat}
+        self.shapes = {name: tuple(flat[k].shape) for name, k in self._names.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        stored = self._names[name]
+        flat = flatten(self._tree)
+        item = unflatten({k: ocp.PLACEHOLDER if k != stored else np.zeros(0) for k in flat})
+        args = unflatten({k: ocp.RestoreArgs(restore_type=np.ndarray) for k in flat})
+        restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
+        return np.asarray(flatten(restored)[stored])
+
+
+def open_arrays(path: str | Path) -> Arrays:
+    """Opens published weights: `.npz`, `.safetensors` (or its index file, or a directory with either), or Orbax.
+
+    An Orbax path is the directory of arrays itself, or a checkpoint step that has it as `params`.
+
+    Raises:
+        WeightsError: there is nothing, or it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            return NpzArrays(path)
+        if path.suffix in (".safetensors", ".json") or any(path.glob("*.safetensors")):
+            return SafetensorsArrays(path)
+        for directory in (path, path / "params"):
+            if (directory / "_METADATA").is_file():
+                return OrbaxArrays(directory)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as e:
+        if isinstance(e, WeightsError):
+            raise
+        raise WeightsError(f"cannot read {path}: {e}; the file is damaged or incomplete, copy it again") from e
+    there = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such file or directory"
+    raise WeightsError(
+        f"no weights at {path}: expected an .npz file, safetensors, or an Orbax directory (its `params`, or the step "
+        f"above it); got {there}"
+    )
+
+
+# ---- Import ----------------------------------------------------------------------------------------------------------
+
+
+def table_for(config: VisionLanguageConfig, names: Sequence[str], fmt: str | None) -> Table:
+    """Returns the name table of a format (recognised by the names when None).
+
+    Raises:
+        WeightsError: unknown format, or names that belong to none.
+    """
+    chosen = recognise(names) if fmt is None else fmt
+    if chosen is None:
+        raise WeightsError(
+            f"names of no format we know ({', '.join(list(names)[:5])} ...); known: {', '.join(FORMATS)}"
+        )
+    if chosen not in FORMATS:
+        raise WeightsError(f"no weight format {chosen!r}; {near_names(chosen, list(FORMATS))}")
+    return FORMATS[chosen](config, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+    """What to take from where; made before anything is read.
+
+    rows: by our weight. report: one row per weight, {"weight", "shape", "from": "checkpoint" | "fresh", "why"}.
+    copies: arrays whose numbers must equal those of another one. padded: arrays whose last rows are not taken.
+    dropped: one line for each array that is not used, or not all of it.
+    """
+
+    rows: dict[str, list[Row]]
+    report: list[dict[str, str]]
+    copies: dict[str, str]
+    padded: frozenset[str]
+    dropped: list[str]
+
+
+def plan_load(
+    config: VisionLanguageConfig,
+    arrays: Arrays,
+    *,
+    fmt: str | None = None,
+    reinitialize: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> LoadPlan:
+    """Returns which arrays become which weights of `config`'s model.
+
+    reinitialize: regular expressions of weights that start fresh, although the file may have them.
+    drop: regular expressions of arrays, in the file's names, that this model has no place for.
+
+    Raises:
+        WeightsError: an array is missing, unused or of the wrong shape, or a pattern matches no weight; lists all.
+    """
+    names = list(arrays.shapes)
+    table = table_for(config, names, fmt)
+    shapes = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config).items()}
+    why = {name: next((p for p in reinitialize if re.search(p, name)), None) for name in shapes}
+    problems = [
+        f"pattern {p!r} matches no weight; {near_names(p, list(shapes))}"
+        for p in reinitialize
+        if not any(re.search(p, name) for name in shapes)
+    ]
+    problems += [
+        f"pattern {p!r} matches no array; {near_names(p, names)}"
+        for p in drop
+        if not any(re.search(p, n) for n in names)
+    ]
+    by_weight: dict[str, list[Row]] = {name: [] for name in shapes}
+    known: set[str] = set()
+    for row in table.rows:
+        known.add(row.theirs)
+        if row.ours in by_weight:
+            by_weight[row.ours].append(row)
+    rows: dict[str, list[Row]] = {}
+    report = []
+    for name, shape in shapes.items():
+        found = [_row_problem(row, shape, arrays, table) for row in by_weight[name]]
+        wrong = [p for p in found if p is not None]
+        if why[name] is not None:
+            state = "the file has none" if not by_weight[name] else "; ".join(wrong) or "the file has it"
+            report.append(
+                {"weight": name, "shape": str(shape), "from": "fresh", "why": f"asked by {why[name]!r}: {state}"}
+            )
+        elif not by_weight[name]:
+            problems.append(f"{name}: this format does not hold it")
+        elif wrong:
+            problems += wrong
+        else:
+            rows[name] = by_weight[name]
+            count = len({row.theirs for row in by_weight[name]})
+            source = by_weight[name][0].theirs + (f" and {count - 1} more" if count > 1 else "")
+            report.append({"weight": name, "shape": str(shape), "from": "checkpoint", "why": source})
+    dropped = []
+    for name in names:
+        if name in known or name in table.copies:
+            continue
+        known_unused = {**table.unused, **{p: f"asked by {p!r}" for p in drop}}
+        reason = next((text for pattern, text in known_unused.items() if re.search(pattern, name)), None)
+        if reason is None:
+            problems.append(f"{name}: not used; {near_names(name, sorted(known))}")
+        else:
+            dropped.append(f"{name}: {reason}")
+    dropped += [
+        f"{name}: rows {arrays.shapes[name][0] - count} and up: padding of the vocabulary"
+        for name, count in table.pad_rows.items()
+        if name in arrays.shapes and any(r.theirs == name for found in rows.values() for r in found)
+    ]
+    if problems:
+        theirs, mine = family(names), family(list(shapes))
+        hint = (
+            ""
+            if theirs == mine
+            else f"\nthese arrays look like {theirs}, this config is {mine}: choose the other config"
+        )
+        raise WeightsError(
+            f"arrays do not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems) + hint
+        )
+    copies = {a: b for a, b in table.copies.items() if a in arrays.shapes and b in arrays.shapes}
+    return LoadPlan(rows, report, copies, frozenset(table.pad_rows), dropped)
+
+
+def _row_problem(row: Row, shape: tuple[int, ...], arrays: Arrays, table: Table) -> str | None:
+    """Returns what is wrong with the array of one row, or None."""
+    if row.theirs not in arrays.shapes:
+        return f"{row.theirs}: missing (for {row.ours}); {near_names(row.theirs, list(arrays.shapes))}"
+    part = _shape_at(shape, row.at)
+    try:
+        expected = row.their_shape(part)
+        got = _shape_at(arrays.shapes[row.theirs], row.take)
+    except (ValueError, IndexError):
+        return f"{row.theirs}: got shape {arrays.shapes[row.theirs]}, which {row.ours} {shape} cannot be taken from"
+    if row.theirs in table.pad_rows and got[0] == expected[0] + table.pad_rows[row.theirs]:
+        got = (expected[0], *got[1:])
+    if got == expected:
+        return None
+    whole = f" (for {row.ours})" if not row.take else f" at {row.take} (for {row.ours})"
+    hint = "; the same sizes in another order: transposed?" if sorted(got) == sorted(expected) else ""
+    return f"{row.theirs}: got shape {got}, expected {expected}{whole}{hint}"
+
+
+def _shape_at(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
+    return np.broadcast_to(np.zeros(()), shape)[index].shape
+
+
+def read_weights(
+    config: VisionLanguageConfig,
+    arrays: Arrays,
+    plan: LoadPlan,
+    *,
+    dtype: str = "float32",
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the planned weights, flat by name, placed as `shardings` (flat; None: numpy arrays on the host).
+
+    One weight is on the host at a time; each device receives its own part only.
+
+    Raises:
+        WeightsError: an array cannot be read, is not of finite floats, or differs from the one it is a copy of.
+    """
+    shapes = weight_shapes(config)
+    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    weights: dict[str, Any] = {}
+    problems: list[str] = []
+    last: tuple[str, np.ndarray] = ("", np.zeros(0))  # a fused array serves two weights in a row
+
+    def read(name: str) -> np.ndarray:
+        nonlocal last
+        if last[0] != name:
+            try:
+                array = arrays.read(name)
+            except Exception as e:  # Orbax raises bare Exception for a damaged array
+                first = str(e.__cause__ or e).split("\n")[0]
+                raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
+            elif not np.isfinite(array.sum(dtype=np.float64)):
+                problems.append(f"{name}: holds values that are not finite")
+            last = name, array
+        return last[1]
+
+    for name, rows in plan.rows.items():
+        shape = tuple(shapes[name].shape)
+        whole = np.empty(shape, target) if len(rows) > 1 or rows[0].at else None
+        for row in rows:
+            part = _shape_at(shape, row.at)
+            theirs = read(row.theirs)[row.take]
+            if row.theirs in plan.padded:
+                theirs = theirs[: row.their_shape(part)[0]]
+            converted = row.to_ours(theirs, part)
+            if whole is None:
+                whole = np.ascontiguousarray(converted.astype(target))
+            else:
+                whole[row.at] = converted
+        assert whole is not None  # a planned weight has at least one row
+        if shardings is None:
+            weights[name] = whole
+        else:
+            weights[name] = jax.make_array_from_callback(shape, shardings[name], whole.__getitem__)
+    for copy, main in plan.copies.items():
+        if not np.array_equal(read(copy), arrays.read(main)):
+            problems.append(f"{copy}: differs from {main}, expected the same numbers")
+    if problems:
+        raise WeightsError("weights cannot be used:\n  " + "\n  ".join(dict.fromkeys(problems)))
+    return weights
+
+
+def load_weights(
+    config: VisionLanguageConfig, path: str | Path, *, fmt: str | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Returns all weights of a model from published files, nested by name, as numpy arrays on the host.
+
+    Raises:
+        WeightsError: as `open_arrays`, `plan_load` and `read_weights`.
+    """
+    arrays = open_arrays(path)
+    return unflatten(read_weights(config, arrays, plan_load(config, arrays, fmt=fmt), dtype=dtype))
+
+
+def print_load_report(plan: LoadPlan, console: Console) -> None:
+    """Prints one line per weight: taken from the checkpoint or fresh, and from where or why; then what was dropped."""
+    table = ConsoleTable(title="weights", show_lines=False)
+    for column in ("weight", "shape", "from", "why"):
+        table.add_column(column)
+    for row in plan.report:
+        style = None if row["from"] == "checkpoint" else "yellow"
+        table.add_row(row["weight"], row["shape"], row["from"], row["why"], style=style)
+    console.print(table)
+    for line in plan.dropped:
+        console.print(f"not used: {line}")
+
+
+# ---- Export ----------------------------------------------------------------------------------------------------------
+
+# Names that choose between the variants of a format when there is no file to look at: what its own tools write today.
+_WRITTEN_AS = {"lerobot": ("model.",)}
+
+
+def export_weights(
+    config: VisionLanguageConfig, weights: Mapping[str, Any], fmt: str
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Yields (their name, function that returns the array) for flat weights of ours: the inverse of an import.
+
+    Raises:
+        WeightsError: the format cannot hold this model.
+    """
+    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(weights)), fmt)
+    left = sorted(weights.keys() - {row.ours for row in table.rows})
+    if left:
+        raise WeightsError(f"format {fmt!r} cannot hold {', '.join(left)}; choose another format")
+    by_array: dict[str, list[Row]] = {}
+    for row in table.rows:
+        by_array.setdefault(row.theirs, []).append(row)
+
+    def make(name: str) -> np.ndarray:
+        parts = [(row, row.to_theirs(np.asarray(weights[row.ours])[row.at])) for row in by_array[name]]
+        if len(parts) == 1 and not parts[0][0].take:
+            array = parts[0][1]
+        else:  # q and kv of one fused array: the second axis
+            array = np.concatenate([p if p.ndim == 5 else p[:, None] for _, p in parts], axis=1)
+        if name in table.pad_rows:
+            mean = array.astype(np.float32).mean(axis=0, keepdims=True).astype(array.dtype)
+            array = np.concatenate([array, np.repeat(mean, table.pad_rows[name], axis=0)])
+        return np.ascontiguousarray(array)
+
+    for name in by_array:
+        yield name, functools.partial(make, name)
+
+
+def write_safetensors(
+    arrays: Iterator[tuple[str, Callable[[], np.ndarray]]], directory: Path, *, max_bytes: int = 4_500_000_000
+) -> list[str]:
+    """Writes `model.safetensors`, or several files and an index where there is more than `max_bytes`; returns names.
+
+    Holds at most one file's arrays in memory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, tuple[int, ...]]] = []
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(pending, directory / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append({name: array.shape for name, array in pending.items()})
+        pending.clear()
+
+    size = total = 0
+    for name, make in arrays:
+        array = make()
+        if pending and size + array.nbytes > max_bytes:
+            flush()
+            size = 0
+        pending[name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        where = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for i, name in enumerate(names):
+        (directory / f"part-{i}.safetensors").rename(directory / name)
+    return names
+
+
+def write_openpi(arrays: Iterator[tuple[str, Callable[[], np.ndarray]]], directory: Path) -> None:
+    """Writes `params/` as openpi does: Orbax, {"params": ...}, and a last level "value"."""
+    tree = {"params": unflatten({f"{name}/value": make() for name, make in arrays})}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((directory / "params").resolve(), tree)

@@ -10,19 +10,27 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from rich.console import Console
-from rich.table import Table
 
 from openpi_like.config import from_json, near_names, to_json
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.models.weights import (
+    Arrays,
+    LoadPlan,
+    WeightsError,
+    flatten,
+    open_arrays,
+    plan_load,
+    read_weights,
+    unflatten,
+)
 from openpi_like.robots import Robot
 from openpi_like.train.state import ModelDef, Params, TrainState
 
@@ -208,21 +216,15 @@ def read_contract(step_dir: Path) -> Contract:
     return from_json(read_record(step_dir)["contract"])
 
 
-def _read_weights(step_dir: Path, *, average: bool = True, shardings: Params | None = None) -> Params:
+def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params:
     """Reads the averaged weights, or the raw ones where no average was kept or `average` is False."""
     item = step_dir / ("ema" if average and (step_dir / "ema").is_dir() else "params")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            if shardings is None:
-                device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                shapes = checkpointer.metadata(item).item_metadata.tree
-                shardings = jax.tree.map(lambda _: device, shapes, is_leaf=lambda x: hasattr(x, "shape"))
-            else:
-                shapes = checkpointer.metadata(item).item_metadata.tree
             target = jax.tree.map(
-                lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s),
-                shapes,
-                shardings,
+                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype if dtype is None else dtype, sharding=device),
+                checkpointer.metadata(item).item_metadata.tree,
                 is_leaf=lambda x: hasattr(x, "shape"),
             )
             return checkpointer.restore(item, target)
@@ -231,8 +233,12 @@ def _read_weights(step_dir: Path, *, average: bool = True, shardings: Params | N
         raise CheckpointError(f"cannot read the weights {item}: {first}; they are damaged or incomplete") from e
 
 
-def load_policy_parts(directory: str | Path, step: int | None = None, *, ema: bool = True) -> PolicyParts:
+def load_policy_parts(
+    directory: str | Path, step: int | None = None, *, ema: bool = True, dtype: str | None = None
+) -> PolicyParts:
     """Loads everything that serving needs from a checkpoint directory.
+
+    dtype: of the weights; None as stored. "bfloat16" halves the memory, and the time where weights are what is read.
 
     Raises:
         CheckpointError: missing, damaged, or its weights do not fit its own model config.
@@ -241,7 +247,7 @@ def load_policy_parts(directory: str | Path, step: int | None = None, *, ema: bo
     record = read_record(step_dir)
     contract: Contract = from_json(record["contract"])
     model = ModelDef(contract.policy)
-    params = _read_weights(step_dir, average=ema)
+    params = _read_weights(step_dir, average=ema, dtype=dtype)
     problems = _mismatches(params, model.shapes)
     if problems:
         raise CheckpointError(f"{step_dir}: weights do not fit the model config:\n  " + "\n  ".join(problems))
@@ -254,26 +260,6 @@ def load_policy_parts(directory: str | Path, step: int | None = None, *, ema: bo
         step=int(record["step"]),
         renderer=contract.renderers,
     )
-
-
-def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:
-    """Returns a nested dict as {"a/b/c": leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def unflatten(flat: dict[str, Any]) -> Params:
-    """Inverse of `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return tree
 
 
 def _mismatches(params: Params, shapes: Params) -> list[str]:
@@ -290,68 +276,57 @@ def _mismatches(params: Params, shapes: Params) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Start from the weights of another run.
+    """Start from the weights of another run, or from published ones.
 
-    checkpoint: its directory. reinitialize: regular expressions of weights that start fresh although the checkpoint has
-    them, or that it may lack; whatever else differs is an error, so nothing is loaded partly without being asked for.
+    checkpoint: directory of a run, or weights that `openpi_like.models.weights.open_arrays` opens.
+    reinitialize: regular expressions of weights that start fresh although the checkpoint has them, or that it may lack;
+        whatever else differs is an error, so nothing is loaded partly without being asked for.
+    drop: regular expressions of arrays of the checkpoint (in its own names) that this model has no place for.
+    format: of published weights, a name in `openpi_like.models.formats.FORMATS`; None recognises it by its names.
     """
 
     checkpoint: str
     reinitialize: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    format: str | None = None
 
 
-def warm_start(start: WarmStart, fresh: Params, shardings: Params) -> tuple[Params, list[dict[str, str]]]:
-    """Returns weights taken from a checkpoint where they fit, and a report with one row per weight.
+def is_run(path: str | Path) -> bool:
+    """Says whether a directory is one of our checkpoints or runs, rather than published weights."""
+    path = Path(path)
+    return any((path / name).is_dir() for name in ("checkpoints", "contract")) or any(path.glob("[0-9]*/contract"))
 
-    fresh: freshly initialised weights. A row is {"weight", "shape", "from": "checkpoint"|"fresh", "why"}.
+
+def open_weights(checkpoint: str | Path) -> Arrays:
+    """Opens the (averaged, where kept) weights of one of our checkpoints, or published ones.
 
     Raises:
-        CheckpointError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of them, and
-            patterns that match nothing.
+        CheckpointError, WeightsError: there are none, or they cannot be read.
     """
-    step_dir = find_step(start.checkpoint)
-    with ocp.StandardCheckpointer() as checkpointer:
-        item = step_dir / ("ema" if (step_dir / "ema").is_dir() else "params")
-        stored = flatten(checkpointer.metadata(item).item_metadata.tree)
-    wanted, placed = flatten(fresh), flatten(shardings)
-    allowed = {k: next((p for p in start.reinitialize if re.search(p, k)), None) for k in wanted | stored}
-    unused = [p for p in start.reinitialize if not any(re.search(p, k) for k in wanted)]
-    problems = [f"pattern {p!r} matches no weight; {near_names(p, list(wanted))}" for p in unused]
-    rows, take = [], []
-    for k in sorted(wanted | stored):
-        have = tuple(stored[k].shape) if k in stored else None
-        want = tuple(wanted[k].shape) if k in wanted else None
-        if want is None:
-            problems.append(f"{k}: only in the checkpoint, not part of this model")
-        elif allowed[k]:
-            kept = "the checkpoint has none" if have is None else f"the checkpoint has {have}"
-            rows.append({"weight": k, "shape": str(want), "from": "fresh", "why": f"asked by {allowed[k]!r}, {kept}"})
-        elif have == want:
-            take.append(k)
-            rows.append({"weight": k, "shape": str(want), "from": "checkpoint", "why": "same name and shape"})
-        else:
-            problems.append(f"{k}: the checkpoint has {have or 'none'}, this model {want}")
-    if problems:
-        raise CheckpointError(
-            f"cannot start from {step_dir}:\n  " + "\n  ".join(problems) + "\nallow what may start fresh with "
-            "warm_start.reinitialize, a tuple of regular expressions"
-        )
-    everywhere = next(iter(placed.values()))
-    tree_shardings = unflatten({k: placed[k] if k in take else _anywhere(everywhere) for k in stored})
-    loaded = flatten(_read_weights(step_dir, shardings=tree_shardings))
-    return unflatten({k: loaded[k] if k in take else wanted[k] for k in wanted}), rows
+    if not is_run(checkpoint):
+        return open_arrays(checkpoint)
+    step_dir = find_step(checkpoint)
+    return open_arrays(step_dir / ("ema" if (step_dir / "ema").is_dir() else "params"))
 
 
-def _anywhere(like: Any) -> Any:
-    return jax.sharding.NamedSharding(like.mesh, jax.sharding.PartitionSpec())
+def warm_start(
+    start: WarmStart, config: Any, shardings: Params, fresh: Callable[[Sequence[str]], dict[str, Any]]
+) -> tuple[Params, LoadPlan]:
+    """Returns weights taken from a checkpoint where they fit and fresh where asked for, and what was done.
 
+    shardings: nested, one per weight. fresh: returns freshly initialised weights, flat, for these names.
 
-def print_load_report(rows: list[dict[str, str]], console: Console) -> None:
-    """Prints one line per weight: taken from the checkpoint or fresh, and why."""
-    table = Table(title="weights", show_lines=False)
-    for column in ("weight", "shape", "from", "why"):
-        table.add_column(column)
-    for row in rows:
-        style = None if row["from"] == "checkpoint" else "yellow"
-        table.add_row(row["weight"], row["shape"], row["from"], row["why"], style=style)
-    console.print(table)
+    Raises:
+        CheckpointError, WeightsError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of
+            them, and patterns that match nothing.
+    """
+    arrays = open_weights(start.checkpoint)
+    try:
+        plan = plan_load(config, arrays, fmt=start.format, reinitialize=start.reinitialize, drop=start.drop)
+    except WeightsError as e:
+        raise WeightsError(
+            f"cannot start from {start.checkpoint}: {e}\nallow what may start fresh with warm_start.reinitialize, and "
+            "what may be left out with warm_start.drop (tuples of regular expressions)"
+        ) from e
+    weights = read_weights(config, arrays, plan, shardings=flatten(shardings))
+    return unflatten(weights | fresh([row["weight"] for row in plan.report if row["from"] == "fresh"])), plan

@@ -1,6 +1,7 @@
 """The training state as plain nested dicts of arrays, and the compiled step over it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
+from openpi_like.models.weights import flatten
 from openpi_like.train.sharding import ShardingRules, batch_sharding, replicated, weight_shardings
 
 Params = dict[str, Any]
@@ -90,7 +92,7 @@ class Trainer:
         self.abstract = jax.eval_shape(self._fresh, jax.random.key(seed))
         self.shardings = state_shardings(self.abstract, model, mesh, rules)
         self._init = jax.jit(self._fresh, out_shardings=self.shardings)
-        self._from_params = jax.jit(self._with_params, out_shardings=self.shardings)
+        self._from_params = jax.jit(self._with_params, out_shardings=self.shardings, donate_argnums=0)
         everywhere = replicated(mesh)
         self.train_step = jax.jit(
             self._step,
@@ -111,8 +113,18 @@ class Trainer:
         """Returns a state with fresh weights; no device ever holds more than its own part."""
         return self._init(jax.random.key(self.seed))
 
+    def fresh_weights(self, names: Sequence[str]) -> dict[str, jax.Array]:
+        """Returns freshly initialised weights, flat by name; computes no others."""
+        shardings = flatten(self.shardings.params)
+
+        def draw(key: jax.Array) -> dict[str, jax.Array]:
+            weights = flatten(self.model.init(key))
+            return {name: weights[name] for name in names}
+
+        return jax.jit(draw, out_shardings={name: shardings[name] for name in names})(jax.random.key(self.seed))
+
     def init_from(self, params: Params) -> TrainState:
-        """Returns a state at step 0 that starts from given weights."""
+        """Returns a state at step 0 that starts from given weights, whose buffers it takes over."""
         return self._from_params(params)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

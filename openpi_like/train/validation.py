@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
-from openpi_like.models.pi0 import draw_noise, masked_means
+from openpi_like.models.paligemma import masked_means
+from openpi_like.models.pi0 import draw_noise
 from openpi_like.train.checkpoint import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import put_batch

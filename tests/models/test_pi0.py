@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.models.gemma import REMAT, rope_angles, rotate
+from openpi_like.models.paligemma import masked_means
 from openpi_like.models.param import named_key
-from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time, masked_means
+from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
 from openpi_like.models.weights import flat_weights
 
 KEY = jax.random.key(7)
@@ -308,11 +309,11 @@ def test_every_misfit_of_a_batch_is_in_one_error(model: Pi0, tiny_batch: Any) ->
 
 def test_an_observation_needs_no_actions_and_a_batch_does(model: Pi0, tiny_policy: Pi0Config, tiny_batch: Any) -> None:
     observation, empty = observation_of(tiny_batch), observation_of({})
-    tiny_policy.check(observation, actions=False)
+    tiny_policy.check_inputs(observation, actions=False)
     with pytest.raises(ValueError, match=r"actions: missing(.|\n)*action_mask: missing"):
-        tiny_policy.check(observation, actions=True)
+        tiny_policy.check_inputs(observation, actions=True)
     with pytest.raises(ValueError, match=r"state: missing(.|\n)*images: missing"):
-        tiny_policy.check(empty, actions=False)
+        tiny_policy.check_inputs(empty, actions=False)
 
 
 def test_every_impossible_option_is_in_one_error(tiny_policy: Pi0Config) -> None:

@@ -1,19 +1,43 @@
-"""The name table in both directions, fused projections, and what happens to arrays that do not fit."""
+"""Every format in both directions, partial loads, files, and everything that must be refused."""
 
 import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from safetensors.numpy import save_file
 
+from openpi_like.models.formats import FORMATS, family, recognise
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.weights import WeightsError, flat_weights, from_openpi, load, openpi_names, to_openpi
+from openpi_like.models.weights import (
+    MemoryArrays,
+    WeightsError,
+    export_weights,
+    flat_weights,
+    flatten,
+    load_weights,
+    open_arrays,
+    plan_load,
+    read_weights,
+    table_for,
+    unflatten,
+    weight_shapes,
+    write_openpi,
+    write_safetensors,
+)
 
 KEY = jax.random.key(0)
 FUSED, FUSED_EXPERT = (f"PaliGemma/llm/layers/attn/qkv_einsum{suffix}/w" for suffix in ("", "_1"))
+PREFIX_FIELDS = [f.name for f in dataclasses.fields(PaliGemmaConfig)]
+Arrays = dict[str, np.ndarray]
 
 
 def with_heads(config: Pi0Config, num_kv_heads: int, pi05: bool) -> Pi0Config:
@@ -21,69 +45,378 @@ def with_heads(config: Pi0Config, num_kv_heads: int, pi05: bool) -> Pi0Config:
     return dataclasses.replace(config, pi05=pi05, **experts)
 
 
+def paligemma(config: Pi0Config) -> PaliGemmaConfig:
+    return PaliGemmaConfig(**{name: getattr(config, name) for name in PREFIX_FIELDS})
+
+
+def exported(config: Any, weights: Arrays, fmt: str) -> Arrays:
+    return {name: make().copy() for name, make in export_weights(config, weights, fmt)}
+
+
+def loaded(config: Any, arrays: Arrays, **options: Any) -> Arrays:
+    source = MemoryArrays(arrays)
+    return read_weights(config, source, plan_load(config, source, **options))
+
+
+@pytest.fixture(scope="session")
+def weights(filled: Any) -> Callable[[Any], Arrays]:
+    """Returns a function from a config to flat random weights on the host."""
+    return lambda config: {k: np.asarray(v) for k, v in flat_weights(filled(lambda: config.create(KEY))).items()}
+
+
+@pytest.fixture
+def openpi_arrays(tiny_policy: Pi0Config, weights: Any) -> Arrays:
+    return exported(tiny_policy, weights(tiny_policy), "openpi")
+
+
+def assert_same(got: Arrays, expected: Arrays) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+# ---- Formats ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("pi05", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_export_then_import_returns_every_weight(
-    tiny_policy: Pi0Config, filled: Any, num_kv_heads: int, pi05: bool
+@pytest.mark.parametrize("fmt", ["openpi", "lerobot", "ours"])
+def test_policy_formats_round_trip(
+    tiny_policy: Pi0Config, weights: Any, fmt: str, num_kv_heads: int, pi05: bool
 ) -> None:
     config = with_heads(tiny_policy, num_kv_heads, pi05)
-    model = filled(lambda: config.create(KEY))
-    arrays = to_openpi(model)
-    assert (FUSED in arrays) == (FUSED_EXPERT in arrays) == (num_kv_heads == config.vlm.num_heads)
-    ours, again = flat_weights(model), flat_weights(load(config, from_openpi(config, arrays)))
-    assert ours.keys() == again.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(again[name], value, err_msg=name)
+    mine = weights(config)
+    arrays = exported(config, mine, fmt)
+    assert recognise(arrays) == fmt
+    assert family(arrays) == ("pi0.5" if pi05 else "pi0")
+    if fmt == "openpi":
+        assert (FUSED in arrays) == (FUSED_EXPERT in arrays) == (num_kv_heads == config.vlm.num_heads)
+    assert_same(loaded(config, arrays), mine)
 
 
-def test_fused_projection_is_query_then_key_then_value(tiny_policy: Pi0Config, filled: Any) -> None:
+@pytest.mark.parametrize("fmt", ["openpi", "big_vision", "huggingface", "ours"])
+def test_paligemma_formats_round_trip(tiny_policy: Pi0Config, weights: Any, fmt: str) -> None:
+    config = paligemma(tiny_policy)
+    mine = weights(config)
+    arrays = exported(config, mine, fmt)
+    assert recognise(arrays) == fmt
+    assert_same(loaded(config, arrays), mine)
+
+
+@pytest.mark.parametrize("fmt", sorted(FORMATS))
+@pytest.mark.parametrize("pi05", [False, True])
+def test_no_weight_is_covered_twice_or_in_part(tiny_policy: Pi0Config, fmt: str, pi05: bool) -> None:
+    config = with_heads(tiny_policy, 2, pi05)
+    shapes = {name: leaf.shape for name, leaf in weight_shapes(config).items()}
+    counts = {name: np.zeros(shape, int) for name, shape in shapes.items()}
+    for row in table_for(config, list(shapes), fmt).rows:
+        counts[row.ours][row.at] += 1
+    covered = {name for name, count in counts.items() if count.any()}
+    expected = {"openpi": "", "lerobot": "", "ours": "", "siglip": "vision/"}.get(fmt, "v")
+    assert covered == {n for n in shapes if n.startswith(expected)} - (
+        {"vision/head/kernel", "vision/head/bias"} if fmt == "siglip" else set()
+    )
+    assert all((counts[name] == 1).all() for name in covered)
+
+
+def test_torch_layouts_by_hand(tiny_policy: Pi0Config, weights: Any) -> None:
+    """What a torch module would compute with the exported arrays, against our einsums."""
+    config = with_heads(tiny_policy, 2, pi05=True)
+    mine = weights(config)
+    theirs = exported(config, mine, "lerobot")
+    root = "model.paligemma_with_expert."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=config.expert.width)
+    layer = f"{root}gemma_expert.model.layers.1."
+    kv = np.einsum("D,KDH->KH", x, mine["expert/layers/kv"][1, 1])
+    np.testing.assert_allclose(theirs[f"{layer}self_attn.v_proj.weight"] @ x, kv.reshape(-1), rtol=1e-5)
+    heads = rng.normal(size=(config.expert.num_heads, config.expert.head_dim))
+    out = np.einsum("NH,NHD->D", heads, mine["expert/layers/out"][1])
+    np.testing.assert_allclose(theirs[f"{layer}self_attn.o_proj.weight"] @ heads.reshape(-1), out, rtol=1e-5)
+    up = x @ mine["expert/layers/gate_up"][1, 1]
+    np.testing.assert_allclose(theirs[f"{layer}mlp.up_proj.weight"] @ x, up, rtol=1e-5)
+    modulation = x @ mine["expert/layers/attn_norm/modulation/kernel"][1]
+    np.testing.assert_allclose(theirs[f"{layer}input_layernorm.dense.weight"] @ x, modulation, rtol=1e-5)
+    patch = rng.normal(size=(8, 8, 3))  # rows, columns, colours; torch has colours first
+    vision = f"{root}paligemma.model.vision_tower.vision_model."
+    conv = np.einsum("dchw,hwc->d", theirs[f"{vision}embeddings.patch_embedding.weight"], patch)
+    np.testing.assert_allclose(conv, np.einsum("hwc,hwcd->d", patch, mine["vision/patch/kernel"]), rtol=1e-5)
+    v = rng.normal(size=config.vision.width)
+    query = np.einsum("D,DNH->NH", v, mine["vision/layers/query/kernel"][0])
+    projection = theirs[f"{vision}encoder.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(projection @ v, query.reshape(-1), rtol=1e-5)
+
+
+def test_fused_projection_is_query_then_key_then_value(tiny_policy: Pi0Config, weights: Any) -> None:
     config = with_heads(tiny_policy, tiny_policy.vlm.num_heads, pi05=False)
-    arrays = to_openpi(filled(lambda: config.create(KEY)))
+    arrays = exported(config, weights(config), "openpi")
     L, D, N, H = config.vlm.depth, config.vlm.width, config.vlm.num_heads, config.vlm.head_dim
     assert arrays[FUSED].shape == (L, 3, N, D, H)
     arrays[FUSED] = np.broadcast_to(np.arange(3.0)[None, :, None, None, None], (L, 3, N, D, H)).copy()
-    layers = from_openpi(config, arrays)["vlm"]["layers"]
-    np.testing.assert_array_equal(layers["q"], 0.0)
-    np.testing.assert_array_equal(layers["kv"][:, 0], 1.0)
-    np.testing.assert_array_equal(layers["kv"][:, 1], 2.0)
+    mine = loaded(config, arrays)
+    np.testing.assert_array_equal(mine["vlm/layers/q"], 0.0)
+    np.testing.assert_array_equal(mine["vlm/layers/kv"][:, 0], 1.0)
+    np.testing.assert_array_equal(mine["vlm/layers/kv"][:, 1], 2.0)
 
 
-def test_table_covers_every_weight_once(tiny_policy: Pi0Config) -> None:
-    for pi05 in (False, True):
-        config = dataclasses.replace(tiny_policy, pi05=pi05)
-        covered = [name for ours in openpi_names(config).values() for name in ours]
-        assert sorted(covered) == sorted(flat_weights(nnx.eval_shape(lambda c=config: c.create(KEY))))
+@pytest.mark.parametrize("new", [False, True])
+def test_huggingface_names_of_both_ages_with_padded_and_tied_tables(
+    tiny_policy: Pi0Config, weights: Any, new: bool
+) -> None:
+    config = paligemma(tiny_policy)
+    mine = weights(config)
+    arrays = exported(config, mine, "huggingface")
+    table = "language_model.model.embed_tokens.weight"
+    assert arrays[table].shape[0] == config.vocab_size + 64
+    np.testing.assert_allclose(arrays[table][-1], mine["vlm/embedding"].mean(0), atol=1e-6)
+    if new:
+        arrays = {
+            k.replace("language_model.model.", "model.language_model.")
+            .replace("vision_tower.", "model.vision_tower.")
+            .replace("multi_modal_projector.", "model.multi_modal_projector."): v
+            for k, v in arrays.items()
+        }
+        table = "model.language_model.embed_tokens.weight"
+    head = "lm_head.weight" if new else "language_model.lm_head.weight"
+    source = MemoryArrays({**arrays, head: arrays[table]})
+    plan = plan_load(config, source)
+    assert plan.dropped == [f"{table}: rows {config.vocab_size} and up: padding of the vocabulary"]
+    assert_same(read_weights(config, source, plan), mine)
+    with pytest.raises(WeightsError, match=f"{head}: differs from {table}, expected the same numbers"):
+        loaded(config, {**arrays, head: arrays[table] + 1})
 
 
-def test_every_mismatch_is_in_one_error(tiny_policy: Pi0Config, filled: Any) -> None:
-    arrays = to_openpi(filled(lambda: tiny_policy.create(KEY)))
+@pytest.mark.parametrize("loop", [False, True])
+def test_siglip_alone_fills_the_image_tower(tiny_policy: Pi0Config, weights: Any, loop: bool) -> None:
+    config = paligemma(tiny_policy)
+    mine = weights(config)
+    names = ["img/Transformer/encoderblock_0/x"] if loop else []
+    table = table_for(config, names, "siglip")
+    arrays = {r.theirs: mine[r.ours][r.at] for r in table.rows}
+    assert any("encoderblock_0/" in name for name in arrays) == loop
+    extra = ("img/MAPHead_0/probe", "img/head/kernel", "txt/Encoder_0/encoder_norm/bias", "t", "b")
+    arrays |= {name: np.ones(3, np.float32) for name in extra}
+    with pytest.raises(WeightsError, match="vlm/embedding: this format does not hold it"):
+        plan_load(config, MemoryArrays(arrays))
+    source = MemoryArrays(arrays)
+    plan = plan_load(config, source, reinitialize=("^vlm/", "^vision/head/"))
+    assert sorted(line.split(":")[0] for line in plan.dropped) == sorted(extra)
+    got = read_weights(config, source, plan)
+    assert_same(got, {k: v for k, v in mine.items() if k.startswith("vision/") and not k.startswith("vision/head")})
+
+
+def test_lerobot_unused_head_and_tied_table(tiny_policy: Pi0Config, weights: Any) -> None:
+    mine = weights(tiny_policy)
+    for root in ("model.", ""):
+        arrays = {k.replace("model.", root, 1): v for k, v in exported(tiny_policy, mine, "lerobot").items()}
+        both = f"{root}paligemma_with_expert."
+        table = f"{both}paligemma.model.language_model.embed_tokens.weight"
+        arrays[f"{both}gemma_expert.lm_head.weight"] = np.zeros((5, 4), np.float32)
+        assert_same(loaded(tiny_policy, arrays), mine)
+        arrays[f"{both}paligemma.lm_head.weight"] = arrays[table]
+        assert_same(loaded(tiny_policy, arrays), mine)
+        del arrays[table]  # only the output layer's name is stored
+        assert_same(loaded(tiny_policy, arrays), mine)
+
+
+# ---- Partial loads ---------------------------------------------------------------------------------------------------
+
+
+def test_a_new_action_size_is_loaded_when_asked_for_and_reported(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    wider = dataclasses.replace(tiny_policy, action_dim=7, cameras=("base", "wrist_right", "wrist_left"))
+    with pytest.raises(WeightsError) as e:
+        loaded(wider, openpi_arrays)
+    assert "action_in_proj/kernel: got shape (4, 16), expected (7, 16) (for action_in/kernel)" in str(e.value)
+    assert "(3 problems)" in str(e.value)  # a camera more needs no weight more
+    source = MemoryArrays(openpi_arrays)
+    plan = plan_load(wider, source, reinitialize=("^action_in/kernel$", "^action_out/"))
+    fresh = {row["weight"]: row["why"] for row in plan.report if row["from"] == "fresh"}
+    assert fresh.keys() == {"action_in/kernel", "action_out/kernel", "action_out/bias"}
+    assert "got shape (4, 16), expected (7, 16)" in fresh["action_in/kernel"]
+    assert read_weights(wider, source, plan).keys() == weight_shapes(wider).keys() - fresh.keys()
+
+
+def test_paligemma_starts_a_policy(tiny_policy: Pi0Config, weights: Any) -> None:
+    config = paligemma(tiny_policy)
+    mine = weights(config)
+    arrays = exported(config, mine, "big_vision")
+    with pytest.raises(
+        WeightsError, match=r"expert/layers/q: this format does not hold it(.|\n)*choose the other config"
+    ):
+        loaded(tiny_policy, arrays)
+    rest = ("^expert/", "^action_", "^state_in/")
+    assert_same(loaded(tiny_policy, arrays, reinitialize=rest), mine)
+
+
+def test_a_policy_gives_its_paligemma(tiny_policy: Pi0Config, weights: Any) -> None:
+    mine = weights(tiny_policy)
+    arrays = exported(tiny_policy, mine, "openpi")
+    source, config = MemoryArrays(arrays), paligemma(tiny_policy)
+    plan = plan_load(config, source, drop=("_1/", "^action_", "^state_"))
+    assert "action_in_proj/bias: asked by '^action_'" in plan.dropped
+    assert_same(read_weights(config, source, plan), {k: v for k, v in mine.items() if k in weight_shapes(config)})
+    with pytest.raises(WeightsError, match="pattern '_2/' matches no array"):
+        plan_load(config, source, drop=("_1/", "^action_", "^state_", "_2/"))
+
+
+def test_weights_are_placed_sharded_and_in_bfloat16(tiny_policy: Pi0Config, weights: Any) -> None:
+    mine = weights(tiny_policy)
+    source = MemoryArrays(exported(tiny_policy, mine, "lerobot"))
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    shardings = {
+        name: jax.sharding.NamedSharding(mesh, spec(*[None] * (v.ndim - 1), "x" if v.shape[-1] % 4 == 0 else None))
+        for name, v in mine.items()
+    }
+    got = read_weights(tiny_policy, source, plan_load(tiny_policy, source), dtype="bfloat16", shardings=shardings)
+    table = got["vlm/embedding"]
+    assert {shard.data.shape for shard in table.addressable_shards} == {(300, 4)}
+    for name, value in mine.items():
+        assert got[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(got[name]), value.astype(ml_dtypes.bfloat16), err_msg=name)
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def test_openpi_orbax_with_and_without_the_value_level(
+    tmp_path: Path, tiny_policy: Pi0Config, weights: Any, openpi_arrays: Arrays
+) -> None:
+    mine = weights(tiny_policy)
+    write_openpi(export_weights(tiny_policy, mine, "openpi"), tmp_path / "with")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "without" / "params", {"params": unflatten(openpi_arrays)})
+    for path in (tmp_path / "with", tmp_path / "with" / "params", tmp_path / "without"):
+        assert_same(flatten(load_weights(tiny_policy, path)), mine)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_safetensors_in_one_or_several_files(tmp_path: Path, tiny_policy: Pi0Config, weights: Any, parts: int) -> None:
+    mine = weights(tiny_policy)
+    total = sum(v.nbytes for v in mine.values())
+    arrays = export_weights(tiny_policy, mine, "lerobot")
+    files = write_safetensors(arrays, tmp_path, max_bytes=total if parts == 1 else total // 2)
+    assert (len(files) == 1) == (parts == 1)
+    assert_same(flatten(load_weights(tiny_policy, tmp_path)), mine)
+    one = tmp_path / ("model.safetensors" if parts == 1 else "model.safetensors.index.json")
+    assert_same(flatten(load_weights(tiny_policy, one)), mine)
+
+
+def test_npz_with_prefix_and_bfloat16(tmp_path: Path, tiny_policy: Pi0Config, weights: Any) -> None:
+    config = paligemma(tiny_policy)
+    mine = weights(config)
+    half = {f"params/{k}": v.astype(ml_dtypes.bfloat16) for k, v in exported(config, mine, "big_vision").items()}
+    np.savez(tmp_path / "pt.npz", **half)  # type: ignore[arg-type]
+    got = flatten(load_weights(config, tmp_path / "pt.npz"))
+    for name, value in mine.items():
+        np.testing.assert_array_equal(got[name], value.astype(ml_dtypes.bfloat16).astype(np.float32), err_msg=name)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_every_mismatch_is_in_one_error(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    arrays = openpi_arrays
     arrays["action_in_projj/kernel"] = arrays.pop("action_in_proj/kernel")
     arrays["PaliGemma/img/Transformer/encoderblock_0/bias"] = np.zeros(3, np.float32)
     head = "PaliGemma/llm/layers/mlp_1/linear"
     arrays[head] = arrays[head].swapaxes(1, 2)
     arrays["state_proj/bias"] = arrays["state_proj/bias"][:-1]
-    arrays["action_out_proj/bias"] = arrays["action_out_proj/bias"].astype(np.int32)
     with pytest.raises(WeightsError) as caught:
-        from_openpi(tiny_policy, arrays)
+        loaded(tiny_policy, arrays)
     message = str(caught.value)
-    assert "action_in_proj/kernel: missing; did you mean 'action_in_projj/kernel'" in message
+    assert "action_in_proj/kernel: missing (for action_in/kernel); did you mean 'action_in_projj/kernel'" in message
     assert "action_in_projj/kernel: not used; did you mean 'action_in_proj/kernel'" in message
     assert "encoderblock_0/bias: not used" in message
-    assert f"{head}: got shape (2, 16, 32), expected (2, 32, 16) (the same sizes in another order" in message
+    assert f"{head}: got shape (2, 16, 32), expected (2, 32, 16) (for expert/layers/down); the same sizes in" in message
     assert "state_proj/bias: got shape (15,), expected (16,)" in message
+    assert len(message.splitlines()) == 6  # the headline and five mismatches
+
+
+def test_numbers_that_are_no_weights(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    openpi_arrays["action_out_proj/bias"] = openpi_arrays["action_out_proj/bias"].astype(np.int32)
+    openpi_arrays["state_proj/bias"][1] = np.nan
+    openpi_arrays["PaliGemma/img/head/bias"][0] = np.inf
+    with pytest.raises(WeightsError) as caught:
+        loaded(tiny_policy, openpi_arrays)
+    message = str(caught.value)
     assert "action_out_proj/bias: got int32, expected a floating-point array" in message
-    assert len(message.splitlines()) == 7  # the headline and six mismatches
+    assert "state_proj/bias: holds values that are not finite" in message
+    assert "PaliGemma/img/head/bias: holds values that are not finite" in message
 
 
-def test_unfused_arrays_do_not_pass_for_fused_ones(tiny_policy: Pi0Config, filled: Any) -> None:
-    arrays = to_openpi(filled(lambda: tiny_policy.create(KEY)))
+def test_the_wrong_family_is_named(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    pi05 = dataclasses.replace(tiny_policy, pi05=True)
+    with pytest.raises(WeightsError, match=r"these arrays look like pi0, this config is pi0\.5: choose the other"):
+        loaded(pi05, openpi_arrays)
+    with pytest.raises(WeightsError, match="look like pi0, this config is PaliGemma"):
+        loaded(paligemma(tiny_policy), openpi_arrays)
+    with pytest.raises(WeightsError, match="names of no format we know"):
+        loaded(tiny_policy, {"encoder.weight": np.zeros(3, np.float32)})
+    with pytest.raises(WeightsError, match="no weight format 'openpie'; did you mean 'openpi'"):
+        loaded(tiny_policy, openpi_arrays, fmt="openpie")
+
+
+def test_lora_leaves_are_not_taken_for_weights(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    name = "PaliGemma/llm/layers/attn/q_einsum/lora_a"
+    openpi_arrays[name] = np.zeros((2, 2, 16, 4), np.float32)
+    with pytest.raises(WeightsError, match=rf"{name}: not used(.|\n)*look like a model with LoRA weights"):
+        loaded(tiny_policy, openpi_arrays)
+
+
+def test_patterns_that_match_nothing(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    with pytest.raises(WeightsError, match=r"pattern '\^action_inn/' matches no weight; did you mean 'action_in/"):
+        loaded(tiny_policy, openpi_arrays, reinitialize=("^action_inn/",))
+
+
+def test_unfused_arrays_do_not_pass_for_fused_ones(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
     with pytest.raises(WeightsError, match=r"qkv_einsum/w: missing(.|\n)*q_einsum/w: not used"):
-        from_openpi(with_heads(tiny_policy, tiny_policy.vlm.num_heads, pi05=False), arrays)
+        loaded(with_heads(tiny_policy, tiny_policy.vlm.num_heads, pi05=False), openpi_arrays)
 
 
-def test_bfloat16_arrays_become_float32(tiny_policy: Pi0Config, filled: Any) -> None:
-    arrays = {
-        k: np.asarray(jnp.asarray(v, "bfloat16")) for k, v in to_openpi(filled(lambda: tiny_policy.create(KEY))).items()
-    }
-    weights = from_openpi(tiny_policy, arrays)
-    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype(np.float32)}
+# Orbax leaves the reads of other arrays behind when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_files(tmp_path: Path, tiny_policy: Pi0Config, weights: Any) -> None:
+    mine = weights(tiny_policy)
+    write_safetensors(export_weights(tiny_policy, mine, "lerobot"), tmp_path / "st")
+    file = tmp_path / "st" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="damaged or incomplete"):
+        open_arrays(tmp_path / "st")
+
+    np.savez(tmp_path / "a.npz", **exported(paligemma(tiny_policy), weights(paligemma(tiny_policy)), "big_vision"))  # type: ignore[arg-type]
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="damaged or incomplete"):
+        open_arrays(tmp_path / "a.npz")
+
+    write_openpi(export_weights(tiny_policy, mine, "openpi"), tmp_path / "orbax")
+    for chunk in (tmp_path / "orbax").rglob("d/*"):  # all: some are left over from writing in parallel
+        chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    with pytest.raises(WeightsError, match="damaged or incomplete"):
+        load_weights(tiny_policy, tmp_path / "orbax")
+
+    with pytest.raises(WeightsError, match="no such file or directory"):
+        open_arrays(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match=r"expected an \.npz file, safetensors, or an Orbax directory"):
+        open_arrays(tmp_path / "empty")
+
+
+def test_an_index_that_names_lost_arrays(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "m.safetensors")
+    index = {"weight_map": {"a": "m.safetensors", "b": "m.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r"names arrays that its files lack: \['b in m\.safetensors'\]"):
+        open_arrays(tmp_path)
+
+
+def test_a_format_that_cannot_hold_the_model(tiny_policy: Pi0Config, weights: Any) -> None:
+    with pytest.raises(WeightsError, match=r"format 'big_vision' cannot hold action_in/bias, .*; choose another"):
+        exported(tiny_policy, weights(tiny_policy), "big_vision")
+
+
+def test_flatten_has_an_inverse() -> None:
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree
