@@ -114,9 +114,9 @@ class EpisodeDataset:
             )
         return image
 
-    def image_into(self, frame: int, camera: Camera, out: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Writes one image into `out`, resized to its size where that differs."""
-        fit(self.image(frame, camera), out)
+    def image_into(self, frame: int, camera: Camera, out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
+        """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
+        fit(self.image(frame, camera), out, resize=resize)
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""

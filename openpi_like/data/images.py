@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -27,10 +28,11 @@ def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"
     return image
 
 
-def fit(image: UInt8[np.ndarray, "H W 3"], out: UInt8[np.ndarray, "h w 3"]) -> None:
+def fit(image: UInt8[np.ndarray, "H W 3"], out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
     """Writes `image` into `out`, resized with its aspect ratio kept and centred on black.
 
-    Cubic interpolation; averaging over areas where it shrinks below two thirds, against aliasing.
+    resize: "cubic", interpolation by OpenCV, averaging over areas where it shrinks below two thirds, against aliasing.
+    "pillow", Pillow's antialiased bilinear filter, which the released openpi weights were trained with.
     """
     h, w = out.shape[:2]
     if image.shape[:2] == (h, w):
@@ -41,7 +43,11 @@ def fit(image: UInt8[np.ndarray, "H W 3"], out: UInt8[np.ndarray, "h w 3"]) -> N
     height, width = (max(1, int(side * scale + 1e-6)) for side in image.shape[:2])
     top, left = (h - height) // 2, (w - width) // 2
     out[:top], out[top + height :], out[:, :left], out[:, left + width :] = 0, 0, 0, 0
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 2 / 3 else cv2.INTER_CUBIC)
+    if resize == "pillow":
+        resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        filter_ = cv2.INTER_AREA if scale < 2 / 3 else cv2.INTER_CUBIC
+        resized = cv2.resize(image, (width, height), interpolation=filter_)
     out[top : top + height, left : left + width] = resized
 
 

@@ -44,6 +44,10 @@ class PolicyShape(Protocol):
     def prompt_len(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def resize(self) -> str: ...
+    @property
+    def state_in_prompt(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +237,7 @@ class _Assembler:
         state_mask = np.zeros((size, policy.state_dim), bool)
         actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
         action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
-        prompts = [""] * size
+        prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         for i in np.unique(ids):
             dataset = self.datasets[i]
             assert dataset is not None  # ids are of open datasets
@@ -241,6 +245,8 @@ class _Assembler:
             robot, normalization = dataset.robot, self.normalizations[dataset.robot.name]
             states, chunks, mask = dataset.encoded(frames[rows])
             state[rows, : robot.state_size] = normalization.apply_state(states)
+            for row in rows:
+                states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
             chunks = np.where(mask[..., None], normalization.apply_actions(chunks), np.float32(0))
             actions[rows, : robot.action_horizon, : robot.action_size] = chunks
@@ -254,11 +260,11 @@ class _Assembler:
                 slot = policy.cameras.index(camera.name)
                 for row in rows:
                     out = images[camera.name][row]
-                    dataset.image_into(int(frames[row]), camera, out)
+                    dataset.image_into(int(frames[row]), camera, out, resize=policy.resize)
                     if self.config.augment is not None and positions is not None:
                         key = (self.config.seed, positions[int(row)], slot)
                         augment(out, self.config.augment, np.random.default_rng(key))
-        prompt, prompt_mask = self.tokenizer.batch(prompts)
+        prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt if policy.state_in_prompt else None)
         return Batch(
             images=images,
             image_mask=image_mask,

@@ -1,11 +1,24 @@
-"""Prompts as tokens, the way pi0 was trained: BOS, the text, and a newline that is encoded separately."""
+"""Prompts as tokens, the way the released policies were trained.
+
+pi0: BOS, the text, and a newline that is encoded separately. pi0.5: BOS, and a line that has the state in it as numbers
+0 .. 255 (see `state_bins`).
+"""
 
 import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float, Int32, Int64
+
+
+def state_bins(state: Float[np.ndarray, "*batch De"]) -> Int64[np.ndarray, "*batch De"]:
+    """Returns which of 256 equal bins of [-1, 1] each value of a normalised state is in: floor((x + 1) * 128).
+
+    As in the released pi0.5: 255 for everything above, and -1 (not 0) below, so that leaving the range can be told
+    from its edge.
+    """
+    return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
 
 
 class TextTokenizer:
@@ -37,30 +50,41 @@ class TextTokenizer:
         """Number of token ids."""
         return self._processor.vocab_size()
 
-    def encode(self, text: str) -> tuple[Int32[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
+    def encode(
+        self, text: str, state: Float[np.ndarray, "De"] | None = None
+    ) -> tuple[Int32[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
         """Returns ids, 0 where padded, and the mask of real tokens.
+
+        state: normalised, without padding, where the policy reads it in its prompt (pi0.5); None for pi0.
 
         Raises:
             ValueError: the text has more than `prompt_len` tokens and is not to be truncated.
         """
-        if text in self._cache:
+        if state is None and text in self._cache:
             return self._cache[text]
         cleaned = text.strip().replace("_", " ").replace("\n", " ")
-        tokens = [self._processor.bos_id(), *self._processor.encode(cleaned), *self._processor.encode("\n")]
+        pieces = [cleaned, "\n"]
+        if state is not None:
+            pieces = [f"Task: {cleaned}, State: {' '.join(map(str, state_bins(state)))};\nAction: "]
+        tokens = [self._processor.bos_id(), *(i for piece in pieces for i in self._processor.encode(piece))]
         if len(tokens) > self.prompt_len and not self.truncate:
+            values = "" if state is None else f" with {len(state)} state values"
             raise ValueError(
-                f"prompt {text!r} has {len(tokens)} tokens, expected at most prompt_len={self.prompt_len}; "
+                f"prompt {text!r}{values} has {len(tokens)} tokens, expected at most prompt_len={self.prompt_len}; "
                 "use a larger prompt_len or a shorter prompt"
             )
         tokens = tokens[: self.prompt_len]
         ids, mask = np.zeros(self.prompt_len, np.int32), np.zeros(self.prompt_len, bool)
         ids[: len(tokens)], mask[: len(tokens)] = tokens, True
-        self._cache[text] = ids, mask
+        if state is None:  # few instructions, but no two states are alike
+            self._cache[text] = ids, mask
         return ids, mask
 
-    def batch(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-        """Returns ids and masks of several prompts."""
-        rows = [self.encode(text) for text in texts]
+    def batch(
+        self, texts: Sequence[str], states: Sequence[Float[np.ndarray, "De"]] | None = None
+    ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+        """Returns ids and masks of several prompts; states: see `encode`."""
+        rows = [self.encode(text, None if states is None else states[i]) for i, text in enumerate(texts)]
         return np.stack([ids for ids, _ in rows]), np.stack([mask for _, mask in rows])
 
 

@@ -63,12 +63,14 @@ class Table:
     copies: arrays that repeat another one, if they are there: {name: name}; they must be equal to it.
     unused: regular expressions of arrays that the layout has and our model does not: {pattern: why}.
     pad_rows: array -> rows it has beyond ours, without meaning: dropped when read, written as the mean row.
+    fillers: arrays without meaning that the layout's own tools insist on, and their shapes; written as zeros.
     """
 
     rows: tuple[Row, ...]
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
     unused: dict[str, str] = dataclasses.field(default_factory=dict)
     pad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    fillers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 # ---- openpi and big_vision: stacked layers, our shapes ---------------------------------------------------------------
@@ -240,16 +242,17 @@ HF_PAD_ROWS = 64  # Hugging Face's PaliGemma has these rows of embedding beyond 
 
 
 def huggingface(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """Hugging Face PaliGemma safetensors, in the names of the published files or those of newer transformers."""
-    new = any(name.startswith("model.") for name in names)
-    language = "model.language_model." if new else "language_model.model."
-    root = "model." if new else ""
+    """Hugging Face PaliGemma safetensors: the names of the published files, or either of those newer tools write."""
+    spellings = ("model.language_model.model.", "model.language_model.", "language_model.model.")
+    stored = list(names)
+    language = next((s for s in spellings if any(n.startswith(s) for n in stored)), spellings[-1])
+    root = "model." if language.startswith("model.") else ""
     rows = _torch_vision(config.vision.depth, f"{root}vision_tower.vision_model.", f"{root}multi_modal_projector.")
-    rows.append(Row("vlm/embedding", f"{language}embed_tokens.weight"))
-    rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)
-    head = "lm_head.weight" if new else "language_model.lm_head.weight"
     table = f"{language}embed_tokens.weight"
-    return Table(tuple(rows), copies={head: table}, pad_rows={table: HF_PAD_ROWS})
+    rows.append(Row("vlm/embedding", table))
+    rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)
+    copies = dict.fromkeys(("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"), table)
+    return Table(tuple(rows), copies=copies, pad_rows={table: HF_PAD_ROWS})
 
 
 def lerobot(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
@@ -263,13 +266,18 @@ def lerobot(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
     rows += _torch_gemma(config.expert.depth, "expert", f"{expert}model.", adaptive=config.pi05)
     for ours, theirs in _projections(config).items():
         rows += _torch_linear(ours, f"{root}{theirs}", "E D -> D E", "")
-    # The language model's table and its output layer are one array; files hold it under either name or both.
+    # The language model's table and its output layer are one array; files hold it under either name or both. LeRobot
+    # makes the first from the second.
     table, head = f"{vlm}language_model.embed_tokens.weight", f"{both}paligemma.lm_head.weight"
-    stored = set(names)
-    main, copy = (head, table) if head in stored and table not in stored else (table, head)
+    main, copy = (table, head) if table in set(names) else (head, table)
     rows.append(Row("vlm/embedding", main))
-    unused = {rf"^{re.escape(expert)}lm_head\.weight$": "an output layer that the action expert never uses"}
-    return Table(tuple(rows), copies={copy: main}, unused=unused)
+    idle = f"{expert}lm_head.weight"
+    return Table(
+        tuple(rows),
+        copies={copy: main},
+        unused={rf"^{re.escape(idle)}$": "an output layer that the action expert never uses"},
+        fillers={idle: (config.vocab_size, config.expert.width)},
+    )
 
 
 def ours(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
@@ -289,7 +297,7 @@ FORMATS = {
 # First match wins. What a set of arrays is, by a name that only this layout has.
 _SIGNS = (
     ("lerobot", r"^(model\.)?paligemma_with_expert\."),
-    ("huggingface", r"^(model\.language_model|language_model\.model)\.layers\."),
+    ("huggingface", r"^(model\.)?language_model\.(model\.)?layers\."),
     ("openpi", r"^PaliGemma/"),
     ("big_vision", r"^llm/"),
     ("siglip", r"^img/"),

@@ -23,6 +23,7 @@ from openpi_like.models.param import named_key
 from openpi_like.models.siglip import Siglip, SiglipConfig
 
 EOS = 1
+RESIZE = ("cubic", "pillow")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class VisionLanguageConfig:
     """Sizes and options of what PaliGemma and the pi0 family share.
 
     cameras: slot names, in prefix order; any number. image_size: (height, width) pixels, multiples of the patch size.
+    resize: how frames of other sizes become this one, see `openpi_like.data.images.fit`.
     prompt_len: padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
     remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
     unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
@@ -41,6 +43,7 @@ class VisionLanguageConfig:
     image_size: tuple[int, int]
     prompt_len: int
     vocab_size: int
+    resize: str = "cubic"
     dtype: str = "float32"
     remat: str | None = None
     unroll: bool = False
@@ -61,6 +64,8 @@ class VisionLanguageConfig:
             for name in ("prompt_len", "vocab_size")
             if getattr(self, name) < 1
         ]
+        if self.resize not in RESIZE:
+            problems.append(f"resize={self.resize!r}, expected one of {RESIZE}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
         if self.remat is not None and self.remat not in REMAT:
@@ -124,6 +129,7 @@ class PaliGemmaConfig(VisionLanguageConfig):
             image_size=(image_size, image_size),
             prompt_len=prompt_len,
             vocab_size=257_152,
+            resize="pillow",
             dtype="bfloat16",
             remat="nothing_saveable",
         )

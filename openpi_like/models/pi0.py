@@ -27,7 +27,8 @@ class Pi0Config(VisionLanguageConfig):
     """Sizes and options of a pi0 policy; see `VisionLanguageConfig` for those of its prefix.
 
     state_dim, action_dim: padded sizes. action_horizon: steps in a chunk.
-    pi05: the state comes in the prompt instead of its own token, and flow time acts through adaptive norms.
+    pi05: there is no state token, and flow time acts through adaptive norms.
+    state_in_prompt: the prompt holds the state as numbers 0 .. 255 (pi0.5); without it pi0.5 sees no state at all.
     sample_steps: Euler steps when sampling.
     flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
         so a few more draws make the gradient less noisy at less than the cost of as many more samples.
@@ -39,6 +40,7 @@ class Pi0Config(VisionLanguageConfig):
     action_dim: int
     action_horizon: int
     pi05: bool = False
+    state_in_prompt: bool = False
     sample_steps: int = 10
     train_on_padding: bool = False
     flow_draws: int = 1
@@ -54,6 +56,8 @@ class Pi0Config(VisionLanguageConfig):
             for name in ("state_dim", "action_dim", "action_horizon", "sample_steps", "flow_draws")
             if getattr(self, name) < 1
         ]
+        if self.state_in_prompt and not self.pi05:
+            problems.append("state_in_prompt=True with pi05=False, expected False: pi0 has a token for the state")
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
         return problems
@@ -102,7 +106,10 @@ class Pi0Config(VisionLanguageConfig):
             action_horizon=50,
             prompt_len=200 if pi05 else 48,
             vocab_size=257_152,
+            resize="pillow",
             pi05=pi05,
+            state_in_prompt=pi05,
+            train_on_padding=True,
             dtype="bfloat16",
             remat="nothing_saveable",
         )

@@ -150,7 +150,10 @@ class OrbaxArrays:
     def __init__(self, path: Path) -> None:
         self._path = path.resolve()
         self._checkpointer = ocp.PyTreeCheckpointer()
-        self._tree = self._checkpointer.metadata(self._path).item_metadata.tree
+        metadata = self._checkpointer.metadata(self._path).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata cannot be read")
+        self._tree = metadata.tree
         flat = flatten(self._tree)
         prefix = "params/" if all(k.startswith("params/") for k in flat) else ""
         suffix = "/value" if all(k.endswith("/value") for k in flat) else ""
@@ -458,6 +461,9 @@ def export_weights(
 
     for name in by_array:
         yield name, functools.partial(make, name)
+    dtype = next(iter(weights.values())).dtype
+    for name, shape in table.fillers.items():
+        yield name, functools.partial(np.zeros, shape, dtype)
 
 
 def write_safetensors(

@@ -87,7 +87,8 @@ class Policy:
         """Compiles, by sampling once for every robot from the middle of its training data."""
         for robot in self.robots.values():
             images = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in self._cameras(robot)}
-            self._sample_normalized(robot, images, np.zeros(robot.state_size, np.float32), "", jax.random.key(0))
+            state = np.zeros(robot.state_size, np.float32)
+            self._sample_normalized(robot, images, state, self._tokens("", state), jax.random.key(0))
 
     def infer(self, observation: Any) -> dict[str, Any]:
         """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}; A is the robot's horizon.
@@ -111,7 +112,11 @@ class Policy:
         prompt = observation.get("prompt", robot.default_prompt)
         state, normalization = np.asarray(observation["state"], np.float32), self._parts.normalizations[robot.name]
         encoded = normalization.apply_state(robot.encode_state(state))
-        sampled = self._sample_normalized(robot, observation["images"], encoded, prompt, key)
+        try:
+            tokens = self._tokens(prompt, encoded)
+        except ValueError as e:
+            raise ObservationError(f"prompt: {e}") from e
+        sampled = self._sample_normalized(robot, observation["images"], encoded, tokens, key)
         actions = robot.decode_actions(normalization.invert_actions(sampled), state)
         if not np.isfinite(actions).all():
             raise FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
@@ -167,11 +172,6 @@ class Policy:
             problems.append("prompt: missing, and the robot has no default; say what to do")
         elif prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             problems.append(f"prompt: got {prompt!r}, expected a text that is not empty")
-        elif prompt is not None:
-            try:
-                self._parts.tokenizer.encode(prompt)
-            except ValueError as e:
-                problems.append(f"prompt: {e}")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
             problems.append(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
         return problems
@@ -190,24 +190,32 @@ class Policy:
             problems.append(f"state: not finite at {np.flatnonzero(~np.isfinite(state)).tolist()} of ({names})")
         return problems
 
+    def _tokens(self, prompt: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids and mask, (1, S), of an instruction and a normalised state (De,)."""
+        return self._parts.tokenizer.batch([prompt], [state] if self._config.state_in_prompt else None)
+
     def _sample_normalized(
-        self, robot: Robot, images: dict[str, np.ndarray], state: np.ndarray, prompt: str, key: jax.Array
+        self,
+        robot: Robot,
+        images: dict[str, np.ndarray],
+        state: np.ndarray,
+        tokens: tuple[np.ndarray, np.ndarray],
+        key: jax.Array,
     ) -> np.ndarray:
         """Returns normalised actions (A, J) for a normalised state (De,)."""
         c = self._config
         pixels = {name: np.zeros((1, *c.image_size, 3), np.uint8) for name in c.cameras}
         for name, image in images.items():
-            fit(image, pixels[name][0])
+            fit(image, pixels[name][0], resize=c.resize)
         padded = np.zeros((1, c.state_dim), np.float32)
         padded[0, : robot.state_size] = state
-        tokens, token_mask = self._parts.tokenizer.batch([prompt])
         inputs: Observation = {
             "images": pixels,
             "image_mask": {name: np.array([name in images]) for name in c.cameras},
             "state": padded,
             "state_mask": np.arange(c.state_dim)[None] < robot.state_size,
-            "prompt": tokens,
-            "prompt_mask": token_mask,
+            "prompt": tokens[0],
+            "prompt_mask": tokens[1],
         }
         dims = np.arange(c.action_dim)[None] < robot.action_size
         sampled = np.asarray(self._sample(self._weights, key, inputs, dims))[0]

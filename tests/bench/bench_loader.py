@@ -46,6 +46,8 @@ class Shapes:
     action_horizon: int = 50
     prompt_len: int = 128
     vocab_size: int = 2000
+    resize: str = "cubic"
+    state_in_prompt: bool = False
 
 
 def main(args: Args) -> None:
