@@ -9,7 +9,8 @@ from openpi_like.robots.robot import Robot
 
 EPSILON = 1e-6  # as in openpi, so that its statistics give its numbers
 # A dimension that varies less than this in the data (in its own unit) carries no scale. It is only centred, so a value
-# off the constant comes out at its own size instead of a thousand times larger.
+# off the constant comes out at its own size instead of a thousand times larger; and what a policy predicts for it is
+# scaled by how little it varies, so that noise in a constant command never reaches the robot.
 FLOOR = 1e-4
 
 
@@ -37,15 +38,19 @@ class FieldStats:
         if problems:
             raise ValueError(f"FieldStats of {self.names}: " + "; ".join(problems))
 
-    def affine(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (offset, scale), float64, so that normalised = (x - offset) / scale."""
+    def affine(self, mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (offset, scale, width), float64: normalised = (x - offset) / scale, and x = offset + width * it.
+
+        Scale and width differ in constant dims only, see `FLOOR`.
+        """
+        constant = np.isin(self.names, self.degenerate(mode))
         if mode == "zscore":
-            offset, width = np.array(self.mean), np.array(self.std)
-            return offset, np.where(width < FLOOR, 1.0, width + EPSILON)
-        q01, width = np.array(self.q01), np.array(self.q99) - np.array(self.q01)
-        # (x - q01) / width * 2 - 1, with half the width as the scale
-        scale = np.where(width < FLOOR, 1.0, (width + EPSILON) / 2)
-        return np.where(width < FLOOR, q01 + width / 2, q01 + scale), scale
+            offset, width = np.array(self.mean), np.array(self.std) + EPSILON
+        else:  # (x - q01) / (q99 - q01) * 2 - 1: half the width is the scale
+            q01, q99 = np.array(self.q01), np.array(self.q99)
+            width = (q99 - q01 + EPSILON) / 2
+            offset = np.where(constant, (q01 + q99) / 2, q01 + width)
+        return offset, np.where(constant, 1.0, width), width
 
     def degenerate(self, mode: str) -> tuple[str, ...]:
         """Returns the names of dims that are constant for this mode (below `FLOOR`) and are only centred."""
@@ -111,11 +116,11 @@ def _check_size(x: np.ndarray, stats: FieldStats) -> None:
 
 def _apply(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
     _check_size(x, stats)
-    offset, scale = stats.affine(mode)
+    offset, scale, _ = stats.affine(mode)
     return ((x - offset) / scale).astype(np.float32)
 
 
 def _invert(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
     _check_size(x, stats)
-    offset, scale = stats.affine(mode)
-    return (x * scale + offset).astype(np.float32)
+    offset, _, width = stats.affine(mode)
+    return (x * width + offset).astype(np.float32)

@@ -163,3 +163,47 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     return normalization
+
+
+def load_openpi_stats(path: str | Path, robot: Robot) -> Normalization:
+    """Reads openpi's `norm_stats.json` for a robot; it may have more dims than the robot, which openpi ignores too.
+
+    It knows no least and greatest values and no count: these become q01, q99 and 0; without quantiles (older files, for
+    z-scores only) those become the mean.
+
+    Raises:
+        ValueError: not such a file, fewer dims than the robot has, or no quantiles where the robot needs them.
+    """
+    path = Path(path)
+    try:
+        stored = json.loads(path.read_text())["norm_stats"]
+        rows = {"state": (stored["state"], robot.state_names), "actions": (stored["actions"], robot.action_names)}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path}: {e}; expected {{"norm_stats": {{"state": ..., "actions": ...}}}}') from e
+    problems, fields = [], {}
+    for what, (values, names) in rows.items():
+        quantiles = values.get("q01") is not None and values.get("q99") is not None
+        if not quantiles and robot.normalization == "quantile":
+            problems.append(f"{what} has no q01 and q99, which robot {robot.name!r} is normalised by")
+            continue
+        values = {k: values["mean"] if values.get(k) is None else values[k] for k in ("mean", "std", "q01", "q99")}
+        short = {k: len(v) for k, v in values.items() if len(v) < len(names)}
+        if short:
+            problems.append(f"{what} has {short} dims, expected at least {len(names)}: {', '.join(names)}")
+            continue
+        cut = {k: tuple(map(float, v[: len(names)])) for k, v in values.items()}
+        fields[what] = FieldStats(names, **cut, min=cut["q01"], max=cut["q99"], count=0)
+    if problems:
+        raise ValueError(f"{path}: " + "; ".join(problems))
+    return Normalization(robot.name, robot.normalization, fields["state"], fields["actions"])
+
+
+def save_openpi_stats(normalization: Normalization, path: str | Path) -> None:
+    """Writes statistics as openpi's `norm_stats.json`."""
+    stored = {
+        what: {k: list(getattr(stats, k)) for k in ("mean", "std", "q01", "q99")}
+        for what, stats in (("state", normalization.state), ("actions", normalization.action))
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"norm_stats": stored}, indent=2) + "\n")

@@ -242,12 +242,20 @@ HF_PAD_ROWS = 64  # Hugging Face's PaliGemma has these rows of embedding beyond 
 
 
 def huggingface(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """Hugging Face PaliGemma safetensors: the names of the published files, or either of those newer tools write."""
-    spellings = ("model.language_model.model.", "model.language_model.", "language_model.model.")
+    """Hugging Face PaliGemma safetensors, in any of the five spellings that transformers has written over time.
+
+    Written in that of the published files, which all of its versions read.
+    """
     stored = list(names)
-    language = next((s for s in spellings if any(n.startswith(s) for n in stored)), spellings[-1])
+
+    def spelling(*known: str) -> str:
+        return next((s for s in known if any(n.startswith(s) for n in stored)), known[-1])
+
+    language = spelling("model.language_model.model.", "model.language_model.", "language_model.model.")
     root = "model." if language.startswith("model.") else ""
-    rows = _torch_vision(config.vision.depth, f"{root}vision_tower.vision_model.", f"{root}multi_modal_projector.")
+    short = f"{root}vision_tower."
+    vision = short if any(n.startswith(f"{short}embeddings.") for n in stored) else f"{short}vision_model."
+    rows = _torch_vision(config.vision.depth, vision, f"{root}multi_modal_projector.")
     table = f"{language}embed_tokens.weight"
     rows.append(Row("vlm/embedding", table))
     rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)

@@ -153,30 +153,71 @@ class OrbaxArrays:
         metadata = self._checkpointer.metadata(self._path).item_metadata
         if metadata is None:
             raise ValueError("its metadata cannot be read")
-        self._tree = metadata.tree
-        flat = flatten(self._tree)
-        prefix = "params/" if all(k.startswith("params/") for k in flat) else ""
-        suffix = "/value" if all(k.endswith("/value") for k in flat) else ""
-        self._names = {k.removeprefix(prefix).removesuffix(suffix): k for k in flat}
-        self.shapes = {name: tuple(flat[k].shape) for name, k in self._names.items()}
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_array)
+        stored = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in leaves]
+        prefix = "params/" if all(k.startswith("params/") for k in stored) else ""
+        suffix = "/value" if all(k.endswith("/value") for k in stored) else ""
+        self._names = [k.removeprefix(prefix).removesuffix(suffix) for k in stored]
+        self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in zip(self._names, leaves, strict=True)}
 
     def read(self, name: str) -> np.ndarray:
-        stored = self._names[name]
-        flat = flatten(self._tree)
-        item = unflatten({k: ocp.PLACEHOLDER if k != stored else np.zeros(0) for k in flat})
-        args = unflatten({k: ocp.RestoreArgs(restore_type=np.ndarray) for k in flat})
+        i = self._names.index(name)
+        item = self._structure.unflatten([np.zeros(0) if n == name else ocp.PLACEHOLDER for n in self._names])
+        args = self._structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(self._names))
         restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
-        return np.asarray(flatten(restored)[stored])
+        return np.asarray(jax.tree.leaves(restored, is_leaf=_is_array)[i])
 
 
-def open_arrays(path: str | Path) -> Arrays:
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") or x is ocp.PLACEHOLDER
+
+
+def merge_lora(w: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float, summed_heads: bool = False) -> np.ndarray:
+    """Returns w + scale * a @ b over the last two axes: the map that openpi's LoRA layers compute, as one weight.
+
+    summed_heads: for attention outputs (L, N, H, D), where openpi sums the heads in both factors, so that every head
+    of `a` meets the sum over heads of `b`.
+    """
+    if summed_heads:
+        b = b.sum(axis=-3, keepdims=True)
+    delta = np.matmul(a.astype(np.float32), b.astype(np.float32))
+    return (w.astype(np.float32) + np.float32(scale) * delta).astype(w.dtype)
+
+
+class LoraMerged:
+    """openpi arrays with their LoRA leaves merged into the weights they belong to.
+
+    Attention has lora_a and lora_b beside w; the MLP has <name>_lora_a and <name>_lora_b, which openpi never scales.
+    """
+
+    def __init__(self, arrays: Arrays, scale: float) -> None:
+        """scale: alpha / rank of the attention's LoRA (alpha / sqrt(rank) with rslora); 1 in openpi's own configs."""
+        self._arrays, self._scale = arrays, scale
+        self.shapes = {k: v for k, v in arrays.shapes.items() if not re.search(r"(/|_)lora_[ab]$", k)}
+        if len(self.shapes) == len(arrays.shapes):
+            raise WeightsError("lora_scale is given, but there are no LoRA weights; leave it out")
+
+    def read(self, name: str) -> np.ndarray:
+        w = self._arrays.read(name)
+        stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
+        if f"{stem}lora_a" not in self._arrays.shapes:
+            return w
+        a, b = self._arrays.read(f"{stem}lora_a"), self._arrays.read(f"{stem}lora_b")
+        scale = self._scale if name.endswith("/w") else 1.0
+        return merge_lora(w, a, b, scale=scale, summed_heads="/attn_vec_einsum" in name)
+
+
+def open_arrays(path: str | Path, *, lora_scale: float | None = None) -> Arrays:
     """Opens published weights: `.npz`, `.safetensors` (or its index file, or a directory with either), or Orbax.
 
     An Orbax path is the directory of arrays itself, or a checkpoint step that has it as `params`.
+    lora_scale: merges openpi's LoRA weights, see `LoraMerged`; None leaves them, and no model has a place for them.
 
     Raises:
         WeightsError: there is nothing, or it cannot be read.
     """
+    if lora_scale is not None:
+        return LoraMerged(open_arrays(path), lora_scale)
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -304,11 +345,8 @@ def plan_load(
     ]
     if problems:
         theirs, mine = family(names), family(list(shapes))
-        hint = (
-            ""
-            if theirs == mine
-            else f"\nthese arrays look like {theirs}, this config is {mine}: choose the other config"
-        )
+        lora = "; merge them with lora_scale" if "LoRA" in theirs else ": choose the other config"
+        hint = "" if theirs == mine else f"\nthese arrays look like {theirs}, this config is {mine}{lora}"
         raise WeightsError(
             f"arrays do not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems) + hint
         )

@@ -283,12 +283,14 @@ class WarmStart:
         whatever else differs is an error, so nothing is loaded partly without being asked for.
     drop: regular expressions of arrays of the checkpoint (in its own names) that this model has no place for.
     format: of published weights, a name in `openpi_like.models.formats.FORMATS`; None recognises it by its names.
+    lora_scale: merges LoRA weights of openpi, see `openpi_like.models.weights.LoraMerged`.
     """
 
     checkpoint: str
     reinitialize: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     format: str | None = None
+    lora_scale: float | None = None
 
 
 def is_run(path: str | Path) -> bool:
@@ -297,14 +299,14 @@ def is_run(path: str | Path) -> bool:
     return any((path / name).is_dir() for name in ("checkpoints", "contract")) or any(path.glob("[0-9]*/contract"))
 
 
-def open_weights(checkpoint: str | Path) -> Arrays:
+def open_weights(checkpoint: str | Path, *, lora_scale: float | None = None) -> Arrays:
     """Opens the (averaged, where kept) weights of one of our checkpoints, or published ones.
 
     Raises:
         CheckpointError, WeightsError: there are none, or they cannot be read.
     """
     if not is_run(checkpoint):
-        return open_arrays(checkpoint)
+        return open_arrays(checkpoint, lora_scale=lora_scale)
     step_dir = find_step(checkpoint)
     return open_arrays(step_dir / ("ema" if (step_dir / "ema").is_dir() else "params"))
 
@@ -320,7 +322,7 @@ def warm_start(
         CheckpointError, WeightsError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of
             them, and patterns that match nothing.
     """
-    arrays = open_weights(start.checkpoint)
+    arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
     try:
         plan = plan_load(config, arrays, fmt=start.format, reinitialize=start.reinitialize, drop=start.drop)
     except WeightsError as e:

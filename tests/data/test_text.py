@@ -1,8 +1,5 @@
 """Prompts as tokens, against golden vectors of the reference tokenizer."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import sentencepiece
@@ -10,35 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
-
-
-@pytest.mark.parametrize("length", ["short", "long"])
-def test_golden_prompts(golden: Path, length: str) -> None:
-    model = (golden / "item8_tiny_text_tokenizer.model").read_bytes()
-    z = np.load(golden / "item8_tokenization.npz")
-    for i in range(3):
-        expected, mask = z[f"{i}/pi0/{length}/tokens"], z[f"{i}/pi0/{length}/mask"]
-        ids, real = TextTokenizer(model, len(expected), truncate=True).encode(str(z[f"{i}/prompt"]))
-        np.testing.assert_array_equal(ids, expected)
-        np.testing.assert_array_equal(real, mask)
-
-
-def test_golden_prompt_strings(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is given to SentencePiece, call by call."""
-    z = np.load(golden / "item5_functions.npz")
-    tokenizer = TextTokenizer((golden / "item8_tiny_text_tokenizer.model").read_bytes(), 60)
-    calls: list[str] = []
-    encode = tokenizer._processor.encode
-
-    def record(text: str) -> list[int]:
-        calls.append(text)
-        return encode(text)
-
-    monkeypatch.setattr(tokenizer._processor, "encode", record)
-    for i in range(4):
-        calls.clear()
-        tokenizer.encode(str(z[f"prompt_strings/{i}/prompt"]))
-        assert calls == [text for text, _, _ in json.loads(str(z[f"prompt_strings/{i}/pi0_encode_calls_json"]))]
 
 
 def test_batches_are_rows(tokenizer: TextTokenizer) -> None:

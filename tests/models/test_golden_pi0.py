@@ -5,7 +5,6 @@ Set OPENPI_LIKE_GOLDEN to the directory of another set; configs come from the fi
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import Batch
-from openpi_like.models.gemma import Gemma, GemmaConfig, RMSNorm, attention_mask, rope_angles, rotate
-from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix, time_embedding
-from openpi_like.models.siglip import LayerNorm, SiglipConfig
+from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
+from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix
+from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.weights import (
     MemoryArrays,
     bind,
@@ -28,28 +27,14 @@ from openpi_like.models.weights import (
     read_weights,
     unflatten,
 )
-
-# Vision, prefix, cache.
-assert_tokens = functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=0)
-# Behind the time embedding, whose float32 phase is only good to 1e-4.
-assert_flow = functools.partial(np.testing.assert_allclose, atol=5e-4, rtol=0)
-assert_bfloat16 = functools.partial(np.testing.assert_allclose, atol=5e-2, rtol=0)
-
-
-def open_golden(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        pytest.skip(f"no golden vectors: {path} is absent; set OPENPI_LIKE_GOLDEN to a directory that has it")
-    with np.load(path, allow_pickle=False) as archive:
-        return {k: v if v.dtype.kind == "U" else jnp.asarray(v) for k, v in archive.items()}
+from tests.models.golden_set import assert_bfloat16, assert_flow, assert_tokens, config_json, open_golden, patch_size
 
 
 def config_of(arrays: dict[str, Any]) -> Pi0Config:
-    c = json.loads(str(arrays["config_json"]))
-    patch, *other = set(c["siglip"]["patch_size"])
-    assert not other, "square patches only"
+    c = config_json(arrays)
     # The order of the prefix is the order of the config's list; not every set has these names or this number.
     return Pi0Config(
-        vision=SiglipConfig(**{**c["siglip"], "patch_size": patch}),
+        vision=SiglipConfig(**patch_size(c["siglip"])),
         vlm=GemmaConfig(**c["vlm"]),
         expert=GemmaConfig(**c["expert"]),
         cameras=tuple(c["cameras"]),
@@ -117,11 +102,6 @@ class Golden:
 @pytest.fixture(scope="module", params=["item1_pi0.npz", "item2_pi05.npz"])
 def case(request: pytest.FixtureRequest, golden: Path) -> Golden:
     return Golden(golden / request.param)
-
-
-@pytest.fixture(scope="module")
-def functions(golden: Path) -> dict[str, Any]:
-    return open_golden(golden / "item5_functions.npz")
 
 
 # ---- Vision and prefix -----------------------------------------------------------------------------------------------
@@ -255,58 +235,6 @@ def test_golden_weights_round_trip(case: Golden) -> None:
     assert exported.keys() == case.params.keys()
     for name, array in case.params.items():
         np.testing.assert_array_equal(exported[name], array, err_msg=name)
-
-
-# ---- Single functions ------------------------------------------------------------------------------------------------
-
-
-def test_golden_function_attention_mask(functions: dict[str, Any]) -> None:
-    numbers = sorted({k.split("/")[1] for k in functions if k.startswith("make_attn_mask/")})
-    assert numbers
-    for number in numbers:
-        at = {k.split("/")[2]: v for k, v in functions.items() if k.startswith(f"make_attn_mask/{number}/")}
-        np.testing.assert_array_equal(attention_mask(at["input_mask"], at["mask_ar"]), at["result"])
-        np.testing.assert_array_equal(attention_mask(at["input_mask"], at["mask_ar_1d"]), at["result_1d"])
-
-
-def test_golden_function_time_embedding(functions: dict[str, Any]) -> None:
-    numbers = sorted({k.split("/")[1] for k in functions if k.startswith("posemb_sincos/")})
-    assert numbers
-    for number in numbers:
-        dim, low, high = functions[f"posemb_sincos/{number}/dim_min_max"]
-        pos = functions[f"posemb_sincos/{number}/pos"]
-        result = time_embedding(pos, int(dim), min_period=float(low), max_period=float(high))
-        assert_flow(result, functions[f"posemb_sincos/{number}/result"])
-
-
-def test_golden_function_rope(functions: dict[str, Any]) -> None:
-    x, positions = functions["rope/x"], functions["rope/positions"]
-    assert_tokens(rotate(x, rope_angles(positions, x.shape[-1])), functions["rope/result"])
-
-
-def test_golden_function_norms(functions: dict[str, Any]) -> None:
-    D = functions["rmsnorm/x"].shape[-1]
-    rms = RMSNorm(jax.random.key(0), D, adaptive=False)
-    rms.scale[...] = functions["rmsnorm/scale"]
-    y, gate = rms(functions["rmsnorm/x"], None)
-    assert gate is None
-    assert_tokens(y, functions["rmsnorm/result"])
-
-    ada = RMSNorm(jax.random.key(0), D, adaptive=True)
-    ada.modulation.kernel[...], ada.modulation.bias[...] = functions["adarmsnorm/kernel"], functions["adarmsnorm/bias"]
-    y, gate = ada(functions["adarmsnorm/x"], functions["adarmsnorm/cond"][:, None])
-    assert_tokens(y, functions["adarmsnorm/result"])
-    assert_tokens(gate, functions["adarmsnorm/gate"])
-
-    layer = LayerNorm(jax.random.key(0), D)
-    layer.scale[...], layer.bias[...] = functions["layernorm/scale"], functions["layernorm/bias"]
-    assert_tokens(layer(functions["layernorm/x"]), functions["layernorm/result"])
-
-
-def test_golden_function_gelu(functions: dict[str, Any]) -> None:
-    """The MLP's activation, seen through a layer whose matrices are identities."""
-    x = functions["gelu/x"]
-    assert_tokens(jax.nn.gelu(x, approximate=True), functions["gelu/result"])
 
 
 def test_golden_embedding_is_scaled_and_expert_has_none(case: Golden) -> None:

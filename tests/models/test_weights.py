@@ -160,9 +160,10 @@ def test_fused_projection_is_query_then_key_then_value(tiny_policy: Pi0Config, w
     np.testing.assert_array_equal(mine["vlm/layers/kv"][:, 1], 2.0)
 
 
+@pytest.mark.parametrize("level", ["vision_model.", ""])
 @pytest.mark.parametrize("language", ["language_model.model.", "model.language_model.", "model.language_model.model."])
 def test_huggingface_names_of_all_ages_with_padded_and_tied_tables(
-    tiny_policy: Pi0Config, weights: Any, language: str
+    tiny_policy: Pi0Config, weights: Any, language: str, level: str
 ) -> None:
     new = language.startswith("model.")
     config = paligemma(tiny_policy)
@@ -179,6 +180,7 @@ def test_huggingface_names_of_all_ages_with_padded_and_tied_tables(
             for k, v in arrays.items()
         }
         table = f"{language}embed_tokens.weight"
+    arrays = {k.replace("vision_model.", level): v for k, v in arrays.items()}
     head = "lm_head.weight" if new else "language_model.lm_head.weight"
     source = MemoryArrays({**arrays, head: arrays[table]})
     plan = plan_load(config, source)
