@@ -162,8 +162,8 @@ class OrbaxArrays:
 
     def read(self, name: str) -> np.ndarray:
         i = self._names.index(name)
-        item = self._structure.unflatten([np.zeros(0) if n == name else ocp.PLACEHOLDER for n in self._names])
-        args = self._structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(self._names))
+        item = jax.tree.unflatten(self._structure, [np.zeros(0) if n == name else ocp.PLACEHOLDER for n in self._names])
+        args = jax.tree.unflatten(self._structure, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(self._names))
         restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
         return np.asarray(jax.tree.leaves(restored, is_leaf=_is_array)[i])
 
