@@ -6,20 +6,19 @@ Several directories after --data are counted as one dataset.
 """
 
 import dataclasses
-import importlib
 import logging
+import sys
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from openpi_like.config import near_names
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.normalize import FieldStats
 from openpi_like.data.stats import compute_normalization, save_normalization
-from openpi_like.robots import Robot
+from openpi_like.robots import find_robot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +38,6 @@ class Args:
     index_dir: Path | None = None
 
 
-def find_robot(name: str) -> Robot:
-    """Returns the robot called "sawyer" or "module:OBJECT"."""
-    module, _, attribute = name.partition(":") if ":" in name else (f"openpi_like.robots.{name}", "", name.upper())
-    try:
-        robot = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        folder = Path(__file__).parents[1] / "openpi_like" / "robots"
-        known = sorted(p.stem for p in folder.glob("[!_]*.py") if p.stem != "robot")
-        raise SystemExit(f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT") from e
-    if not isinstance(robot, Robot):
-        raise SystemExit(f"{module}:{attribute} is a {type(robot).__name__}, expected a Robot")
-    return robot
-
-
 def table(what: str, stats: FieldStats, degenerate: tuple[str, ...]) -> Table:
     """Returns the statistics as a table."""
     shown = Table("dim", "mean", "std", "q01", "q99", "min", "max", "", title=f"{what}, {stats.count:,} values")
@@ -64,7 +49,11 @@ def table(what: str, stats: FieldStats, degenerate: tuple[str, ...]) -> Table:
 
 
 def main(args: Args) -> None:
-    robot, console = find_robot(args.robot), Console()
+    console = Console()
+    try:
+        robot = find_robot(args.robot)
+    except ValueError as e:
+        sys.exit(str(e))
     datasets = [
         EpisodeDataset(open_index(path, args.split, index_dir=args.index_dir), robot, frame_stride=args.frame_stride)
         for path in args.data

@@ -541,6 +541,15 @@ def write_safetensors(
     return names
 
 
+def write_npz(arrays: Iterator[tuple[str, Callable[[], np.ndarray]]], path: Path) -> Path:
+    """Writes a big_vision `.npz`, names under "params/", one array in memory at a time; returns the path."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        for name, make in arrays:
+            with file.open(f"params/{name}.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array(f, make(), allow_pickle=False)
+    return path
+
+
 def write_openpi(arrays: Iterator[tuple[str, Callable[[], np.ndarray]]], directory: Path) -> None:
     """Writes `params/` as openpi does: Orbax, {"params": ...}, and a last level "value"."""
     tree = {"params": unflatten({f"{name}/value": make() for name, make in arrays})}

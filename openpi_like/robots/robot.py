@@ -10,8 +10,10 @@ model space (see `openpi_like.data.normalize`).
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -327,3 +329,20 @@ def _check_size(what: str, x: np.ndarray, size: int, robot: Robot) -> None:
 def _split(x: np.ndarray, fields: tuple[StateField, ...]) -> list[np.ndarray]:
     ends = np.cumsum([f.size for f in fields])
     return np.split(np.asarray(x, np.float64), ends[:-1].tolist(), axis=-1)
+
+
+def find_robot(name: str) -> Robot:
+    """Returns the robot called "sawyer" (a file of this folder that defines SAWYER) or "module:OBJECT".
+
+    Raises:
+        ValueError: there is none; says what there is.
+    """
+    module, _, attribute = name.partition(":") if ":" in name else (f"openpi_like.robots.{name}", "", name.upper())
+    try:
+        robot = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        known = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
+        raise ValueError(f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT") from e
+    if not isinstance(robot, Robot):
+        raise ValueError(f"{module}:{attribute} is a {type(robot).__name__}, expected a Robot")
+    return robot

@@ -107,10 +107,8 @@ class Checkpointer:
             "format": FORMAT,
             "step": step,
             "position": position,
-            "contract": to_json(contract),
-            "hash": contract.hash(),
             "config": to_json(config),
-            "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint")},
+            **_contract_record(contract),
         }
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
@@ -158,6 +156,37 @@ class Checkpointer:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_policy(directory: str | Path, params: Params, *, contract: Contract, origin: str) -> Path:
+    """Writes weights that were not trained here as step 0 of a run, to be served or to start from; returns the step.
+
+    origin: where they come from, for the record.
+
+    Raises:
+        CheckpointError: the directory holds checkpoints already.
+    """
+    directory = Path(directory).resolve() / "checkpoints"
+    manager = ocp.CheckpointManager(directory)
+    if manager.all_steps():
+        raise CheckpointError(
+            f"{directory} holds steps {sorted(manager.all_steps())} already; choose another directory"
+        )
+    record = {"format": FORMAT, "step": 0, "position": 0, "config": {"origin": origin}, **_contract_record(contract)}
+    items = {"params": ocp.args.StandardSave(params), "contract": ocp.args.JsonSave(record)}
+    manager.save(0, args=ocp.args.Composite(**items))
+    manager.wait_until_finished()
+    manager.close()
+    return directory / "0"
+
+
+def _contract_record(contract: Contract) -> dict[str, Any]:
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "contract": to_json(contract),
+        "hash": contract.hash(),
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+    }
 
 
 def _differences(record: dict[str, Any], contract: Contract) -> str:

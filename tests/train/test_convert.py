@@ -1,0 +1,209 @@
+"""The program that converts weights: there and back with the numbers shown, and what it refuses."""
+
+import dataclasses
+import io
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from openpi_like.data.normalize import FieldStats, Normalization
+from openpi_like.data.stats import save_normalization
+from openpi_like.data.text import fit_text_tokenizer
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.weights import WeightsError, export_weights, flat_weights, flatten, load_weights, write_openpi
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.train.checkpoint import (
+    CheckpointError,
+    Contract,
+    encode_tokenizer,
+    load_policy_parts,
+    read_contract,
+    save_policy,
+)
+from openpi_like.train.state import ModelDef
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def program() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "train" / "convert.py")))
+
+
+@pytest.fixture(scope="module")
+def contract(tiny_policy: Pi0Config) -> Contract:
+    def stats(names: tuple[str, ...]) -> FieldStats:
+        n = len(names)
+        return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
+
+    return Contract(
+        policy=tiny_policy,
+        robots=(SAWYER,),
+        normalizations={
+            SAWYER.name: Normalization(SAWYER.name, "zscore", stats(SAWYER.state_names), stats(SAWYER.action_names))
+        },
+        tokenizer=encode_tokenizer(fit_text_tokenizer(["press the button"], 300)),
+        renderers={SAWYER.name: None},
+    )
+
+
+@pytest.fixture(scope="module")
+def params(tiny_policy: Pi0Config) -> dict[str, Any]:
+    return jax.device_get(jax.jit(ModelDef(tiny_policy).init)(jax.random.key(3)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, params: Any, contract: Contract) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    save_policy(directory, params, contract=contract, origin="a test")
+    return directory
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_policy: Pi0Config) -> str:
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from openpi_like.models.pi0 import Pi0Config\nfrom openpi_like.models.gemma import GemmaConfig\n"
+        f"from openpi_like.models.siglip import SiglipConfig\nconfig = {tiny_policy!r}\n"
+    )
+    return str(path)
+
+
+def convert(program: SimpleNamespace, *args: Any, **options: Any) -> tuple[int, str]:
+    text = io.StringIO()
+    status = program.main(program.Args(*args, **options), Console(file=text, width=200))
+    return status, text.getvalue()
+
+
+def same(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    got, expected = flatten(got), flatten(expected)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(got[name]), value, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["openpi", "lerobot"])
+def test_there_and_back(
+    program: SimpleNamespace, tmp_path: Path, run: Path, params: Any, contract: Contract, config_file: str, to: str
+) -> None:
+    status, text = convert(program, run, tmp_path / "out", to)
+    assert status == 0
+    assert "actions sampled in 10 steps, float32, same inputs: largest difference 0 (values up to" in text
+    text_model = tmp_path / "text.model"
+    text_model.write_bytes(contract.text_tokenizer().model)
+    stats = tmp_path / "out" / "assets" / "sawyer" / "norm_stats.json"
+    if to == "lerobot":
+        stats = tmp_path / "stats.json"
+        save_normalization(contract.normalizations["sawyer"], stats)
+    status, _ = convert(
+        program, tmp_path / "out", tmp_path / "back", "run",
+        model=config_file, robots=("sawyer",), norm_stats=(stats,), tokenizer=text_model,
+    )  # fmt: skip
+    assert status == 0
+    parts = load_policy_parts(tmp_path / "back")
+    same(flat_weights(parts.model), params)
+    again, before = parts.normalizations["sawyer"], contract.normalizations["sawyer"]
+    assert (again.state.mean, again.action.q99) == (before.state.mean, before.action.q99)
+    assert parts.tokenizer.model == contract.text_tokenizer().model
+    assert read_contract(tmp_path / "back" / "checkpoints" / "0").policy == contract.policy
+
+
+def test_bfloat16_is_within_its_own_tolerance(program: SimpleNamespace, tmp_path: Path, run: Path) -> None:
+    status, text = convert(program, run, tmp_path / "half", "lerobot", dtype="bfloat16")
+    assert status == 0, text
+    assert "tolerance 0.05: equal enough" in text
+    status, text = convert(program, run, tmp_path / "strict", "lerobot", dtype="bfloat16", tolerance=1e-7)
+    assert status == 1
+    assert "TOO FAR APART" in text
+
+
+def test_a_writer_that_loses_a_transpose_is_found_out(
+    program: SimpleNamespace, tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its shapes: q of one head is swapped with that of another."""
+    write = program.main.__globals__["write_openpi"]
+
+    def wrong(arrays: Any, directory: Path) -> None:
+        def changed() -> Any:
+            for name, make in arrays:
+                flip = name.endswith("layers/attn/q_einsum_1/w")
+                yield name, (lambda make=make: make()[:, ::-1].copy()) if flip else make
+
+        write(changed(), directory)
+
+    monkeypatch.setitem(program.main.__globals__, "write_openpi", wrong)
+    status, text = convert(program, run, tmp_path / "out", "openpi")
+    assert status == 1
+    assert "TOO FAR APART" in text
+
+
+def test_published_sizes_may_be_changed(
+    program: SimpleNamespace, tmp_path: Path, run: Path, params: Any, config_file: str, tiny_policy: Pi0Config
+) -> None:
+    assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
+    status, _ = convert(
+        program, tmp_path / "openpi", tmp_path / "lerobot", "lerobot", model=config_file, set=("action_horizon=2",)
+    )
+    assert status == 0
+    same(load_weights(dataclasses.replace(tiny_policy, action_horizon=2), tmp_path / "lerobot"), params)
+    with pytest.raises(WeightsError, match="got shape"):
+        convert(program, tmp_path / "openpi", tmp_path / "x", "lerobot", model=config_file, set=("action_dim=5",))
+
+
+def test_paligemma_through_three_layouts(
+    program: SimpleNamespace, tmp_path: Path, run: Path, tiny_policy: Pi0Config, params: Any
+) -> None:
+    path = tmp_path / "pg.py"
+    fields = ("vision", "vlm", "cameras", "image_size", "prompt_len", "vocab_size")
+    values = ", ".join(f"{f}={getattr(tiny_policy, f)!r}" for f in fields)
+    path.write_text(
+        "from openpi_like.models.paligemma import PaliGemmaConfig\nfrom openpi_like.models.gemma import GemmaConfig\n"
+        f"from openpi_like.models.siglip import SiglipConfig\nconfig = PaliGemmaConfig({values})\n"
+    )
+    assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
+    drop = ("_1/", "^action_", "^state_")
+    steps = [(tmp_path / "openpi", "huggingface", drop), (tmp_path / "huggingface", "big_vision", ())]
+    for source, to, left_out in steps:
+        status, text = convert(program, source, tmp_path / to, to, model=str(path), drop=left_out)
+        assert status == 0
+        assert "text logits, float32, same inputs: largest difference 0" in text
+    config = program.find_config(program.Args(tmp_path / "x", tmp_path / "y", "run", model=str(path)))
+    got = load_weights(config, tmp_path / "big_vision" / "weights.npz")
+    same(got, {k: params[k] for k in ("vision", "vlm")})
+
+
+def test_what_is_missing_is_said_at_once(program: SimpleNamespace, tmp_path: Path, run: Path, config_file: str) -> None:
+    with pytest.raises(ValueError, match=r"--robots: missing(.|\n)*--tokenizer: missing"):
+        convert(program, tmp_path / "nothing", tmp_path / "out", "run", model=config_file)
+    with pytest.raises(ValueError, match="--model: missing; expected one of pi0, pi05, paligemma, or a config file"):
+        convert(program, tmp_path / "nothing", tmp_path / "out", "openpi")
+    with pytest.raises(ValueError, match="a run knows its own model"):
+        convert(program, run, tmp_path / "out", "openpi", model="pi0")
+    with pytest.raises(WeightsError, match="no weights at"):
+        convert(program, tmp_path / "nothing", tmp_path / "out", "openpi", model=config_file)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ValueError, match="full is not empty"):
+        convert(program, run, tmp_path / "full", "openpi")
+
+
+def test_imported_weights_do_not_overwrite_a_run(tmp_path: Path, run: Path, params: Any, contract: Contract) -> None:
+    with pytest.raises(CheckpointError, match=r"holds steps \[0\] already"):
+        save_policy(run, params, contract=contract, origin="again")
+    write_openpi(export_weights(contract.policy, flatten(params), "openpi"), tmp_path)
+    assert (tmp_path / "params").is_dir()
+
+
+def test_lerobot_config_of_released_sizes(program: SimpleNamespace, tmp_path: Path) -> None:
+    args = program.Args(tmp_path, tmp_path, "lerobot")
+    program.write_lerobot_config(args, Pi0Config.released(pi05=True))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["type"], stored["action_expert_variant"], stored["chunk_size"]) == ("pi05", "gemma_300m", 50)
+    assert stored["tokenizer_max_length"] == 200

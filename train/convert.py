@@ -1,0 +1,247 @@
+"""Converts weights between layouts, and shows that both compute the same:
+
+    python train/convert.py runs/my_robot exported --to openpi
+    python train/convert.py pi0_base/params runs/pi0_base --to run --model pi0 --robots sawyer \\
+        --norm-stats pi0_base/assets/trossen/norm_stats.json --tokenizer paligemma_tokenizer.model
+
+The first gives what we trained to an openpi user (or to LeRobot's), the second gives released weights to our server.
+SRC is a run of ours, or published weights: openpi's Orbax `params`, a big_vision `.npz`, Hugging Face or LeRobot
+safetensors. Nothing is left out unless --drop names it. To fine-tune published weights there is no need to convert
+them: `warm_start=WarmStart("pi0_base/params")` in a config reads them as they are.
+"""
+
+import dataclasses
+import gc
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from openpi_like.config import load_run, override
+from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
+from openpi_like.models.gemma import GemmaConfig
+from openpi_like.models.paligemma import PaliGemmaConfig, VisionLanguageConfig
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.weights import (
+    WeightsError,
+    bind,
+    export_weights,
+    open_arrays,
+    plan_load,
+    print_load_report,
+    read_weights,
+    unflatten,
+    write_npz,
+    write_openpi,
+    write_safetensors,
+)
+from openpi_like.robots import find_robot
+from openpi_like.train.checkpoint import (
+    CheckpointError,
+    Contract,
+    encode_tokenizer,
+    find_step,
+    is_run,
+    open_weights,
+    read_contract,
+    save_policy,
+)
+
+RELEASED = {
+    "pi0": lambda: Pi0Config.released(),
+    "pi05": lambda: Pi0Config.released(pi05=True),
+    "paligemma": lambda: PaliGemmaConfig.released(),
+}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Converts weights between layouts, and shows that both compute the same.
+
+    src: a run, or published weights. dst: directory to write. to: layout to write; "run" is ours.
+    model: sizes of published weights: pi0, pi05, paligemma, or a config file; a run knows its own.
+    set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
+    dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
+    alpha / rank. drop: regular expressions of arrays to leave out.
+    robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "module:OBJECT"), for each its
+    statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts.
+    verify: read back what was written, and compare outputs on the same inputs; fails above tolerance (default: 1e-5
+    for float32, 0.05 for bfloat16).
+    """
+
+    src: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional]
+    to: Literal["run", "openpi", "lerobot", "huggingface", "big_vision"]
+    model: str | None = None
+    set: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    source_format: str | None = None
+    lora_scale: float | None = None
+    drop: tuple[str, ...] = ()
+    robots: tuple[str, ...] = ()
+    norm_stats: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
+    verify: bool = True
+    tolerance: float | None = None
+
+
+def find_config(args: Args) -> VisionLanguageConfig:
+    """Returns the config of the model that the source holds."""
+    if is_run(args.src):
+        if args.model is not None or args.set:
+            raise ValueError("--model and --set are for published weights: a run knows its own model; leave them out")
+        return read_contract(find_step(args.src)).policy
+    if args.model is None:
+        raise ValueError(f"--model: missing; expected one of {', '.join(RELEASED)}, or a config file with the sizes")
+    config = RELEASED[args.model]() if args.model in RELEASED else load_run(args.model)
+    return override(getattr(config, "model", config), args.set)
+
+
+def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
+    """Returns what serving needs, from a run or from the arguments."""
+    if is_run(args.src):
+        return read_contract(find_step(args.src))
+    problems = []
+    if not args.robots:
+        problems.append("--robots: missing; a run is served to robots")
+    if len(args.norm_stats) != len(args.robots):
+        problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
+    if args.tokenizer is None:
+        problems.append("--tokenizer: missing; the SentencePiece model the weights were trained with")
+    if problems:
+        raise ValueError("--to run needs more:\n  " + "\n  ".join(problems))
+    robots = tuple(find_robot(name) for name in args.robots)
+    normalizations = {}
+    for robot, path in zip(robots, args.norm_stats, strict=True):
+        stored = json.loads(path.read_text())
+        load = load_openpi_stats if isinstance(stored, dict) and "norm_stats" in stored else load_normalization
+        normalizations[robot.name] = load(path, robot)
+    assert args.tokenizer is not None  # checked above
+    tokenizer = encode_tokenizer(args.tokenizer.read_bytes())
+    return Contract(config, robots, normalizations, tokenizer, {r.name: None for r in robots})
+
+
+def outputs(config: VisionLanguageConfig, weights: dict[str, Any]) -> np.ndarray:
+    """Returns what the model computes in float32 on seeded random inputs: sampled actions, or logits of text."""
+    config = dataclasses.replace(config, dtype="float32", remat=None)
+    rng = np.random.default_rng(0)
+    inputs: dict[str, Any] = {
+        "images": {c: rng.uniform(-1, 1, (1, *config.image_size, 3)).astype(np.float32) for c in config.cameras},
+        "image_mask": {c: np.ones(1, bool) for c in config.cameras},
+        "prompt": rng.integers(0, config.vocab_size, (1, config.prompt_len), dtype=np.int32),
+        "prompt_mask": np.arange(config.prompt_len)[None] < config.prompt_len - 1,
+    }
+    if not isinstance(config, Pi0Config):
+        inputs["prompt_causal"] = np.arange(config.prompt_len)[None] > 1
+        run = jax.jit(lambda params, batch: bind(config, params).text_logits(batch))
+        return np.asarray(run(unflatten(weights), inputs))
+    inputs["state"] = rng.normal(size=(1, config.state_dim)).astype(np.float32)
+    inputs["state_mask"] = np.ones((1, config.state_dim), bool)
+    noise = rng.normal(size=(1, config.action_horizon, config.action_dim)).astype(np.float32)
+    key = jax.random.key(0)
+    sample = jax.jit(lambda params, batch: bind(config, params).sample_actions(key, batch, noise=jnp.asarray(noise)))
+    return np.asarray(sample(unflatten(weights), inputs))
+
+
+def write(args: Args, config: VisionLanguageConfig, weights: dict[str, Any]) -> Path:
+    """Writes the weights in the layout asked for; returns where `open_weights` finds them."""
+    if args.to == "run":
+        contract = make_contract(args, config)
+        return save_policy(args.dst, unflatten(weights), contract=contract, origin=str(args.src))
+    arrays = export_weights(config, weights, args.to)
+    args.dst.mkdir(parents=True, exist_ok=True)
+    if args.to == "openpi":
+        write_openpi(arrays, args.dst)
+    elif args.to == "big_vision":
+        return write_npz(arrays, args.dst / "weights.npz")
+    else:  # LeRobot and openpi's PyTorch port read one file only
+        write_safetensors(arrays, args.dst, **({"max_bytes": 2**62} if args.to == "lerobot" else {}))
+    if is_run(args.src) and args.to == "openpi":
+        for name, normalization in read_contract(find_step(args.src)).normalizations.items():
+            save_openpi_stats(normalization, args.dst / "assets" / name / "norm_stats.json")
+    if args.to == "lerobot" and isinstance(config, Pi0Config):
+        write_lerobot_config(args, config)
+    return args.dst
+
+
+def write_lerobot_config(args: Args, config: Pi0Config) -> None:
+    """Writes LeRobot's `config.json`; its other files (processors, statistics) come from LeRobot's own tools."""
+    variants = {GemmaConfig.gemma_2b(): "gemma_2b", GemmaConfig.gemma_300m(): "gemma_300m"}
+    if config.vlm not in variants or config.expert not in variants:
+        return  # LeRobot knows these two sizes only
+    visual = {"type": "VISUAL", "shape": [3, *config.image_size]}
+    stored = {
+        "type": "pi05" if config.pi05 else "pi0",
+        "paligemma_variant": variants[config.vlm],
+        "action_expert_variant": variants[config.expert],
+        "dtype": args.dtype,
+        "chunk_size": config.action_horizon,
+        "n_action_steps": config.action_horizon,
+        "max_state_dim": config.state_dim,
+        "max_action_dim": config.action_dim,
+        "num_inference_steps": config.sample_steps,
+        "image_resolution": list(config.image_size),
+        "tokenizer_max_length": config.prompt_len,
+        "input_features": {
+            **{f"observation.images.{c}": visual for c in config.cameras},
+            "observation.state": {"type": "STATE", "shape": [config.state_dim]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
+    }
+    (args.dst / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def main(args: Args, console: Console) -> int:
+    """Returns the exit status: 0, or 1 where the difference is above tolerance."""
+    if args.dst.exists() and any(args.dst.iterdir()):
+        raise ValueError(f"{args.dst} is not empty; choose another directory")
+    config = find_config(args)
+    if args.to == "run":
+        make_contract(args, config)  # what is missing is said before anything is read
+
+    # ---- Read --------------------------------------------------------------------------------------------------------
+    arrays = open_weights(args.src, lora_scale=args.lora_scale)
+    plan = plan_load(config, arrays, fmt=args.source_format, drop=args.drop)
+    print_load_report(plan, console)
+    weights = read_weights(config, arrays, plan)
+    before = outputs(config, weights) if args.verify else np.zeros(0)
+
+    # ---- Write -------------------------------------------------------------------------------------------------------
+    if args.dtype != "float32":
+        weights = {name: np.asarray(value, jnp.dtype(args.dtype)) for name, value in weights.items()}
+    path = write(args, config, weights)
+    del weights
+    gc.collect()
+    count = sum(int(np.prod(shape)) for shape in arrays.shapes.values())
+    console.print(f"wrote {args.dst}: {args.to}, {args.dtype}; {count:,} numbers read from {args.src}")
+    if not args.verify:
+        return 0
+
+    # ---- Verify ------------------------------------------------------------------------------------------------------
+    written = open_weights(args.dst) if args.to == "run" else open_arrays(path)
+    after = outputs(config, read_weights(config, written, plan_load(config, written)))
+    tolerance = TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance
+    difference = float(np.abs(after - before).max())
+    what = "actions sampled in 10 steps" if isinstance(config, Pi0Config) else "text logits"
+    verdict = "equal enough" if difference <= tolerance else "TOO FAR APART"
+    console.print(
+        f"{what}, float32, same inputs: largest difference {difference:.3g} (values up to {np.abs(before).max():.3g}), "
+        f"tolerance {tolerance:g}: {verdict}"
+    )
+    return 0 if difference <= tolerance else 1
+
+
+if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
+    try:
+        sys.exit(main(tyro.cli(Args), Console(highlight=False)))
+    except (CheckpointError, WeightsError, ValueError, FileNotFoundError) as e:
+        sys.exit(f"not converted: {e}")
