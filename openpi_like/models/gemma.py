@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import Array as Leaf
 from openpi_like.models.param import Linear, fan_in, named_key, weight, zeros
 
+MASKED = -2.3819763e38  # as in the references
+
 # What is kept for the backward pass, by name of the policy in jax.checkpoint_policies.
 REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
@@ -85,12 +87,37 @@ def rope_angles(positions_BS: Int[Array, "B S"], head_dim: int) -> Float[Array, 
     return positions_BS[..., None].astype(jnp.float32) / timescale
 
 
-def rotate(x_BSNH: Float[Array, "B S N H"], angles_BSh: Float[Array, "B S half"]) -> Float[Array, "B S N H"]:
+def rotate(x: Float[Array, "*any H"], angles: Float[Array, "*#any half"]) -> Float[Array, "*any H"]:
     """Rotates pairs made of the first and second half of the head dim. In float32: bfloat16 angles lose far tokens."""
-    sin, cos = jnp.sin(angles_BSh)[:, :, None, :], jnp.cos(angles_BSh)[:, :, None, :]
-    first, second = jnp.split(x_BSNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BSNH.dtype)
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q_BNTH: Float[Array, "B N T H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"] | None,
+) -> Float[Array, "B N T H"]:
+    """Returns softmax(q k^T / sqrt(H)) v; query head n uses kv head n // (N / K). mask: True where a token is seen.
+
+    All queries of one kv head are the rows of one matrix, which measures 1.2 to 1.4 times faster on CPU than
+    `jax.nn.dot_product_attention`. Logits and their exponentials are float32: bfloat16 has 8 bits for a sum over
+    thousands of keys. Masked logits are finite, so a query that sees nothing gets the mean of all values, not NaN.
+    """
+    B, N, T, H = q_BNTH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BKQH = (q_BNTH * jnp.asarray(H**-0.5, q_BNTH.dtype)).reshape(B, K, N // K * T, H)
+    logits = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH, k_BSKH, preferred_element_type=jnp.float32)
+    if mask_BTS is not None:
+        by_query = logits.reshape(B, K, N // K, T, S)
+        logits = jnp.where(mask_BTS[:, None, None], by_query, MASKED).reshape(logits.shape)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    # Divided by the sum after the product with the values: there are fewer of these than of weights.
+    total = weights.sum(-1, keepdims=True)
+    seen = jnp.einsum("BKQS,BSKH->BKQH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+    return (seen / total).astype(q_BNTH.dtype).reshape(B, N, T, H)
 
 
 def run_layers(
@@ -176,20 +203,22 @@ class GemmaLayer(nnx.Module):
         """Returns the tokens after this layer, and their own keys and values (without those of `past`)."""
         dtype = x_BSD.dtype
         y, gate = self.attn_norm(x_BSD, cond_BSD)
-        q_BSNH = rotate(jnp.einsum("BSD,NDH->BSNH", y, self.q[...].astype(dtype)), angles_BSh)
-        k_BSKH, v_BSKH = jnp.einsum("BSD,CKDH->CBSKH", y, self.kv[...].astype(dtype))
-        own = KVCache(k=rotate(k_BSKH, angles_BSh), v=v_BSKH)
+        own = self.keys_and_values(y, angles_BSh)
+        q_BNSH = rotate(jnp.einsum("BSD,NDH->BNSH", y, self.q[...].astype(dtype)), angles_BSh[:, None])
         every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
-        # Query head n uses kv head n // G. Logits and softmax are float32 in here: bfloat16 has 8 bits for a sum over
-        # thousands of keys. Masked logits are finite, so a query that sees nothing does not become NaN.
-        seen_BSNH = jax.nn.dot_product_attention(q_BSNH, every.k, every.v, mask=mask_BST[:, None])
-        x_BSD = _residual(x_BSD, jnp.einsum("BSNH,NHD->BSD", seen_BSNH, self.out[...].astype(dtype)), gate)
+        seen_BNSH = attention(q_BNSH, every.k, every.v, mask_BST)
+        x_BSD = _residual(x_BSD, jnp.einsum("BNSH,NHD->BSD", seen_BNSH, self.out[...].astype(dtype)), gate)
 
         y, gate = self.mlp_norm(x_BSD, cond_BSD)
-        gate_BSF, up_BSF = jnp.einsum("BSD,CDF->CBSF", y, self.gate_up[...].astype(dtype))
+        gate_BSF, up_BSF = (jnp.einsum("BSD,DF->BSF", y, self.gate_up[i].astype(dtype)) for i in range(2))
         hidden_BSF = jax.nn.gelu(gate_BSF, approximate=True) * up_BSF
         branch = jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(dtype))
         return _residual(x_BSD, branch, gate), own
+
+    def keys_and_values(self, y_BSD: Float[Array, "B S D"], angles_BSh: Float[Array, "B S half"]) -> KVCache:
+        """Returns the keys and values of normalised tokens, (B, S, K, H)."""
+        k, v = (jnp.einsum("BSD,KDH->BSKH", y_BSD, self.kv[i].astype(y_BSD.dtype)) for i in range(2))
+        return KVCache(k=rotate(k, angles_BSh[:, :, None]), v=v)
 
 
 class Gemma(nnx.Module):
@@ -245,3 +274,21 @@ class Gemma(nnx.Module):
         stack = (self.layers, past)
         x_BSD, own = run_layers(body, x_BSD.astype(self.dtype), stack, unroll=self.unroll, remat=self.remat)
         return self.final_norm(x_BSD, cond_BSD)[0], own
+
+    def prefill(
+        self, x_BSD: Float[Array, "B S D"], mask_BSS: Bool[Array, "B S S"], positions_BS: Int[Array, "B S"]
+    ) -> KVCache:
+        """Returns the keys and values alone: of the last layer, nothing but its keys and values is computed."""
+        if self.unroll:  # then the compiler leaves out what nobody reads
+            return self(x_BSD, mask_BSS, positions_BS)[1]
+        angles_BSh = rope_angles(positions_BS, self.config.head_dim)
+        at = lambda i: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), self.layers)  # noqa: E731
+
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
+            return at(i)(x, mask_BSS, angles_BSh, None, None)
+
+        last = self.config.depth - 1
+        x_BSD, early = jax.lax.scan(body, x_BSD.astype(self.dtype), jnp.arange(last))
+        layer = at(last)
+        own = layer.keys_and_values(layer.attn_norm(x_BSD, None)[0], angles_BSh)
+        return jax.tree.map(lambda e, o: jnp.concatenate([e, o[None]]), early, own)

@@ -150,11 +150,10 @@ def time_embedding(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Cameras and prompt, computed once per observation. valid: (B, S). cache: keys and values. out: (B, S, D)."""
+    """Cameras and prompt, computed once per observation. valid: (B, S). cache: keys and values."""
 
     valid: Leaf
     cache: Any  # KVCache; a pytree's fields hold whatever jax maps over them
-    out: Leaf
 
 
 class Pi0(VisionLanguageModel):
@@ -212,14 +211,17 @@ class Pi0(VisionLanguageModel):
 
     # ---- Passes ------------------------------------------------------------------------------------------------------
 
-    def prefix(self, observation: Observation) -> Prefix:
-        """Runs cameras and prompt through the vision tower and the language model."""
+    def prefix(self, observation: Observation, *, differentiable: bool = True) -> Prefix:
+        """Runs cameras and prompt through the vision tower and the language model.
+
+        differentiable: False leaves out what only a gradient would need, see `Gemma.prefill`.
+        """
         tokens, valid = self.embed_prefix(observation)
         S = valid.shape[1]
         mask, positions = self.masks(valid)
+        inputs = tokens, mask[:, :S, :S], positions[:, :S]
         with jax.named_scope("vlm"):
-            out, cache = self.vlm(tokens, mask[:, :S, :S], positions[:, :S])
-        return Prefix(valid=valid, cache=cache, out=out)
+            return Prefix(valid, self.vlm(*inputs)[1] if differentiable else self.vlm.prefill(*inputs))
 
     def suffix(
         self,
@@ -312,7 +314,7 @@ class Pi0(VisionLanguageModel):
         B = observation["state"].shape[0]
         steps = self.config.sample_steps if num_steps is None else num_steps
         start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
-        prefix = self.prefix(observation)
+        prefix = self.prefix(observation, differentiable=False)
         dt = jnp.float32(-1.0 / steps)
 
         def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

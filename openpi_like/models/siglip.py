@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from openpi_like.models.gemma import run_layers
+from openpi_like.models.gemma import attention, run_layers
 from openpi_like.models.param import Linear, named_key, normal, ones, weight, zeros
 
 
@@ -63,7 +63,7 @@ class SiglipLayer(nnx.Module):
         self.key = Linear(named_key(key, "key"), "BPD,DNH->BPNH", (D, N, H), heads, layers=L)
         self.value = Linear(named_key(key, "value"), "BPD,DNH->BPNH", (D, N, H), heads, layers=L)
         out = ("heads", "head_dim", "embed")
-        self.out = Linear(named_key(key, "out"), "BPNH,NHD->BPD", (N, H, D), out, layers=L)
+        self.out = Linear(named_key(key, "out"), "BNPH,NHD->BPD", (N, H, D), out, layers=L)
         self.mlp_norm = LayerNorm(named_key(key, "mlp_norm"), D, layers=L)
         self.mlp_up = Linear(named_key(key, "mlp_up"), "BPD,DF->BPF", (D, F), ("embed", "mlp"), layers=L)
         self.mlp_down = Linear(named_key(key, "mlp_down"), "BPF,FD->BPD", (F, D), ("mlp", "embed"), layers=L)
@@ -71,7 +71,7 @@ class SiglipLayer(nnx.Module):
     def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its self-attention; every patch sees every patch."""
         y = self.attn_norm(x_BPD)
-        return x_BPD + self.out(jax.nn.dot_product_attention(self.query(y), self.key(y), self.value(y)))
+        return x_BPD + self.out(attention(self.query(y).swapaxes(1, 2), self.key(y), self.value(y), None))
 
     def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its MLP with tanh-approximated GELU."""

@@ -63,12 +63,12 @@ def test_every_token_its_own_block_is_causal() -> None:
 def test_rotation_is_a_complex_product_and_depends_on_distance_only() -> None:
     x = jax.random.normal(KEY, (1, 3, 2, 8))
     positions = jnp.array([[0, 5, 11]])
-    turned = np.asarray(rotate(x, rope_angles(positions, 8)))
+    turned = np.asarray(rotate(x, rope_angles(positions, 8)[:, :, None]))
     pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
     angle = np.asarray(positions)[..., None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
     expected = pairs * np.exp(1j * angle)
     np.testing.assert_allclose(turned, np.concatenate([expected.real, expected.imag], -1), atol=1e-5)
-    moved = rotate(x, rope_angles(positions + 100, 8))
+    moved = rotate(x, rope_angles(positions + 100, 8)[:, :, None])
     dots = lambda y: np.einsum("bsnh,btnh->bnst", y, y)  # noqa: E731
     np.testing.assert_allclose(dots(np.asarray(moved)), dots(turned), atol=1e-4)
 

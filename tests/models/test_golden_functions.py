@@ -77,7 +77,7 @@ def test_golden_function_time_embedding(functions: dict[str, Any]) -> None:
 
 def test_golden_function_rope(functions: dict[str, Any]) -> None:
     x, positions = functions["rope/x"], functions["rope/positions"]
-    assert_tokens(rotate(x, rope_angles(positions, x.shape[-1])), functions["rope/result"])
+    assert_tokens(rotate(x, rope_angles(positions, x.shape[-1])[:, :, None]), functions["rope/result"])
 
 
 def test_golden_function_norms(functions: dict[str, Any]) -> None:

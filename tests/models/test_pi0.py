@@ -232,7 +232,7 @@ def joint_velocity(model: Pi0, observation: Any, x: jax.Array, t: jax.Array) -> 
     prefix, valid = model.embed_prefix(observation)
     streams = [prefix, model.embed_suffix(observation, x, t)[0]]
     mask, positions = model.masks(valid)
-    angles, S = rope_angles(positions, model.config.vlm.head_dim), prefix.shape[1]
+    angles, S = rope_angles(positions, model.config.vlm.head_dim)[:, :, None], prefix.shape[1]
     for i in range(model.config.vlm.depth):
         layers = [jax.tree.map(lambda w, i=i: w[i], e.layers) for e in (model.vlm, model.expert)]
         ys = [layer.attn_norm(tokens, None)[0] for layer, tokens in zip(layers, streams, strict=True)]
