@@ -10,6 +10,7 @@ F mlp width, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,15 +82,19 @@ def token_positions(valid_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.cumsum(valid_BS.astype(jnp.int32), axis=-1) - 1
 
 
-def rope_angles(positions_BS: Int[Array, "B S"], head_dim: int) -> Float[Array, "B S half"]:
-    """Returns the rotary angles p * 10000^(-2i/H) in float32 (Su et al. 2021, eq. 15)."""
+def rope(positions_BS: Int[Array, "B S"], head_dim: int) -> Float[Array, "2 B S half"]:
+    """Returns sine and cosine of the rotary angles p * 10000^(-2i/H) (Su et al. 2021, eq. 15).
+
+    In float32: bfloat16 angles lose far tokens. Computed once for all layers.
+    """
     timescale = 10_000.0 ** (2.0 / head_dim * jnp.arange(head_dim // 2, dtype=jnp.float32))
-    return positions_BS[..., None].astype(jnp.float32) / timescale
+    angles = positions_BS[..., None].astype(jnp.float32) / timescale
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)])
 
 
-def rotate(x: Float[Array, "*any H"], angles: Float[Array, "*#any half"]) -> Float[Array, "*any H"]:
-    """Rotates pairs made of the first and second half of the head dim. In float32: bfloat16 angles lose far tokens."""
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+def rotate(x: Float[Array, "*any H"], sin_cos: Float[Array, "2 *#any half"]) -> Float[Array, "*any H"]:
+    """Rotates pairs made of the first and second half of the head dim, in float32."""
+    sin, cos = sin_cos
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -178,7 +183,7 @@ def _residual(x: jax.Array, branch: jax.Array, gate: jax.Array | None) -> jax.Ar
 
 
 class GemmaLayer(nnx.Module):
-    """Attention and gated MLP. Declared for all layers at once; called with one layer's weights (see `run_layers`)."""
+    """Attention and gated MLP. Declared for all layers at once; `run_layer` takes one layer's weights of it."""
 
     def __init__(self, config: GemmaConfig, key: Key[Array, ""], *, adaptive: bool) -> None:
         L, D, F = config.depth, config.width, config.mlp_dim
@@ -192,33 +197,105 @@ class GemmaLayer(nnx.Module):
         self.gate_up = weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), fan_in(2))
         self.down = weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), fan_in(1))
 
-    def __call__(
-        self,
-        x_BSD: Float[Array, "B S D"],
-        mask_BST: Bool[Array, "B S T"],
-        angles_BSh: Float[Array, "B S half"],
-        past: KVCache | None,
-        cond_BSD: Float[Array, "B #S D"] | None,
-    ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Returns the tokens after this layer, and their own keys and values (without those of `past`)."""
-        dtype = x_BSD.dtype
-        y, gate = self.attn_norm(x_BSD, cond_BSD)
-        own = self.keys_and_values(y, angles_BSh)
-        q_BNSH = rotate(jnp.einsum("BSD,NDH->BNSH", y, self.q[...].astype(dtype)), angles_BSh[:, None])
-        every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
-        seen_BNSH = attention(q_BNSH, every.k, every.v, mask_BST)
-        x_BSD = _residual(x_BSD, jnp.einsum("BNSH,NHD->BSD", seen_BNSH, self.out[...].astype(dtype)), gate)
+    def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
+        """Returns the queries of normalised tokens."""
+        return rotate(jnp.einsum("BSD,NDH->BNSH", y_BSD, self.q[...].astype(y_BSD.dtype)), rope_2BSh[:, :, None])
 
-        y, gate = self.mlp_norm(x_BSD, cond_BSD)
-        gate_BSF, up_BSF = (jnp.einsum("BSD,DF->BSF", y, self.gate_up[i].astype(dtype)) for i in range(2))
-        hidden_BSF = jax.nn.gelu(gate_BSF, approximate=True) * up_BSF
-        branch = jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(dtype))
-        return _residual(x_BSD, branch, gate), own
-
-    def keys_and_values(self, y_BSD: Float[Array, "B S D"], angles_BSh: Float[Array, "B S half"]) -> KVCache:
+    def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
         """Returns the keys and values of normalised tokens, (B, S, K, H)."""
         k, v = (jnp.einsum("BSD,KDH->BSKH", y_BSD, self.kv[i].astype(y_BSD.dtype)) for i in range(2))
-        return KVCache(k=rotate(k, angles_BSh[:, :, None]), v=v)
+        return KVCache(k=rotate(k, rope_2BSh[:, :, :, None]), v=v)
+
+    def project(
+        self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
+    ) -> tuple[Float[Array, "B N S H"], KVCache]:
+        """Returns queries, keys and values of normalised tokens."""
+        return self.queries(y_BSD, rope_2BSh), self.keys_and_values(y_BSD, rope_2BSh)
+
+    def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
+        """Returns what attention adds to the tokens."""
+        return jnp.einsum("BNSH,NHD->BSD", seen_BNSH, self.out[...].astype(seen_BNSH.dtype))
+
+    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns what the MLP adds to the tokens; gelu is the tanh approximation."""
+        gate, up = (jnp.einsum("BSD,DF->BSF", y_BSD, self.gate_up[i].astype(y_BSD.dtype)) for i in range(2))
+        hidden_BSF = jax.nn.gelu(gate, approximate=True) * up
+        return jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(y_BSD.dtype))
+
+    def packed(self, config: GemmaConfig, dtype: str) -> "PackedLayer":
+        """Returns the stacked weights of all layers as few large matrices, for many small calls."""
+        L, D, N, H = config.depth, config.width, config.num_heads, config.head_dim
+        q = self.q[...].swapaxes(1, 2).reshape(L, D, N * H)
+        kv = jnp.moveaxis(self.kv[...], 3, 1).reshape(L, D, -1)
+        gate_up = self.gate_up[...].swapaxes(1, 2).reshape(L, D, -1)
+        return PackedLayer(
+            config=config,
+            attn_norm=self.attn_norm,
+            mlp_norm=self.mlp_norm,
+            qkv=jnp.concatenate([q, kv], axis=-1).astype(dtype),
+            out=self.out[...].reshape(L, N * H, D).astype(dtype),
+            gate_up=gate_up.astype(dtype),
+            down=self.down[...].astype(dtype),
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["attn_norm", "mlp_norm", "qkv", "out", "gate_up", "down"],
+    meta_fields=["config"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedLayer:
+    """The projections of `GemmaLayer` as one matrix each, in the compute dtype.
+
+    Sampling calls an expert on a few tokens again and again: there the number of products counts, and packing once
+    costs little. qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
+    """
+
+    config: GemmaConfig
+    attn_norm: Any
+    mlp_norm: Any
+    qkv: Leaf
+    out: Leaf
+    gate_up: Leaf
+    down: Leaf
+
+    def project(
+        self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
+    ) -> tuple[Float[Array, "B N S H"], KVCache]:
+        """As `GemmaLayer.project`."""
+        B, S = y_BSD.shape[:2]
+        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        heads = (y_BSD @ self.qkv).reshape(B, S, N + 2 * K, H)
+        turned = rotate(heads[:, :, : N + K], rope_2BSh[:, :, :, None])
+        return turned[:, :, :N].swapaxes(1, 2), KVCache(k=turned[:, :, N:], v=heads[:, :, N + K :])
+
+    def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
+        """As `GemmaLayer.project_out`."""
+        B, _, S, _ = seen_BNSH.shape
+        return seen_BNSH.swapaxes(1, 2).reshape(B, S, -1) @ self.out
+
+    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """As `GemmaLayer.mlp`."""
+        gate, up = jnp.split(y_BSD @ self.gate_up, 2, axis=-1)
+        return (jax.nn.gelu(gate, approximate=True) * up) @ self.down
+
+
+def run_layer(
+    layer: GemmaLayer | PackedLayer,
+    x_BSD: Float[Array, "B S D"],
+    mask_BST: Bool[Array, "B S T"],
+    rope_2BSh: Float[Array, "2 B S half"],
+    past: KVCache | None,
+    cond_BSD: Float[Array, "B #S D"] | None,
+) -> tuple[Float[Array, "B S D"], KVCache]:
+    """Returns the tokens after one layer, and their own keys and values (without those of `past`)."""
+    y, gate = layer.attn_norm(x_BSD, cond_BSD)
+    q_BNSH, own = layer.project(y, rope_2BSh)
+    every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
+    x_BSD = _residual(x_BSD, layer.project_out(attention(q_BNSH, every.k, every.v, mask_BST)), gate)
+    y, gate = layer.mlp_norm(x_BSD, cond_BSD)
+    return _residual(x_BSD, layer.mlp(y), gate), own
 
 
 class Gemma(nnx.Module):
@@ -252,43 +329,51 @@ class Gemma(nnx.Module):
         table = self.embedding[...].astype(self.dtype)
         return jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
+    def rope(self, positions_BS: Int[Array, "B S"]) -> Float[Array, "2 B S half"]:
+        """Returns the rotations of tokens at these positions, see `rope`."""
+        return rope(positions_BS, self.config.head_dim)
+
+    def packed(self) -> PackedLayer:
+        """Returns the layers for many small calls, see `PackedLayer`."""
+        return self.layers.packed(self.config, self.dtype)
+
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],
         mask_BST: Bool[Array, "B S T"],
-        positions_BS: Int[Array, "B S"],
+        rope_2BSh: Float[Array, "2 B S half"],
         *,
         past: KVCache | None = None,
         cond_BSD: Float[Array, "B #S D"] | None = None,
+        packed: PackedLayer | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Returns the tokens after the final norm, and their keys and values for the experts that follow.
 
         mask: True where a token sees a key; T counts the keys of `past` first, then the S own ones.
         past: keys and values of the tokens before these, (L, B, T - S, K, H).
+        packed: this expert's `packed()`, where it is called many times.
         """
-        angles_BSh = rope_angles(positions_BS, self.config.head_dim)
 
-        def body(x: jax.Array, layer: tuple[GemmaLayer, KVCache | None]) -> tuple[jax.Array, KVCache]:
-            return layer[0](x, mask_BST, angles_BSh, layer[1], cond_BSD)
+        def body(x: jax.Array, layer: tuple[Any, KVCache | None]) -> tuple[jax.Array, KVCache]:
+            return run_layer(layer[0], x, mask_BST, rope_2BSh, layer[1], cond_BSD)
 
-        stack = (self.layers, past)
+        stack = (self.layers if packed is None else packed, past)
         x_BSD, own = run_layers(body, x_BSD.astype(self.dtype), stack, unroll=self.unroll, remat=self.remat)
         return self.final_norm(x_BSD, cond_BSD)[0], own
 
     def prefill(
-        self, x_BSD: Float[Array, "B S D"], mask_BSS: Bool[Array, "B S S"], positions_BS: Int[Array, "B S"]
+        self, x_BSD: Float[Array, "B S D"], mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> KVCache:
         """Returns the keys and values alone: of the last layer, nothing but its keys and values is computed."""
         if self.unroll:  # then the compiler leaves out what nobody reads
-            return self(x_BSD, mask_BSS, positions_BS)[1]
-        angles_BSh = rope_angles(positions_BS, self.config.head_dim)
+            return self(x_BSD, mask_BSS, rope_2BSh)[1]
         at = lambda i: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), self.layers)  # noqa: E731
 
         def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-            return at(i)(x, mask_BSS, angles_BSh, None, None)
+            return run_layer(at(i), x, mask_BSS, rope_2BSh, None, None)
 
         last = self.config.depth - 1
         x_BSD, early = jax.lax.scan(body, x_BSD.astype(self.dtype), jnp.arange(last))
         layer = at(last)
-        own = layer.keys_and_values(layer.attn_norm(x_BSD, None)[0], angles_BSh)
+        own = layer.keys_and_values(layer.attn_norm(x_BSD, None)[0], rope_2BSh)
         return jax.tree.map(lambda e, o: jnp.concatenate([e, o[None]]), early, own)

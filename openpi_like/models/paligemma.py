@@ -194,7 +194,7 @@ class VisionLanguageModel(nnx.Module):
         B, S = inputs["prompt"].shape
         starts = jnp.zeros((B, S), bool) if causal_BS is None else causal_BS
         starts = jnp.pad(starts, ((0, 0), (valid.shape[1] - S, 0)))
-        out, kv = self.vlm(tokens, attention_mask(valid, starts), token_positions(valid))
+        out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(token_positions(valid)))
         return out, kv, valid
 
     # ---- Training ----------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class VisionLanguageModel(nnx.Module):
         """Returns the logits after one more token of each row, and the cache with it."""
         x_B1D = self.vlm.embed(tokens_B[:, None])
         mask_B1T = jnp.concatenate([cache.valid, jnp.ones((tokens_B.shape[0], 1), bool)], axis=1)[:, None]
-        out, own = self.vlm(x_B1D, mask_B1T, cache.position[:, None], past=cache.kv)
+        out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=2)  # noqa: E731
         kv: KVCache = jax.tree.map(write, cache.kv, own)
         valid = jax.lax.dynamic_update_slice_in_dim(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
-from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
+from openpi_like.models.gemma import Gemma, GemmaConfig, PackedLayer, attention_mask, token_positions
 from openpi_like.models.paligemma import VisionLanguageConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear, named_key
 from openpi_like.models.siglip import SiglipConfig
@@ -150,10 +150,14 @@ def time_embedding(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Cameras and prompt, computed once per observation. valid: (B, S). cache: keys and values."""
+    """Cameras and prompt, computed once per observation, and what else does not change while actions are sampled.
 
-    valid: Leaf
+    cache: keys and values. mask: (B, T, S + T), what suffix tokens see. rope: (2, B, T, H / 2), of their positions.
+    """
+
     cache: Any  # KVCache; a pytree's fields hold whatever jax maps over them
+    mask: Leaf
+    rope: Leaf
 
 
 class Pi0(VisionLanguageModel):
@@ -187,13 +191,27 @@ class Pi0(VisionLanguageModel):
         self, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"] | None]:
         """Returns the expert's tokens (state first, then actions; pi0.5: actions only) and its condition (pi0.5)."""
+        actions, cond = self.embed_actions(x_BAJ, time_B)
+        if self.config.pi05:
+            return actions, cond
+        return jnp.concatenate([self.embed_state(observation), actions], axis=1), None
+
+    def embed_state(self, observation: Observation) -> Float[Array, "B 1 D"]:
+        """Returns the state token (pi0)."""
+        return self.state_in(observation["state"][:, None, :])
+
+    def embed_actions(
+        self, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+    ) -> tuple[Float[Array, "B A D"], Float[Array, "B 1 D"] | None]:
+        """Returns the action tokens and the expert's condition (pi0.5, else None)."""
         actions = self.action_in(x_BAJ)
         time_B1D = time_embedding(time_B, self.config.expert.width)[:, None, :]
         if self.config.pi05:
             return actions, jax.nn.swish(self.time_out(jax.nn.swish(self.time_in(time_B1D))))
-        state = self.state_in(observation["state"][:, None, :])
-        mixed = jnp.concatenate([actions, jnp.broadcast_to(time_B1D, actions.shape)], axis=-1)
-        return jnp.concatenate([state, self.action_time_out(jax.nn.swish(self.action_time_in(mixed)))], axis=1), None
+        # The map of [action, time] as two: the time is the same for all action tokens.
+        of_action, of_time = jnp.split(self.action_time_in.kernel[...], 2)
+        hidden = actions @ of_action + (time_B1D @ of_time + self.action_time_in.bias[...])
+        return self.action_time_out(jax.nn.swish(hidden)), None
 
     def masks(
         self, prefix_valid_BS: Bool[Array, "B S"]
@@ -219,29 +237,57 @@ class Pi0(VisionLanguageModel):
         tokens, valid = self.embed_prefix(observation)
         S = valid.shape[1]
         mask, positions = self.masks(valid)
-        inputs = tokens, mask[:, :S, :S], positions[:, :S]
+        rope = self.vlm.rope(positions)
+        inputs = tokens, mask[:, :S, :S], rope[:, :, :S]
         with jax.named_scope("vlm"):
-            return Prefix(valid, self.vlm(*inputs)[1] if differentiable else self.vlm.prefill(*inputs))
+            cache = self.vlm(*inputs)[1] if differentiable else self.vlm.prefill(*inputs)
+        return Prefix(cache, mask[:, S:], rope[:, :, S:])
 
     def suffix(
         self,
         prefix: Prefix,
         tokens_BTD: Float[Array, "B T D"],
         cond_BSD: Float[Array, "B 1 D"] | None,
+        packed: PackedLayer | None = None,
     ) -> Float[Array, "B T D"]:
-        """Runs the expert's tokens against the prefix; returns them after the final norm."""
-        S = prefix.valid.shape[1]
-        mask, positions = self.masks(prefix.valid)
+        """Runs the expert's tokens against the prefix; returns them after the final norm. packed: see `Gemma`."""
         with jax.named_scope("expert"):
-            out, _ = self.expert(tokens_BTD, mask[:, S:], positions[:, S:], past=prefix.cache, cond_BSD=cond_BSD)
+            out, _ = self.expert(
+                tokens_BTD, prefix.mask, prefix.rope, past=prefix.cache, cond_BSD=cond_BSD, packed=packed
+            )
         return out
 
     def velocity(
-        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+        self,
+        prefix: Prefix,
+        observation: Observation,
+        x_BAJ: Float[Array, "B A J"],
+        time_B: Float[Array, "B"],
     ) -> Float[Array, "B A J"]:
         """Returns the predicted velocity (noise - actions) at x_t."""
-        out = self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B))
-        return self.action_out(out[:, -self.config.action_horizon :].astype(jnp.float32))
+        return self._velocity(self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B)))
+
+    def _velocity(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B A J"]:
+        return self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32))
+
+    def sampling_velocity(
+        self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"], packed: PackedLayer
+    ) -> Float[Array, "B A J"]:
+        """Returns `velocity` against a prefix that holds the state token already, see `_with_state`."""
+        return self._velocity(self.suffix(prefix, *self.embed_actions(x_BAJ, time_B), packed))
+
+    def _with_state(self, prefix: Prefix, observation: Observation, packed: PackedLayer) -> Prefix:
+        """Returns a prefix that holds the state token too: actions see it, and it sees none of them (pi0)."""
+        S = prefix.mask.shape[2] - prefix.mask.shape[1]
+        _, own = self.expert(
+            self.embed_state(observation),
+            prefix.mask[:, :1, : S + 1],
+            prefix.rope[:, :, :1],
+            past=prefix.cache,
+            packed=packed,
+        )
+        cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), prefix.cache, own)
+        return Prefix(cache, prefix.mask[:, 1:], prefix.rope[:, :, 1:])
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
@@ -315,11 +361,14 @@ class Pi0(VisionLanguageModel):
         steps = self.config.sample_steps if num_steps is None else num_steps
         start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
         prefix = self.prefix(observation, differentiable=False)
+        packed = self.expert.packed()
+        if not self.config.pi05:
+            prefix = self._with_state(prefix, observation, packed)
         dt = jnp.float32(-1.0 / steps)
 
         def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, t = carry
-            x = x + dt * self.velocity(prefix, observation, x, jnp.full((B,), t))
+            x = x + dt * self.sampling_velocity(prefix, x, jnp.full((B,), t), packed)
             # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
             t = t + dt
             if action_dims is not None:

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_models.py --openpi ~/openpi --openpi-python ~/openpi/.venv/bin/python
 
-Our weights are written in openpi's layout, which its own code reads. Both run the same inputs, each in a process of its
+Our weights, in openpi's names, go into openpi's own classes. Both run the same inputs, each in a process of its
 own, in turns, for several rounds; the medians and their ratio are printed, and how far the outputs are apart.
 Packages that openpi imports without needing them here (torch, lerobot ...) may be absent.
 """
@@ -102,7 +102,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     from openpi_like.models.gemma import GemmaConfig
     from openpi_like.models.pi0 import Pi0Config
     from openpi_like.models.siglip import SiglipConfig
-    from openpi_like.models.weights import bind, export_weights, flatten, write_openpi
+    from openpi_like.models.weights import bind, export_weights, flatten, unflatten
     from openpi_like.train.optimizer import OptimizerConfig
     from openpi_like.train.sharding import MeshConfig, ShardingRules, put_batch
     from openpi_like.train.state import ModelDef, Trainer
@@ -145,15 +145,14 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     )  # fmt: skip
     state = trainer.init()
     weights = jax.device_get(state.params)
-    if not (folder / "params").exists():
+    if not (folder / "ours.npz").exists():
         # Zero-initialised maps, such as adaptive norms, would hide differences.
         rng = np.random.default_rng(0)
         weights = jax.tree.map(lambda w: w + rng.normal(size=w.shape).astype(np.float32) * 0.02, weights)
-        write_openpi(export_weights(config, flatten(weights), "openpi"), folder)
+        theirs = {name: make() for name, make in export_weights(config, flatten(weights), "openpi")}
+        np.savez(folder / "theirs.npz", **theirs)  # type: ignore[arg-type]
         np.savez(folder / "ours.npz", **flatten(weights))
     else:
-        from openpi_like.models.weights import unflatten
-
         with np.load(folder / "ours.npz") as stored:
             weights = unflatten(dict(stored))
     rows: dict[str, Any] = {}
@@ -221,6 +220,18 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def _nested(path: Path, dtype: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    with np.load(path) as stored:
+        for name in stored.files:
+            *parents, leaf = name.split("/")
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[leaf] = stored[name].astype(dtype)
+    return tree
+
+
 def openpi(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: float) -> dict[str, Any]:
     sys.meta_path.append(_Absent())  # after the real finders
     import flax.nnx as nnx
@@ -255,7 +266,7 @@ def openpi(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: f
 
     rows: dict[str, Any] = {}
     # Its server loads all weights as bfloat16; in a float32 comparison they stay float32.
-    served = config.load(model.restore_params(folder / "params", dtype=jnp.dtype(dtype)))
+    served = config.load(_nested(folder / "theirs.npz", jnp.dtype(dtype)))
     graph, weights = nnx.split(served)
     for B in (1, 8):
 
@@ -267,7 +278,7 @@ def openpi(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: f
         rows |= row
         rows[f"actions {B}"] = np.asarray(out).tolist()
 
-    graph, weights = nnx.split(config.load(model.restore_params(folder / "params", dtype=jnp.float32)))
+    graph, weights = nnx.split(config.load(_nested(folder / "theirs.npz", jnp.dtype("float32"))))
     schedule = optax.warmup_cosine_decay_schedule(2.5e-8, 2.5e-5, 1000, 30_000, 2.5e-6)
     adamw = optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=1e-10)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, rope_angles, rotate, token_positions
+from openpi_like.models.gemma import Gemma, GemmaConfig, attention, attention_mask, rope, rotate, token_positions
 from openpi_like.models.param import Linear, fan_in, named_key, normal, weight
 from openpi_like.models.siglip import Siglip, SiglipConfig
 
@@ -63,12 +65,12 @@ def test_every_token_its_own_block_is_causal() -> None:
 def test_rotation_is_a_complex_product_and_depends_on_distance_only() -> None:
     x = jax.random.normal(KEY, (1, 3, 2, 8))
     positions = jnp.array([[0, 5, 11]])
-    turned = np.asarray(rotate(x, rope_angles(positions, 8)[:, :, None]))
+    turned = np.asarray(rotate(x, rope(positions, 8)[:, :, :, None]))
     pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
     angle = np.asarray(positions)[..., None, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
     expected = pairs * np.exp(1j * angle)
     np.testing.assert_allclose(turned, np.concatenate([expected.real, expected.imag], -1), atol=1e-5)
-    moved = rotate(x, rope_angles(positions + 100, 8)[:, :, None])
+    moved = rotate(x, rope(positions + 100, 8)[:, :, :, None])
     dots = lambda y: np.einsum("bsnh,btnh->bnst", y, y)  # noqa: E731
     np.testing.assert_allclose(dots(np.asarray(moved)), dots(turned), atol=1e-4)
 
@@ -111,7 +113,7 @@ def test_stack_matches_a_float64_restatement_with_grouped_heads(filled: Any) -> 
         expected = numpy_layer(weights, i, expected, np.asarray(mask[0]), np.asarray(positions[0]))
     rms = np.sqrt((expected**2).mean(-1, keepdims=True) + 1e-6)
     expected = expected / rms * (1 + np.asarray(model.final_norm.scale[...], np.float64))
-    got, _ = nnx.jit(Gemma.__call__)(model, jnp.asarray(x), mask, positions)
+    got, _ = nnx.jit(Gemma.__call__)(model, jnp.asarray(x), mask, model.rope(positions))
     seen = np.asarray(valid[0])
     np.testing.assert_allclose(np.asarray(got[0])[seen], expected[seen], atol=3e-5)
 
@@ -120,10 +122,10 @@ def test_second_part_on_a_cache_equals_all_at_once(filled: Any) -> None:
     model = filled(lambda: Gemma(SMALL, KEY, dtype="float32", unroll=False, remat=None))
     x = jax.random.normal(KEY, (2, 7, SMALL.width))
     valid = jnp.ones((2, 7), bool).at[1, 2].set(False)
-    mask, positions = attention_mask(valid, jnp.array([0, 0, 0, 0, 1, 0, 0], bool)), token_positions(valid)
-    whole, _ = model(x, mask, positions)
-    _, cache = model(x[:, :4], mask[:, :4, :4], positions[:, :4])
-    rest, _ = model(x[:, 4:], mask[:, 4:], positions[:, 4:], past=cache)
+    mask, turns = attention_mask(valid, jnp.array([0, 0, 0, 0, 1, 0, 0], bool)), model.rope(token_positions(valid))
+    whole, _ = model(x, mask, turns)
+    _, cache = model(x[:, :4], mask[:, :4, :4], turns[:, :, :4])
+    rest, _ = model(x[:, 4:], mask[:, 4:], turns[:, :, 4:], past=cache)
     np.testing.assert_allclose(rest, whole[:, 4:], atol=1e-5)
 
 
@@ -136,8 +138,8 @@ def test_fresh_adaptive_stack_is_the_identity(filled: Any) -> None:
         for w in (norm.modulation.kernel, norm.modulation.bias):
             w[...] = jnp.zeros_like(w[...])
     x, cond = jax.random.normal(KEY, (2, 3, SMALL.width)), jax.random.normal(KEY, (2, 1, SMALL.width))
-    mask, positions = jnp.ones((2, 3, 3), bool), jnp.zeros((2, 3), jnp.int32)
-    out, _ = model(x, mask, positions, cond_BSD=cond)
+    mask, turns = jnp.ones((2, 3, 3), bool), model.rope(jnp.zeros((2, 3), jnp.int32))
+    out, _ = model(x, mask, turns, cond_BSD=cond)
     np.testing.assert_allclose(out, x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6), atol=1e-6)
 
 
@@ -214,3 +216,44 @@ def test_published_sizes_have_the_published_number_of_weights() -> None:
     )
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shape)))
     assert count == 2_506_172_416 + 1_152 * 2048
+
+
+# ---- Speed that changes no number ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kv_heads=st.sampled_from([1, 2, 6]),
+    tokens=st.sampled_from([1, 5]),
+    keys=st.sampled_from([1, 3, 7]),
+)
+def test_attention_is_that_of_jax(seed: int, kv_heads: int, tokens: int, keys: int) -> None:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) * 3, jnp.float32)  # noqa: E731
+    q, k, v = draw(2, tokens, 6, 8), draw(2, keys, kv_heads, 8), draw(2, keys, kv_heads, 8)
+    mask = jnp.asarray(rng.random((2, tokens, keys)) < 0.6)
+    for seen in (mask, None):
+        expected = jax.nn.dot_product_attention(q, k, v, mask=None if seen is None else seen[:, None])
+        got = attention(q.swapaxes(1, 2), k, v, seen).swapaxes(1, 2)
+        rows = np.ones((2, tokens), bool) if seen is None else np.asarray(seen.any(-1))
+        np.testing.assert_allclose(got[rows], expected[rows], atol=1e-5)
+        mean = jnp.repeat(v.mean(1), 6 // kv_heads, axis=1)  # what a query that sees nothing gets
+        for b, t in zip(*np.nonzero(~rows), strict=True):
+            np.testing.assert_allclose(got[b, t], mean[b], atol=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_packed_layers_compute_the_same(filled: Any, adaptive: bool, kv_heads: int) -> None:
+    config = GemmaConfig(width=12, depth=3, mlp_dim=20, num_heads=4, num_kv_heads=kv_heads, head_dim=6)
+    model = filled(lambda: Gemma(config, KEY, dtype="float32", unroll=False, remat=None, adaptive=adaptive))
+    rng = np.random.default_rng(0)
+    x, past_x = (jnp.asarray(rng.normal(size=(2, n, 12)), jnp.float32) for n in (3, 5))
+    cond = jnp.asarray(rng.normal(size=(2, 1, 12)), jnp.float32) if adaptive else None
+    turns = model.rope(jnp.arange(8)[None].repeat(2, 0))
+    _, past = model(past_x, jnp.ones((2, 5, 5), bool), turns[:, :, :5], cond_BSD=cond)
+    mask = jnp.asarray(rng.random((2, 3, 8)) < 0.7).at[:, :, -1].set(True)
+    run = nnx.jit(lambda m, packed: m(x, mask, turns[:, :, 5:], past=past, cond_BSD=cond, packed=packed))
+    expected, got = run(model, None), run(model, model.packed())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)

@@ -15,7 +15,7 @@ from openpi_like.data.images import fit
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.stats import field_stats
 from openpi_like.data.text import TextTokenizer, state_bins
-from openpi_like.models.gemma import GemmaConfig, GemmaLayer, RMSNorm, attention_mask, rope_angles, rotate
+from openpi_like.models.gemma import GemmaConfig, GemmaLayer, RMSNorm, attention_mask, rope, rotate
 from openpi_like.models.pi0 import time_embedding
 from openpi_like.models.siglip import LayerNorm
 from openpi_like.models.weights import merge_lora
@@ -77,7 +77,7 @@ def test_golden_function_time_embedding(functions: dict[str, Any]) -> None:
 
 def test_golden_function_rope(functions: dict[str, Any]) -> None:
     x, positions = functions["rope/x"], functions["rope/positions"]
-    assert_tokens(rotate(x, rope_angles(positions, x.shape[-1])[:, :, None]), functions["rope/result"])
+    assert_tokens(rotate(x, rope(positions, x.shape[-1])[:, :, :, None]), functions["rope/result"])
 
 
 def test_golden_function_norms(functions: dict[str, Any]) -> None:
@@ -100,20 +100,13 @@ def test_golden_function_norms(functions: dict[str, Any]) -> None:
 
 
 def test_golden_function_gelu(functions: dict[str, Any]) -> None:
-    """Through the gate of a layer's MLP, whose other matrices let it pass: down(gelu(x * 1) * 1)."""
+    """Through an MLP that computes gelu(x) * 1 from the tokens (x, 1)."""
     x = functions["gelu/x"]
-    layer = GemmaLayer(GemmaConfig(2, 1, 2, 1, 1, 2), KEY, adaptive=False)
-    layer = jax.tree.map(lambda w: jnp.zeros_like(w[0]), layer)
-    # The norm before the MLP would change x, so the branch is read at its gate: |x| is restored by the scale.
-    sign = jnp.sign(x)[:, None, None] * jnp.ones((x.size, 1, 2))
-    for i in range(x.size):
-        layer.gate_up[...] = jnp.stack([jnp.eye(2) * jnp.abs(x[i]), jnp.zeros((2, 2)) + 0.5])
-        layer.down[...] = jnp.eye(2)
-        mask, angles = jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, 1))
-        y, _ = layer(sign[i : i + 1], mask, angles, None, None)
-        up = float(sign[i].sum()) * 0.5  # what multiplies the activation
-        expected = sign[i, 0] + functions["gelu/result"][i] * up
-        np.testing.assert_allclose(y[0, 0], expected, atol=3e-5, rtol=1e-5)
+    layer = jax.tree.map(lambda w: w[0], GemmaLayer(GemmaConfig(2, 1, 1, 1, 1, 2), KEY, adaptive=False))
+    layer.gate_up[...] = jnp.array([[[1.0], [0.0]], [[0.0], [1.0]]])
+    layer.down[...] = jnp.array([[1.0, 0.0]])
+    tokens = jnp.stack([x, jnp.ones_like(x)], axis=-1)[None]
+    assert_tokens(layer.mlp(tokens)[0, :, 0], functions["gelu/result"])
 
 
 def test_golden_function_lora_einsum(stored: dict[str, np.ndarray]) -> None:

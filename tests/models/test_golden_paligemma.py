@@ -105,7 +105,7 @@ def test_golden_paligemma_stack(arrays: dict[str, Any], model: PaliGemma) -> Non
     """`encoded` is before the final norm, `pre_logits` after it."""
     x = jnp.concatenate([arrays["zimg"], arrays["ztxt"]], axis=1)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    out, _ = nnx.jit(lambda m, x: m.vlm(x, arrays["attn_mask"], positions))(model, x)
+    out, _ = nnx.jit(lambda m, x: m.vlm(x, arrays["attn_mask"], m.vlm.rope(positions)))(model, x)
     assert_tokens(model.vlm.final_norm(arrays["encoded"], None)[0], arrays["pre_logits"])
     assert_tokens(out, arrays["pre_logits"])
 

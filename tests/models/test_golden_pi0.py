@@ -149,7 +149,9 @@ def test_golden_masks_and_positions(case: Golden) -> None:
 def test_golden_prefix_outputs_and_cache(case: Golden) -> None:
     a, valid = case.arrays, case.arrays["prefix_mask"]
     S = valid.shape[1]
-    run = nnx.jit(lambda model: model.vlm(a["prefix_tokens"], a["attn_mask"][:, :S, :S], a["positions"][:, :S]))
+    run = nnx.jit(
+        lambda model: model.vlm(a["prefix_tokens"], a["attn_mask"][:, :S, :S], model.vlm.rope(a["positions"][:, :S]))
+    )
     # Only valid rows: what a fully masked query returns has no meaning and is seen by nobody.
     assert_tokens(np.asarray(run(case.model)[0])[valid], a["prefix_out"][valid])
     sampling = nnx.jit(Pi0.prefix, static_argnames="differentiable")(case.model, case.batch, differentiable=False)

@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openpi_like.models.gemma import REMAT, rope_angles, rotate
+from openpi_like.models.gemma import REMAT, rope, rotate
 from openpi_like.models.paligemma import masked_means
 from openpi_like.models.param import named_key
 from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
@@ -212,7 +212,7 @@ def test_euler_on_the_exact_linear_field_returns_the_data(
     monkeypatch: pytest.MonkeyPatch, model: Pi0, batch: Any, draws: Any, steps: int
 ) -> None:
     noise, data = draws[0], batch["actions"]
-    monkeypatch.setattr(Pi0, "velocity", lambda self, prefix, observation, x, time: noise - data)
+    monkeypatch.setattr(Pi0, "sampling_velocity", lambda self, prefix, x, time, packed: noise - data)
     out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise)
     np.testing.assert_allclose(out, data, atol=1e-5)
 
@@ -232,7 +232,7 @@ def joint_velocity(model: Pi0, observation: Any, x: jax.Array, t: jax.Array) -> 
     prefix, valid = model.embed_prefix(observation)
     streams = [prefix, model.embed_suffix(observation, x, t)[0]]
     mask, positions = model.masks(valid)
-    angles, S = rope_angles(positions, model.config.vlm.head_dim)[:, :, None], prefix.shape[1]
+    angles, S = rope(positions, model.config.vlm.head_dim)[:, :, :, None], prefix.shape[1]
     for i in range(model.config.vlm.depth):
         layers = [jax.tree.map(lambda w, i=i: w[i], e.layers) for e in (model.vlm, model.expert)]
         ys = [layer.attn_norm(tokens, None)[0] for layer, tokens in zip(layers, streams, strict=True)]
@@ -269,7 +269,8 @@ def test_dims_a_robot_lacks_follow_the_path_of_padding(
     noise, steps = draws[0], 4
     dims = jnp.asarray(np.arange(4) < np.array([4, 3] * 4)[:, None])
     # The velocity of all dims is the last dim of x, so what is seen in the last dim shows in the others.
-    monkeypatch.setattr(Pi0, "velocity", lambda self, prefix, obs, x, t: jnp.broadcast_to(x[..., 3:] + 1, x.shape))
+    wrong = lambda self, prefix, x, time, packed: jnp.broadcast_to(x[..., 3:] + 1, x.shape)  # noqa: E731
+    monkeypatch.setattr(Pi0, "sampling_velocity", wrong)
     out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise, action_dims=dims)
     times = 1 - np.arange(steps) / steps
     moved = noise[1::2, :, :3] - sum((t * noise[1::2, :, 3:] + 1) / steps for t in times)
