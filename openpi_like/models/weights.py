@@ -470,6 +470,19 @@ def print_load_report(plan: LoadPlan, console: Console) -> None:
 _WRITTEN_AS = {"lerobot": ("model.",)}
 
 
+def layout(config: VisionLanguageConfig, fmt: str) -> dict[str, tuple[int, ...]]:
+    """Returns {their name: shape} of everything that `export_weights` writes; allocates nothing."""
+    ours = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config).items()}
+    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(ours)), fmt)
+    shapes = {}
+    for row in table.rows:
+        shape = row.their_shape(_shape_at(ours[row.ours], row.at))
+        if row.take:  # q, k and v in one array: the second axis
+            shape = (shape[0], 3, *shape[-3:])
+        shapes[row.theirs] = (shape[0] + table.pad_rows.get(row.theirs, 0), *shape[1:])
+    return shapes | table.fillers
+
+
 def export_weights(
     config: VisionLanguageConfig, weights: Mapping[str, Any], fmt: str
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:

@@ -1,6 +1,7 @@
 """The device mesh, and one table from logical axes of weights to its axes: changing strategy never touches a model."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,21 +22,22 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
-    def create(self) -> Mesh:
-        """Returns the mesh over all devices of all processes.
+    def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """Returns the mesh over all devices of all processes, or over the given ones.
 
         Raises:
             ValueError: the sizes do not multiply to the number of devices.
         """
-        devices = jax.device_count()
-        data = devices // (self.fsdp * self.tensor) if self.data == -1 else self.data
-        if data * self.fsdp * self.tensor != devices:
+        count = jax.device_count() if devices is None else len(devices)
+        data = count // (self.fsdp * self.tensor) if self.data == -1 else self.data
+        if data * self.fsdp * self.tensor != count:
             raise ValueError(
-                f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} for {devices} devices; "
+                f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} for {count} devices; "
                 "expected sizes whose product is the number of devices (data=-1 takes what is left)"
             )
         auto = (jax.sharding.AxisType.Auto,) * 3
-        return jax.make_mesh((data, self.fsdp, self.tensor), ("data", "fsdp", "tensor"), axis_types=auto)
+        shape, names = (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor")
+        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
