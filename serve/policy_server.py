@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -23,7 +23,8 @@ class Args:
 
     checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest. host: 0.0.0.0 to be
     reachable from other machines. port: 0 takes a free one. port_file: written with the port once it listens.
-    api_key: clients must send it. seed: of the sampling noise.
+    api_key: clients must send it. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
+    bfloat16 halves them, and is what a model of the released size is served with.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -34,13 +35,14 @@ class Args:
     port_file: Path | None = None
     api_key: str | None = None
     seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
 
 
 def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array it reads
     try:
-        policy = Policy.load(args.checkpoint, step=args.step, robot=args.robot, seed=args.seed)
+        policy = Policy.load(args.checkpoint, step=args.step, robot=args.robot, seed=args.seed, dtype=args.dtype)
     except (CheckpointError, ValueError) as e:
         sys.exit(f"cannot serve {args.checkpoint}: {e}")
     policy.warm_up()

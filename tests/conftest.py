@@ -33,7 +33,10 @@ def bridge(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Directory of golden vectors: `OPENPI_LIKE_GOLDEN`, or the set beside the repository."""
-    directory = Path(os.environ.get("OPENPI_LIKE_GOLDEN", SHARED / "golden"))
+    chosen = os.environ.get("OPENPI_LIKE_GOLDEN")
+    directory = Path(chosen or SHARED / "golden")
+    if chosen and not any(directory.glob("item*.npz")):
+        pytest.fail(f"OPENPI_LIKE_GOLDEN={chosen} holds no item*.npz")
     if not directory.is_dir():
         pytest.skip(f"no golden vectors: {directory} is absent; set OPENPI_LIKE_GOLDEN")
     return directory

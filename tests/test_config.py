@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +81,10 @@ def test_load_run_names_the_files_beside(tmp_path):
         load_run(tmp_path / "god.py")
     with pytest.raises(ValueError, match="no variable named config"):
         load_run(tmp_path / "bad.py")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_builds_and_can_be_stored(path: Path) -> None:
+    config = load_run(path)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert path.name in (path.read_text().split('"""')[1]), "its docstring gives the command"

@@ -21,7 +21,7 @@ from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextTokenizer
-from openpi_like.robots.robot import Robot
+from openpi_like.robots.robot import Robot, policy_problems
 
 RENDERER_KEY = "episode_metadata/renderer"
 
@@ -201,23 +201,7 @@ class _Assembler:
             )
 
     def _problems(self, robot: Robot) -> list[str]:
-        problems = []
-        for camera in robot.cameras:
-            if camera.name not in self.policy.cameras and camera.name not in self.config.drop_cameras:
-                near = near_names(camera.name, list(self.policy.cameras))
-                problems.append(
-                    f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, "
-                    "or to drop_cameras"
-                )
-        if not any(c.name in self.policy.cameras for c in robot.cameras):
-            problems.append(f"none of its cameras is a slot of the policy: {', '.join(self.policy.cameras)}")
-        for what, got, most in (
-            ("state size", robot.state_size, self.policy.state_dim),
-            ("action size", robot.action_size, self.policy.action_dim),
-            ("action_horizon", robot.action_horizon, self.policy.action_horizon),
-        ):
-            if got > most:
-                problems.append(f"{what} {got}, the policy has room for {most}; enlarge the policy")
+        problems = policy_problems(robot, self.policy, drop_cameras=self.config.drop_cameras)
         if robot.name not in self.normalizations:
             problems.append(f"no normalisation; {near_names(robot.name, list(self.normalizations))}")
         else:

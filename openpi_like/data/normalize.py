@@ -84,11 +84,11 @@ class Normalization:
         return _apply(x, self.action, self.mode)
 
     def invert_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
-        """Inverse of `apply_state`."""
+        """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
         return _invert(x, self.state, self.mode)
 
     def invert_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
-        """Inverse of `apply_actions`."""
+        """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
         return _invert(x, self.action, self.mode)
 
     def check(self, robot: Robot) -> None:

@@ -80,6 +80,33 @@ class TextTokenizer:
             self._cache[text] = ids, mask
         return ids, mask
 
+    def encode_answer(
+        self, text: str, answer: str
+    ) -> tuple[Int32[np.ndarray, "S"], Bool[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
+        """Returns ids, 0 where padded, the mask of real tokens, and which of them are the answer.
+
+        A prompt as for pi0 (BOS, text, newline), then the answer and EOS: what PaliGemma is trained on. The answer is
+        both what is predicted and what is seen causally (`prompt_loss` and `prompt_causal` of a `TextBatch`).
+
+        Raises:
+            ValueError: both together have more than `prompt_len` tokens. An answer is never cut: its end would be lost.
+        """
+        ids, mask = self.encode(text)
+        start, tokens = int(mask.sum()), [*self._processor.encode(answer), self._processor.eos_id()]
+        if start + len(tokens) > self.prompt_len:
+            raise ValueError(
+                f"prompt {text!r} with answer {answer!r} has {start + len(tokens)} tokens, expected at most "
+                f"prompt_len={self.prompt_len}; use a larger prompt_len"
+            )
+        place = (np.arange(self.prompt_len) >= start) & (np.arange(self.prompt_len) < start + len(tokens))
+        ids, mask = ids.copy(), mask | place
+        ids[place] = tokens
+        return ids, mask, place
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of token ids."""
+        return self._processor.decode([int(i) for i in ids])
+
     def batch(
         self, texts: Sequence[str], states: Sequence[Float[np.ndarray, "De"]] | None = None
     ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:

@@ -19,6 +19,10 @@ from openpi_like.models.pi0 import Pi0Config
 Index = tuple[int | slice, ...]
 
 
+class WeightsError(ValueError):
+    """Weights are damaged, or do not fit the model; the message lists everything that does not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """ours[at] = rearrange(theirs[take], axes), with indices into leading axes.
@@ -264,26 +268,42 @@ def huggingface(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
 
 
 def lerobot(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """LeRobot's pi0 and pi0.5 safetensors, with or without the leading "model."; also openpi's PyTorch port."""
-    assert isinstance(config, Pi0Config)
-    root = "model." if any(name.startswith("model.") for name in names) else ""
+    """LeRobot's pi0 and pi0.5 safetensors, with or without the leading "model."; also openpi's PyTorch port.
+
+    Older files have the language model and the vision tower one level higher, and normalisation statistics among the
+    weights.
+    """
+    if not isinstance(config, Pi0Config):
+        raise WeightsError(
+            "format 'lerobot' holds pi0 and pi0.5, this config is neither; choose another format or config"
+        )
+    stored = set(names)
+    root = "model." if any(name.startswith("model.") for name in stored) else ""
     both = f"{root}paligemma_with_expert."
-    vlm, expert = f"{both}paligemma.model.", f"{both}gemma_expert."
-    rows = _torch_vision(config.vision.depth, f"{vlm}vision_tower.vision_model.", f"{vlm}multi_modal_projector.")
-    rows += _torch_gemma(config.vlm.depth, "vlm", f"{vlm}language_model.", adaptive=False)
+    old = any(name.startswith(f"{both}paligemma.language_model.") for name in stored)
+    vlm, expert = f"{both}paligemma." if old else f"{both}paligemma.model.", f"{both}gemma_expert."
+    language = f"{vlm}language_model.model." if old else f"{vlm}language_model."
+    short = f"{vlm}vision_tower."
+    vision = short if any(n.startswith(f"{short}embeddings.") for n in stored) else f"{short}vision_model."
+    rows = _torch_vision(config.vision.depth, vision, f"{vlm}multi_modal_projector.")
+    rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)
     rows += _torch_gemma(config.expert.depth, "expert", f"{expert}model.", adaptive=config.pi05)
     for ours, theirs in _projections(config).items():
         rows += _torch_linear(ours, f"{root}{theirs}", "E D -> D E", "")
     # The language model's table and its output layer are one array; files hold it under either name or both. LeRobot
     # makes the first from the second.
-    table, head = f"{vlm}language_model.embed_tokens.weight", f"{both}paligemma.lm_head.weight"
-    main, copy = (table, head) if table in set(names) else (head, table)
+    table = f"{language}embed_tokens.weight"
+    head = f"{vlm}language_model.lm_head.weight" if old else f"{both}paligemma.lm_head.weight"
+    main, copy = (table, head) if table in stored else (head, table)
     rows.append(Row("vlm/embedding", main))
     idle = f"{expert}lm_head.weight"
     return Table(
         tuple(rows),
         copies={copy: main},
-        unused={rf"^{re.escape(idle)}$": "an output layer that the action expert never uses"},
+        unused={
+            rf"^{re.escape(idle)}$": "an output layer that the action expert never uses",
+            r"^(un)?normalize_(inputs|targets|outputs)\.": "normalisation statistics, which are no weights",
+        },
         fillers={idle: (config.vocab_size, config.expert.width)},
     )
 

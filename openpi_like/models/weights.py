@@ -25,13 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from openpi_like.config import near_names
-from openpi_like.models.formats import FORMATS, Row, Table, family, recognise
+from openpi_like.models.formats import FORMATS, Row, Table, WeightsError, family, recognise
 from openpi_like.models.paligemma import VisionLanguageConfig
-
-
-class WeightsError(ValueError):
-    """Weights are damaged, or do not fit the model; the message lists everything that does not."""
-
 
 # ---- Weights by name -------------------------------------------------------------------------------------------------
 
@@ -125,15 +120,23 @@ class SafetensorsArrays:
 
     def __init__(self, path: Path) -> None:
         if path.is_dir():
-            indexes = sorted(path.glob("*.safetensors.index.json"))
-            path = indexes[0] if indexes else path / "model.safetensors"
+            there = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+            if len(there) != 1:
+                raise WeightsError(
+                    f"{path} holds {[p.name for p in there]}, expected one file or one index; name the one"
+                )
+            path = there[0]
         self._files: dict[str, Any] = {}
         if path.name.endswith(".json"):
-            stored = json.loads(path.read_text())["weight_map"]
+            index = json.loads(path.read_text())
+            if not (isinstance(index, dict) and isinstance(index.get("weight_map"), dict)):
+                raise WeightsError(f"{path} is no index of safetensors, expected a JSON object with weight_map")
+            stored = index["weight_map"]
             opened = {name: safe_open(path.parent / name, "numpy") for name in sorted(set(stored.values()))}
-            lost = [f"{k} in {name}" for k, name in stored.items() if k not in opened[name].keys()]  # noqa: SIM118
+            held = {(k, name) for name, file in opened.items() for k in file.keys()}  # noqa: SIM118
+            lost = sorted(set(stored.items()) ^ held)
             if lost:
-                raise WeightsError(f"{path} names arrays that its files lack: {lost}")
+                raise WeightsError(f"{path} and its files name different arrays: {[f'{k} in {n}' for k, n in lost]}")
             self._files = {k: opened[name] for k, name in stored.items()}
         else:
             file = safe_open(path, "numpy")
@@ -176,12 +179,12 @@ def merge_lora(w: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float, sum
     """Returns w + scale * a @ b over the last two axes: the map that openpi's LoRA layers compute, as one weight.
 
     summed_heads: for attention outputs (L, N, H, D), where openpi sums the heads in both factors, so that every head
-    of `a` meets the sum over heads of `b`.
+    of `a` meets the sum over heads of `b`. In float32, whatever w is: rounding to bfloat16 would lose most of a delta.
     """
     if summed_heads:
         b = b.sum(axis=-3, keepdims=True)
     delta = np.matmul(a.astype(np.float32), b.astype(np.float32))
-    return (w.astype(np.float32) + np.float32(scale) * delta).astype(w.dtype)
+    return w.astype(np.float32) + np.float32(scale) * delta
 
 
 class LoraMerged:
@@ -193,16 +196,32 @@ class LoraMerged:
     def __init__(self, arrays: Arrays, scale: float) -> None:
         """scale: alpha / rank of the attention's LoRA (alpha / sqrt(rank) with rslora); 1 in openpi's own configs."""
         self._arrays, self._scale = arrays, scale
-        self.shapes = {k: v for k, v in arrays.shapes.items() if not re.search(r"(/|_)lora_[ab]$", k)}
-        if len(self.shapes) == len(arrays.shapes):
+        leaves = [k for k in arrays.shapes if re.search(r"(/|_)lora_[ab]$", k)]
+        self.shapes = {k: v for k, v in arrays.shapes.items() if k not in leaves}
+        if not leaves:
             raise WeightsError("lora_scale is given, but there are no LoRA weights; leave it out")
+        self._pairs: dict[str, tuple[str, str]] = {}
+        problems = []
+        for stem in sorted({k[:-1] for k in leaves}):  # ".../lora_" or "..._lora_"
+            base = f"{stem.removesuffix('lora_')}w" if stem.endswith("/lora_") else stem.removesuffix("_lora_")
+            a, b = (arrays.shapes.get(f"{stem}{end}", ()) for end in "ab")
+            w = arrays.shapes.get(base, ())
+            if not (w and a and b):
+                have = [name for name, shape in ((base, w), (f"{stem}a", a), (f"{stem}b", b)) if shape]
+                problems.append(f"{base}: expected {base}, {stem}a and {stem}b, got {have}")
+            elif a != (*w[:-1], a[-1]) or b != (*w[:-2], a[-1], w[-1]):
+                problems.append(
+                    f"{base} {w}: lora_a {a} and lora_b {b}, expected {(*w[:-1], 'r')}, {(*w[:-2], 'r', w[-1])}"
+                )
+            self._pairs[base] = (f"{stem}a", f"{stem}b")
+        if problems:
+            raise WeightsError("LoRA weights that belong to nothing:\n  " + "\n  ".join(problems))
 
     def read(self, name: str) -> np.ndarray:
         w = self._arrays.read(name)
-        stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
-        if f"{stem}lora_a" not in self._arrays.shapes:
+        if name not in self._pairs:
             return w
-        a, b = self._arrays.read(f"{stem}lora_a"), self._arrays.read(f"{stem}lora_b")
+        a, b = (self._arrays.read(leaf) for leaf in self._pairs[name])
         scale = self._scale if name.endswith("/w") else 1.0
         return merge_lora(w, a, b, scale=scale, summed_heads="/attn_vec_einsum" in name)
 
@@ -303,11 +322,18 @@ def plan_load(
         for p in drop
         if not any(re.search(p, n) for n in names)
     ]
+    used = {row.theirs for row in table.rows if row.ours in shapes and why[row.ours] is None}
+    problems += [
+        f"{n}: to be dropped by {p!r}, but it is used; narrow the pattern, or let its weight start fresh"
+        for n in names
+        for p in drop
+        if n in used and re.search(p, n)
+    ]
     by_weight: dict[str, list[Row]] = {name: [] for name in shapes}
     known: set[str] = set()
     for row in table.rows:
-        known.add(row.theirs)
         if row.ours in by_weight:
+            known.add(row.theirs)
             by_weight[row.ours].append(row)
     rows: dict[str, list[Row]] = {}
     report = []
@@ -339,9 +365,10 @@ def plan_load(
         else:
             dropped.append(f"{name}: {reason}")
     dropped += [
-        f"{name}: rows {arrays.shapes[name][0] - count} and up: padding of the vocabulary"
-        for name, count in table.pad_rows.items()
-        if name in arrays.shapes and any(r.theirs == name for found in rows.values() for r in found)
+        f"{r.theirs}: rows {shapes[r.ours][0]} and up: padding of the vocabulary"
+        for found in rows.values()
+        for r in found
+        if r.theirs in table.pad_rows and arrays.shapes[r.theirs][0] > shapes[r.ours][0]
     ]
     if problems:
         theirs, mine = family(names), family(list(shapes))
@@ -396,22 +423,18 @@ def read_weights(
     target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     weights: dict[str, Any] = {}
     problems: list[str] = []
-    last: tuple[str, np.ndarray] = ("", np.zeros(0))  # a fused array serves two weights in a row
 
     def read(name: str) -> np.ndarray:
-        nonlocal last
-        if last[0] != name:
-            try:
-                array = arrays.read(name)
-            except Exception as e:  # Orbax raises bare Exception for a damaged array
-                first = str(e.__cause__ or e).split("\n")[0]
-                raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
-            elif not np.isfinite(array.sum(dtype=np.float64)):
-                problems.append(f"{name}: holds values that are not finite")
-            last = name, array
-        return last[1]
+        try:
+            array = arrays.read(name)
+        except Exception as e:  # Orbax raises bare Exception for a damaged array
+            first = str(e.__cause__ or e).split("\n")[0]
+            raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
+        elif not np.isfinite(array.sum(dtype=np.float64)):
+            problems.append(f"{name}: holds values that are not finite")
+        return array
 
     for name, rows in plan.rows.items():
         shape = tuple(shapes[name].shape)
@@ -432,7 +455,7 @@ def read_weights(
         else:
             weights[name] = jax.make_array_from_callback(shape, shardings[name], whole.__getitem__)
     for copy, main in plan.copies.items():
-        if not np.array_equal(read(copy), arrays.read(main)):
+        if not np.array_equal(read(copy), read(main)):
             problems.append(f"{copy}: differs from {main}, expected the same numbers")
     if problems:
         raise WeightsError("weights cannot be used:\n  " + "\n  ".join(dict.fromkeys(problems)))

@@ -52,10 +52,16 @@ class Policy:
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, *, step: int | None = None, robot: str | None = None, seed: int = 0
+        cls,
+        checkpoint: str | Path,
+        *,
+        step: int | None = None,
+        robot: str | None = None,
+        seed: int = 0,
+        dtype: str | None = None,
     ) -> "Policy":
         """Loads a checkpoint directory; see `load_policy_parts` and `Policy`."""
-        return cls(load_policy_parts(checkpoint, step), robot=robot, seed=seed)
+        return cls(load_policy_parts(checkpoint, step, dtype=dtype), robot=robot, seed=seed)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the handshake: what a robot needs to know, and can check itself against."""

@@ -31,7 +31,7 @@ from openpi_like.models.weights import (
     read_weights,
     unflatten,
 )
-from openpi_like.robots import Robot
+from openpi_like.robots import Robot, policy_problems
 from openpi_like.train.state import ModelDef, Params, TrainState
 
 FORMAT = 1
@@ -164,8 +164,12 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
     origin: where they come from, for the record.
 
     Raises:
-        CheckpointError: the directory holds checkpoints already.
+        CheckpointError: the directory holds checkpoints already, or robots, statistics or tokenizer do not fit the
+            policy; lists everything that does not.
     """
+    problems = contract_problems(contract)
+    if problems:
+        raise CheckpointError("a policy that cannot be served:\n  " + "\n  ".join(problems))
     directory = Path(directory).resolve() / "checkpoints"
     manager = ocp.CheckpointManager(directory)
     if manager.all_steps():
@@ -178,6 +182,28 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
     manager.wait_until_finished()
     manager.close()
     return directory / "0"
+
+
+def contract_problems(contract: Contract) -> list[str]:
+    """Returns what of robots, statistics and tokenizer does not fit the policy."""
+    policy = contract.policy
+    if not hasattr(policy, "action_dim"):
+        return [f"{type(policy).__name__} samples no actions; expected a policy, such as Pi0Config"]
+    problems = []
+    for robot in contract.robots:
+        found = policy_problems(robot, policy)
+        try:
+            contract.normalizations[robot.name].check(robot)
+        except (KeyError, ValueError) as e:
+            found.append(str(e))
+        problems += [f"robot {robot.name!r}: {p}" for p in found]
+    try:
+        known = contract.text_tokenizer().vocab_size
+        if known > policy.vocab_size:
+            problems.append(f"the tokenizer has {known} ids, the policy knows {policy.vocab_size}")
+    except ValueError as e:
+        problems.append(str(e))
+    return problems
 
 
 def _contract_record(contract: Contract) -> dict[str, Any]:
@@ -336,6 +362,8 @@ def open_weights(checkpoint: str | Path, *, lora_scale: float | None = None) -> 
     """
     if not is_run(checkpoint):
         return open_arrays(checkpoint, lora_scale=lora_scale)
+    if lora_scale is not None:
+        raise WeightsError(f"lora_scale={lora_scale} is for published weights, {checkpoint} is a run; leave it out")
     step_dir = find_step(checkpoint)
     return open_arrays(step_dir / ("ema" if (step_dir / "ema").is_dir() else "params"))
 

@@ -222,8 +222,11 @@ def test_golden_resize_with_pad(stored: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 @pytest.mark.parametrize("length", ["short", "long"])
 def test_golden_prompts(golden: Path, sentencepiece_model: bytes, kind: str, length: str) -> None:
-    z = np.load(golden / "item8_tokenization.npz")
-    for i in range(3):
+    path = golden / "item8_tokenization.npz"
+    if not path.is_file():
+        pytest.skip(f"no golden vectors: {path} is absent")
+    z = np.load(path)
+    for i in sorted({k.split("/")[0] for k in z.files if "/" in k}):
         expected, mask = z[f"{i}/{kind}/{length}/tokens"], z[f"{i}/{kind}/{length}/mask"]
         tokenizer = TextTokenizer(sentencepiece_model, len(expected), truncate=True)
         state = z[f"{i}/state"] if kind == "pi05" else None

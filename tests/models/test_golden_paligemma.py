@@ -182,6 +182,8 @@ def test_golden_alignment_of_prompts_changes_nothing(
     f = {k.split("/")[1]: np.asarray(v) for k, v in functions.items() if k.startswith("left_to_right_align/")}
     np.testing.assert_array_equal(align(f["x"], f["input_mask"]), f["result_x"])
     np.testing.assert_array_equal(align(f["input_mask"], f["input_mask"]), f["result_input_mask"])
+    seen = align(f["attn_mask"], f["input_mask"]).swapaxes(1, 2)
+    np.testing.assert_array_equal(align(seen, f["input_mask"]).swapaxes(1, 2), f["result_attn_mask"])
 
     mask = np.asarray(observation["prompt_mask"])
     moved: Any = {

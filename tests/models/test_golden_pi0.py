@@ -187,7 +187,9 @@ def test_golden_velocity_and_loss(case: Golden) -> None:
     a = case.arrays
     velocity = nnx.jit(Pi0.velocity)(case.model, case.prefix, case.batch, a["x_t"], a["time"])
     assert_flow(velocity, a["v_t"])
+    np.testing.assert_allclose(a["u_t"], a["noise"] - a["actions"], atol=1e-6)
     error = nnx.jit(Pi0.flow_loss)(case.model, case.batch, a["noise"], a["time"])
+    assert_flow(error, jnp.square(a["v_t"] - a["u_t"]), rtol=1e-3)
     assert_flow(error.mean(-1), a["loss"])
     assert_flow(error.mean(), a["loss_mean"])
 

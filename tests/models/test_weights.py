@@ -18,6 +18,7 @@ from openpi_like.models.formats import FORMATS, family, recognise
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import (
+    LoraMerged,
     MemoryArrays,
     WeightsError,
     export_weights,
@@ -379,6 +380,91 @@ def test_lora_leaves_are_not_taken_for_weights(tiny_policy: Pi0Config, openpi_ar
         loaded(tiny_policy, openpi_arrays)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_lora_is_merged_when_asked_for(
+    tmp_path: Path, tiny_policy: Pi0Config, weights: Any, openpi_arrays: Arrays, scale: float
+) -> None:
+    """A rank-2 change of every kind of weight, in bfloat16, where adding it in bfloat16 would lose it."""
+    mine, rng = weights(tiny_policy), np.random.default_rng(0)
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in openpi_arrays.items()}
+    stems = {
+        "PaliGemma/llm/layers/attn/q_einsum/": "vlm/layers/q",
+        "PaliGemma/llm/layers/attn/kv_einsum_1/": "expert/layers/kv",
+        "PaliGemma/llm/layers/attn/attn_vec_einsum/": "vlm/layers/out",
+        "PaliGemma/llm/layers/mlp/gating_einsum_": "vlm/layers/gate_up",
+    }
+    expected = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in mine.items()}
+    for stem, ours in stems.items():
+        w = mine[ours]
+        a = rng.normal(size=(*w.shape[:-1], 2)).astype(np.float32) * 0.03
+        b = rng.normal(size=(*w.shape[:-2], 2, w.shape[-1])).astype(np.float32) * 0.03
+        half |= {f"{stem}lora_a": a, f"{stem}lora_b": b}
+        summed = b.sum(1, keepdims=True) if "attn_vec" in stem else b
+        expected[ours] = expected[ours] + (1.0 if "gating" in stem else scale) * np.matmul(a, summed)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", {"params": unflatten(half)})
+    source = open_arrays(tmp_path, lora_scale=scale)
+    got = read_weights(tiny_policy, source, plan_load(tiny_policy, source))
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-6, err_msg=name)
+
+
+def test_lora_weights_that_belong_to_nothing(openpi_arrays: Arrays) -> None:
+    q, out = (f"PaliGemma/llm/layers/attn/{name}_einsum/" for name in ("q", "attn_vec"))
+    foreign = "PaliGemma/llm/layers/attn/qq_einsum/"
+    arrays = MemoryArrays(
+        openpi_arrays
+        | {
+            f"{q}lora_b": np.zeros((2, 2, 2, 8)),
+            f"{foreign}lora_a": np.zeros((1, 2)),
+            f"{foreign}lora_b": np.zeros((2, 1)),
+        }
+        | {f"{out}lora_a": np.zeros((2, 1, 8, 2)), f"{out}lora_b": np.zeros((2, 2, 2, 16))}
+    )
+    with pytest.raises(WeightsError) as e:
+        LoraMerged(arrays, 1.0)
+    assert f"{q}w: expected {q}w, {q}lora_a and {q}lora_b, got ['{q}w', '{q}lora_b']" in str(e.value)
+    assert f"{foreign}w: expected" in str(e.value)
+    assert f"{out}w (2, 2, 8, 16): lora_a (2, 1, 8, 2)" in str(e.value)
+    with pytest.raises(WeightsError, match="there are no LoRA weights; leave it out"):
+        LoraMerged(MemoryArrays(openpi_arrays), 1.0)
+
+
+def test_our_own_checkpoints_are_read_as_strictly(tiny_policy: Pi0Config, weights: Any) -> None:
+    mine = weights(tiny_policy)
+    with pytest.raises(WeightsError, match="foo/bar: not used"):
+        loaded(tiny_policy, {**mine, "foo/bar": np.zeros(3, np.float32)})
+    with pytest.raises(WeightsError, match=r"expert/layers/q: not used(.|\n)*look like pi0, this config is PaliGemma"):
+        loaded(paligemma(tiny_policy), mine)
+
+
+def test_what_is_used_is_not_dropped(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
+    with pytest.raises(WeightsError, match=r"action_in_proj/bias: to be dropped by '\^action_in', but it is used"):
+        loaded(tiny_policy, openpi_arrays, drop=("^action_in",))
+    rest = ("^action_in/",)
+    assert "action_in/bias" not in loaded(tiny_policy, openpi_arrays, drop=("^action_in",), reinitialize=rest)
+
+
+def test_older_lerobot_files(tiny_policy: Pi0Config, weights: Any) -> None:
+    mine, both = weights(tiny_policy), "model.paligemma_with_expert."
+    arrays = {
+        k.replace("paligemma.lm_head", "paligemma.language_model.lm_head")
+        .replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+        .replace("paligemma.model.", "paligemma."): v
+        for k, v in exported(tiny_policy, mine, "lerobot").items()
+    }
+    arrays["normalize_inputs.buffer_observation_state.mean"] = np.zeros(4, np.float32)
+    source = MemoryArrays(arrays)
+    plan = plan_load(tiny_policy, source)
+    assert [line.split(": ")[1] for line in plan.dropped if "normalize" in line] == [
+        "normalisation statistics, which are no weights"
+    ]
+    assert_same(read_weights(tiny_policy, source, plan), mine)
+    with pytest.raises(WeightsError, match=r"format 'lerobot' holds pi0 and pi0\.5"):
+        loaded(paligemma(tiny_policy), arrays)
+    assert f"{both}paligemma.language_model.lm_head.weight" in arrays
+
+
 def test_patterns_that_match_nothing(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
     with pytest.raises(WeightsError, match=r"pattern '\^action_inn/' matches no weight; did you mean 'action_in/"):
         loaded(tiny_policy, openpi_arrays, reinitialize=("^action_inn/",))
@@ -420,7 +506,19 @@ def test_an_index_that_names_lost_arrays(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "m.safetensors")
     index = {"weight_map": {"a": "m.safetensors", "b": "m.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match=r"names arrays that its files lack: \['b in m\.safetensors'\]"):
+    with pytest.raises(WeightsError, match=r"name different arrays: \['b in m\.safetensors'\]"):
+        open_arrays(tmp_path)
+    save_file({"a": np.zeros(3, np.float32), "c": np.zeros(3, np.float32)}, tmp_path / "m.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"name different arrays: \['c in m\.safetensors'\]"):
+        open_arrays(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(WeightsError, match="is no index of safetensors"):
+        open_arrays(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert open_arrays(tmp_path).shapes == {"a": (3,), "c": (3,)}  # whatever the one file is called
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "n.safetensors")
+    with pytest.raises(WeightsError, match=r"holds \['m.safetensors', 'n.safetensors'\], expected one file"):
         open_arrays(tmp_path)
 
 
