@@ -93,7 +93,7 @@ def test_it_learns_to_say_what_it_sees(trained: Any, questions: Any, text: TextT
     for i in range(8):
         row = np.asarray(ids[i])[np.asarray(mask[i])]
         assert row[-1] == EOS
-        assert text.decode(row[:-1]) == ANSWERS[i % 4]
+        assert text.decode(row[:-1].tolist()) == ANSWERS[i % 4]
     assert not np.asarray(ids)[~np.asarray(mask)].any()
 
 

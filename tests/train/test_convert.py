@@ -180,7 +180,7 @@ def test_paligemma_through_three_layouts(
         f"from openpi_like.models.siglip import SiglipConfig\nconfig = PaliGemmaConfig({values})\n"
     )
     assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
-    drop = ("_1/", "^action_", "^state_")
+    drop = ("llm/.*_1/", "^action_", "^state_")
     steps = [(tmp_path / "openpi", "huggingface", drop), (tmp_path / "huggingface", "big_vision", ())]
     for source, to, left_out in steps:
         status, text = convert(program, source, tmp_path / to, to, model=str(path), drop=left_out)
