@@ -68,7 +68,9 @@ def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
     rows = json.loads((demo / "finetune" / "load_report.json").read_text())
     fresh = {row["weight"]: row["why"] for row in rows if row["from"] == "fresh"}
     assert set(fresh) == {"action_in/kernel", "action_out/kernel", "action_out/bias", "state_in/kernel"}
-    assert fresh["state_in/kernel"] == "asked by '^state_in/kernel', the checkpoint has (4, 64)"
+    assert (
+        fresh["state_in/kernel"] == "asked by '^state_in/kernel': state_in/kernel: got shape (4, 64), expected (14, 64)"
+    )
     assert len(rows) > 40
 
 

@@ -395,7 +395,8 @@ def _row_problem(row: Row, shape: tuple[int, ...], arrays: Arrays, table: Table)
         got = (expected[0], *got[1:])
     if got == expected:
         return None
-    whole = f" (for {row.ours})" if not row.take else f" at {row.take} (for {row.ours})"
+    whole = f" at {row.take}" if row.take else ""
+    whole += f" (for {row.ours})" if row.ours != row.theirs else ""
     hint = "; the same sizes in another order: transposed?" if sorted(got) == sorted(expected) else ""
     return f"{row.theirs}: got shape {got}, expected {expected}{whole}{hint}"
 

@@ -142,14 +142,20 @@ def test_resuming_anywhere_on_any_hosts_is_exact(load: Any, start: int, hosts: i
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", state_in_prompt=True)],
+    ids=["pi0", "pi05"],
+)
 def test_a_batch_is_its_samples_one_by_one(
-    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
-) -> None:
+    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization],
+    shapes: Shapes,
+) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
-    batch = next(load(augment=None, batch_size=64, frame_stride=2))
+    tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len)
+    batch = next(load(augment=None, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
-    shapes = Shapes()
     assert Counter(batch["dataset_id"].tolist()) == {0: 48, 1: 16}
     for row in range(64):
         _, i, frame = order[row]
@@ -168,7 +174,8 @@ def test_a_batch_is_its_samples_one_by_one(
                 assert batch["action_mask"][row, a, d] == mask
                 value = norm.apply_actions(chunk[a])[d] if mask else 0.0
                 assert batch["actions"][row, a, d] == value
-        ids, real = tokenizer.encode(dataset.prompts(np.array([frame]))[0])
+        in_prompt = norm.apply_state(state) if shapes.state_in_prompt else None  # without padding
+        ids, real = tokenizer.encode(dataset.prompts(np.array([frame]))[0], in_prompt)
         np.testing.assert_array_equal(batch["prompt"][row], ids)
         np.testing.assert_array_equal(batch["prompt_mask"][row], real)
         cameras = {c.name: c for c in robot.cameras}
@@ -176,7 +183,7 @@ def test_a_batch_is_its_samples_one_by_one(
             assert batch["image_mask"][name][row] == (name in cameras)
             image = np.zeros((*shapes.image_size, 3), np.uint8)
             if name in cameras:
-                fit(dataset.image(frame, cameras[name]), image)
+                fit(dataset.image(frame, cameras[name]), image, resize=shapes.resize)
             np.testing.assert_array_equal(batch["images"][name][row], image)
 
 

@@ -16,6 +16,19 @@ def test_batches_are_rows(tokenizer: TextTokenizer) -> None:
     assert mask.sum(axis=1).tolist() == [len(np.flatnonzero(row)) for row in ids]
 
 
+def test_a_state_is_written_into_the_prompt(tokenizer: TextTokenizer) -> None:
+    """By hand: floor((x + 1) * 128), 255 from the last edge on, -1 below the range."""
+    wide = TextTokenizer(tokenizer.model, 100)
+    state = np.array([-1.01, -1.0, 0.0, 0.004, 0.0079, 1.0, 7.0], np.float32)
+    ids, mask = wide.encode(" open_the drawer\n", state)
+    assert wide.decode(ids[mask].tolist()) == "Task: open the drawer, State: -1 0 128 128 129 255 255;\nAction: "
+    again, _ = wide.batch(["open the drawer"] * 2, [state, state + 1])
+    np.testing.assert_array_equal(again[0], ids)
+    assert (again[1] != ids).any()
+    with pytest.raises(ValueError, match=r"with 7 state values has \d+ tokens, expected at most prompt_len=40"):
+        tokenizer.encode("open the drawer", state)
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=8))
 def test_any_text_can_be_encoded_and_read_back(tokenizer: TextTokenizer, text: str) -> None:

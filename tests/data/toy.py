@@ -58,6 +58,8 @@ class Shapes:
     action_horizon: int = 6
     prompt_len: int = 40
     vocab_size: int = 512
+    resize: str = "cubic"
+    state_in_prompt: bool = False
 
 
 def write_toy(tfds: Any, directory: Path) -> None:
