@@ -176,7 +176,7 @@ def test_warm_start_takes_what_fits_and_says_why(saved, tiny_policy):
         "action_out/bias",
     }
     assert by_name["action_in/kernel"]["why"] == (
-        "asked by '^action_in/kernel': action_in/kernel: got shape (4, 16), expected (7, 16) (for action_in/kernel)"
+        "asked by '^action_in/kernel': action_in/kernel: got shape (4, 16), expected (7, 16)"
     )
     for name, row in by_name.items():
         np.testing.assert_array_equal(flat[name], (old if row["from"] == "checkpoint" else new)[name])
