@@ -10,7 +10,6 @@ F mlp width, V vocabulary, L layers.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -222,43 +221,24 @@ class GemmaLayer(nnx.Module):
         hidden_BSF = jax.nn.gelu(gate, approximate=True) * up
         return jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(y_BSD.dtype))
 
-    def packed(self, config: GemmaConfig, dtype: str) -> "PackedLayer":
-        """Returns the stacked weights of all layers as few large matrices, for many small calls."""
-        L, D, N, H = config.depth, config.width, config.num_heads, config.head_dim
-        q = self.q[...].swapaxes(1, 2).reshape(L, D, N * H)
-        kv = jnp.moveaxis(self.kv[...], 3, 1).reshape(L, D, -1)
-        gate_up = self.gate_up[...].swapaxes(1, 2).reshape(L, D, -1)
-        return PackedLayer(
-            config=config,
-            attn_norm=self.attn_norm,
-            mlp_norm=self.mlp_norm,
-            qkv=jnp.concatenate([q, kv], axis=-1).astype(dtype),
-            out=self.out[...].reshape(L, N * H, D).astype(dtype),
-            gate_up=gate_up.astype(dtype),
-            down=self.down[...].astype(dtype),
-        )
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["attn_norm", "mlp_norm", "qkv", "out", "gate_up", "down"],
-    meta_fields=["config"],
-)
-@dataclasses.dataclass(frozen=True)
-class PackedLayer:
+class PackedLayer(nnx.Module):
     """The projections of `GemmaLayer` as one matrix each, in the compute dtype.
 
-    Sampling calls an expert on a few tokens again and again: there the number of products counts, and packing once
-    costs little. qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
+    Sampling calls an expert on a few tokens again and again: there the number of products counts.
+    qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
     """
 
-    config: GemmaConfig
-    attn_norm: Any
-    mlp_norm: Any
-    qkv: Leaf
-    out: Leaf
-    gate_up: Leaf
-    down: Leaf
+    def __init__(self, layer: GemmaLayer, config: GemmaConfig, dtype: str) -> None:
+        self.config = config
+        L, D, N, H = config.depth, config.width, config.num_heads, config.head_dim
+        q = layer.q[...].swapaxes(1, 2).reshape(L, D, N * H)
+        kv = jnp.moveaxis(layer.kv[...], 3, 1).reshape(L, D, -1)
+        self.attn_norm, self.mlp_norm = layer.attn_norm, layer.mlp_norm
+        self.qkv = nnx.Param(jnp.concatenate([q, kv], axis=-1).astype(dtype))
+        self.out = nnx.Param(layer.out[...].reshape(L, N * H, D).astype(dtype))
+        self.gate_up = nnx.Param(layer.gate_up[...].swapaxes(1, 2).reshape(L, D, -1).astype(dtype))
+        self.down = nnx.Param(layer.down[...].astype(dtype))
 
     def project(
         self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
@@ -266,19 +246,19 @@ class PackedLayer:
         """As `GemmaLayer.project`."""
         B, S = y_BSD.shape[:2]
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = (y_BSD @ self.qkv).reshape(B, S, N + 2 * K, H)
+        heads = (y_BSD @ self.qkv[...]).reshape(B, S, N + 2 * K, H)
         turned = rotate(heads[:, :, : N + K], rope_2BSh[:, :, :, None])
         return turned[:, :, :N].swapaxes(1, 2), KVCache(k=turned[:, :, N:], v=heads[:, :, N + K :])
 
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.project_out`."""
         B, _, S, _ = seen_BNSH.shape
-        return seen_BNSH.swapaxes(1, 2).reshape(B, S, -1) @ self.out
+        return seen_BNSH.swapaxes(1, 2).reshape(B, S, -1) @ self.out[...]
 
     def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.mlp`."""
-        gate, up = jnp.split(y_BSD @ self.gate_up, 2, axis=-1)
-        return (jax.nn.gelu(gate, approximate=True) * up) @ self.down
+        gate, up = jnp.split(y_BSD @ self.gate_up[...], 2, axis=-1)
+        return (jax.nn.gelu(gate, approximate=True) * up) @ self.down[...]
 
 
 def run_layer(
@@ -316,7 +296,7 @@ class Gemma(nnx.Module):
         self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
         if vocab_size is not None:
             self.embedding = weight(key, "embedding", (vocab_size, config.width), ("vocab", "embed"), fan_in(1))
-        self.layers = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
+        self.layers: GemmaLayer | PackedLayer = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
         self.final_norm = RMSNorm(named_key(key, "final_norm"), config.width, adaptive=adaptive)
 
     def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
@@ -334,9 +314,13 @@ class Gemma(nnx.Module):
         """Returns the rotations of tokens at these positions, see `rope`."""
         return rope(positions_BS, self.config.head_dim)
 
-    def packed(self) -> PackedLayer:
-        """Returns the layers for many small calls, see `PackedLayer`."""
-        return self.layers.packed(self.config, self.dtype)
+    def packed(self) -> "Gemma":
+        """Returns the same expert for many small calls, see `PackedLayer`; for sampling only."""
+        if isinstance(self.layers, PackedLayer):
+            return self
+        packed = nnx.merge(*nnx.split(self))
+        packed.layers = PackedLayer(self.layers, self.config, self.dtype)
+        return packed
 
     def __call__(
         self,
@@ -346,19 +330,17 @@ class Gemma(nnx.Module):
         *,
         past: KVCache | None = None,
         cond_BSD: Float[Array, "B #S D"] | None = None,
-        packed: PackedLayer | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Returns the tokens after the final norm, and their keys and values for the experts that follow.
 
         mask: True where a token sees a key; T counts the keys of `past` first, then the S own ones.
         past: keys and values of the tokens before these, (L, B, T - S, K, H).
-        packed: this expert's `packed()`, where it is called many times.
         """
 
         def body(x: jax.Array, layer: tuple[Any, KVCache | None]) -> tuple[jax.Array, KVCache]:
             return run_layer(layer[0], x, mask_BST, rope_2BSh, layer[1], cond_BSD)
 
-        stack = (self.layers if packed is None else packed, past)
+        stack = (self.layers, past)
         x_BSD, own = run_layers(body, x_BSD.astype(self.dtype), stack, unroll=self.unroll, remat=self.remat)
         return self.final_norm(x_BSD, cond_BSD)[0], own
 

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
-from openpi_like.models.gemma import Gemma, GemmaConfig, PackedLayer, attention_mask, token_positions
+from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
 from openpi_like.models.paligemma import VisionLanguageConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear, named_key
 from openpi_like.models.siglip import SiglipConfig
@@ -248,13 +249,10 @@ class Pi0(VisionLanguageModel):
         prefix: Prefix,
         tokens_BTD: Float[Array, "B T D"],
         cond_BSD: Float[Array, "B 1 D"] | None,
-        packed: PackedLayer | None = None,
     ) -> Float[Array, "B T D"]:
-        """Runs the expert's tokens against the prefix; returns them after the final norm. packed: see `Gemma`."""
+        """Runs the expert's tokens against the prefix; returns them after the final norm."""
         with jax.named_scope("expert"):
-            out, _ = self.expert(
-                tokens_BTD, prefix.mask, prefix.rope, past=prefix.cache, cond_BSD=cond_BSD, packed=packed
-            )
+            out, _ = self.expert(tokens_BTD, prefix.mask, prefix.rope, past=prefix.cache, cond_BSD=cond_BSD)
         return out
 
     def velocity(
@@ -271,12 +269,12 @@ class Pi0(VisionLanguageModel):
         return self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32))
 
     def sampling_velocity(
-        self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"], packed: PackedLayer
+        self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
     ) -> Float[Array, "B A J"]:
         """Returns `velocity` against a prefix that holds the state token already, see `_with_state`."""
-        return self._velocity(self.suffix(prefix, *self.embed_actions(x_BAJ, time_B), packed))
+        return self._velocity(self.suffix(prefix, *self.embed_actions(x_BAJ, time_B)))
 
-    def _with_state(self, prefix: Prefix, observation: Observation, packed: PackedLayer) -> Prefix:
+    def _with_state(self, prefix: Prefix, observation: Observation) -> Prefix:
         """Returns a prefix that holds the state token too: actions see it, and it sees none of them (pi0)."""
         S = prefix.mask.shape[2] - prefix.mask.shape[1]
         _, own = self.expert(
@@ -284,7 +282,6 @@ class Pi0(VisionLanguageModel):
             prefix.mask[:, :1, : S + 1],
             prefix.rope[:, :, :1],
             past=prefix.cache,
-            packed=packed,
         )
         cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), prefix.cache, own)
         return Prefix(cache, prefix.mask[:, 1:], prefix.rope[:, :, 1:])
@@ -337,6 +334,18 @@ class Pi0(VisionLanguageModel):
 
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
+    def packed(self) -> "Pi0":
+        """Returns the same policy with the expert's weights as sampling wants them, see `Gemma.packed`.
+
+        A server does this once, when it loads; where it was not done, `sample_actions` does it in every call.
+        """
+        expert = self.expert.packed()
+        if expert is self.expert:
+            return self
+        packed = nnx.merge(*nnx.split(self))
+        packed.expert = expert
+        return packed
+
     def sample_actions(
         self,
         key: Key[Array, ""],
@@ -361,14 +370,14 @@ class Pi0(VisionLanguageModel):
         steps = self.config.sample_steps if num_steps is None else num_steps
         start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
         prefix = self.prefix(observation, differentiable=False)
-        packed = self.expert.packed()
+        policy = self.packed()
         if not self.config.pi05:
-            prefix = self._with_state(prefix, observation, packed)
+            prefix = policy._with_state(prefix, observation)
         dt = jnp.float32(-1.0 / steps)
 
         def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, t = carry
-            x = x + dt * self.sampling_velocity(prefix, x, jnp.full((B,), t), packed)
+            x = x + dt * policy.sampling_velocity(prefix, x, jnp.full((B,), t))
             # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
             t = t + dt
             if action_dims is not None:

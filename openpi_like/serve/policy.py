@@ -1,5 +1,6 @@
 """A checkpoint as a policy: an observation from the wire in, actions in the robot's own units out."""
 
+import dataclasses
 import importlib.metadata
 import time
 from pathlib import Path
@@ -41,9 +42,10 @@ class Policy:
                 f"{near_names(robot, list(robots))}"
             )
         self.robots = robots if robot is None else {robot: robots[robot]}
-        self._parts, self._seed, self._requests = parts, seed, 0
-        self._config = parts.model.config
-        graph, self._weights = nnx.split(parts.model)
+        # Packed once, instead of in every request; the weights this replaces are not kept.
+        self._parts = dataclasses.replace(parts, model=parts.model.packed())
+        self._seed, self._requests, self._config = seed, 0, parts.model.config
+        graph, self._weights = nnx.split(self._parts.model)
 
         def sample(weights: Any, key: jax.Array, observation: Observation, dims: jax.Array) -> jax.Array:
             return nnx.merge(graph, weights).sample_actions(key, observation, action_dims=dims)

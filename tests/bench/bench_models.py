@@ -98,6 +98,7 @@ def measure(
 
 def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: float) -> dict[str, Any]:
     import jax
+    from flax import nnx
 
     from openpi_like.models.gemma import GemmaConfig
     from openpi_like.models.pi0 import Pi0Config
@@ -156,7 +157,8 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
         with np.load(folder / "ours.npz") as stored:
             weights = unflatten(dict(stored))
     rows: dict[str, Any] = {}
-    served = jax.tree.map(lambda w: jax.numpy.asarray(w, dtype), weights)  # as a server loads them
+    # As a server loads them.
+    graph, served = nnx.split(bind(config, jax.tree.map(lambda w: jax.numpy.asarray(w, dtype), weights)).packed())
     for B in (1, 8):
         a, observation = (
             inputs(size, B),
@@ -164,7 +166,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
         )
 
         def sample(params: Any, observation: Any, noise: Any) -> Any:
-            return bind(config, params).sample_actions(jax.random.key(0), observation, noise=noise)
+            return nnx.merge(graph, params).sample_actions(jax.random.key(0), observation, noise=noise)
 
         args = jax.device_put((served, observation, a["noise"]))
         row, out = measure(f"sampling, batch {B}", jax.jit(sample), args, chain=False, seconds=seconds)

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import tyro
+from flax import nnx
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
 from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.weights import bind, layout, weight_shapes
+from openpi_like.models.weights import layout, weight_shapes
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, ShardingRules, batch_sharding, replicated
 from openpi_like.train.state import ModelDef, Trainer
@@ -86,11 +87,13 @@ def main(args: Args) -> None:
 
         model = ModelDef(config)
         one = MeshConfig().create(devices[:1] if devices else jax.devices()[:1])
-        weights = jax.tree.map(lambda leaf: spec(leaf.shape, "bfloat16", replicated(one)), model.shapes)  # noqa: B023
+        # As a server loads them.
+        graph, packed = nnx.split(nnx.eval_shape(lambda c=config: c.create(jax.random.key(0)).packed()))
+        weights = jax.tree.map(lambda leaf: spec(leaf.shape, "bfloat16", replicated(one)), packed)  # noqa: B023
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(one))
         for B in (1, 8):
-            sample = jax.jit(lambda params, obs, key, c=config: bind(c, params).sample_actions(key, obs))
+            sample = jax.jit(lambda params, obs, key, g=graph: nnx.merge(g, params).sample_actions(key, obs))
             lowered = sample.lower(weights, observation(config, B, replicated(one)), key)
             table.add_row(*compiled_row(f"{name} sampler, bfloat16, batch {B}, one device", lowered, console))
 

@@ -254,6 +254,8 @@ def test_packed_layers_compute_the_same(filled: Any, adaptive: bool, kv_heads: i
     turns = model.rope(jnp.arange(8)[None].repeat(2, 0))
     _, past = model(past_x, jnp.ones((2, 5, 5), bool), turns[:, :, :5], cond_BSD=cond)
     mask = jnp.asarray(rng.random((2, 3, 8)) < 0.7).at[:, :, -1].set(True)
-    run = nnx.jit(lambda m, packed: m(x, mask, turns[:, :, 5:], past=past, cond_BSD=cond, packed=packed))
-    expected, got = run(model, None), run(model, model.packed())
+    run = nnx.jit(lambda m: m(x, mask, turns[:, :, 5:], past=past, cond_BSD=cond))
+    packed = model.packed()
+    assert packed.packed() is packed
+    expected, got = run(model), run(packed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)

@@ -212,7 +212,7 @@ def test_euler_on_the_exact_linear_field_returns_the_data(
     monkeypatch: pytest.MonkeyPatch, model: Pi0, batch: Any, draws: Any, steps: int
 ) -> None:
     noise, data = draws[0], batch["actions"]
-    monkeypatch.setattr(Pi0, "sampling_velocity", lambda self, prefix, x, time, packed: noise - data)
+    monkeypatch.setattr(Pi0, "sampling_velocity", lambda self, prefix, x, time: noise - data)
     out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise)
     np.testing.assert_allclose(out, data, atol=1e-5)
 
@@ -269,7 +269,7 @@ def test_dims_a_robot_lacks_follow_the_path_of_padding(
     noise, steps = draws[0], 4
     dims = jnp.asarray(np.arange(4) < np.array([4, 3] * 4)[:, None])
     # The velocity of all dims is the last dim of x, so what is seen in the last dim shows in the others.
-    wrong = lambda self, prefix, x, time, packed: jnp.broadcast_to(x[..., 3:] + 1, x.shape)  # noqa: E731
+    wrong = lambda self, prefix, x, time: jnp.broadcast_to(x[..., 3:] + 1, x.shape)  # noqa: E731
     monkeypatch.setattr(Pi0, "sampling_velocity", wrong)
     out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise, action_dims=dims)
     times = 1 - np.arange(steps) / steps

@@ -40,6 +40,9 @@ class Constant(nnx.Module):
     def __init__(self, config, value):
         self.config, self.value = config, value
 
+    def packed(self):
+        return self
+
     def sample_actions(self, key, observation, *, action_dims):
         shape = (1, self.config.action_horizon, self.config.action_dim)
         noise = 1e-3 * jax.random.normal(key, shape)
