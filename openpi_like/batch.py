@@ -4,9 +4,12 @@ Letters: B batch, S prompt tokens, A action horizon, J action dims (padded to th
 Every leaf is an array, so the dictionaries are jax pytrees as they are; this module imports neither jax nor numpy.
 """
 
-from typing import Any, TypedDict
+import dataclasses
+from typing import Any, NotRequired, TypedDict
 
 Array = Any  # numpy on the host, jax.Array or a tracer on the device
+
+PROMPT_FORMATS = ("pi0", "pi05", "fast")  # see openpi_like.data.text
 
 
 class Observation(TypedDict):
@@ -20,8 +23,35 @@ class Observation(TypedDict):
     prompt_mask: Array  # bool (B, S)
 
 
+@dataclasses.dataclass(frozen=True)
+class ActionTokens:
+    """FAST tokens in a text vocabulary of V ids: token w is id V - 1 - skip - w.
+
+    count: W, tokens of the FAST vocabulary. skip: ids at the end of the vocabulary that are left alone. The defaults
+    are those of the released weights, where action tokens take the ids of location tokens and of rare words.
+    max_len: T, tokens of an answer at most: "Action: ", action tokens, "|" and the end; and, before it, a subtask.
+    """
+
+    max_len: int
+    count: int = 2048
+    skip: int = 128
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)}, expected at least {least}"
+            for name, least in (("max_len", 1), ("count", 1), ("skip", 0))
+            if getattr(self, name) < least
+        ]
+        if problems:
+            raise ValueError("ActionTokens: " + "; ".join(problems))
+
+    def first(self, vocab_size: int) -> int:
+        """Returns the id of action token 0; token w is w less."""
+        return vocab_size - 1 - self.skip
+
+
 class TextBatch(TypedDict):
-    """Images and text with what is to be predicted of it: captions, answers, subtasks."""
+    """Images and text with what is to be predicted of it: captions, answers, subtasks, action tokens."""
 
     images: dict[str, Array]  # as in Observation
     image_mask: dict[str, Array]
@@ -38,3 +68,7 @@ class Batch(Observation):
     actions: Array  # float32 (B, A, J), normalised, zeros where action_mask is False
     action_mask: Array  # bool (B, A, J), False past the end of the episode and in padded dims
     dataset_id: Array  # int32 (B,), index into the mixture's entries
+    # Where the policy writes action tokens, its prompt is longer by them, (B, S + T), and these say what is what:
+    prompt_causal: NotRequired[Array]  # as in TextBatch
+    prompt_loss: NotRequired[Array]
+    prompt_action: NotRequired[Array]  # bool (B, S + T), from "Action: " on: what an action expert does not see

@@ -20,14 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
+from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import flatten, print_load_report
 from openpi_like.train.checkpoint import (
     Checkpointer,
+    CheckpointError,
     Contract,
+    contract_problems,
     encode_tokenizer,
     find_step,
+    is_run,
     read_contract,
     warm_start,
 )
@@ -56,18 +60,31 @@ def main(config: TrainConfig, console: Console) -> None:
 
     # ---- Contract: what serving will depend on -----------------------------------------------------------------------
     robots = tuple(entry.robot for entry in config.data.entries)
+    before = None  # what the run starts from, if that is one of ours
+    if config.warm_start is not None and is_run(config.warm_start.checkpoint):
+        before = read_contract(find_step(config.warm_start.checkpoint))
     if config.tokenizer is not None:
         tokenizer = encode_tokenizer(Path(config.tokenizer).read_bytes())
+    elif before is not None:
+        tokenizer = before.tokenizer
     else:
-        assert config.warm_start is not None  # TrainConfig has checked it
-        tokenizer = read_contract(find_step(config.warm_start.checkpoint)).tokenizer
+        raise ValueError("tokenizer=None: there is no run of ours to take it from; give the SentencePiece model's file")
+    action_tokenizer = None
+    if config.action_tokenizer is not None:
+        action_tokenizer = FastTokenizer.load(config.action_tokenizer).files
+    elif before is not None and config.model.action_tokens is not None:
+        action_tokenizer = before.action_tokenizer
     contract = Contract(
         policy=config.model,
         robots=robots,
         normalizations={r.name: load_normalization(Path(config.stats) / f"{r.name}.json", r) for r in robots},
         tokenizer=tokenizer,
         renderers=describe(config.data).renderers,
+        action_tokenizer=action_tokenizer,
     )
+    problems = contract_problems(contract)
+    if problems:
+        raise CheckpointError("this run would make a policy that cannot be served:\n  " + "\n  ".join(problems))
 
     # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
     model = ModelDef(config.model)
@@ -104,6 +121,7 @@ def main(config: TrainConfig, console: Console) -> None:
         policy=config.model,
         tokenizer=contract.text_tokenizer(),
         normalizations=contract.normalizations,
+        action_tokenizer=contract.fast_tokenizer(),
         start=position,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -161,6 +179,8 @@ def main(config: TrainConfig, console: Console) -> None:
                     else:
                         per = sums[k.replace("loss/", "samples/")] if k.startswith("loss/") else max(steps, 1)
                         line[k] = v / per if per else math.nan
+                if loader.saturated:
+                    line["saturated"] = loader.saturated
                 line["learning_rate"] = float(config.optimizer.schedule()(step - 1))
                 if metrics:
                     metrics.write(step, "train", line)

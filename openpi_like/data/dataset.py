@@ -80,11 +80,21 @@ class EpisodeDataset:
         if key is None:
             assert self.robot.default_prompt is not None  # Robot has checked it
             return [self.robot.default_prompt] * len(frames)
+        return self.texts(key, frames)
+
+    def texts(self, key: str, frames: Int[np.ndarray, "B"]) -> list[str]:
+        """Returns a text field of each frame, of the step or of its episode."""
         if key in self.index.texts:
             texts, at = self.index.texts[key], self.frame_step[frames]
         else:
             texts, at = self.index.episode_texts[key], self._episode[frames]
         return [texts.table[i] for i in texts.ids[at]]
+
+    def check_text(self, key: str) -> None:
+        """Raises DatasetError, with near names, unless there is such a text field."""
+        known = [*self.index.texts, *self.index.episode_texts]
+        if key not in known:
+            raise DatasetError(f"{self.index.split}: text_key: {self._no_field(key, known)}")
 
     def image(self, frame: int, camera: Camera) -> UInt8[np.ndarray, "H W 3"]:
         """Reads and decodes one image, at the size it is stored in.

@@ -6,6 +6,7 @@ s + k * batch_size ... s + (k + 1) * batch_size - 1; host h of H holds every H-t
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -13,14 +14,15 @@ from typing import Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from openpi_like.batch import Batch
+from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import near_names
 from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.fast import FastError, FastTokenizer
 from openpi_like.data.images import Augment, augment
 from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.text import TextTokenizer
+from openpi_like.data.text import TextRow, TextTokenizer
 from openpi_like.robots.robot import Robot, policy_problems
 
 RENDERER_KEY = "episode_metadata/renderer"
@@ -47,7 +49,9 @@ class PolicyShape(Protocol):
     @property
     def resize(self) -> str: ...
     @property
-    def state_in_prompt(self) -> bool: ...
+    def prompt_format(self) -> str: ...
+    @property
+    def action_tokens(self) -> ActionTokens | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,8 @@ class MixtureEntry:
 
     path: TFDS directory. weight: part of the samples that come from it, relative to the other weights, whatever its
     size. split, val_split: for training and validation; val_split None means there is nothing to validate on.
+    text_key: a text field of the RLDS step that is to be said in answer to the instruction: a subtask, before the
+        actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
     """
 
     robot: Robot
@@ -63,6 +69,8 @@ class MixtureEntry:
     weight: float = 1.0
     split: str = "train"
     val_split: str | None = "val"
+    text_key: str | None = None
+    actions: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,8 @@ class DataConfig:
     frame_stride: see `EpisodeDataset`. drop_cameras: slots that robots have and the policy is not to see.
     augment: None leaves training images as they are. num_threads: each decodes a batch at a time. prefetch: batches
     kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+    saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
+        it, such a chunk is an error.
     """
 
     entries: tuple[MixtureEntry, ...]
@@ -83,6 +93,7 @@ class DataConfig:
     prefetch: int = 4
     index_dir: str | None = None
     max_corrupt_fraction: float = 0.0
+    saturate_actions: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -91,6 +102,8 @@ class DataConfig:
         for entry in self.entries:
             if not 0 < entry.weight < float("inf"):
                 problems.append(f"weight {entry.weight} of {entry.path}, expected a number above 0")
+            if not entry.actions and entry.text_key is None:
+                problems.append(f"{entry.path} has actions=False and no text_key; then there is nothing to predict")
         for name, least in (("frame_stride", 1), ("num_threads", 1), ("prefetch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 problems.append(f"{name}={getattr(self, name)}, expected at least {least}")
@@ -140,7 +153,10 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
             index = open_index(
                 entry.path, split, index_dir=config.index_dir, max_corrupt_fraction=config.max_corrupt_fraction
             )
-            datasets.append(EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride))
+            dataset = EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride)
+            if entry.text_key is not None:
+                dataset.check_text(entry.text_key)
+            datasets.append(dataset)
         except DatasetError as e:
             problems.append(str(e))
     if problems:
@@ -185,16 +201,25 @@ class _Assembler:
         tokenizer: TextTokenizer,
         normalizations: Mapping[str, Normalization],
         config: DataConfig,
+        action_tokenizer: FastTokenizer | None,
     ) -> None:
         self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
-        self.normalizations = normalizations
-        problems = []
+        self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
+        self.saturated, self._lock = 0, threading.Lock()
+        problems = action_token_problems(policy, tokenizer, action_tokenizer)
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
+        if tokenizer.prompt_format != policy.prompt_format:
+            problems.append(
+                f"the tokenizer writes prompts of format {tokenizer.prompt_format!r}, the policy reads "
+                f"{policy.prompt_format!r}"
+            )
         if tokenizer.vocab_size > policy.vocab_size:
             problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
         for entry in config.entries:
             problems += [f"robot {entry.robot.name!r}: {p}" for p in self._problems(entry.robot)]
+            if entry.text_key is not None and policy.action_tokens is None:
+                problems.append(f"{entry.path} has text_key={entry.text_key!r}, but the policy writes no answers")
         if problems:
             raise ValueError(
                 "robots, tokenizer and policy do not fit each other:\n  " + "\n  ".join(dict.fromkeys(problems))
@@ -221,22 +246,34 @@ class _Assembler:
         state_mask = np.zeros((size, policy.state_dim), bool)
         actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
         action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
+        # Per sample: the instruction, the state for the prompt, what is said, and the action tokens.
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
+        said: list[str | None] = [None] * size
+        written: list[np.ndarray | None] = [None] * size
         for i in np.unique(ids):
             dataset = self.datasets[i]
             assert dataset is not None  # ids are of open datasets
             rows = np.flatnonzero(ids == i)
-            robot, normalization = dataset.robot, self.normalizations[dataset.robot.name]
+            entry, robot = self.config.entries[i], dataset.robot
+            normalization = self.normalizations[robot.name]
             states, chunks, mask = dataset.encoded(frames[rows])
             state[rows, : robot.state_size] = normalization.apply_state(states)
             for row in rows:
                 states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
-            chunks = np.where(mask[..., None], normalization.apply_actions(chunks), np.float32(0))
-            actions[rows, : robot.action_horizon, : robot.action_size] = chunks
-            action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
             for row, prompt in zip(rows, dataset.prompts(frames[rows]), strict=True):
                 prompts[row] = prompt
+            if entry.text_key is not None:
+                for row, text in zip(rows, dataset.texts(entry.text_key, frames[rows]), strict=True):
+                    said[row] = text
+            if entry.actions:
+                chunks = normalization.apply_actions(chunks)
+                if self.action_tokenizer is not None:
+                    # Past the end of the episode its last action is repeated: tokens are of whole chunks.
+                    for row, ids in zip(rows, self._action_ids(dataset, chunks, frames[rows]), strict=True):
+                        written[row] = ids
+                actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
+                action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
             for camera in robot.cameras:
                 if camera.name not in images:
                     continue
@@ -248,18 +285,61 @@ class _Assembler:
                     if self.config.augment is not None and positions is not None:
                         key = (self.config.seed, positions[int(row)], slot)
                         augment(out, self.config.augment, np.random.default_rng(key))
-        prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt if policy.state_in_prompt else None)
-        return Batch(
+        if policy.action_tokens is None:
+            prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
+            text = {"prompt": prompt, "prompt_mask": prompt_mask}
+        else:
+            answers = [self._answer(*row) for row in zip(prompts, states_in_prompt, said, written, strict=True)]
+            text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
+        return Batch(  # type: ignore[typeddict-item]  # text
             images=images,
             image_mask=image_mask,
             state=state,
             state_mask=state_mask,
-            prompt=prompt,
-            prompt_mask=prompt_mask,
             actions=actions,
             action_mask=action_mask,
             dataset_id=ids.astype(np.int32),
+            **text,
         )
+
+    def _action_ids(self, dataset: EpisodeDataset, chunks: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
+        """Returns action tokens as ids of the text vocabulary."""
+        tokens = self.policy.action_tokens
+        assert self.action_tokenizer is not None
+        assert tokens is not None
+        try:
+            encoded = self.action_tokenizer.encode(
+                chunks, outside="saturate" if self.config.saturate_actions else "error"
+            )
+        except FastError as e:
+            where = ", ".join(dataset.index.where(int(dataset.frame_step[f])) for f in frames[:3])
+            raise DatasetError(f"action tokens of frames at {where} ...: {e}; or set saturate_actions") from e
+        with self._lock:
+            self.saturated += int(encoded.outside.sum())
+        return [tokens.first(self.policy.vocab_size) - ids for ids in encoded.ids]
+
+    def _answer(self, prompt: str, state: np.ndarray, said: str | None, written: np.ndarray | None) -> TextRow:
+        if written is None:
+            assert said is not None  # DataConfig has checked it
+            return self.tokenizer.encode_answer(prompt, said)
+        return self.tokenizer.encode_actions(prompt, state, written, subtask=said)
+
+
+def action_token_problems(
+    policy: PolicyShape, tokenizer: TextTokenizer, action_tokenizer: FastTokenizer | None
+) -> list[str]:
+    """Returns what of a policy's action tokens does not fit its tokenizers."""
+    tokens = policy.action_tokens
+    if tokens is None:
+        return [] if action_tokenizer is None else ["there is an action tokenizer, but the policy has no action tokens"]
+    if action_tokenizer is None:
+        return ["the policy has action tokens and there is no action tokenizer; fit one with data/fit_fast.py"]
+    problems = []
+    if tokenizer.answer_len != tokens.max_len:
+        problems.append(f"the tokenizer pads answers to {tokenizer.answer_len} tokens, the policy to {tokens.max_len}")
+    if action_tokenizer.vocab_size > tokens.count:
+        problems.append(f"the action tokenizer has {action_tokenizer.vocab_size} tokens, the policy {tokens.count}")
+    return problems
 
 
 def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
@@ -283,8 +363,15 @@ class Loader:
     wait_seconds: time spent waiting for batches so far.
     """
 
-    def __init__(self, batches: Iterator[Batch], datasets: list[EpisodeDataset], batch_size: int, start: int) -> None:
-        self._batches, self._datasets, self._batch_size = batches, datasets, batch_size
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        datasets: list[EpisodeDataset],
+        assembler: _Assembler,
+        batch_size: int,
+        start: int,
+    ) -> None:
+        self._batches, self._datasets, self._assembler, self._batch_size = batches, datasets, assembler, batch_size
         self.position = start
         self.wait_seconds = 0.0
 
@@ -297,6 +384,11 @@ class Loader:
         self.wait_seconds += time.perf_counter() - started
         self.position += self._batch_size
         return batch
+
+    @property
+    def saturated(self) -> int:
+        """DCT coefficients of this host that action tokens could not write as they were, see `saturate_actions`."""
+        return self._assembler.saturated
 
     def close(self) -> None:
         """Stops the threads and closes files."""
@@ -312,6 +404,7 @@ def make_loader(
     policy: PolicyShape,
     tokenizer: TextTokenizer,
     normalizations: Mapping[str, Normalization],
+    action_tokenizer: FastTokenizer | None = None,
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -321,6 +414,7 @@ def make_loader(
     Args:
         batch_size: over all hosts.
         normalizations: by robot name.
+        action_tokenizer: for policies with action tokens.
 
     Raises:
         DatasetError: as `open_datasets`.
@@ -332,7 +426,7 @@ def make_loader(
             "batch_size that the number of hosts divides, a host number below it, and start >= 0"
         )
     datasets = [d for d in open_datasets(config) if d is not None]
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config)
+    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
     local = batch_size // process_count
     order = sample_order([len(d) for d in datasets], [e.weight for e in config.entries], config.seed)
 
@@ -343,7 +437,7 @@ def make_loader(
     batches = order.slice(slice(start + process_index, None, process_count)).batch(local, batch_fn=list).map(decode)
     options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
     print(memory_budget(config, datasets, policy, local))
-    return Loader(iter(batches.to_iter_dataset(options)), datasets, batch_size, start)
+    return Loader(iter(batches.to_iter_dataset(options)), datasets, assemble, batch_size, start)
 
 
 def memory_budget(config: DataConfig, datasets: list[EpisodeDataset], policy: PolicyShape, local_batch: int) -> str:
@@ -368,6 +462,7 @@ def validation_batches(
     policy: PolicyShape,
     tokenizer: TextTokenizer,
     normalizations: Mapping[str, Normalization],
+    action_tokenizer: FastTokenizer | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[ValidationBatch]:
@@ -380,7 +475,7 @@ def validation_batches(
         DatasetError, ValueError: as `make_loader`.
     """
     datasets = open_datasets(config, validation=True)
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config)
+    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
     for i, dataset in enumerate(datasets):
         if dataset is None:
             continue

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
+from openpi_like.models.cross_entropy import cross_entropy
 from openpi_like.models.param import Linear, fan_in, named_key, weight, zeros
 
 MASKED = -2.3819763e38  # as in the references
@@ -305,10 +306,19 @@ class Gemma(nnx.Module):
         # The factor in the table's own precision, as in openpi: 45.25 for 45.2548 would be wrong for all tokens alike.
         return (x_BSD * jnp.sqrt(self.config.width).astype(x_BSD.dtype)).astype(self.dtype)
 
-    def logits(self, x_BSD: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Returns x times the embedding table, accumulated and returned in float32: a softmax over them follows."""
-        table = self.embedding[...].astype(self.dtype)
+    def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = slice(None)) -> Float[Array, "B S V"]:
+        """Returns x times the embedding table, accumulated and returned in float32: a softmax over them follows.
+
+        rows: the part of the vocabulary that is asked for.
+        """
+        table = self.embedding[...][rows].astype(self.dtype)
         return jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)
+
+    def token_losses(self, x_BSD: Float[Array, "B S D"], targets_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
+        """Returns the cross-entropy of each target under `logits` of its token, without ever holding those."""
+        B, S, D = x_BSD.shape
+        x_TD = x_BSD.astype(self.dtype).reshape(B * S, D)
+        return cross_entropy(x_TD, self.embedding[...], targets_BS.reshape(-1)).reshape(B, S)
 
     def rope(self, positions_BS: Int[Array, "B S"]) -> Float[Array, "2 B S half"]:
         """Returns the rotations of tokens at these positions, see `rope`."""

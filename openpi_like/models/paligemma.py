@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from openpi_like.batch import PROMPT_FORMATS, ActionTokens, Batch, Observation, TextBatch
 from openpi_like.batch import Array as Leaf
-from openpi_like.batch import Observation, TextBatch
 from openpi_like.config import near_names
 from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, KVCache, attention_mask, token_positions
 from openpi_like.models.param import named_key
@@ -32,7 +31,7 @@ class VisionLanguageConfig:
 
     cameras: slot names, in prefix order; any number. image_size: (height, width) pixels, multiples of the patch size.
     resize: how frames of other sizes become this one, see `openpi_like.data.images.fit`.
-    prompt_len: padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
+    prompt_len: S, padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
     remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
     unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
     """
@@ -72,10 +71,15 @@ class VisionLanguageConfig:
             problems.append(f"remat={self.remat!r}, expected None or one of {REMAT}")
         return problems
 
-    def check(self, inputs: Any, rows: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        """Checks names, shapes and dtypes of images, prompt and `rows`; costs nothing when compiled.
+    @property
+    def answer_len(self) -> int:
+        """T, text tokens of a training batch beyond `prompt_len`; 0 where prompt and answer share that."""
+        return 0
 
-        rows: further leaves, name -> (shape after the batch, dtype).
+    def check(self, inputs: Any, rows: dict[str, tuple[tuple[int, ...], str]], *, answers: bool = False) -> None:
+        """Checks names, shapes and dtypes of images, text and `rows`; costs nothing when compiled.
+
+        rows: further leaves, name -> (shape after the batch, dtype). answers: the text has answers, as in training.
 
         Raises:
             ValueError: lists everything that does not fit.
@@ -89,7 +93,10 @@ class VisionLanguageConfig:
                 got = f"{value.dtype} {tuple(value.shape)}"
                 problems.append(f"{name}: got {got}, expected {' or '.join(dtypes)} {shape}")
 
-        text = {"prompt": ((self.prompt_len,), "int32"), "prompt_mask": ((self.prompt_len,), "bool")}
+        length = (self.prompt_len + self.answer_len * answers,)
+        text = {"prompt": (length, "int32"), "prompt_mask": (length, "bool")}
+        if answers:
+            text |= {"prompt_causal": (length, "bool"), "prompt_loss": (length, "bool")}
         for name, (shape, dtype) in {**text, **rows}.items():
             if name in leaves:
                 expect(name, leaves[name], (B, *shape), dtype)
@@ -137,6 +144,69 @@ class PaliGemmaConfig(VisionLanguageConfig):
     def create(self, key: Key[Array, ""]) -> "PaliGemma":
         """Returns a model with fresh weights; every weight's draw depends on `key` and its own name only."""
         return PaliGemma(self, key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(VisionLanguageConfig):
+    """What all policies share; see `VisionLanguageConfig` for images and text.
+
+    state_dim, action_dim: padded sizes. action_horizon: A, steps in a chunk.
+    prompt_format: one of `openpi_like.batch.PROMPT_FORMATS`.
+    action_tokens: how actions are written as tokens, None where they are not.
+    """
+
+    state_dim: int
+    action_dim: int
+    action_horizon: int
+    prompt_format: str = "pi0"
+    action_tokens: ActionTokens | None = None
+
+    @property
+    def answer_len(self) -> int:
+        """T, see `ActionTokens.max_len`."""
+        return 0 if self.action_tokens is None else self.action_tokens.max_len
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        problems += [
+            f"{name}={getattr(self, name)}, expected at least 1"
+            for name in ("state_dim", "action_dim", "action_horizon")
+            if getattr(self, name) < 1
+        ]
+        if self.prompt_format not in PROMPT_FORMATS:
+            problems.append(f"prompt_format={self.prompt_format!r}, expected one of {PROMPT_FORMATS}")
+        tokens = self.action_tokens
+        if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
+            least = tokens.count + tokens.skip
+            problems.append(f"vocab_size={self.vocab_size}, expected at least {least} for the ids of action tokens")
+        return problems
+
+    def check_inputs(self, inputs: Observation | Batch, *, actions: bool) -> None:
+        """Checks an observation, or a batch with `actions`; see `VisionLanguageConfig.check`.
+
+        Raises:
+            ValueError: lists everything that does not fit.
+        """
+        chunk = (self.action_horizon, self.action_dim)
+        rows: dict[str, tuple[tuple[int, ...], str]] = {
+            "state": ((self.state_dim,), "float32"),
+            "state_mask": ((self.state_dim,), "bool"),
+        }
+        if actions:
+            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool")}
+        answers = actions and self.action_tokens is not None
+        if answers:
+            rows["prompt_action"] = ((self.prompt_len + self.answer_len,), "bool")
+        self.check(inputs, rows, answers=answers)
+
+    def observation(self, batch: Batch) -> Observation:
+        """Returns what a robot would have asked with: the batch without actions, and without answers to the prompt."""
+        seen: dict[str, Any] = {k: batch[k] for k in Observation.__annotations__}  # type: ignore[literal-required]
+        if self.action_tokens is not None:
+            asked = batch["prompt_mask"] & ~batch["prompt_causal"]
+            seen["prompt"] = jnp.where(asked, batch["prompt"], 0)[:, : self.prompt_len]
+            seen["prompt_mask"] = asked[:, : self.prompt_len]
+        return Observation(**seen)  # type: ignore[typeddict-item]
 
 
 @jax.tree_util.register_dataclass
@@ -188,29 +258,35 @@ class VisionLanguageModel(nnx.Module):
         tokens = jnp.concatenate([tokens.reshape(B, C * P, D), self.vlm.embed(observation["prompt"])], axis=1)
         return tokens, jnp.concatenate([jnp.repeat(seen, P, axis=1), observation["prompt_mask"]], axis=1)
 
-    def _language(self, inputs: Observation | TextBatch, causal_BS: jax.Array | None) -> tuple[Any, Any, Any]:
-        """Returns tokens after the final norm, keys and values, and which are valid; causal: None for no suffix."""
-        tokens, valid = self.embed_prefix(inputs)
-        B, S = inputs["prompt"].shape
-        starts = jnp.zeros((B, S), bool) if causal_BS is None else causal_BS
-        starts = jnp.pad(starts, ((0, 0), (valid.shape[1] - S, 0)))
-        out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(token_positions(valid)))
-        return out, kv, valid
-
     # ---- Training ----------------------------------------------------------------------------------------------------
 
-    def text_logits(self, batch: TextBatch) -> Float[Array, "B S V"]:
+    def language(
+        self, batch: TextBatch | Batch, *, count_masked: bool = False
+    ) -> tuple[Float[Array, "B S D"], KVCache, Bool[Array, "B S"]]:
+        """Runs images and text; returns tokens after the final norm, their keys and values, and which are valid.
+
+        count_masked: number the positions of masked slots too.
+        """
+        tokens, valid = self.embed_prefix(batch)
+        images = tokens.shape[1] - batch["prompt"].shape[1]
+        starts = jnp.pad(batch["prompt_causal"], ((0, 0), (images, 0)))
+        positions = token_positions(jnp.ones_like(valid) if count_masked else valid)
+        out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(positions))
+        return out, kv, valid
+
+    def text_logits(self, batch: TextBatch | Batch, *, count_masked: bool = False) -> Float[Array, "B S V"]:
         """Returns float32 logits at every text token, each for the token after it.
 
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
-        causal = ((self.config.prompt_len,), "bool")
-        self.config.check(batch, {"prompt_causal": causal})
-        out, _, _ = self._language(batch, batch["prompt_causal"])
-        return self.vlm.logits(out[:, -self.config.prompt_len :])
+        self.config.check(batch, {}, answers=True)
+        out, _, _ = self.language(batch, count_masked=count_masked)
+        return self.vlm.logits(out[:, -batch["prompt"].shape[1] :])
 
-    def text_loss(self, batch: TextBatch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+    def text_loss(
+        self, batch: TextBatch | Batch, *, count_masked: bool = False
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean cross-entropy of the tokens marked by `prompt_loss`, and per-sample metrics.
 
         A sample's loss is the mean over its marked tokens; the scalar is the mean over samples that have any. Metrics:
@@ -220,34 +296,66 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
-        self.config.check(batch, {"prompt_loss": ((self.config.prompt_len,), "bool")})
-        logits, targets = self.text_logits(batch)[:, :-1], batch["prompt"][:, 1:]
-        mask = batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return masked_means(losses, mask)
+        self.config.check(batch, {}, answers=True)
+        return masked_means(*self.text_errors(self.language(batch, count_masked=count_masked)[0], batch))
+
+    def text_errors(
+        self, out_BSD: Float[Array, "B S D"], batch: TextBatch | Batch
+    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        """Returns the cross-entropy of text tokens, and which are marked, for tokens after the final norm.
+
+        Where answers have a length of their own, that many tokens are looked at, the marked ones first; a sample with
+        more of them, which no tokenizer of ours makes, gets NaN.
+        """
+        x_BSD = out_BSD[:, -batch["prompt"].shape[1] : -1]
+        targets, mask = batch["prompt"][:, 1:], batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
+        T = self.config.answer_len
+        if not 0 < T < mask.shape[1]:
+            return self.vlm.token_losses(x_BSD, targets), mask
+        chosen = jnp.argsort(~mask, axis=1, stable=True)[:, :T]
+        take = lambda x: jnp.take_along_axis(x, chosen, axis=1)  # noqa: E731
+        x_BTD = jnp.take_along_axis(x_BSD, chosen[..., None], axis=1)
+        losses = self.vlm.token_losses(x_BTD, take(targets))
+        return jnp.where(mask.sum(1, keepdims=True) > T, jnp.nan, losses), take(mask)
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 
-    def prefill(self, observation: Observation, *, max_new: int) -> tuple[Float[Array, "B V"], TextCache]:
-        """Returns the logits of the first new token, and a cache with room for `max_new` tokens.
+    def prefill(
+        self,
+        observation: Observation,
+        *,
+        max_new: int,
+        begin: Int[Array, "I"] | None = None,
+        skip: int = 0,
+    ) -> tuple[Float[Array, "B D"], TextCache]:
+        """Returns the last token after the final norm, and a cache with room for `max_new` tokens.
 
         The prompt is all prefix; padding may stand anywhere but its tokens are seen by nobody.
+        begin: tokens that every answer begins with. skip: positions to leave out before the answer.
         """
         self.config.check(observation, {})
-        out, kv, valid = self._language(observation, None)
+        tokens, valid = self.embed_prefix(observation)
+        B, I = tokens.shape[0], 0 if begin is None else begin.shape[0]  # noqa: E741
+        starts, positions = jnp.zeros((B, tokens.shape[1] + I), bool), token_positions(valid)
+        if begin is not None and I:
+            said = jnp.broadcast_to(begin, (B, I))
+            tokens = jnp.concatenate([tokens, self.vlm.embed(said)], axis=1)
+            valid = jnp.pad(valid, ((0, 0), (0, I)), constant_values=True)
+            starts = starts.at[:, -I:].set(True)
+            positions = token_positions(valid) + skip * starts
+        out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(positions))
         S = valid.shape[1]
         last = S - 1 - jnp.argmax(valid[:, ::-1], axis=1)  # slot of the last valid token
-        logits = self.vlm.logits(jnp.take_along_axis(out, last[:, None, None], axis=1))[:, 0]
         room = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0)))  # noqa: E731
-        return logits, TextCache(
+        return jnp.take_along_axis(out, last[:, None, None], axis=1)[:, 0], TextCache(
             kv=jax.tree.map(room, kv),
             valid=jnp.pad(valid, ((0, 0), (0, max_new))),
             slot=jnp.int32(S),
-            position=valid.sum(axis=1, dtype=jnp.int32),
+            position=valid.sum(axis=1, dtype=jnp.int32) + skip,
         )
 
-    def extend(self, tokens_B: Int[Array, "B"], cache: TextCache) -> tuple[Float[Array, "B V"], TextCache]:
-        """Returns the logits after one more token of each row, and the cache with it."""
+    def extend(self, tokens_B: Int[Array, "B"], cache: TextCache) -> tuple[Float[Array, "B D"], TextCache]:
+        """Returns one more token of each row after the final norm, and the cache with it."""
         x_B1D = self.vlm.embed(tokens_B[:, None])
         mask_B1T = jnp.concatenate([cache.valid, jnp.ones((tokens_B.shape[0], 1), bool)], axis=1)[:, None]
         out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
@@ -256,40 +364,67 @@ class VisionLanguageModel(nnx.Module):
         valid = jax.lax.dynamic_update_slice_in_dim(
             cache.valid, jnp.ones((tokens_B.shape[0], 1), bool), cache.slot, axis=1
         )
-        return self.vlm.logits(out)[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + 1)
+        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + 1)
+
+    def next_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Returns the logits of the token after these."""
+        return self.vlm.logits(x_BD[:, None])[:, 0]
 
     def generate(
-        self, key: Key[Array, ""], observation: Observation, *, max_new: int, temperature: float = 0.0
+        self, key: Key[Array, ""], observation: Observation, *, max_new: int, temperature: float = 0.0, skip: int = 0
     ) -> tuple[Int[Array, "B new"], Bool[Array, "B new"]]:
         """Returns new token ids, 0 after the end, and the mask of real ones (the end-of-sequence token included).
 
         Stops when every row has ended. temperature: 0 takes the likeliest token; otherwise row i draws its token s
-        with `fold_in(fold_in(key, i), s)`.
+        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`.
         """
-        logits, cache = self.prefill(observation, max_new=max_new)
-        B = logits.shape[0]
-        row_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(B))
-
-        def choose(step: jax.Array, logits: jax.Array) -> jax.Array:
-            if temperature == 0:
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, step))(row_keys)
-            return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
+        x, cache = self.prefill(observation, max_new=max_new, skip=skip)
+        B = x.shape[0]
 
         def going(carry: Any) -> jax.Array:
             step, _, _, ended, _, _ = carry
             return (step < max_new) & ~ended.all()
 
         def body(carry: Any) -> Any:
-            step, logits, cache, ended, ids, mask = carry
-            token = jnp.where(ended, 0, choose(step, logits))
+            step, x, cache, ended, ids, mask = carry
+            token = choose_token(key, step, self.next_logits(x), temperature)
+            token = jnp.where(ended, 0, token)
             ids, mask = ids.at[:, step].set(token), mask.at[:, step].set(~ended)
-            logits, cache = self.extend(token, cache)
-            return step + 1, logits, cache, ended | (token == EOS), ids, mask
+            x, cache = self.extend(token, cache)
+            return step + 1, x, cache, ended | (token == EOS), ids, mask
 
-        start = (jnp.int32(0), logits, cache, jnp.zeros(B, bool))
+        start = (jnp.int32(0), x, cache, jnp.zeros(B, bool))
         empty = (jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new), bool))
         return jax.lax.while_loop(going, body, (*start, *empty))[-2:]
+
+    def packed(self) -> "VisionLanguageModel":
+        """Returns the same model with its weights as repeated calls want them, see `Gemma.packed`.
+
+        A server does this once, when it loads; where it was not done, sampling does it in every call.
+        """
+        return self
+
+    def _with_packed(self, name: str) -> Any:
+        """Returns the same model with one of its `Gemma` packed."""
+        packed = getattr(self, name).packed()
+        if packed is getattr(self, name):
+            return self
+        model = nnx.merge(*nnx.split(self))
+        setattr(model, name, packed)
+        return model
+
+
+def choose_token(
+    key: Key[Array, ""], step: Int[Array, ""], logits_BV: Float[Array, "B V"], temperature: float
+) -> Int[Array, "B"]:
+    """Returns the likeliest token per row at temperature 0, else row i's draw with `fold_in(fold_in(key, i), step)`."""
+    if temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    def draw(i: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, i), step), logits / temperature)
+
+    return jax.vmap(draw)(jnp.arange(logits_BV.shape[0]), logits_BV).astype(jnp.int32)
 
 
 class PaliGemma(VisionLanguageModel):

@@ -3,6 +3,14 @@
 Flow time is t = 1 at noise and t = 0 at data, as in the published weights (the paper counts the other way):
 x_t = t * noise + (1 - t) * actions, velocity = noise - actions, sampling goes from t = 1 down to t = 0.
 
+With action tokens the backbone writes the same actions as text, in the same pass, and the expert's loss is kept from
+it (knowledge insulation). What sees what, in training:
+
+    cameras, prompt     themselves
+    subtask             cameras, prompt, and the subtask so far
+    action tokens       cameras, prompt, subtask, and the action tokens so far
+    expert's tokens     cameras, prompt, subtask, themselves; never an action token
+
 Letters: B batch, S prefix tokens, P patches, D width, A action horizon, J action dims, T suffix tokens.
 """
 
@@ -12,39 +20,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
-from openpi_like.models.paligemma import VisionLanguageConfig, VisionLanguageModel, masked_means
+from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear, named_key
 from openpi_like.models.siglip import SiglipConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pi0Config(VisionLanguageConfig):
-    """Sizes and options of a pi0 policy; see `VisionLanguageConfig` for those of its prefix.
+class Pi0Config(PolicyConfig):
+    """Sizes and options of a pi0 policy; see `PolicyConfig` for those that all policies have.
 
-    state_dim, action_dim: padded sizes. action_horizon: steps in a chunk.
-    pi05: there is no state token, and flow time acts through adaptive norms.
-    state_in_prompt: the prompt holds the state as numbers 0 .. 255 (pi0.5); without it pi0.5 sees no state at all.
+    pi05: there is no state token, and flow time acts through adaptive norms; the state is in the prompt
+        (`prompt_format` "pi05" or "fast"), or not seen at all ("pi0").
     sample_steps: Euler steps when sampling.
     flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
         so a few more draws make the gradient less noisy at less than the cost of as many more samples.
     train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
+    action_tokens: the backbone also learns to write the actions as tokens, in the same pass (Driess et al. 2025,
+        "Knowledge insulating vision-language-action models", arXiv 2505.23705). The expert never sees these tokens.
+    insulate: with action tokens, the flow loss does not reach the backbone: the expert reads its keys and values
+        behind a stop-gradient (section 5.2 there). False trains both losses jointly.
+    flow_weight: of the flow loss beside the text loss (alpha in eq. 4 there).
     """
 
     expert: GemmaConfig
-    state_dim: int
-    action_dim: int
-    action_horizon: int
     pi05: bool = False
-    state_in_prompt: bool = False
     sample_steps: int = 10
     train_on_padding: bool = False
     flow_draws: int = 1
+    insulate: bool = True
+    flow_weight: float = 1.0
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -54,13 +63,15 @@ class Pi0Config(VisionLanguageConfig):
                 problems.append(f"expert.{name}={theirs}, expected vlm.{name}={ours}: they attend to each other")
         problems += [
             f"{name}={getattr(self, name)}, expected at least 1"
-            for name in ("state_dim", "action_dim", "action_horizon", "sample_steps", "flow_draws")
+            for name in ("sample_steps", "flow_draws")
             if getattr(self, name) < 1
         ]
-        if self.state_in_prompt and not self.pi05:
-            problems.append("state_in_prompt=True with pi05=False, expected False: pi0 has a token for the state")
+        if self.prompt_format == "pi05" and not self.pi05:
+            problems.append("prompt_format='pi05' with pi05=False, expected 'pi0': pi0 has a token for the state")
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
+        if not self.flow_weight > 0:
+            problems.append(f"flow_weight={self.flow_weight}, expected a number above 0; pi0-FAST has no flow at all")
         return problems
 
     @classmethod
@@ -75,9 +86,9 @@ class Pi0Config(VisionLanguageConfig):
         vocab_size: int,
         image_size: tuple[int, int] = (64, 64),
         patch_size: int = 16,
-        flow_draws: int = 1,
+        **options: Any,
     ) -> "Pi0Config":
-        """Returns a policy of about a million weights that trains on two CPU cores."""
+        """Returns a policy of about a million weights that trains on two CPU cores; options: other fields."""
         return cls(
             vision=SiglipConfig(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=patch_size),
             vlm=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
@@ -89,8 +100,8 @@ class Pi0Config(VisionLanguageConfig):
             action_horizon=action_horizon,
             prompt_len=prompt_len,
             vocab_size=vocab_size,
-            flow_draws=flow_draws,
             unroll=True,
+            **options,
         )
 
     @classmethod
@@ -109,7 +120,7 @@ class Pi0Config(VisionLanguageConfig):
             vocab_size=257_152,
             resize="pillow",
             pi05=pi05,
-            state_in_prompt=pi05,
+            prompt_format="pi05" if pi05 else "pi0",
             train_on_padding=True,
             dtype="bfloat16",
             remat="nothing_saveable",
@@ -118,21 +129,6 @@ class Pi0Config(VisionLanguageConfig):
     def create(self, key: Key[Array, ""]) -> "Pi0":
         """Returns a policy with fresh weights; every weight's draw depends on `key` and its own name only."""
         return Pi0(self, key)
-
-    def check_inputs(self, inputs: Observation | Batch, *, actions: bool) -> None:
-        """Checks an observation, or a batch with `actions`; see `VisionLanguageConfig.check`.
-
-        Raises:
-            ValueError: lists everything that does not fit.
-        """
-        chunk = (self.action_horizon, self.action_dim)
-        rows: dict[str, tuple[tuple[int, ...], str]] = {
-            "state": ((self.state_dim,), "float32"),
-            "state_mask": ((self.state_dim,), "bool"),
-        }
-        if actions:
-            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool")}
-        self.check(inputs, rows)
 
 
 def time_embedding(
@@ -146,6 +142,10 @@ def time_embedding(
     period = min_period * (max_period / min_period) ** fraction
     phase = time_B[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
     return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+# Flow times of validation.
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @jax.tree_util.register_dataclass
@@ -244,6 +244,22 @@ class Pi0(VisionLanguageModel):
             cache = self.vlm(*inputs)[1] if differentiable else self.vlm.prefill(*inputs)
         return Prefix(cache, mask[:, S:], rope[:, :, S:])
 
+    def training_prefix(self, batch: Batch) -> tuple[Prefix, Float[Array, "B S D"] | None]:
+        """Runs cameras and text; returns what the expert sees and, with action tokens, all of it after the final norm.
+
+        Action tokens take no positions away from the expert: there are none when it samples.
+        """
+        if self.config.action_tokens is None:
+            return self.prefix(batch), None
+        with jax.named_scope("vlm"):
+            out, cache, valid = self.language(batch)
+        S = valid.shape[1]
+        images = S - batch["prompt"].shape[1]
+        mask, positions = self.masks(valid & ~jnp.pad(batch["prompt_action"], ((0, 0), (images, 0))))
+        if self.config.insulate:
+            cache = jax.lax.stop_gradient(cache)
+        return Prefix(cache, mask[:, S:], self.vlm.rope(positions[:, S:])), out
+
     def suffix(
         self,
         prefix: Prefix,
@@ -297,7 +313,7 @@ class Pi0(VisionLanguageModel):
             ValueError: the batch does not fit the config; lists everything that does not.
         """
         self.config.check_inputs(batch, actions=True)
-        return self._flow_errors(self.prefix(batch), batch, noise_BAJ, time_B)
+        return self._flow_errors(self.training_prefix(batch)[0], batch, noise_BAJ, time_B)
 
     def _flow_errors(
         self, prefix: Prefix, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
@@ -313,38 +329,65 @@ class Pi0(VisionLanguageModel):
         """Returns the mean squared velocity error at random flow times, and per-sample metrics.
 
         A sample's loss is the mean over its valid entries and over `config.flow_draws` draws of noise and flow time;
-        the scalar is the mean over samples that have any valid entry.
-        Metrics: "loss", and "valid" (1.0, or 0.0 for a sample without valid entries, whose loss is 0).
+        the scalar is the mean over samples that have any valid entry. With action tokens, the loss of the text is added
+        (see `text_loss`), each of the two averaged over the samples that have it.
+        Metrics: "loss", and "valid" (1.0, or 0.0 for a sample that counts in no loss, whose loss is 0); with action
+        tokens also "flow_loss" and "text_loss", each with its own "..._valid".
         Row i draws from `fold_in(key, i)`, so its draws do not depend on the number of rows.
         """
-        self.config.check_inputs(batch, actions=True)
         rows, shape = batch["state"].shape[0], (self.config.action_horizon, self.config.action_dim)
-        prefix = self.prefix(batch)
 
-        def errors(draw_key: jax.Array) -> jax.Array:
-            return self._flow_errors(prefix, batch, draw_noise(draw_key, rows, shape), draw_time(draw_key, rows))
+        def draw(draw_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return draw_noise(draw_key, rows, shape), draw_time(draw_key, rows)
 
         keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
-        return masked_means(jax.vmap(errors)(jnp.stack(keys)).mean(0), self.loss_mask(batch))
+        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)))
+
+    def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns losses that move only when the weights do: flow times on a fixed grid, noise from `key`.
+
+        "loss", and with action tokens "flow_loss" and "text_loss".
+        """
+        noise = draw_noise(key, batch["state"].shape[0], batch["actions"].shape[1:])
+        times = jnp.broadcast_to(jnp.asarray(VALIDATION_TIMES)[:, None], (len(VALIDATION_TIMES), noise.shape[0]))
+        loss, metrics = self._losses(batch, jnp.broadcast_to(noise, (len(VALIDATION_TIMES), *noise.shape)), times)
+        parts = {k: v for k, v in metrics.items() if f"{k}_valid" in metrics}
+        return {"loss": loss, **{k: v.sum() / jnp.maximum(metrics[f"{k}_valid"].sum(), 1) for k, v in parts.items()}}
+
+    def _losses(
+        self, batch: Batch, noise_RBAJ: Float[Array, "R B A J"], time_RB: Float[Array, "R B"]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+        """As `loss`, at R given draws."""
+        self.config.check_inputs(batch, actions=True)
+        prefix, out = self.training_prefix(batch)
+        errors = jax.vmap(lambda noise, time: self._flow_errors(prefix, batch, noise, time))(noise_RBAJ, time_RB)
+        flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch))
+        if out is None:
+            return flow, per_flow
+        text, per_text = masked_means(*self.text_errors(out, batch))
+        weight = self.config.flow_weight
+        return text + weight * flow, {
+            "loss": per_text["loss"] + weight * per_flow["loss"],
+            "valid": jnp.maximum(per_text["valid"], per_flow["valid"]),
+            "flow_loss": per_flow["loss"],
+            "flow_loss_valid": per_flow["valid"],
+            "text_loss": per_text["loss"],
+            "text_loss_valid": per_text["valid"],
+        }
 
     def loss_mask(self, batch: Batch) -> Bool[Array, "B A J"]:
         """Returns which entries of the actions count in the loss."""
         mask = batch["action_mask"]
-        return jnp.ones_like(mask) if self.config.train_on_padding else mask
+        if not self.config.train_on_padding:
+            return mask
+        # A sample without any action, such as a question about an image, has nothing to pad.
+        return jnp.broadcast_to(mask.any((1, 2), keepdims=True), mask.shape)
 
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
     def packed(self) -> "Pi0":
-        """Returns the same policy with the expert's weights as sampling wants them, see `Gemma.packed`.
-
-        A server does this once, when it loads; where it was not done, `sample_actions` does it in every call.
-        """
-        expert = self.expert.packed()
-        if expert is self.expert:
-            return self
-        packed = nnx.merge(*nnx.split(self))
-        packed.expert = expert
-        return packed
+        """Returns the policy with its expert packed."""
+        return self._with_packed("expert")
 
     def sample_actions(
         self,
@@ -353,14 +396,14 @@ class Pi0(VisionLanguageModel):
         *,
         num_steps: int | None = None,
         noise: Float[Array, "B A J"] | None = None,
-        action_dims: Bool[Array, "B J"] | None = None,
+        action_mask: Bool[Array, "B A J"] | None = None,
     ) -> Float[Array, "B A J"]:
         """Returns normalised actions: Euler steps from noise (t = 1) to data (t = 0); the prefix is computed once.
 
         key: draws the noise, row i from `fold_in(key, i)`; not used when `noise` is given.
         num_steps: None takes `config.sample_steps`.
-        action_dims: which dims this robot has (None: all). The others follow the path they had in training, that of
-            padding, x_t = t * noise, whatever the network says about them; so they end at zero.
+        action_mask: which entries of the chunk this robot has (None: all). Dims that it lacks follow the path they had
+            in training, that of padding, x_t = t * noise, whatever the network says about them; so they end at zero.
 
         Raises:
             ValueError: the observation does not fit the config; lists everything that does not.
@@ -374,14 +417,15 @@ class Pi0(VisionLanguageModel):
         if not self.config.pi05:
             prefix = policy._with_state(prefix, observation)
         dt = jnp.float32(-1.0 / steps)
+        dims_B1J = None if action_mask is None else action_mask.any(axis=1, keepdims=True)
 
         def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, t = carry
             x = x + dt * policy.sampling_velocity(prefix, x, jnp.full((B,), t))
             # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
             t = t + dt
-            if action_dims is not None:
-                x = jnp.where(action_dims[:, None, :], x, (1 - (i + 1) / steps) * start)
+            if dims_B1J is not None:
+                x = jnp.where(dims_B1J, x, (1 - (i + 1) / steps) * start)
             return x, t
 
         return jax.lax.fori_loop(0, steps, step, (start, jnp.float32(1.0)))[0]

@@ -47,8 +47,13 @@ class Policy:
         self._seed, self._requests, self._config = seed, 0, parts.model.config
         graph, self._weights = nnx.split(self._parts.model)
 
-        def sample(weights: Any, key: jax.Array, observation: Observation, dims: jax.Array) -> jax.Array:
-            return nnx.merge(graph, weights).sample_actions(key, observation, action_dims=dims)
+        # Tables for decoding are arguments, not constants of the compiled function, which they would only slow down.
+        self._options = jax.device_put(parts.sampling_options)
+
+        def sample(
+            weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
+        ) -> jax.Array:
+            return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options)
 
         self._sample = jax.jit(sample)
 
@@ -200,7 +205,7 @@ class Policy:
 
     def _tokens(self, prompt: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids and mask, (1, S), of an instruction and a normalised state (De,)."""
-        return self._parts.tokenizer.batch([prompt], [state] if self._config.state_in_prompt else None)
+        return self._parts.tokenizer.batch([prompt], [state])
 
     def _sample_normalized(
         self,
@@ -225,6 +230,7 @@ class Policy:
             "prompt": tokens[0],
             "prompt_mask": tokens[1],
         }
-        dims = np.arange(c.action_dim)[None] < robot.action_size
-        sampled = np.asarray(self._sample(self._weights, key, inputs, dims))[0]
+        steps, dims = np.arange(c.action_horizon), np.arange(c.action_dim)
+        mask = (steps[:, None] < robot.action_horizon) & (dims < robot.action_size)
+        sampled = np.asarray(self._sample(self._weights, key, inputs, mask[None], self._options))[0]
         return sampled[: robot.action_horizon, : robot.action_size]

@@ -19,8 +19,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_like.config import from_json, near_names, to_json
+from openpi_like.data.fast import FastFiles, FastTokenizer
+from openpi_like.data.loader import action_token_problems
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
 from openpi_like.models.weights import (
     Arrays,
     LoadPlan,
@@ -54,19 +57,40 @@ class Contract:
     normalizations: dict[str, Normalization]
     tokenizer: str
     renderers: dict[str, str | None]
+    action_tokenizer: FastFiles | None = None
 
     def hash(self) -> str:
         """Returns the SHA-256 of the contract as canonical JSON."""
         return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
 
     def text_tokenizer(self) -> TextTokenizer:
-        """Returns the tokenizer of the policy's prompts."""
-        return TextTokenizer(base64.b64decode(self.tokenizer), self.policy.prompt_len)
+        """Returns the tokenizer of the policy's prompts and answers."""
+        p = self.policy
+        return TextTokenizer(
+            base64.b64decode(self.tokenizer), p.prompt_len, prompt_format=p.prompt_format, answer_len=p.answer_len
+        )
+
+    def fast_tokenizer(self) -> FastTokenizer | None:
+        """Returns the tokenizer of actions, where the policy has action tokens."""
+        return None if self.action_tokenizer is None else FastTokenizer(self.action_tokenizer)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns what `sample_actions` of this policy needs besides an observation, by name."""
+        if not isinstance(self.policy, Pi0FastConfig):
+            return {}
+        tokenizer = self.fast_tokenizer()
+        assert tokenizer is not None  # contract_problems has checked it
+        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim)
+        begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
+        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyParts:
-    """A trained policy as serving needs it. model: the bound module; renderer: see `Contract.renderers`."""
+    """A trained policy as serving needs it.
+
+    model: the bound module. renderer: see `Contract.renderers`. sampling_options: see `Contract.sampling_options`.
+    """
 
     model: Any
     robots: tuple[Robot, ...]
@@ -75,6 +99,7 @@ class PolicyParts:
     contract_hash: str
     step: int
     renderer: dict[str, str | None]
+    sampling_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def encode_tokenizer(model: bytes) -> str:
@@ -198,11 +223,22 @@ def contract_problems(contract: Contract) -> list[str]:
             found.append(str(e))
         problems += [f"robot {robot.name!r}: {p}" for p in found]
     try:
-        known = contract.text_tokenizer().vocab_size
-        if known > policy.vocab_size:
-            problems.append(f"the tokenizer has {known} ids, the policy knows {policy.vocab_size}")
+        tokenizer, action_tokenizer = contract.text_tokenizer(), contract.fast_tokenizer()
     except ValueError as e:
-        problems.append(str(e))
+        return [*problems, str(e)]
+    if tokenizer.vocab_size > policy.vocab_size:
+        problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
+    problems += action_token_problems(policy, tokenizer, action_tokenizer)
+    if isinstance(policy, Pi0FastConfig) and action_tokenizer is not None:
+        least = action_tokenizer.tables(policy.action_horizon * policy.action_dim).least
+        for robot in contract.robots:
+            size = robot.action_horizon * robot.action_size
+            needs = int(least[min(size, len(least) - 1), 0])
+            if needs > policy.answer_len:
+                problems.append(
+                    f"robot {robot.name!r}: a chunk of {size} coefficients takes at least {needs} action tokens, the "
+                    f"policy has room for {policy.answer_len}"
+                )
     return problems
 
 
@@ -314,6 +350,7 @@ def load_policy_parts(
         contract_hash=record["hash"],
         step=int(record["step"]),
         renderer=contract.renderers,
+        sampling_options=contract.sampling_options(),
     )
 
 

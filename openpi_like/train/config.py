@@ -17,6 +17,8 @@ class TrainConfig:
     model: a policy config, an object with `create(key)`, for example `Pi0Config`.
     stats: directory with one normalisation file per robot, `<robot name>.json`, as `data/stats.py` writes them.
     tokenizer: SentencePiece model of the prompts; None takes the one of the `warm_start` checkpoint.
+    action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
+        one of the `warm_start` checkpoint.
     batch_size: samples per step over all hosts. ema_decay: None keeps no average.
     log_every, validate_every, save_every: steps. keep: newest checkpoints kept.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
@@ -35,6 +37,7 @@ class TrainConfig:
     warm_start: WarmStart | None = None
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
+    action_tokenizer: str | None = None
     multi_host: bool = False
     log_every: int = 50
     validate_every: int = 1_000

@@ -142,6 +142,9 @@ class Trainer:
             decay = self.ema_decay
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        # Parts of the loss that a policy names, each over the samples that have it.
+        for name in (k for k in per_sample if f"{k}_valid" in per_sample):
+            metrics[name] = per_sample[name].sum() / jnp.maximum(per_sample[f"{name}_valid"].sum(), 1)
         one_hot = jax.nn.one_hot(batch["dataset_id"], len(self.dataset_names))  # (B, datasets), a handful of columns
         sums, counts = per_sample["loss"] @ one_hot, one_hot.sum(0)
         for i, name in enumerate(self.dataset_names):

@@ -10,15 +10,12 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
-from openpi_like.models.paligemma import masked_means
-from openpi_like.models.pi0 import draw_noise
 from openpi_like.train.checkpoint import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import put_batch
 from openpi_like.train.state import ModelDef, Params, TrainState
 
-# Flow times and noise are the same at every call, so the loss moves only when the weights do.
-FLOW_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Noise is the same at every call, so losses move only when the weights do.
 NOISE_SEED = 0
 
 
@@ -27,32 +24,28 @@ class Validator:
 
     def __init__(self, config: TrainConfig, contract: Contract, model: ModelDef, mesh: Mesh) -> None:
         self._config, self._contract, self._model, self._mesh = config, contract, model, mesh
+        self._options = contract.sampling_options()
         self._evaluate = jax.jit(self._losses_and_actions)
 
-    def _losses_and_actions(self, params: Params, batch: Batch, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the loss averaged over the grid of flow times, and sampled actions (B, A, J), normalised."""
+    def _losses_and_actions(
+        self, params: Params, batch: Batch, index: jax.Array, action_mask: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Returns the policy's validation losses, and sampled actions (B, A, J), normalised. action_mask: (A, J)."""
         policy = self._model.bind(params)
         key = jax.random.fold_in(jax.random.key(NOISE_SEED), index)
-        noise = draw_noise(key, batch["state"].shape[0], batch["actions"].shape[1:])
-        mask = policy.loss_mask(batch)
-
-        def at_time(time: jax.Array) -> jax.Array:
-            error = policy.flow_loss(batch, noise, jnp.full(batch["state"].shape[0], time))
-            return masked_means(error, mask)[0]
-
-        loss = jax.lax.map(at_time, jnp.asarray(FLOW_TIMES)).mean()
-        observation = {k: batch[k] for k in ("images", "image_mask", "state", "state_mask", "prompt", "prompt_mask")}
-        dims = batch["action_mask"].any(1)
-        return loss, policy.sample_actions(key, observation, noise=noise, action_dims=dims)
+        mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
+        actions = policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **self._options)
+        return policy.validation_losses(key, batch), actions
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns, per robot, "loss/<robot>" and "action_mae/<robot>/<dim [unit]>".
+        """Returns, per robot, "loss/<robot>", its parts where it has any, and "action_mae/<robot>/<dim [unit]>".
 
         The latter is the mean absolute error of whole sampled chunks in robot space, in the robot's own units, over
         steps before the end of the episode.
         """
         params = state.params if state.ema is None else state.ema
         losses: dict[str, list[float]] = {}
+        c = self._config.model
         errors: dict[str, list[np.ndarray]] = {}
         names: dict[str, tuple[str, ...]] = {}
         held_out = validation_batches(
@@ -62,19 +55,25 @@ class Validator:
             policy=self._config.model,
             tokenizer=self._contract.text_tokenizer(),
             normalizations=self._contract.normalizations,
+            action_tokenizer=self._contract.fast_tokenizer(),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         for i, item in enumerate(held_out):
-            loss, actions = self._evaluate(params, put_batch(item.batch, self._mesh), jnp.int32(i))
-            losses.setdefault(item.robot.name, []).append(float(loss))
+            robot = item.robot
+            mask = (np.arange(c.action_horizon) < robot.action_horizon)[:, None] & (
+                np.arange(c.action_dim) < robot.action_size
+            )
+            values, actions = self._evaluate(params, put_batch(item.batch, self._mesh), jnp.int32(i), mask)
+            for name, value in values.items():
+                losses.setdefault(f"{name}/{robot.name}", []).append(float(value))
             errors.setdefault(item.robot.name, []).append(self._absolute_errors(item, actions))
             names[item.robot.name] = item.robot.robot_action_names
-        values = {f"loss/{robot}": float(np.mean(of)) for robot, of in losses.items()}
-        for robot, parts in errors.items():
+        line = {name: float(np.mean(of)) for name, of in losses.items()}
+        for name, parts in errors.items():
             mean = np.concatenate(parts).mean(0)
-            values.update({f"action_mae/{robot}/{n}": float(v) for n, v in zip(names[robot], mean, strict=True)})
-        return values
+            line.update({f"action_mae/{name}/{n}": float(v) for n, v in zip(names[name], mean, strict=True)})
+        return line
 
     def _absolute_errors(self, item: ValidationBatch, actions_BAJ: jax.Array) -> np.ndarray:
         """Returns the absolute errors of all valid steps of all hosts, (steps, Js), in robot space."""

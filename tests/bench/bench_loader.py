@@ -47,7 +47,8 @@ class Shapes:
     prompt_len: int = 128
     vocab_size: int = 2000
     resize: str = "cubic"
-    state_in_prompt: bool = False
+    prompt_format: str = "pi0"
+    action_tokens: None = None
 
 
 def main(args: Args) -> None:

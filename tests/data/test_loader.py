@@ -144,7 +144,7 @@ def test_resuming_anywhere_on_any_hosts_is_exact(load: Any, start: int, hosts: i
 
 @pytest.mark.parametrize(
     "shapes",
-    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", state_in_prompt=True)],
+    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", prompt_format="pi05")],
     ids=["pi0", "pi05"],
 )
 def test_a_batch_is_its_samples_one_by_one(
@@ -152,7 +152,7 @@ def test_a_batch_is_its_samples_one_by_one(
     shapes: Shapes,
 ) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
-    tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len)
+    tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len, prompt_format=shapes.prompt_format)
     batch = next(load(augment=None, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
@@ -174,8 +174,7 @@ def test_a_batch_is_its_samples_one_by_one(
                 assert batch["action_mask"][row, a, d] == mask
                 value = norm.apply_actions(chunk[a])[d] if mask else 0.0
                 assert batch["actions"][row, a, d] == value
-        in_prompt = norm.apply_state(state) if shapes.state_in_prompt else None  # without padding
-        ids, real = tokenizer.encode(dataset.prompts(np.array([frame]))[0], in_prompt)
+        ids, real = tokenizer.encode(dataset.prompts(np.array([frame]))[0], norm.apply_state(state))  # without padding
         np.testing.assert_array_equal(batch["prompt"][row], ids)
         np.testing.assert_array_equal(batch["prompt_mask"][row], real)
         cameras = {c.name: c for c in robot.cameras}

@@ -10,7 +10,7 @@ from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 
 
 def test_batches_are_rows(tokenizer: TextTokenizer) -> None:
-    ids, mask = tokenizer.batch(["open the drawer", "", "open the drawer"])
+    ids, mask = tokenizer.batch(["open the drawer", "", "open the drawer"], [np.zeros(2, np.float32)] * 3)
     np.testing.assert_array_equal(ids[0], ids[2])
     assert ids[1, :2].tolist() == [2, 4]  # BOS and the newline
     assert mask.sum(axis=1).tolist() == [len(np.flatnonzero(row)) for row in ids]
@@ -18,7 +18,7 @@ def test_batches_are_rows(tokenizer: TextTokenizer) -> None:
 
 def test_a_state_is_written_into_the_prompt(tokenizer: TextTokenizer) -> None:
     """By hand: floor((x + 1) * 128), 255 from the last edge on, -1 below the range."""
-    wide = TextTokenizer(tokenizer.model, 100)
+    wide = TextTokenizer(tokenizer.model, 100, prompt_format="pi05")
     state = np.array([-1.01, -1.0, 0.0, 0.004, 0.0079, 1.0, 7.0], np.float32)
     ids, mask = wide.encode(" open_the drawer\n", state)
     assert wide.decode(ids[mask].tolist()) == "Task: open the drawer, State: -1 0 128 128 129 255 255;\nAction: "
@@ -26,7 +26,11 @@ def test_a_state_is_written_into_the_prompt(tokenizer: TextTokenizer) -> None:
     np.testing.assert_array_equal(again[0], ids)
     assert (again[1] != ids).any()
     with pytest.raises(ValueError, match=r"with 7 state values has \d+ tokens, expected at most prompt_len=40"):
-        tokenizer.encode("open the drawer", state)
+        TextTokenizer(tokenizer.model, 40, prompt_format="pi05").encode("open the drawer", state)
+    with pytest.raises(ValueError, match=r"the format 'pi05' has the state in it, got none"):
+        wide.encode("open the drawer")
+    with pytest.raises(ValueError, match=r"prompt_format 'pi5' is unknown; did you mean 'pi05'"):
+        TextTokenizer(tokenizer.model, 40, prompt_format="pi5")
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 
@@ -59,7 +60,8 @@ class Shapes:
     prompt_len: int = 40
     vocab_size: int = 512
     resize: str = "cubic"
-    state_in_prompt: bool = False
+    prompt_format: str = "pi0"
+    action_tokens: ActionTokens | None = None
 
 
 def write_toy(tfds: Any, directory: Path) -> None:

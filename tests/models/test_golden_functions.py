@@ -228,36 +228,44 @@ def test_golden_prompts(golden: Path, sentencepiece_model: bytes, kind: str, len
     z = np.load(path)
     for i in sorted({k.split("/")[0] for k in z.files if "/" in k}):
         expected, mask = z[f"{i}/{kind}/{length}/tokens"], z[f"{i}/{kind}/{length}/mask"]
-        tokenizer = TextTokenizer(sentencepiece_model, len(expected), truncate=True)
-        state = z[f"{i}/state"] if kind == "pi05" else None
+        tokenizer = TextTokenizer(sentencepiece_model, len(expected), prompt_format=kind, truncate=True)
+        state = z[f"{i}/state"]
         ids, real = tokenizer.encode(str(z[f"{i}/prompt"]), state)
         np.testing.assert_array_equal(ids, expected)
         np.testing.assert_array_equal(real, mask)
         if not mask.all():
             continue
         with pytest.raises(ValueError, match=f"expected at most prompt_len={len(expected)}"):
-            TextTokenizer(sentencepiece_model, len(expected)).encode(str(z[f"{i}/prompt"]), state)
+            TextTokenizer(sentencepiece_model, len(expected), prompt_format=kind).encode(str(z[f"{i}/prompt"]), state)
 
 
-def test_golden_prompt_strings(
-    stored: dict[str, np.ndarray], sentencepiece_model: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_golden_prompt_strings(stored: dict[str, np.ndarray], sentencepiece_model: bytes) -> None:
     """What is given to SentencePiece, call by call, and the bins of the state."""
-    tokenizer = TextTokenizer(sentencepiece_model, 400)
-    calls: list[str] = []
-    encode = tokenizer._processor.encode
 
-    def record(text: str) -> list[int]:
-        calls.append(text)
-        return encode(text)
+    class Recorder:
+        def __init__(self, processor: Any) -> None:
+            self.processor, self.calls = processor, list[str]()
 
-    monkeypatch.setattr(tokenizer._processor, "encode", record)
-    for at in numbered(stored, "prompt_strings"):
-        for kind, state in (("pi0", None), ("pi05", at["state"])):
-            calls.clear()
-            tokenizer.encode(str(at["prompt"]), state)
-            assert calls == [text for text, _, _ in json.loads(str(at[f"{kind}_encode_calls_json"]))]
-        np.testing.assert_array_equal(state_bins(at["state"]), at["state_bins"])
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.processor, name)
+
+        def encode(self, text: str) -> list[int]:
+            self.calls.append(text)
+            return self.processor.encode(text)
+
+    for kind, key in (("pi0", "pi0"), ("pi05", "pi05"), ("fast", "pi0fast")):
+        tokenizer = TextTokenizer(sentencepiece_model, 400, prompt_format=kind, answer_len=20)
+        recorder = Recorder(tokenizer._processor)
+        tokenizer._processor = recorder
+        for at in numbered(stored, "prompt_strings"):
+            recorder.calls.clear()
+            expected = [text for text, _, _ in json.loads(str(at[f"{key}_encode_calls_json"]))]
+            if kind == "fast":
+                tokenizer.encode_actions(str(at["prompt"]), at["state"], np.zeros(0, np.int32))
+            else:
+                tokenizer.encode(str(at["prompt"]), at["state"])
+            assert recorder.calls == expected
+            np.testing.assert_array_equal(state_bins(at["state"]), at["state_bins"])
 
 
 # ---- Optimiser -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def config(text: TextTokenizer) -> PaliGemmaConfig:
 def captions(text: TextTokenizer) -> Any:
     """Eight pictures of one colour each and what is to be said of them, the prompts of different lengths."""
     rows = [text.encode_answer("what colour" if i < 4 else "caption", ANSWERS[i % 4]) for i in range(8)]
-    ids, mask, answer = (np.stack(part) for part in zip(*rows, strict=True))
+    ids, mask, answer, _, _ = (np.stack(part) for part in zip(*rows, strict=True))
     images = np.broadcast_to(COLOURS[np.arange(8) % 4, None, None], (8, 16, 16, 3)).copy()
     images[3::4, ::2] = 255  # black and white
     return {
@@ -138,13 +138,17 @@ def test_an_answer_is_seen_causally(trained: Any, captions: Any) -> None:
 
 
 def test_answers_that_do_not_fit_are_refused(text: TextTokenizer) -> None:
-    ids, mask, answer = text.encode_answer("caption", "red")
+    ids, mask, answer, loss, action = text.encode_answer("caption", "red")
+    np.testing.assert_array_equal(loss, answer)
+    assert not action.any()
     assert ids[np.flatnonzero(answer)[-1]] == EOS
     assert mask.sum() == np.flatnonzero(answer)[-1] + 1
     prompt, prompt_mask = text.encode("caption")  # the cache is not written into
     assert prompt_mask.sum() == np.flatnonzero(answer)[0]
     assert not prompt[~prompt_mask].any()
-    with pytest.raises(ValueError, match=r"answer 'black and white .* expected at most prompt_len=24"):
+    with pytest.raises(
+        ValueError, match=r"'caption' with its answer .* expected at most prompt_len=24 \+ answer_len=0"
+    ):
         text.encode_answer("caption", "black and white " * 8)
 
 

@@ -267,11 +267,12 @@ def test_dims_a_robot_lacks_follow_the_path_of_padding(
 ) -> None:
     """The network sees t * noise there, as in training, whatever velocity it predicts; the result is zero."""
     noise, steps = draws[0], 4
-    dims = jnp.asarray(np.arange(4) < np.array([4, 3] * 4)[:, None])
+    dims = np.arange(4) < np.array([4, 3] * 4)[:, None]
+    mask = jnp.asarray(np.broadcast_to(dims[:, None], noise.shape))
     # The velocity of all dims is the last dim of x, so what is seen in the last dim shows in the others.
     wrong = lambda self, prefix, x, time: jnp.broadcast_to(x[..., 3:] + 1, x.shape)  # noqa: E731
     monkeypatch.setattr(Pi0, "sampling_velocity", wrong)
-    out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise, action_dims=dims)
+    out = model.sample_actions(KEY, observation_of(batch), num_steps=steps, noise=noise, action_mask=mask)
     times = 1 - np.arange(steps) / steps
     moved = noise[1::2, :, :3] - sum((t * noise[1::2, :, 3:] + 1) / steps for t in times)
     np.testing.assert_allclose(out[1::2, :, :3], moved, atol=1e-5)

@@ -43,10 +43,9 @@ class Constant(nnx.Module):
     def packed(self):
         return self
 
-    def sample_actions(self, key, observation, *, action_dims):
-        shape = (1, self.config.action_horizon, self.config.action_dim)
-        noise = 1e-3 * jax.random.normal(key, shape)
-        return jnp.where(action_dims[:, None], self.value, 0.0) + noise + 0 * observation["state"].sum()
+    def sample_actions(self, key, observation, *, action_mask):
+        noise = 1e-3 * jax.random.normal(key, action_mask.shape)
+        return jnp.where(action_mask, self.value, 0.0) + noise + 0 * observation["state"].sum()
 
 
 def _policy(tiny_policy, value=1.0, **options):

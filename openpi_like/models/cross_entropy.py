@@ -1,0 +1,90 @@
+"""Cross-entropy of a large vocabulary, a part of the vocabulary at a time.
+
+Neither the logits (T, V) nor one-hot targets ever exist: logits of one part are computed, used and dropped, and
+computed again for the gradient. Parts are cut along the vocabulary and not along the tokens, so that each row of the
+gradient of the table is written once, and reduced once over the devices that share a batch.
+
+Letters: T tokens, D width, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+PART = 16_384  # rows of the table at a time
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(
+    x_TD: Float[Array, "T D"], table_VD: Float[Array, "V D"], targets_T: Int[Array, "T"], part: int = PART
+) -> Float[Array, "T"]:
+    """Returns -log softmax(x table^T)[target] of every token, float32.
+
+    The table is cast to the type of x, part by part; logits are summed and stay in float32, as do their exponentials.
+    """
+    return _forward(x_TD, table_VD, targets_T, part)[0]
+
+
+def _parts(V: int, part: int) -> tuple[int, int]:
+    """Returns how many parts there are, and how many rows each has; the last one may overlap the one before."""
+    count = -(-V // part)
+    return count, -(-V // count)
+
+
+def _part_logits(
+    x_TD: jax.Array, table_VD: jax.Array, i: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the first row of part i, its rows in x's type, and its logits, -inf for rows that part i - 1 has had."""
+    start = jnp.minimum(i * size, table_VD.shape[0] - size)
+    rows = jax.lax.dynamic_slice_in_dim(table_VD, start, size).astype(x_TD.dtype)
+    logits = jnp.einsum("TD,VD->TV", x_TD, rows, preferred_element_type=jnp.float32)
+    return start, rows, jnp.where(start + jnp.arange(size) >= i * size, logits, -jnp.inf)
+
+
+def _forward(x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int) -> tuple[jax.Array, jax.Array]:
+    count, size = _parts(table_VD.shape[0], part)
+
+    def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        top, total = carry  # of the logits so far: their maximum, and the sum of exp(logit - maximum)
+        logits = _part_logits(x_TD, table_VD, i, size)[2]
+        new = jnp.maximum(top, logits.max(-1))
+        return (new, total * jnp.exp(top - new) + jnp.exp(logits - new[:, None]).sum(-1)), None
+
+    start = jnp.full(targets_T.shape, -jnp.inf), jnp.zeros(targets_T.shape)
+    (top, total), _ = jax.lax.scan(add, start, jnp.arange(count))
+    log_total = top + jnp.log(total)
+    chosen = table_VD[targets_T].astype(x_TD.dtype)
+    of_target = jnp.einsum("TD,TD->T", x_TD, chosen, preferred_element_type=jnp.float32)
+    return log_total - of_target, log_total
+
+
+def _forward_rule(
+    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    losses, log_total = _forward(x_TD, table_VD, targets_T, part)
+    return losses, (x_TD, table_VD, targets_T, log_total)
+
+
+def _backward_rule(part: int, saved: tuple[jax.Array, ...], g_T: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_TD, table_VD, targets_T, log_total = saved
+    count, size = _parts(table_VD.shape[0], part)
+
+    def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        dx, dtable = carry
+        start, rows, logits = _part_logits(x_TD, table_VD, i, size)
+        dlogits = (g_T[:, None] * jnp.exp(logits - log_total[:, None])).astype(x_TD.dtype)
+        dx += jnp.einsum("TV,VD->TD", dlogits, rows, preferred_element_type=jnp.float32)
+        drows = jnp.einsum("TV,TD->VD", dlogits, x_TD, preferred_element_type=jnp.float32)
+        before = jax.lax.dynamic_slice_in_dim(dtable, start, size)
+        return (dx, jax.lax.dynamic_update_slice_in_dim(dtable, before + drows, start, axis=0)), None
+
+    zero = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(table_VD.shape, jnp.float32)
+    (dx, dtable), _ = jax.lax.scan(add, zero, jnp.arange(count))
+    dx -= g_T[:, None] * table_VD[targets_T].astype(x_TD.dtype)
+    dtable = dtable.at[targets_T].add(-g_T[:, None] * x_TD.astype(jnp.float32))
+    return dx.astype(x_TD.dtype), dtable.astype(table_VD.dtype), None
+
+
+cross_entropy.defvjp(_forward_rule, _backward_rule)
