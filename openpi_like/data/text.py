@@ -125,7 +125,7 @@ class TextTokenizer:
         return tokens
 
     def batch(
-        self, texts: Sequence[str], states: Sequence[Float[np.ndarray, "De"]]
+        self, texts: Sequence[str], states: Sequence[Float[np.ndarray, "_"]]
     ) -> tuple[Int32[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
         """Returns ids and masks of several prompts; states: see `encode`."""
         rows = [self.encode(text, state) for text, state in zip(texts, states, strict=True)]

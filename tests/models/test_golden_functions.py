@@ -255,7 +255,7 @@ def test_golden_prompt_strings(stored: dict[str, np.ndarray], sentencepiece_mode
 
     for kind, key in (("pi0", "pi0"), ("pi05", "pi05"), ("fast", "pi0fast")):
         tokenizer = TextTokenizer(sentencepiece_model, 400, prompt_format=kind, answer_len=20)
-        recorder = Recorder(tokenizer._processor)
+        recorder: Any = Recorder(tokenizer._processor)
         tokenizer._processor = recorder
         for at in numbered(stored, "prompt_strings"):
             recorder.calls.clear()

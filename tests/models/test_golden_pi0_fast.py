@@ -75,9 +75,9 @@ def inputs(arrays: dict[str, Any], config: Pi0FastConfig, case: str, prompt: str
     }
 
 
-def batch_of(arrays: dict[str, Any], config: Pi0FastConfig, case: str) -> Batch:
+def batch_of(arrays: dict[str, Any], config: Pi0FastConfig, case: str) -> Any:
     actions = arrays["actions_unused"]
-    return {  # type: ignore[typeddict-item]
+    return {
         **inputs(arrays, config, case, ""),
         "prompt_causal": arrays["token_ar_mask"].astype(bool),
         "prompt_loss": arrays["token_loss_mask"],

@@ -1,0 +1,190 @@
+"""Knowledge insulation: what reaches what, in values and in gradients."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from openpi_like.batch import ActionTokens
+from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
+from openpi_like.models.weights import bind, flat_weights, flatten, unflatten
+
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_policy: Pi0Config) -> Pi0Config:
+    """pi0.5 that writes action tokens too, with a subtask before them."""
+    return dataclasses.replace(
+        tiny_policy, pi05=True, prompt_format="fast", action_tokens=ActionTokens(max_len=10, count=50, skip=4)
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config: Pi0Config, filled: Any) -> Pi0:
+    """Random weights everywhere: fresh adaptive norms would hide the expert's input."""
+    return filled(lambda: config.create(KEY))
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_batch: Any, config: Pi0Config) -> Any:
+    """`tiny_batch` with answers: two tokens of a subtask (in even rows), then up to seven action tokens."""
+    rng, S, T = np.random.default_rng(1), config.prompt_len, config.answer_len
+    prompt, kind = (
+        np.zeros((8, S + T), np.int32),
+        np.zeros((8, S + T), np.int8),
+    )  # kinds: 1 prompt, 2 subtask, 3 actions
+    for row in range(8):
+        asked = int(tiny_batch["prompt_mask"][row].sum())
+        parts = (asked, 2 * (row % 2 == 0), int(rng.integers(3, 8)))
+        ends = np.cumsum(parts)
+        for i, (start, stop) in enumerate(zip((0, *ends), ends, strict=False)):
+            kind[row, start:stop] = i + 1
+        prompt[row, : ends[-1]] = rng.integers(4, config.vocab_size, ends[-1])
+        prompt[row, :asked] = tiny_batch["prompt"][row, :asked]
+    answer = kind > 1
+    return jax.tree.map(
+        jnp.asarray,
+        {
+            **tiny_batch,
+            "prompt": prompt,
+            "prompt_mask": kind > 0,
+            "prompt_causal": answer,
+            "prompt_loss": answer,
+            "prompt_action": kind == 3,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def draws(config: Pi0Config) -> Any:
+    shape = (config.action_horizon, config.action_dim)
+    return draw_noise(KEY, 8, shape)[None], draw_time(KEY, 8)[None]
+
+
+losses = nnx.jit(Pi0._losses)
+
+
+def with_leaves(batch: Any, **leaves: Any) -> Any:
+    return {**batch, **leaves}
+
+
+def part(name: str) -> Any:
+    """Returns a function of the gradients of one part of the loss, flat by weight."""
+
+    def objective(m: Pi0, batch: Any, draws: Any) -> jax.Array:
+        return m._losses(batch, *draws)[1][name].sum()
+
+    return nnx.jit(nnx.grad(objective))
+
+
+def gradients(model: Pi0, batch: Any, draws: Any, name: str) -> dict[str, float]:
+    """Returns the norm of the gradient of every weight."""
+    flat = flatten(nnx.to_pure_dict(part(name)(model, batch, draws)))
+    return {k: float(jnp.linalg.norm(v.astype(jnp.float32))) for k, v in flat.items()}
+
+
+def of_backbone(norms: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in norms.items() if k.startswith(("vision/", "vlm/"))}
+
+
+def test_the_flow_loss_does_not_reach_the_backbone(model: Pi0, batch: Any, draws: Any) -> None:
+    norms = gradients(model, batch, draws, "flow_loss")
+    backbone = of_backbone(norms)
+    assert backbone
+    assert set(backbone.values()) == {0.0}
+    assert all(v > 0 for k, v in norms.items() if k not in backbone)
+
+
+def test_the_text_loss_reaches_the_backbone_alone(model: Pi0, batch: Any, draws: Any) -> None:
+    norms = gradients(model, batch, draws, "text_loss")
+    backbone = of_backbone(norms)
+    assert set(norms.values()) - set(backbone.values()) == {0.0}
+    unused = {k for k, v in backbone.items() if v == 0}
+    assert not unused
+
+
+def test_without_insulation_it_reaches_all(config: Pi0Config, model: Pi0, batch: Any, draws: Any) -> None:
+    joint = bind(dataclasses.replace(config, insulate=False), unflatten(flat_weights(model)))
+    backbone = of_backbone(gradients(joint, batch, draws, "flow_loss"))
+    assert backbone["vlm/layers/kv"] > 0
+    assert backbone["vision/patch/kernel"] > 0
+    np.testing.assert_allclose(
+        losses(joint, batch, *draws)[1]["flow_loss"], losses(model, batch, *draws)[1]["flow_loss"], atol=1e-6
+    )
+
+
+def test_action_tokens_do_not_change_the_flow_loss(model: Pi0, batch: Any, draws: Any) -> None:
+    """Neither which ones they are, nor how many, nor that there are any: the expert's positions stay where they are."""
+    expected = losses(model, batch, *draws)[1]
+    other = jnp.where(batch["prompt_action"], (batch["prompt"] + 31) % 300, batch["prompt"])
+    changed = losses(model, with_leaves(batch, prompt=other), *draws)[1]
+    np.testing.assert_allclose(changed["flow_loss"], expected["flow_loss"], atol=1e-5)
+    assert (np.abs(changed["text_loss"] - expected["text_loss"]) > 1e-3).all()
+    gone = {k: batch[k] & ~batch["prompt_action"] for k in ("prompt_mask", "prompt_causal", "prompt_loss")}
+    gone["prompt_action"] = jnp.zeros_like(batch["prompt_action"])
+    nothing = losses(model, with_leaves(batch, **gone), *draws)[1]
+    np.testing.assert_allclose(nothing["flow_loss"], expected["flow_loss"], atol=1e-5)
+    assert nothing["text_loss_valid"].sum() == 4  # those with a subtask
+
+
+def test_the_expert_sees_the_subtask(model: Pi0, batch: Any, draws: Any) -> None:
+    said = batch["prompt_causal"] & ~batch["prompt_action"]
+    changed = with_leaves(batch, prompt=jnp.where(said, (batch["prompt"] + 31) % 300, batch["prompt"]))
+    apart = np.abs(losses(model, changed, *draws)[1]["flow_loss"] - losses(model, batch, *draws)[1]["flow_loss"])
+    np.testing.assert_array_equal(apart > 1e-5, said.any(1))
+
+
+def test_noise_and_actions_do_not_change_the_text_loss(model: Pi0, batch: Any, draws: Any) -> None:
+    noise, time = draws
+    other = losses(model, with_leaves(batch, actions=batch["actions"] + 1), noise + 1, time * 0.5)[1]
+    np.testing.assert_array_equal(other["text_loss"], losses(model, batch, *draws)[1]["text_loss"])
+
+
+def test_training_sees_what_sampling_sees(config: Pi0Config, model: Pi0, batch: Any, draws: Any) -> None:
+    """Without a subtask, the velocity in the loss is that of a plain pi0.5 asked with the prompt alone."""
+    rows = np.flatnonzero(np.arange(8) % 2)
+    some = jax.tree.map(lambda x: x[rows], batch)
+    noise, time = (d[0][rows] for d in draws)
+    plain = bind(dataclasses.replace(config, action_tokens=None), unflatten(flat_weights(model)))
+    kept = {k: v for k, v in some.items() if k not in ("prompt_causal", "prompt_loss", "prompt_action")}
+    asked = with_leaves(kept, **{k: v for k, v in config.observation(some).items() if k.startswith("prompt")})
+    expected = nnx.jit(Pi0.flow_loss)(plain, asked, noise, time)
+    np.testing.assert_allclose(nnx.jit(Pi0.flow_loss)(model, some, noise, time), expected, atol=1e-4)
+    ask = config.observation(some)
+    sample = nnx.jit(Pi0.sample_actions, static_argnames="num_steps")
+    np.testing.assert_array_equal(
+        sample(model, KEY, ask, num_steps=2, noise=noise), sample(plain, KEY, ask, num_steps=2, noise=noise)
+    )
+
+
+def test_losses_add_up_each_over_its_own_samples(config: Pi0Config, model: Pi0, batch: Any, draws: Any) -> None:
+    """Row 0 has no actions (a question about an image), row 1 nothing to say, row 2 neither."""
+    row = jnp.arange(8)
+    mixed = with_leaves(
+        batch,
+        action_mask=batch["action_mask"] & ~((row == 0) | (row == 2))[:, None, None],
+        prompt_loss=batch["prompt_loss"] & ~((row == 1) | (row == 2))[:, None],
+    )
+    heavy = bind(dataclasses.replace(config, flow_weight=3.0), unflatten(flat_weights(model)))
+    total, m = losses(heavy, mixed, *draws)
+    np.testing.assert_array_equal(m["flow_loss_valid"], [0, 1, 0, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(m["text_loss_valid"], [1, 0, 0, 1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(m["valid"], [1, 1, 0, 1, 1, 1, 1, 1])
+    np.testing.assert_allclose(m["loss"], m["text_loss"] + 3 * m["flow_loss"], rtol=1e-6)
+    np.testing.assert_allclose(total, m["text_loss"].sum() / 6 + 3 * m["flow_loss"].sum() / 6, rtol=1e-6)
+    assert m["loss"][2] == 0
+    check = nnx.jit(Pi0.validation_losses)(model, KEY, batch)
+    assert set(check) == {"loss", "flow_loss", "text_loss"}
+    np.testing.assert_allclose(check["text_loss"], losses(model, batch, *draws)[1]["text_loss"].mean(), rtol=1e-5)
+
+
+def test_options_without_meaning_are_refused(config: Pi0Config, tiny_policy: Pi0Config) -> None:
+    with pytest.raises(ValueError, match=r"flow_weight=0.0, expected a number above 0"):
+        dataclasses.replace(config, flow_weight=0.0)
+    with pytest.raises(ValueError, match=r"prompt_format='pi05' with pi05=False, expected 'pi0'"):
+        dataclasses.replace(tiny_policy, prompt_format="pi05")
