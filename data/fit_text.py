@@ -3,11 +3,12 @@
     python data/fit_text.py --data demos/sawyer_sim/1.0.0 demos/pusht_sim/1.0.0 --out text.model
 
 Any other text can be encoded with it too, if need be byte by byte. Policies that start from released weights bring
-their own tokeniser.
+their own tokeniser. `--prompt-format fast` also fits to what policies with action tokens write around instructions.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -21,7 +22,8 @@ from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 class Args:
     """Fits a SentencePiece model to the instructions of RLDS datasets.
 
-    data: TFDS directories. out: file to write. key: step field that holds the instruction.
+    data: TFDS directories. out: file to write. key: step field that holds the instruction. prompt_format: of the
+    policies that are to read it, see `openpi_like.data.text`.
     """
 
     data: tuple[Path, ...]
@@ -29,6 +31,7 @@ class Args:
     key: str = "language_instruction"
     split: str = "train"
     vocab_size: int = 512
+    prompt_format: Literal["pi0", "pi05", "fast"] = "pi0"
     index_dir: Path | None = None
 
 
@@ -39,7 +42,11 @@ def main(args: Args, console: Console) -> None:
         if args.key not in index.texts:
             raise SystemExit(f"{directory} has no text field {args.key!r}; {near_names(args.key, list(index.texts))}")
         texts.update(index.texts[args.key].table)
-    model = fit_text_tokenizer(texts, args.vocab_size)
+    around = []
+    if args.prompt_format != "pi0":
+        numbers = " ".join(map(str, range(10)))
+        around = [f"Task: {text.lower()}, State: {numbers};" for text in texts] + ["Action: ", "Subtask: ;", "|"]
+    model = fit_text_tokenizer([*texts, *around], args.vocab_size)
     tokenizer = TextTokenizer(model, prompt_len=10_000)
     lengths = {text: int(tokenizer.encode(text)[1].sum()) for text in sorted(texts)}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ upper 16 bits of their float32 pattern, then, inside the bins that hold the want
 quantiles are therefore exact (those of `numpy.quantile`), and memory does not grow with the dataset.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -158,6 +159,8 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
         raise ValueError(f"{path}: {e}; make it again with data/stats.py") from e
     if not isinstance(normalization, Normalization):
         raise ValueError(f"{path} holds no normalisation; make it again with data/stats.py")
+    # The file has the numbers of both modes; which one is used is the robot's choice.
+    normalization = dataclasses.replace(normalization, mode=robot.normalization)
     try:
         normalization.check(robot)
     except ValueError as e:

@@ -54,6 +54,11 @@ class GemmaConfig:
         return cls(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
 
     @classmethod
+    def tiny(cls, *, width: int = 96, mlp_dim: int = 256) -> "GemmaConfig":
+        """Returns sizes that train on two CPU cores."""
+        return cls(width=width, depth=3, mlp_dim=mlp_dim, num_heads=4, num_kv_heads=1, head_dim=24)
+
+    @classmethod
     def gemma_300m(cls) -> "GemmaConfig":
         """Returns the action expert of pi0."""
         return cls(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)

@@ -75,31 +75,13 @@ class Pi0Config(PolicyConfig):
         return problems
 
     @classmethod
-    def tiny(
-        cls,
-        *,
-        cameras: tuple[str, ...],
-        state_dim: int,
-        action_dim: int,
-        action_horizon: int,
-        prompt_len: int,
-        vocab_size: int,
-        image_size: tuple[int, int] = (64, 64),
-        patch_size: int = 16,
-        **options: Any,
-    ) -> "Pi0Config":
-        """Returns a policy of about a million weights that trains on two CPU cores; options: other fields."""
+    def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0Config":
+        """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""
         return cls(
-            vision=SiglipConfig(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=patch_size),
-            vlm=GemmaConfig(width=96, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=24),
-            expert=GemmaConfig(width=64, depth=3, mlp_dim=192, num_heads=4, num_kv_heads=1, head_dim=24),
-            cameras=cameras,
+            vision=SiglipConfig.tiny(patch_size),
+            vlm=GemmaConfig.tiny(),
+            expert=GemmaConfig.tiny(width=64, mlp_dim=192),
             image_size=image_size,
-            state_dim=state_dim,
-            action_dim=action_dim,
-            action_horizon=action_horizon,
-            prompt_len=prompt_len,
-            vocab_size=vocab_size,
             unroll=True,
             **options,
         )

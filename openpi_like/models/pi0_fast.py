@@ -46,6 +46,17 @@ class Pi0FastConfig(PolicyConfig):
         return self.action_tokens
 
     @classmethod
+    def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0FastConfig":
+        """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""
+        return cls(
+            vision=SiglipConfig.tiny(patch_size),
+            vlm=GemmaConfig.tiny(),
+            image_size=image_size,
+            unroll=True,
+            **options,
+        )
+
+    @classmethod
     def released(cls) -> "Pi0FastConfig":
         """Returns the sizes of openpi's released pi0-FAST weights (2.9 billion)."""
         return cls(

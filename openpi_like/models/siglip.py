@@ -30,6 +30,11 @@ class SiglipConfig:
             raise ValueError(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
 
     @classmethod
+    def tiny(cls, patch_size: int = 16) -> "SiglipConfig":
+        """Returns sizes that train on two CPU cores."""
+        return cls(width=96, depth=3, mlp_dim=256, num_heads=4, patch_size=patch_size)
+
+    @classmethod
     def so400m_14(cls) -> "SiglipConfig":
         """Returns the shape-optimised 400 M model of PaliGemma and pi0."""
         return cls(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14)
