@@ -19,10 +19,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from openpi_like.serve.evaluation import Episode, read_episodes, success_rows
+from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, wilson
 from openpi_like.train.metrics import read_metrics
 
 RUNS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
+COMPARED = {"flow": "pi0, flow matching", "fast": "pi0-FAST, action tokens", "insulated": "pi0.5, knowledge insulation"}
 COLOURS = {"trained": "#2563eb", "expert": "#16a34a", "untrained": "#9ca3af"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; background: #f3f4f6; color: #111827; margin: 0; }
@@ -59,6 +60,8 @@ def collect(run: Path) -> dict[str, Any]:
     """
     demo, rollouts = run / "demo.json", sorted((run / "rollouts").glob("*.jsonl"))
     needed = [demo, run / "finetune" / "load_report.json", *(run / name / "metrics.jsonl" for name in RUNS)]
+    needed += [run / f"compare_{kind}" / "metrics.jsonl" for kind in COMPARED]
+    needed += [run / "compared" / f"{kind}.jsonl" for kind in COMPARED]
     missing = [f"no {path}" for path in needed if not path.is_file()]
     if not rollouts:
         missing.append(f"no results in {run / 'rollouts'}, see serve/rollout.py")
@@ -72,11 +75,33 @@ def collect(run: Path) -> dict[str, Any]:
     numbers["renderers"] = {e.robot: e.renderer for e in episodes}
     numbers["latency_ms"] = {r: _latency(episodes, r) for r in sorted({e.robot for e in episodes if e.latency_ms})}
     numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in RUNS}
+    numbers["compared"] = {kind: _compared(run, kind) for kind in COMPARED}
     numbers["weights"] = {
         "loaded": sum(row["from"] == "checkpoint" for row in weights),
         "fresh": [row for row in weights if row["from"] == "fresh"],
     }
     return numbers
+
+
+def _compared(run: Path, kind: str) -> dict[str, Any]:
+    """Returns what is compared of one policy: success over all tasks, errors, times."""
+    episodes, training = (
+        read_episodes(run / "compared" / f"{kind}.jsonl"),
+        _training(run / f"compare_{kind}" / "metrics.jsonl"),
+    )
+    successes = sum(e.success for e in episodes)
+    low, high = wilson(successes, len(episodes))
+    return {
+        "steps": training["steps"],
+        "successes": successes,
+        "episodes": len(episodes),
+        "wilson_low": low,
+        "wilson_high": high,
+        "action_mae": training["action_mae"],
+        "ms_per_step": 1e3 / training["steps_per_s"],
+        "latency_ms": _latency(episodes, "sawyer"),
+        "validation_loss": training["validation_loss"],
+    }
 
 
 def _latency(episodes: list[Episode], robot: str) -> dict[str, float]:
@@ -215,6 +240,18 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
         ]
         for name, t in numbers["training"].items()
     ]
+    dims = list(next(iter(numbers["compared"].values()))["action_mae"])
+    compared = [
+        [
+            COMPARED[kind],
+            c["steps"],
+            f"{c['successes']}/{c['episodes']}  [{c['wilson_low']:.2f}, {c['wilson_high']:.2f}]",
+            *(f"{c['action_mae'][dim]:.3g}" for dim in dims),
+            f"{c['ms_per_step']:.0f}",
+            f"{c['latency_ms']['p50']:.1f} / {c['latency_ms']['p95']:.1f}",
+        ]
+        for kind, c in numbers["compared"].items()
+    ]
     fresh = [[row["weight"], row["shape"], row["why"]] for row in numbers["weights"]["fresh"]]
     strips = "".join(
         f'<figure><img alt="" src="data:image/gif;base64,{base64.b64encode(gif).decode()}">{e(name)}</figure>'
@@ -248,6 +285,10 @@ and flow times, so it is not on the scale of the training loss.</p></section>
 {_table(["robot", "requests", "p50 ms", "p95 ms", "p99 ms"], latency)}
 <p class="note">Round trip as the robot's process sees it: packing, websocket, inference with ten flow steps, unpacking;
 server and simulators share the machine.</p></section>
+<section><h2>Three ways to produce actions: same data, same steps</h2>
+{_table(["policy", "steps", "success, all Sawyer tasks", *dims, "ms per step", "latency p50 / p95 ms"], compared)}
+<p class="note">Columns with units: mean absolute error of whole sampled chunks on held-out episodes. These runs are
+shorter than the one above; with as many steps as that one, all three go on improving.</p></section>
 <section><h2>What fine-tuning started from</h2>
 <p>{numbers["weights"]["loaded"]} weights came from the pretrained checkpoint, {len(fresh)} started fresh:</p>
 {_table(["weight", "shape", "why"], fresh)}</section>

@@ -26,10 +26,12 @@ import tyro
 from rich.console import Console
 
 from openpi_like.config import load_run, override
+from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig, VisionLanguageConfig
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import (
     WeightsError,
     bind,
@@ -60,6 +62,7 @@ from openpi_like.train.checkpoint import (
 RELEASED = {
     "pi0": lambda: Pi0Config.released(),
     "pi05": lambda: Pi0Config.released(pi05=True),
+    "pi0_fast": lambda: Pi0FastConfig.released(),
     "paligemma": lambda: PaliGemmaConfig.released(),
 }
 
@@ -69,12 +72,13 @@ class Args:
     """Converts weights between layouts, and shows that both compute the same.
 
     src: a run, or published weights. dst: directory to write. to: layout to write; "run" is ours.
-    model: sizes of published weights: pi0, pi05, paligemma, or a config file; a run knows its own.
+    model: sizes of published weights: pi0, pi05, pi0_fast, paligemma, or a config file; a run knows its own.
     set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
     dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
     alpha / rank. drop: regular expressions of arrays to leave out.
     robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "module:OBJECT"), for each its
-    statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts.
+    statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts; action_tokenizer: for
+    pi0_fast, the directory of the FAST tokenizer.
     verify: read back what was written, and compare outputs on the same inputs with those of the weights as read
     (rounded to dtype); fails where they differ by more than tolerance, a part of the largest output.
     """
@@ -91,6 +95,7 @@ class Args:
     robots: tuple[str, ...] = ()
     norm_stats: tuple[Path, ...] = ()
     tokenizer: Path | None = None
+    action_tokenizer: Path | None = None
     verify: bool = True
     tolerance: float = 1e-5
 
@@ -109,7 +114,7 @@ def find_config(args: Args) -> VisionLanguageConfig:
 
 def openpi_mode(config: VisionLanguageConfig) -> str:
     """Returns how openpi normalises for a model: its code decides by the model alone."""
-    return "quantile" if getattr(config, "pi05", False) else "zscore"
+    return "quantile" if isinstance(config, Pi0FastConfig) or getattr(config, "pi05", False) else "zscore"
 
 
 def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
@@ -123,6 +128,8 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
         problems.append("--tokenizer: missing; the SentencePiece model the weights were trained with")
+    if isinstance(config, Pi0FastConfig) and args.action_tokenizer is None:
+        problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
         raise ValueError("--to run needs more:\n  " + "\n  ".join(problems))
     robots = tuple(find_robot(name) for name in args.robots)
@@ -137,7 +144,8 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         normalizations[robot.name] = load(path, robot)
     assert args.tokenizer is not None  # checked above
     tokenizer = encode_tokenizer(args.tokenizer.read_bytes())
-    contract = Contract(config, robots, normalizations, tokenizer, {r.name: None for r in robots})
+    fast = None if args.action_tokenizer is None else FastTokenizer.load(args.action_tokenizer).files
+    contract = Contract(config, robots, normalizations, tokenizer, {r.name: None for r in robots}, fast)
     found = contract_problems(contract)
     if found:
         raise ValueError("these do not fit the model:\n  " + "\n  ".join(found))
@@ -155,7 +163,10 @@ def outputs(config: VisionLanguageConfig, weights: dict[str, Any]) -> np.ndarray
         "prompt_mask": np.arange(config.prompt_len)[None] < config.prompt_len - 1,
     }
     if not isinstance(config, Pi0Config):
-        inputs["prompt_causal"] = np.arange(config.prompt_len)[None] > 1
+        length = config.prompt_len + config.answer_len
+        inputs["prompt"] = rng.integers(0, config.vocab_size, (1, length), dtype=np.int32)
+        inputs["prompt_mask"] = np.arange(length)[None] < length - 1
+        inputs["prompt_causal"] = inputs["prompt_loss"] = np.arange(length)[None] > 1
         run = jax.jit(lambda params, batch: bind(config, params).text_logits(batch))
         return np.asarray(run(unflatten(weights), inputs))
     inputs["state"] = rng.normal(size=(1, config.state_dim)).astype(np.float32)
@@ -180,6 +191,9 @@ def write(args: Args, config: VisionLanguageConfig, weights: dict[str, Any], con
     else:  # LeRobot and openpi's PyTorch port read one file only
         write_safetensors(arrays, args.dst, **({"max_bytes": 2**62} if args.to == "lerobot" else {}))
     if is_run(args.src) and args.to == "openpi":
+        fast = read_contract(find_step(args.src)).fast_tokenizer()
+        if fast is not None:
+            fast.save(args.dst / "fast_tokenizer")
         for name, normalization in read_contract(find_step(args.src)).normalizations.items():
             save_openpi_stats(normalization, args.dst / "assets" / name / "norm_stats.json")
             if normalization.mode != openpi_mode(config):
@@ -228,7 +242,7 @@ def main(args: Args, console: Console) -> int:
         make_contract(args, config)
     else:
         layout(config, args.to)
-    serving = [name for name in ("robots", "norm_stats", "tokenizer") if getattr(args, name)]
+    serving = [name for name in ("robots", "norm_stats", "tokenizer", "action_tokenizer") if getattr(args, name)]
     if serving and (args.to != "run" or is_run(args.src)):
         raise ValueError(f"{serving} are for published weights and --to run; leave them out")
 

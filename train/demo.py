@@ -24,9 +24,21 @@ import tyro
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
-# Episodes per task and robot for training, and for validation; training steps; episodes per task to drive.
+# Episodes per task and robot for training, and for validation; training steps; episodes per task to drive; and steps,
+# episodes and tasks of the policies that are compared.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"sawyer": 60, "pusht": 60, "aloha": 30, "val": 4, "pretrain": 6_500, "finetune": 900, "episodes": 20},
+    "demo": {
+        "sawyer": 60,
+        "pusht": 60,
+        "aloha": 30,
+        "val": 4,
+        "pretrain": 6_500,
+        "finetune": 900,
+        "episodes": 20,
+        "compare": 1_500,
+        "compare_episodes": 5,
+        "compare_tasks": 9,
+    },
     "full": {
         "sawyer": 100,
         "pusht": 300,
@@ -35,8 +47,22 @@ SCALES: dict[str, dict[str, int]] = {
         "pretrain": 30_000,
         "finetune": 8_000,
         "episodes": 50,
+        "compare": 10_000,
+        "compare_episodes": 20,
+        "compare_tasks": 9,
     },
-    "pulse": {"sawyer": 1, "pusht": 1, "aloha": 1, "val": 1, "pretrain": 2, "finetune": 2, "episodes": 1},
+    "pulse": {
+        "sawyer": 1,
+        "pusht": 1,
+        "aloha": 1,
+        "val": 1,
+        "pretrain": 2,
+        "finetune": 2,
+        "episodes": 1,
+        "compare": 2,
+        "compare_episodes": 1,
+        "compare_tasks": 1,
+    },
 }
 # Meta-World tasks of this demo; the simulated Sawyer knows a few more.
 SAWYER_TASKS = (
@@ -50,6 +76,8 @@ SAWYER_TASKS = (
     "drawer-open",
     "door-close",
 )
+# Policies that are compared, each with a config of its own: configs/demo_compare_NAME.py.
+COMPARED = ("flow", "fast", "insulated")
 CONSOLE = Console(highlight=False)
 
 
@@ -198,7 +226,35 @@ def main(args: Args) -> None:
         )
     demo.step("experts on the same goals", *(rollout(robot, "expert") for robot in robots))
 
-    # ---- 6. Report ---------------------------------------------------------------------------------------------------
+    # ---- 6. Flow, FAST tokens and knowledge insulation on the same data for the same steps ---------------------------
+    text = f"tokenizer={run}/text_fast.model"
+    mixed = [f"data.entries.{i}.path={sets[robot]}" for i, robot in enumerate(pretrain[1])]
+    demo.step(
+        "action tokens, and a text tokeniser for prompts with a state",
+        [
+            *("data/fit_text.py", "--data", sets["sawyer"], sets["pusht"], "--out", f"{run}/text_fast.model"),
+            *("--prompt-format", "fast", "--vocab-size", "1024"),
+        ],
+        [
+            *("data/fit_fast.py", "configs/demo_compare_fast.py", "--out", f"{run}/fast", "--vocab-size", "512"),
+            *("--set", f"stats={stats}", text, *mixed),
+        ],
+    )
+    few = ["--robot", "sawyer", "--policy", "trained", "--episodes", str(n["compare_episodes"]), *workers]
+    few += ["--tasks", *SAWYER_TASKS[: n["compare_tasks"]]]
+    for kind in COMPARED:
+        name = f"compare_{kind}"
+        own = [] if kind == "flow" else [f"action_tokenizer={run}/fast"]
+        often = [f"validate_every={max(n['compare'] // 2, 1)}", text, *own]
+        demo.step(f"train {kind} to compare", train(f"configs/demo_{name}.py", name, n["compare"], pretrain[1], *often))
+        port = ["--port-file", f"{run}/{name}/port"]
+        demo.step(
+            f"drive sawyer with {kind}",
+            ["serve/rollout.py", *few, "--out", f"{run}/compared/{kind}.jsonl", *port],
+            server=["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port],
+        )
+
+    # ---- 7. Report ---------------------------------------------------------------------------------------------------
     demo.step("report", ["serve/report.py", run])
     total = sum(demo.record["seconds"].values())
     CONSOLE.print(f"\n[bold]{run}/report.html[/] and {run}/report.json; {total / 60:.1f} minutes in all")

@@ -270,8 +270,8 @@ class _Assembler:
                 chunks = normalization.apply_actions(chunks)
                 if self.action_tokenizer is not None:
                     # Past the end of the episode its last action is repeated: tokens are of whole chunks.
-                    for row, ids in zip(rows, self._action_ids(dataset, chunks, frames[rows]), strict=True):
-                        written[row] = ids
+                    for row, tokens in zip(rows, self._action_ids(dataset, chunks, frames[rows]), strict=True):
+                        written[row] = tokens
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
                 action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
             for camera in robot.cameras:

@@ -28,13 +28,13 @@ class Validator:
         self._evaluate = jax.jit(self._losses_and_actions)
 
     def _losses_and_actions(
-        self, params: Params, batch: Batch, index: jax.Array, action_mask: jax.Array
+        self, params: Params, batch: Batch, index: jax.Array, action_mask: jax.Array, options: dict[str, Any]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Returns the policy's validation losses, and sampled actions (B, A, J), normalised. action_mask: (A, J)."""
         policy = self._model.bind(params)
         key = jax.random.fold_in(jax.random.key(NOISE_SEED), index)
         mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
-        actions = policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **self._options)
+        actions = policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
         return policy.validation_losses(key, batch), actions
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -64,7 +64,9 @@ class Validator:
             mask = (np.arange(c.action_horizon) < robot.action_horizon)[:, None] & (
                 np.arange(c.action_dim) < robot.action_size
             )
-            values, actions = self._evaluate(params, put_batch(item.batch, self._mesh), jnp.int32(i), mask)
+            values, actions = self._evaluate(
+                params, put_batch(item.batch, self._mesh), jnp.int32(i), mask, self._options
+            )
             for name, value in values.items():
                 losses.setdefault(f"{name}/{robot.name}", []).append(float(value))
             errors.setdefault(item.robot.name, []).append(self._absolute_errors(item, actions))

@@ -200,7 +200,7 @@ class _Nothing(type):
     __ror__ = __or__
 
 
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class AbsentPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Gives an empty stand-in for packages that openpi imports at the top and that nothing here uses."""
 
     names = ("torch", "lerobot", "tensorflow", "tensorflow_datasets", "dlimp", "transformers")
@@ -235,7 +235,7 @@ def _nested(path: Path, dtype: Any) -> dict[str, Any]:
 
 
 def openpi(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: float) -> dict[str, Any]:
-    sys.meta_path.append(_Absent())  # after the real finders
+    sys.meta_path.append(AbsentPackages())  # after the real finders
     import flax.nnx as nnx
     import jax
     import jax.numpy as jnp

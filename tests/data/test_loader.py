@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openpi_like.batch import Batch
+from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import from_json, to_json
 from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.images import Augment, fit
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import (
@@ -184,6 +185,101 @@ def test_a_batch_is_its_samples_one_by_one(
             if name in cameras:
                 fit(dataset.image(frame, cameras[name]), image, resize=shapes.resize)
             np.testing.assert_array_equal(batch["images"][name][row], image)
+
+
+@pytest.fixture(scope="module")
+def fast(config: DataConfig, toy: Path, normalizations: dict[str, Normalization]) -> FastTokenizer:
+    coefficients = []
+    for entry in config.entries:
+        dataset = EpisodeDataset(open_index(toy, entry.split), entry.robot)
+        chunks = dataset.encoded(np.arange(len(dataset)))[1]
+        coefficients.append(dct_coefficients(normalizations[entry.robot.name].apply_actions(chunks), 5.0))
+    return fit_fast(coefficients, scale=5.0, vocab_size=200)
+
+
+WRITES = Shapes(
+    prompt_len=80, prompt_format="fast", vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+)
+
+
+def test_action_tokens_are_those_of_the_chunk(
+    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization],
+    fast: FastTokenizer,
+) -> None:  # fmt: skip
+    """Sample by sample, in a mixture of two robots: the prompt, what is said, and which part of it is what."""
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    said = dataclasses.replace(config.entries[1], text_key="language_instruction")
+    asked = dataclasses.replace(config.entries[0], text_key="language_instruction", actions=False)
+    entries = (config.entries[0], said, asked)
+    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": fast, "entries": entries}
+    batch = next(load(batch_size=64, **options))
+    datasets = [EpisodeDataset(open_index(toy, e.split), e.robot) for e in entries]
+    order = sample_order([len(d) for d in datasets], [e.weight for e in entries], config.seed)
+    seen = Counter(batch["dataset_id"].tolist())
+    assert min(seen[i] for i in range(3)) > 5
+    for row in range(64):
+        _, i, frame = order[row]
+        dataset, entry = datasets[i], entries[i]
+        norm, frames = normalizations[entry.robot.name], np.array([frame])
+        state, chunk, _ = dataset.encoded(frames)
+        prompt, answer = dataset.prompts(frames)[0], dataset.texts("language_instruction", frames)[0]
+        if entry.actions:
+            ids = WRITES.vocab_size - 1 - fast.encode(norm.apply_actions(chunk)).ids[0]
+            expected = text.encode_actions(
+                prompt, norm.apply_state(state)[0], ids, subtask=None if entry.text_key is None else answer
+            )
+        else:
+            expected = text.encode_answer(prompt, answer)
+            assert not batch["action_mask"][row].any()
+            assert not batch["actions"][row].any()
+        assert batch["action_mask"][row].any() == entry.actions
+        for name, value in expected._asdict().items():
+            np.testing.assert_array_equal(batch[name][row], value, err_msg=name)
+        if entry.actions:
+            again = WRITES.vocab_size - 1 - batch["prompt"][row][batch["prompt_action"][row]]
+            again = again[len(text.action_indicator()) :]
+            horizon, dims = entry.robot.action_horizon, entry.robot.action_size
+            back = fast.decode([again[: len(ids)]], horizon=horizon, dims=dims).actions[0]
+            assert np.abs(back - norm.apply_actions(chunk)[0]).max() < 0.5 / fast.scale * np.sqrt(horizon)
+
+
+def test_chunks_out_of_range_stop_the_run_or_are_counted(
+    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
+) -> None:
+    narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
+    with pytest.raises(
+        DatasetError, match=r"action tokens of frames at .*cannot be encoded, expected -3 to 3.*saturate"
+    ):
+        next(load(**options))
+    loader = load(saturate_actions=True, **options)
+    next(loader)
+    assert loader.saturated > 0
+
+
+def test_tokenizers_that_do_not_fit_the_policy_are_listed(
+    load: Any, tokenizer: TextTokenizer, fast: FastTokenizer
+) -> None:
+    with pytest.raises(ValueError, match=r"there is an action tokenizer, but the policy has no action tokens"):
+        load(action_tokenizer=fast)
+    with pytest.raises(ValueError, match=r"has action tokens and there is no action tokenizer; fit one"):
+        load(policy=WRITES)
+    few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0))
+    with pytest.raises(
+        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*'pi0'"
+    ):
+        load(policy=few, action_tokenizer=fast)
+
+
+def test_entries_without_anything_to_predict_are_refused(load: Any, config: DataConfig) -> None:
+    entry = config.entries[0]
+    with pytest.raises(ValueError, match=r"has actions=False and no text_key; then there is nothing to predict"):
+        load(entries=(dataclasses.replace(entry, actions=False),))
+    with pytest.raises(ValueError, match=r"has text_key='language_instruction', but the policy writes no answers"):
+        load(entries=(dataclasses.replace(entry, text_key="language_instruction"),))
+    with pytest.raises(DatasetError, match=r"text_key: the dataset has no 'subtask'"):
+        load(entries=(dataclasses.replace(entry, text_key="subtask"),))
 
 
 def test_leaves_have_the_types_of_the_contract(load: Any) -> None:

@@ -19,6 +19,15 @@ def run(tmp_path):
         train = [{"step": s, "split": "train", "loss": 2 / s, "steps_per_s": 5.0, "data_wait": 0.25} for s in (1, 2, 4)]
         val = {"step": 4, "split": "val", f"loss/{robot}": 0.125, f"action_mae/{robot}/hand_0 [m]": 0.0421}
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*train, val]))
+    for kind, wins in (("flow", 3), ("fast", 2), ("insulated", 4)):
+        (tmp_path / f"compare_{kind}").mkdir()
+        line = {"step": 7, "split": "train", "loss": 1.0, "steps_per_s": 8.0, "data_wait": 0.0}
+        val = {"step": 7, "split": "val", "loss/arm": 0.5, "action_mae/arm/hand_0 [m]": 0.01 * wins}
+        (tmp_path / f"compare_{kind}" / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(val) + "\n")
+        for seed in range(5):
+            episode = Episode("sawyer", "lift", "trained", seed, seed < wins, 5, "raycast", (float(wins),))
+            (tmp_path / "compared").mkdir(exist_ok=True)
+            append_episode(tmp_path / "compared" / f"{kind}.jsonl", episode)
     weights = [
         {"weight": "a", "shape": "(2,)", "from": "checkpoint", "why": "same"},
         {"weight": "b<script>", "shape": "(3,)", "from": "fresh", "why": "asked"},
@@ -49,12 +58,25 @@ def test_numbers_are_those_of_the_run(run, capsys):
     assert numbers["training"]["pretrain"]["loss_last"] == 0.5
     assert numbers["training"]["finetune"]["action_mae"] == {"aloha/hand_0 [m]": 0.0421}
     assert numbers["weights"]["loaded"] == 1
+    fast = numbers["compared"]["fast"]
+    assert (fast["steps"], fast["successes"], fast["episodes"], fast["ms_per_step"]) == (7, 2, 5, 125.0)
+    assert (fast["latency_ms"]["p50"], fast["action_mae"]) == (2.0, {"arm/hand_0 [m]": 0.02})
 
 
 def test_the_page_is_one_file_that_shows_them(run):
     REPORT["main"](REPORT["Args"](run))
     page = (run / "report.html").read_text()
-    for text in ("9/10  [0.60, 0.98]", "0.0421", "abacus, 2 cores", "1.5 min", "python a.py", "1 of 1", "25.0%", "4.5"):
+    for text in (
+        "9/10  [0.60, 0.98]",
+        "0.0421",
+        "abacus, 2 cores",
+        "1.5 min",
+        "python a.py",
+        "1 of 1",
+        "25.0%",
+        "4.5",
+        "2/5  [0.12, 0.77]",
+    ):
         assert text in page
     assert "http" not in page
     assert "<script" not in page  # texts are escaped
@@ -65,5 +87,13 @@ def test_the_page_is_one_file_that_shows_them(run):
 def test_everything_that_is_missing_is_listed(tmp_path):
     with pytest.raises(SystemExit) as e:
         REPORT["main"](REPORT["Args"](tmp_path))
-    for part in ("demo.json", "load_report.json", "pretrain", "finetune", "rollouts"):
+    for part in (
+        "demo.json",
+        "load_report.json",
+        "pretrain",
+        "finetune",
+        "rollouts",
+        "compare_fast",
+        "insulated.jsonl",
+    ):
         assert part in str(e.value)

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from openpi_like.batch import ActionTokens
+from openpi_like.data.fast import FastTokenizer, fit_fast
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.stats import save_normalization
 from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import WeightsError, export_weights, flat_weights, flatten, load_weights, write_openpi
 from openpi_like.robots.sawyer import SAWYER
+from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoint import (
     CheckpointError,
     Contract,
@@ -127,6 +131,48 @@ def test_there_and_back(
     assert read_contract(tmp_path / "back" / "checkpoints" / "0").policy == contract.policy
 
 
+def test_action_tokens_travel_with_the_weights(
+    program: SimpleNamespace, tmp_path: Path, policy: Pi0Config, contract: Contract
+) -> None:
+    """A pi0-FAST run is served, exported to openpi with its tokenizer, and comes back; a run without one is refused."""
+    robot = dataclasses.replace(SAWYER, normalization="quantile")
+    drawn = np.random.default_rng(0).integers(-3, 4, (50, robot.action_horizon, robot.action_size))
+    fast = fit_fast([drawn], scale=4.0, vocab_size=60)
+    shared = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Pi0FastConfig) if hasattr(policy, f.name)}
+    tokens = ActionTokens(max_len=40, count=60, skip=0)
+    config = Pi0FastConfig(**{**shared, "prompt_len": 80, "prompt_format": "fast", "action_tokens": tokens})
+    normalization = dataclasses.replace(contract.normalizations["sawyer"], mode="quantile")
+    written = dataclasses.replace(
+        contract,
+        policy=config,
+        robots=(robot,),
+        normalizations={"sawyer": normalization},
+        action_tokenizer=fast.files,
+    )
+    with pytest.raises(CheckpointError, match=r"has action tokens and there is no action tokenizer"):
+        save_policy(tmp_path / "no", {}, contract=dataclasses.replace(written, action_tokenizer=None), origin="a test")
+    short = dataclasses.replace(config, action_tokens=dataclasses.replace(tokens, max_len=1))
+    with pytest.raises(
+        CheckpointError, match=r"32 coefficients takes at least \d+ action tokens, the policy has room for 1"
+    ):
+        save_policy(tmp_path / "no", {}, contract=dataclasses.replace(written, policy=short), origin="a test")
+    weights = jax.device_get(jax.jit(ModelDef(config).init)(jax.random.key(3)))
+    save_policy(tmp_path / "run", weights, contract=written, origin="a test")
+
+    served = Policy.load(tmp_path / "run")
+    images = {"base": np.zeros((64, 64, 3), np.uint8)}
+    observation = {"images": images, "state": np.zeros(4, np.float32), "prompt": "press the button"}
+    reply = served.infer(observation)
+    assert reply["actions"].shape == (robot.action_horizon, robot.action_size)
+    np.testing.assert_array_equal(served.infer(observation)["actions"], reply["actions"])  # the likeliest tokens
+
+    status, text = convert(program, tmp_path / "run", tmp_path / "out", "openpi")
+    assert status == 0
+    assert "text logits, same inputs: largest difference 0" in text
+    assert FastTokenizer.load(tmp_path / "out" / "fast_tokenizer").files == fast.files
+    assert read_contract(tmp_path / "run" / "checkpoints" / "0") == written
+
+
 def test_bfloat16_is_compared_with_bfloat16(program: SimpleNamespace, tmp_path: Path, run: Path) -> None:
     status, text = convert(program, run, tmp_path / "half", "lerobot", dtype="bfloat16")
     assert status == 0, text
@@ -194,7 +240,9 @@ def test_paligemma_through_three_layouts(
 def test_what_is_missing_is_said_at_once(program: SimpleNamespace, tmp_path: Path, run: Path, config_file: str) -> None:
     with pytest.raises(ValueError, match=r"--robots: missing(.|\n)*--tokenizer: missing"):
         convert(program, tmp_path / "nothing", tmp_path / "out", "run", model=config_file)
-    with pytest.raises(ValueError, match="--model: missing; expected one of pi0, pi05, paligemma, or a config file"):
+    with pytest.raises(
+        ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, paligemma, or a config file"
+    ):
         convert(program, tmp_path / "nothing", tmp_path / "out", "openpi")
     with pytest.raises(ValueError, match="a run knows its own model"):
         convert(program, run, tmp_path / "out", "openpi", model="pi0")
