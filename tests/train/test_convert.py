@@ -241,7 +241,7 @@ def test_what_is_missing_is_said_at_once(program: SimpleNamespace, tmp_path: Pat
     with pytest.raises(ValueError, match=r"--robots: missing(.|\n)*--tokenizer: missing"):
         convert(program, tmp_path / "nothing", tmp_path / "out", "run", model=config_file)
     with pytest.raises(
-        ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, paligemma, or a config file"
+        ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, paligemma, or a"
     ):
         convert(program, tmp_path / "nothing", tmp_path / "out", "openpi")
     with pytest.raises(ValueError, match="a run knows its own model"):
