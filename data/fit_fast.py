@@ -39,7 +39,8 @@ class Args:
     """Fits a FAST tokenizer to the actions of a run's mixture.
 
     config: the run. out: directory for the tokenizer and report.json. set: overrides of the run, key=value.
-    chunks: how many to fit to, over all datasets, by their weights and evenly spaced in each.
+    chunks: how many to fit to, over all datasets, by their weights and evenly spaced in each. test_chunks: how many of
+    each dataset to measure with. vocab_size: tokens at most.
     scale: DCT coefficients per unit of normalised action; larger is finer and longer.
     use: measure the tokenizer of this directory and fit none.
     """
@@ -142,7 +143,7 @@ def main(args: Args, console: Console) -> None:
                 frames = spaced(dataset, max(1, round(args.chunks * entry.weight / total)))
                 for at in progress.track(range(0, len(frames), BLOCK), description=f"chunks of {entry.robot.name}"):
                     chunks = normalised(dataset, normalizations[entry.robot.name], frames[at : at + BLOCK])[0]
-                    coefficients.append(dct_coefficients(chunks, args.scale).astype(np.int16))
+                    coefficients.append(dct_coefficients(chunks, args.scale).astype(np.int32))
         tokenizer = fit_fast(coefficients, scale=args.scale, vocab_size=args.vocab_size, progress=True)
         tokenizer.save(args.out)
     else:

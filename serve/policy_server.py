@@ -24,7 +24,8 @@ class Args:
     checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest. host: 0.0.0.0 to be
     reachable from other machines. port: 0 takes a free one. port_file: written with the port once it listens.
     api_key: clients must send it. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
-    bfloat16 halves them, and is what a model of the released size is served with.
+    bfloat16 halves them, and is what a model of the released size is served with. temperature: of the tokens that
+    pi0-FAST writes, default the likeliest ones.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -36,13 +37,21 @@ class Args:
     api_key: str | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
+    temperature: float | None = None
 
 
 def main(args: Args) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array it reads
     try:
-        policy = Policy.load(args.checkpoint, step=args.step, robot=args.robot, seed=args.seed, dtype=args.dtype)
+        policy = Policy.load(
+            args.checkpoint,
+            step=args.step,
+            robot=args.robot,
+            seed=args.seed,
+            dtype=args.dtype,
+            temperature=args.temperature,
+        )
     except (CheckpointError, ValueError) as e:
         sys.exit(f"cannot serve {args.checkpoint}: {e}")
     policy.warm_up()

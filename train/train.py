@@ -39,7 +39,7 @@ from openpi_like.train.config import TrainConfig
 from openpi_like.train.metrics import MetricsWriter
 from openpi_like.train.sharding import put_batch
 from openpi_like.train.state import ModelDef, Trainer
-from openpi_like.train.validation import Validator
+from openpi_like.train.validation import Validator, dataset_name
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,7 +59,9 @@ def main(config: TrainConfig, console: Console) -> None:
         console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
 
     # ---- Contract: what serving will depend on -----------------------------------------------------------------------
-    robots = tuple(entry.robot for entry in config.data.entries)
+    every = tuple(entry.robot for entry in config.data.entries)
+    # Those that are served: datasets without actions teach language alone.
+    robots = tuple({e.robot.name: e.robot for e in config.data.entries if e.actions}.values())
     before = None  # what the run starts from, if that is one of ours
     if config.warm_start is not None and is_run(config.warm_start.checkpoint):
         before = read_contract(find_step(config.warm_start.checkpoint))
@@ -77,7 +79,7 @@ def main(config: TrainConfig, console: Console) -> None:
     contract = Contract(
         policy=config.model,
         robots=robots,
-        normalizations={r.name: load_normalization(Path(config.stats) / f"{r.name}.json", r) for r in robots},
+        normalizations={r.name: load_normalization(Path(config.stats) / f"{r.name}.json", r) for r in every},
         tokenizer=tokenizer,
         renderers=describe(config.data).renderers,
         action_tokenizer=action_tokenizer,
@@ -95,7 +97,7 @@ def main(config: TrainConfig, console: Console) -> None:
         seed=config.seed,
         mesh=mesh,
         rules=config.sharding,
-        dataset_names=tuple(r.name for r in robots),
+        dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
     )
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
     position = 0

@@ -33,7 +33,11 @@ _PROCESSOR_CLASS = "UniversalActionProcessor"
 
 
 class FastError(ValueError):
-    """A chunk cannot be encoded, or tokens are no chunk."""
+    """A chunk cannot be encoded, or tokens are no chunk. chunk: which one, where it is about one."""
+
+    def __init__(self, message: str, chunk: int | None = None) -> None:
+        super().__init__(message)
+        self.chunk = chunk
 
 
 class Encoded(NamedTuple):
@@ -88,7 +92,7 @@ def dct_coefficients(actions_BHD: Float[np.ndarray, "B H D"], scale: float) -> I
     if not np.isfinite(actions_BHD).all():
         chunk, step, dim = (int(i) for i in np.argwhere(~np.isfinite(actions_BHD))[0])
         value = actions_BHD[chunk, step, dim]
-        raise FastError(f"chunk {chunk}: action dim {dim} of step {step} is {value}, expected finite numbers")
+        raise FastError(f"chunk {chunk}: action dim {dim} of step {step} is {value}, expected finite numbers", chunk)
     return np.rint(scipy.fft.dct(actions_BHD, axis=1, norm="ortho") * scale).astype(np.int64)
 
 
@@ -106,15 +110,13 @@ class FastTokenizer:
         """
         self.files = files
         problems = []
-        config: dict[str, Any] = {}
+        config: Any = {}
         try:
             config = json.loads(files.processor_config)
         except ValueError as e:
             problems.append(f"processor_config.json: {e}")
-        for name in ("scale", "min_token", "vocab_size"):
-            if config and not isinstance(config.get(name), int | float):
-                near = near_names(name, list(config))
-                problems.append(f"processor_config.json: {name} is {config.get(name)!r}, expected a number; {near}")
+        else:
+            problems += [f"processor_config.json: {p}" for p in _processor_problems(config)]
         try:
             self._bpe = tokenizers.Tokenizer.from_str(files.tokenizer)
         except Exception as e:  # the library raises bare Exception
@@ -178,12 +180,14 @@ class FastTokenizer:
         at = np.clip(codes, 0, len(self._encodable) - 1)
         lost = ~(self._encodable[at] & (at == codes))
         if outside == "error" and lost.any():
-            raise FastError(self._outside_message(codes, lost))
+            raise FastError(self._outside_message(codes, lost), int(np.argmax((np.abs(codes) * lost).max((1, 2)))))
         if outside == "saturate":
             right = np.clip(np.searchsorted(self._known, codes), 1, len(self._known) - 1)
             low, high = self._known[right - 1], self._known[right]
             codes = np.where(lost, np.where(codes - low <= high - codes, low, high), codes)
         codes = np.maximum(codes, 0)
+        if codes.max(initial=0) >= 0xD800:  # no characters from here on; the released processor fails too
+            raise FastError(self._outside_message(codes, lost), int(np.argmax(codes.max((1, 2)))))
         texts = ["".join(map(chr, row)) for row in codes.reshape(len(codes), -1).tolist()]
         ids = [np.array(e.ids, np.int32) for e in self._bpe.encode_batch_fast(texts)]
         return Encoded(ids, lost.sum(axis=(1, 2)))
@@ -241,8 +245,10 @@ class FastTokenizer:
 
     # ---- Constrained decoding ----------------------------------------------------------------------------------------
 
-    def tables(self, most: int) -> DecodingTables:
+    def tables(self, most: int, *, count: int | None = None) -> DecodingTables:
         """Returns what constrained sampling needs for chunks of up to `most` coefficients.
+
+        count: tokens that a policy has room for; those beyond the vocabulary are impossible. None: the vocabulary's.
 
         Raises:
             FastError: no sequence of tokens completes some number of coefficients: the vocabulary is broken.
@@ -265,18 +271,23 @@ class FastTokenizer:
                 if pending in states and token and valid.issuperset(text):
                     following[q, w] = states[pending]
                     produced.append((q, w, [ord(c) + self.offset for c in text]))
-        count = np.zeros_like(following)
+        counts = np.zeros_like(following)
         values = np.zeros((*following.shape, max(len(row) for *_, row in produced)), np.int32)
         for q, w, row in produced:
-            count[q, w] = len(row)
+            counts[q, w] = len(row)
             values[q, w, : len(row)] = row
-        least = _least_tokens(following, count, most)
+        least = _least_tokens(following, counts, most)
         if (least[1:, 0] > most * 4).any():
             impossible = int(np.argmax(least[1:, 0] > most * 4)) + 1
             raise FastError(
                 f"no tokens of tokenizer.json make {impossible} coefficients; take the processor's own files"
             )
-        return DecodingTables(following, count, values, least, self.scale)
+        beyond = (0 if count is None else count) - self.vocab_size
+        if beyond > 0:
+            wider = ((0, 0), (0, beyond))
+            following = np.pad(following, wider, constant_values=-1)
+            counts, values = np.pad(counts, wider), np.pad(values, (*wider, (0, 0)))
+        return DecodingTables(following, counts, values, least, self.scale)
 
     def _bytes(self, token: int) -> bytes:
         """Returns what a token adds to the decoded text, as UTF-8 or a part of it."""
@@ -286,6 +297,22 @@ class FastTokenizer:
         if all(c in _BYTE_OF for c in text):
             return bytes(_BYTE_OF[c] for c in text)
         return text.encode()  # an entry of the fitted alphabet that byte-level encoding never produces
+
+
+def _processor_problems(config: Any) -> list[str]:
+    """Returns what is wrong with the content of processor_config.json."""
+    if not isinstance(config, dict):
+        return [f"holds a {type(config).__name__}, expected an object"]
+    problems = []
+    for name, kinds in (("scale", (int, float)), ("min_token", (int,)), ("vocab_size", (int,))):
+        value = config.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool) or (name != "min_token" and value <= 0):
+            expected = {"scale": "a number above 0", "min_token": "an integer", "vocab_size": "an integer above 0"}[
+                name
+            ]
+            near = "take the processor's own file" if name in config else near_names(name, list(config))
+            problems.append(f"{name} is {value!r}, expected {expected}; {near}")
+    return problems
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -323,7 +350,7 @@ def _least_tokens(following: np.ndarray, count: np.ndarray, most: int) -> np.nda
 
 
 def fit_fast(
-    coefficients: Sequence[Int[np.ndarray, "_ H D"]],
+    coefficients: Sequence[Int[np.ndarray, "_ _ _"]],
     *,
     scale: float,
     vocab_size: int,
@@ -333,7 +360,7 @@ def fit_fast(
     """Fits a tokenizer that encodes every coefficient of a range.
 
     Args:
-        coefficients: of chunks, as `dct_coefficients` returns them; one array per shape.
+        coefficients: of chunks (B, H, D), as `dct_coefficients` returns them; one array per shape.
         scale: what they were scaled with.
         vocab_size: tokens at most; fewer where the data has no more frequent runs.
         span: coefficients to be encodable, ends included. None takes those of every chunk within [-1, 1] (at most

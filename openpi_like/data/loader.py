@@ -62,6 +62,8 @@ class MixtureEntry:
     size. split, val_split: for training and validation; val_split None means there is nothing to validate on.
     text_key: a text field of the RLDS step that is to be said in answer to the instruction: a subtask, before the
         actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
+        A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
+        that it knows prompts with and without.
     """
 
     robot: Robot
@@ -127,6 +129,7 @@ class ValidationBatch:
     """A batch of held-out frames of one dataset, with the same numbers in robot space for errors in physical units.
 
     state: (B, Ds). actions: (B, A, Js), A the robot's horizon. action_mask: (B, A), False past the end of the episode.
+    acts: whether actions are to be predicted, see `MixtureEntry.actions`. saturated: coefficients, see `DataConfig`.
     """
 
     batch: Batch
@@ -134,6 +137,8 @@ class ValidationBatch:
     state: np.ndarray
     actions: np.ndarray
     action_mask: np.ndarray
+    acts: bool
+    saturated: int
 
 
 def open_datasets(config: DataConfig, *, validation: bool = False) -> list[EpisodeDataset | None]:
@@ -289,7 +294,14 @@ class _Assembler:
             prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
             text = {"prompt": prompt, "prompt_mask": prompt_mask}
         else:
-            answers = [self._answer(*row) for row in zip(prompts, states_in_prompt, said, written, strict=True)]
+            answers = []
+            for at, asked in enumerate(zip(prompts, states_in_prompt, said, written, strict=True)):
+                try:
+                    answers.append(self._answer(*asked))
+                except ValueError as e:
+                    dataset, frame = self.datasets[ids[at]], frames[at]
+                    assert dataset is not None  # as above
+                    raise DatasetError(f"{dataset.index.where(int(dataset.frame_step[frame]))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
         return Batch(  # type: ignore[typeddict-item]  # text
             images=images,
@@ -312,8 +324,8 @@ class _Assembler:
                 chunks, outside="saturate" if self.config.saturate_actions else "error"
             )
         except FastError as e:
-            where = ", ".join(dataset.index.where(int(dataset.frame_step[f])) for f in frames[:3])
-            raise DatasetError(f"action tokens of frames at {where} ...: {e}; or set saturate_actions") from e
+            where = dataset.index.where(int(dataset.frame_step[frames[e.chunk or 0]]))
+            raise DatasetError(f"{where}: action tokens: {e}; or set saturate_actions") from e
         with self._lock:
             self.saturated += int(encoded.outside.sum())
         return [tokens.first(self.policy.vocab_size) - ids for ids in encoded.ids]
@@ -339,6 +351,19 @@ def action_token_problems(
         problems.append(f"the tokenizer pads answers to {tokenizer.answer_len} tokens, the policy to {tokens.max_len}")
     if action_tokenizer.vocab_size > tokens.count:
         problems.append(f"the action tokenizer has {action_tokenizer.vocab_size} tokens, the policy {tokens.count}")
+    first = tokens.first(policy.vocab_size)
+    taken = range(first - tokens.count + 1, first + 1)
+    form = sorted(tokenizer.structure_ids().intersection(taken))
+    if form:
+        problems.append(
+            f"action tokens take ids {taken[0]} to {first}, and with them {form}, which give answers their form"
+        )
+    # The released weights give up rare words for actions; a policy of its own has no need to.
+    elif taken[0] < tokenizer.vocab_size < policy.vocab_size:
+        problems.append(
+            f"action tokens take ids {taken[0]} to {first}, of which the text tokenizer uses those below "
+            f"{tokenizer.vocab_size}; enlarge the policy's vocab_size by {tokenizer.vocab_size - taken[0]}"
+        )
     return problems
 
 
@@ -483,8 +508,12 @@ def validation_batches(
         for frames in chosen.reshape(count, batch_size):
             mine = frames[process_index::process_count]
             actions, mask = dataset.actions(mine)
+            before = assemble.saturated
+            batch = assemble(np.full(len(mine), i), mine, None)
             yield ValidationBatch(
-                batch=assemble(np.full(len(mine), i), mine, None),
+                batch=batch,
+                acts=config.entries[i].actions,
+                saturated=assemble.saturated - before,
                 robot=dataset.robot,
                 state=dataset.state(mine),
                 actions=actions,

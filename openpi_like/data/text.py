@@ -56,7 +56,8 @@ class TextTokenizer:
             model: a SentencePiece model file's content.
             prompt_len: S, tokens that a prompt is padded to.
             prompt_format: one of `PROMPT_FORMATS`.
-            answer_len: T, further tokens that prompt and answer together are padded to.
+            answer_len: T, tokens of an answer at most, added to what a prompt is padded to; 0 where the two share
+                `prompt_len`.
             truncate: cut prompts that are too long instead of raising.
 
         Raises:
@@ -162,17 +163,22 @@ class TextTokenizer:
         actions = [*self.action_indicator(), *map(int, action_ids), *self._processor.encode("|")]
         return self._row(text, prompt, said, [*actions, self._processor.eos_id()])
 
+    def structure_ids(self) -> set[int]:
+        """Returns the ids that give an answer its form: padding, BOS, EOS, unknown, and what is around actions."""
+        p = self._processor
+        return {p.pad_id(), p.bos_id(), p.eos_id(), p.unk_id(), *p.encode("Action: "), *p.encode("|")} - {-1}
+
     def action_indicator(self) -> list[int]:
         """Returns the tokens that announce actions in an answer; in format "pi05" the prompt ends with them."""
         return [] if self.prompt_format == "pi05" else self._processor.encode("Action: ")
 
     def _row(self, text: str, prompt: list[int], said: list[int], actions: list[int]) -> TextRow:
-        room, total = self.prompt_len + self.answer_len, len(prompt) + len(said) + len(actions)
-        if total > room:
+        room, answer = self.prompt_len + self.answer_len, len(said) + len(actions)
+        total = len(prompt) + answer
+        if total > room or (self.answer_len and answer > self.answer_len):
             raise ValueError(
-                f"prompt {text!r} with its answer has {len(prompt)} + {len(said) + len(actions)} tokens "
-                f"({len(actions)} of them for actions), expected at most prompt_len={self.prompt_len} + "
-                f"answer_len={self.answer_len}; enlarge one of them"
+                f"prompt {text!r} with its answer has {len(prompt)} + {answer} tokens ({len(actions)} of them for "
+                f"actions), expected at most prompt_len={self.prompt_len} + answer_len={self.answer_len}; enlarge one"
             )
         at = np.arange(room)
         ids = np.zeros(room, np.int32)

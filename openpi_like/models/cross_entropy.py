@@ -8,6 +8,7 @@ Letters: T tokens, D width, V vocabulary.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,30 +28,40 @@ def cross_entropy(
     return _forward(x_TD, table_VD, targets_T, part)[0]
 
 
-def _parts(V: int, part: int) -> tuple[int, int]:
-    """Returns how many parts there are, and how many rows each has; the last one may overlap the one before."""
-    count = -(-V // part)
-    return count, -(-V // count)
+def _view(table_VD: jax.Array, part: int) -> tuple[jax.Array, int, int]:
+    """Returns the table as (G, V / G, D), and how many parts the second axis is cut in, and how large.
+
+    Cut there, a table whose vocabulary is split over up to 128 devices stays where it is. The last part may overlap the
+    one before.
+    """
+    V, D = table_VD.shape
+    groups = math.gcd(V, 128)
+    length = V // groups
+    count = -(-length // max(part // groups, 1))
+    return table_VD.reshape(groups, length, D), count, -(-length // count)
 
 
 def _part_logits(
-    x_TD: jax.Array, table_VD: jax.Array, i: jax.Array, size: int
+    x_TD: jax.Array, table_GVD: jax.Array, i: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the first row of part i, its rows in x's type, and its logits, -inf for rows that part i - 1 has had."""
-    start = jnp.minimum(i * size, table_VD.shape[0] - size)
-    rows = jax.lax.dynamic_slice_in_dim(table_VD, start, size).astype(x_TD.dtype)
-    logits = jnp.einsum("TD,VD->TV", x_TD, rows, preferred_element_type=jnp.float32)
+    """Returns the first row of part i in each group, its rows in x's type, and its logits (T, G, size).
+
+    Logits are -inf for rows that part i - 1 has had.
+    """
+    start = jnp.minimum(i * size, table_GVD.shape[1] - size)
+    rows = jax.lax.dynamic_slice_in_dim(table_GVD, start, size, axis=1).astype(x_TD.dtype)
+    logits = jnp.einsum("TD,GVD->TGV", x_TD, rows, preferred_element_type=jnp.float32)
     return start, rows, jnp.where(start + jnp.arange(size) >= i * size, logits, -jnp.inf)
 
 
 def _forward(x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int) -> tuple[jax.Array, jax.Array]:
-    count, size = _parts(table_VD.shape[0], part)
+    table_GVD, count, size = _view(table_VD, part)
 
     def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         top, total = carry  # of the logits so far: their maximum, and the sum of exp(logit - maximum)
-        logits = _part_logits(x_TD, table_VD, i, size)[2]
-        new = jnp.maximum(top, logits.max(-1))
-        return (new, total * jnp.exp(top - new) + jnp.exp(logits - new[:, None]).sum(-1)), None
+        logits = _part_logits(x_TD, table_GVD, i, size)[2]
+        new = jnp.maximum(top, logits.max((1, 2)))
+        return (new, total * jnp.exp(top - new) + jnp.exp(logits - new[:, None, None]).sum((1, 2))), None
 
     start = jnp.full(targets_T.shape, -jnp.inf), jnp.zeros(targets_T.shape)
     (top, total), _ = jax.lax.scan(add, start, jnp.arange(count))
@@ -69,22 +80,25 @@ def _forward_rule(
 
 def _backward_rule(part: int, saved: tuple[jax.Array, ...], g_T: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_TD, table_VD, targets_T, log_total = saved
-    count, size = _parts(table_VD.shape[0], part)
+    table_GVD, count, size = _view(table_VD, part)
+    groups, length, D = table_GVD.shape
 
     def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         dx, dtable = carry
-        start, rows, logits = _part_logits(x_TD, table_VD, i, size)
-        dlogits = (g_T[:, None] * jnp.exp(logits - log_total[:, None])).astype(x_TD.dtype)
-        dx += jnp.einsum("TV,VD->TD", dlogits, rows, preferred_element_type=jnp.float32)
-        drows = jnp.einsum("TV,TD->VD", dlogits, x_TD, preferred_element_type=jnp.float32)
-        before = jax.lax.dynamic_slice_in_dim(dtable, start, size)
-        return (dx, jax.lax.dynamic_update_slice_in_dim(dtable, before + drows, start, axis=0)), None
+        start, rows, logits = _part_logits(x_TD, table_GVD, i, size)
+        ids = jnp.arange(groups)[:, None] * length + start + jnp.arange(size)
+        hit = (ids == targets_T[:, None, None]) & jnp.isfinite(logits)
+        # p - 1 in float32, before it is rounded: where a target is nearly certain, that difference is all there is.
+        p = jnp.exp(logits - log_total[:, None, None])
+        dlogits = (g_T[:, None, None] * (p - hit)).astype(x_TD.dtype)
+        dx += jnp.einsum("TGV,GVD->TD", dlogits, rows, preferred_element_type=jnp.float32)
+        drows = jnp.einsum("TGV,TD->GVD", dlogits, x_TD, preferred_element_type=jnp.float32)
+        before = jax.lax.dynamic_slice_in_dim(dtable, start, size, axis=1)
+        return (dx, jax.lax.dynamic_update_slice_in_dim(dtable, before + drows, start, axis=1)), None
 
-    zero = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(table_VD.shape, jnp.float32)
+    zero = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(table_GVD.shape, jnp.float32)
     (dx, dtable), _ = jax.lax.scan(add, zero, jnp.arange(count))
-    dx -= g_T[:, None] * table_VD[targets_T].astype(x_TD.dtype)
-    dtable = dtable.at[targets_T].add(-g_T[:, None] * x_TD.astype(jnp.float32))
-    return dx.astype(x_TD.dtype), dtable.astype(table_VD.dtype), None
+    return dx.astype(x_TD.dtype), dtable.reshape(groups * length, D).astype(table_VD.dtype), None
 
 
 cross_entropy.defvjp(_forward_rule, _backward_rule)

@@ -328,21 +328,28 @@ class Pi0(VisionLanguageModel):
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns losses that move only when the weights do: flow times on a fixed grid, noise from `key`.
 
-        "loss", and with action tokens "flow_loss" and "text_loss".
+        "loss", and with action tokens "flow_loss" and "text_loss", NaN where no sample of the batch has it.
         """
         noise = draw_noise(key, batch["state"].shape[0], batch["actions"].shape[1:])
         times = jnp.broadcast_to(jnp.asarray(VALIDATION_TIMES)[:, None], (len(VALIDATION_TIMES), noise.shape[0]))
-        loss, metrics = self._losses(batch, jnp.broadcast_to(noise, (len(VALIDATION_TIMES), *noise.shape)), times)
+        every = jnp.broadcast_to(noise, (len(VALIDATION_TIMES), *noise.shape))
+        loss, metrics = self._losses(batch, every, times, one_by_one=True)
         parts = {k: v for k, v in metrics.items() if f"{k}_valid" in metrics}
-        return {"loss": loss, **{k: v.sum() / jnp.maximum(metrics[f"{k}_valid"].sum(), 1) for k, v in parts.items()}}
+        return {"loss": loss, **{k: v.sum() / metrics[f"{k}_valid"].sum() for k, v in parts.items()}}
 
     def _losses(
-        self, batch: Batch, noise_RBAJ: Float[Array, "R B A J"], time_RB: Float[Array, "R B"]
+        self,
+        batch: Batch,
+        noise_RBAJ: Float[Array, "R B A J"],
+        time_RB: Float[Array, "R B"],
+        *,
+        one_by_one: bool = False,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-        """As `loss`, at R given draws."""
+        """As `loss`, at R given draws; one by one in less memory."""
         self.config.check_inputs(batch, actions=True)
         prefix, out = self.training_prefix(batch)
-        errors = jax.vmap(lambda noise, time: self._flow_errors(prefix, batch, noise, time))(noise_RBAJ, time_RB)
+        at = lambda draw: self._flow_errors(prefix, batch, *draw)  # noqa: E731
+        errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
         flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch))
         if out is None:
             return flow, per_flow
@@ -411,6 +418,10 @@ class Pi0(VisionLanguageModel):
             return x, t
 
         return jax.lax.fori_loop(0, steps, step, (start, jnp.float32(1.0)))[0]
+
+
+def _vmap(function: Any, xs: Any) -> Any:
+    return jax.vmap(function)(xs)
 
 
 def _row_keys(key: jax.Array, rows: int, name: str) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Actions are the tokens of `openpi_like.data.fast`, written with ids of the text vocabulary after the prompt. Sampling is
 constrained: only action tokens are scored, and of these only such as leave a way to exactly as many coefficients as the
-robot's chunk has, within the tokens that are left. So every chunk can be decoded, whatever the weights are.
+robot's chunk has, within the tokens that are left. So every chunk can be decoded, whatever finite logits there are.
 
 Letters: B batch, S tokens, D width, A action horizon, J action dims, W action tokens, Q states of decoding,
 C coefficients of a chunk, I tokens that every answer begins with.
@@ -120,7 +120,9 @@ class ActionDecoding:
         spectrum_BAJ = jnp.where((k < H) & (j < dims), flat.reshape(at_BAJ.shape), 0) / self.scale
         t = jnp.arange(A)[None, :]
         basis = jnp.cos(jnp.pi * (2 * t + 1) * k / (2 * H)) * jnp.sqrt(jnp.where(k == 0, 1.0, 2.0) / H)
-        return jnp.where(action_mask_BAJ, jnp.einsum("BKA,BKJ->BAJ", basis, spectrum_BAJ), 0.0)
+        # At full precision: fast matrix units would round coefficients that were written exactly.
+        waves = jnp.einsum("BKA,BKJ->BAJ", basis, spectrum_BAJ, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(action_mask_BAJ, waves, 0.0)
 
 
 class Pi0Fast(VisionLanguageModel):
@@ -161,8 +163,8 @@ class Pi0Fast(VisionLanguageModel):
         action_mask: which entries of the chunk this robot has: its first steps, and of these its first dims; None: all.
         temperature: 0 takes the likeliest of the allowed tokens; otherwise row i draws its token s with
             `fold_in(fold_in(key, i), s)`.
-        A row whose chunk cannot be completed in `action_tokens.max_len` tokens, which `DecodingTables.least` tells
-        beforehand, is NaN.
+        A row is NaN whose logits are not finite, or whose chunk cannot be completed in `action_tokens.max_len` tokens,
+        which `DecodingTables.least` tells beforehand.
 
         Raises:
             ValueError: the observation does not fit the config; lists everything that does not.
@@ -196,11 +198,14 @@ class Pi0Fast(VisionLanguageModel):
             return (step < budget) & (left > 0).any()
 
         def body(carry: Any) -> Any:
-            step, x, cache, state, left, coefficients, ids, real = carry
+            step, x, cache, state, left, coefficients, ids, real, sound = carry
             with jax.named_scope("choose"):
                 allowed = decoding.allowed(state, left, budget - step)
-                logits = jnp.where(allowed, policy.action_logits(x), -jnp.inf)
+                scored = policy.action_logits(x)
+                logits = jnp.where(allowed, scored, -jnp.inf)
                 writing = (left > 0) & allowed.any(1)
+                # Logits of broken weights would still choose something, and that would be a motion.
+                sound &= jnp.isfinite(scored).all(1) | ~writing
                 token = jnp.where(writing, choose_token(key, step, logits, temperature), 0)
             # All values of the token are written, and those beyond its count are overwritten by the next ones.
             write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,))  # noqa: E731
@@ -210,7 +215,7 @@ class Pi0Fast(VisionLanguageModel):
             left = jnp.where(writing, left - decoding.count[state, token], left)
             state = jnp.where(writing, decoding.following[state, token], state)
             x, cache = policy.extend(c.tokens.first(c.vocab_size) - token, cache)
-            return step + 1, x, cache, state, left, coefficients, ids, real
+            return step + 1, x, cache, state, left, coefficients, ids, real, sound
 
         nothing = jnp.zeros(B, jnp.int32)
         start = (jnp.int32(0), x, cache, nothing, need_B.astype(jnp.int32))
@@ -218,7 +223,8 @@ class Pi0Fast(VisionLanguageModel):
             jnp.zeros((B, chunk[0] * chunk[1] + longest), jnp.int32),
             jnp.zeros((B, budget), jnp.int32),
             jnp.zeros((B, budget), bool),
+            jnp.ones(B, bool),
         )
-        _, _, _, state, left, coefficients, ids, real = jax.lax.while_loop(going, body, (*start, *empty))
-        complete = ((left == 0) & (state == 0))[:, None, None]
+        _, _, _, state, left, coefficients, ids, real, sound = jax.lax.while_loop(going, body, (*start, *empty))
+        complete = ((left == 0) & (state == 0) & sound)[:, None, None]
         return jnp.where(complete, decoding.actions(coefficients, mask), jnp.nan), ids, real

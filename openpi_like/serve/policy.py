@@ -25,15 +25,18 @@ class ObservationError(ValueError):
 class Policy:
     """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own."""
 
-    def __init__(self, parts: PolicyParts, *, robot: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, parts: PolicyParts, *, robot: str | None = None, seed: int = 0, temperature: float | None = None
+    ) -> None:
         """
         Args:
             parts: of a checkpoint, see `load_policy_parts`.
             robot: serve this one only; None serves all robots of the checkpoint.
             seed: of the sampling noise.
+            temperature: of the tokens that pi0-FAST writes; None takes the likeliest ones.
 
         Raises:
-            ValueError: the checkpoint was not trained for `robot`.
+            ValueError: the checkpoint was not trained for `robot`; or a temperature for a policy that writes no tokens.
         """
         robots = {r.name: r for r in parts.robots}
         if robot is not None and robot not in robots:
@@ -42,6 +45,12 @@ class Policy:
                 f"{near_names(robot, list(robots))}"
             )
         self.robots = robots if robot is None else {robot: robots[robot]}
+        if temperature is not None and not (parts.sampling_options and temperature >= 0):
+            raise ValueError(
+                f"temperature={temperature}, expected a number of at least 0 for a policy that writes action tokens, "
+                f"and none for others; this one is a {type(parts.model).__name__}"
+            )
+        drawn = {} if temperature is None else {"temperature": temperature}
         # Packed once, instead of in every request; the weights this replaces are not kept.
         self._parts = dataclasses.replace(parts, model=parts.model.packed())
         self._seed, self._requests, self._config = seed, 0, parts.model.config
@@ -53,7 +62,7 @@ class Policy:
         def sample(
             weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
         ) -> jax.Array:
-            return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options)
+            return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options, **drawn)
 
         self._sample = jax.jit(sample)
 
@@ -66,9 +75,11 @@ class Policy:
         robot: str | None = None,
         seed: int = 0,
         dtype: str | None = None,
+        temperature: float | None = None,
     ) -> "Policy":
         """Loads a checkpoint directory; see `load_policy_parts` and `Policy`."""
-        return cls(load_policy_parts(checkpoint, step, dtype=dtype), robot=robot, seed=seed)
+        parts = load_policy_parts(checkpoint, step, dtype=dtype)
+        return cls(parts, robot=robot, seed=seed, temperature=temperature)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the handshake: what a robot needs to know, and can check itself against."""

@@ -80,7 +80,7 @@ class Contract:
             return {}
         tokenizer = self.fast_tokenizer()
         assert tokenizer is not None  # contract_problems has checked it
-        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim)
+        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim, count=self.policy.tokens.count)
         begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
         return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
 

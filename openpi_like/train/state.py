@@ -144,7 +144,9 @@ class Trainer:
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         # Parts of the loss that a policy names, each over the samples that have it.
         for name in (k for k in per_sample if f"{k}_valid" in per_sample):
-            metrics[name] = per_sample[name].sum() / jnp.maximum(per_sample[f"{name}_valid"].sum(), 1)
+            count = per_sample[f"{name}_valid"].sum()
+            metrics[f"loss/{name}"] = per_sample[name].sum() / jnp.maximum(count, 1)
+            metrics[f"samples/{name}"] = count
         one_hot = jax.nn.one_hot(batch["dataset_id"], len(self.dataset_names))  # (B, datasets), a handful of columns
         sums, counts = per_sample["loss"] @ one_hot, one_hot.sum(0)
         for i, name in enumerate(self.dataset_names):

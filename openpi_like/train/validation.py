@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
+from openpi_like.robots import Robot
 from openpi_like.train.checkpoint import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import put_batch
@@ -19,35 +20,40 @@ from openpi_like.train.state import ModelDef, Params, TrainState
 NOISE_SEED = 0
 
 
+def dataset_name(robot: Robot, *, acts: bool) -> str:
+    """Returns what a dataset is called in metrics."""
+    return robot.name if acts else f"{robot.name}, text"
+
+
 class Validator:
     """Evaluates the averaged weights (the raw ones where no average is kept)."""
 
     def __init__(self, config: TrainConfig, contract: Contract, model: ModelDef, mesh: Mesh) -> None:
         self._config, self._contract, self._model, self._mesh = config, contract, model, mesh
         self._options = contract.sampling_options()
-        self._evaluate = jax.jit(self._losses_and_actions)
+        self._losses = jax.jit(lambda params, batch, key: model.bind(params).validation_losses(key, batch))
+        self._actions = jax.jit(self._sample)
 
-    def _losses_and_actions(
-        self, params: Params, batch: Batch, index: jax.Array, action_mask: jax.Array, options: dict[str, Any]
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Returns the policy's validation losses, and sampled actions (B, A, J), normalised. action_mask: (A, J)."""
+    def _sample(
+        self, params: Params, batch: Batch, key: jax.Array, action_mask: jax.Array, options: dict[str, Any]
+    ) -> jax.Array:
+        """Returns sampled actions (B, A, J), normalised. action_mask: (A, J)."""
         policy = self._model.bind(params)
-        key = jax.random.fold_in(jax.random.key(NOISE_SEED), index)
         mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
-        actions = policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
-        return policy.validation_losses(key, batch), actions
+        return policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns, per robot, "loss/<robot>", its parts where it has any, and "action_mae/<robot>/<dim [unit]>".
 
         The latter is the mean absolute error of whole sampled chunks in robot space, in the robot's own units, over
-        steps before the end of the episode.
+        steps before the end of the episode. Datasets without actions are "<robot>, text" and have losses alone.
+        "saturated": coefficients of this host that action tokens could not write, where there are any.
         """
         params = state.params if state.ema is None else state.ema
         losses: dict[str, list[float]] = {}
-        c = self._config.model
         errors: dict[str, list[np.ndarray]] = {}
         names: dict[str, tuple[str, ...]] = {}
+        c, saturated = self._config.model, 0
         held_out = validation_batches(
             self._config.data,
             batch_size=self._config.validation_batch_size,
@@ -60,22 +66,26 @@ class Validator:
             process_count=jax.process_count(),
         )
         for i, item in enumerate(held_out):
-            robot = item.robot
+            robot, batch = item.robot, put_batch(item.batch, self._mesh)
+            name = dataset_name(robot, acts=item.acts)
+            key = jax.random.fold_in(jax.random.key(NOISE_SEED), i)
+            saturated += item.saturated
+            for part, value in self._losses(params, batch, key).items():
+                if not np.isnan(value) or part == "loss":
+                    losses.setdefault(f"{part}/{name}", []).append(float(value))
+            if not item.acts:
+                continue
             mask = (np.arange(c.action_horizon) < robot.action_horizon)[:, None] & (
                 np.arange(c.action_dim) < robot.action_size
             )
-            values, actions = self._evaluate(
-                params, put_batch(item.batch, self._mesh), jnp.int32(i), mask, self._options
-            )
-            for name, value in values.items():
-                losses.setdefault(f"{name}/{robot.name}", []).append(float(value))
-            errors.setdefault(item.robot.name, []).append(self._absolute_errors(item, actions))
-            names[item.robot.name] = item.robot.robot_action_names
+            actions = self._actions(params, batch, key, mask, self._options)
+            errors.setdefault(name, []).append(self._absolute_errors(item, actions))
+            names[name] = robot.robot_action_names
         line = {name: float(np.mean(of)) for name, of in losses.items()}
         for name, parts in errors.items():
             mean = np.concatenate(parts).mean(0)
             line.update({f"action_mae/{name}/{n}": float(v) for n, v in zip(names[name], mean, strict=True)})
-        return line
+        return line | ({"saturated": float(saturated)} if saturated else {})
 
     def _absolute_errors(self, item: ValidationBatch, actions_BAJ: jax.Array) -> np.ndarray:
         """Returns the absolute errors of all valid steps of all hosts, (steps, Js), in robot space."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -203,8 +204,17 @@ def test_files_that_are_no_processor_are_refused(fast: FastTokenizer, tmp_path: 
     broken = dataclasses.replace(fast.files, processor_config=json.dumps(renamed), tokenizer='{"version": "1.0"')
     with pytest.raises(FastError) as e:
         FastTokenizer(broken)
-    for text in ("min_token is None, expected a number; did you mean 'min_tokens'?", "tokenizer.json: "):
+    for text in ("min_token is None, expected an integer; did you mean 'min_tokens'?", "tokenizer.json: "):
         assert text in str(e.value)
+    for wrong, text in (
+        ("[]", "holds a list, expected an object"),
+        ("{}", "scale is None, expected a number above 0"),
+        (json.dumps({**config, "scale": 0}), "scale is 0, expected a number above 0; take the processor's own file"),
+        (json.dumps({**config, "min_token": -1.5}), "min_token is -1.5, expected an integer"),
+        (json.dumps({**config, "vocab_size": True}), "vocab_size is True, expected an integer above 0"),
+    ):
+        with pytest.raises(FastError, match=re.escape(f"processor_config.json: {text}")):
+            FastTokenizer(dataclasses.replace(fast.files, processor_config=wrong))
     other = dataclasses.replace(fast.files, processor_config=json.dumps({**config, "vocab_size": 50}))
     with pytest.raises(FastError, match=r"processor_config.json says 50; the files belong to different processors"):
         FastTokenizer(other)

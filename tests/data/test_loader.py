@@ -250,7 +250,7 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
     text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
     options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
     with pytest.raises(
-        DatasetError, match=r"action tokens of frames at .*cannot be encoded, expected -3 to 3.*saturate"
+        DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded, expected -3 to 3.*saturate"
     ):
         next(load(**options))
     loader = load(saturate_actions=True, **options)
@@ -270,6 +270,30 @@ def test_tokenizers_that_do_not_fit_the_policy_are_listed(
         ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*'pi0'"
     ):
         load(policy=few, action_tokenizer=fast)
+
+
+def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    for vocab_size, message in (
+        (
+            500,
+            r"action tokens take ids 300 to 499, of which the text tokenizer uses those below \d+; enlarge the policy's",
+        ),
+        (200, r"action tokens take ids 0 to 199, and with them \[0, 1, 2, 3, .*which give answers their form"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(
+                policy=dataclasses.replace(WRITES, vocab_size=vocab_size),
+                tokenizer=text,
+                action_tokenizer=fast,
+            )
+
+
+def test_answers_that_are_too_long_are_located(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
+    short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0))
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=12)
+    with pytest.raises(DatasetError, match=r"record \d+.*: prompt .* with its answer has .*answer_len=12; enlarge one"):
+        next(load(policy=short, tokenizer=text, action_tokenizer=fast))
 
 
 def test_entries_without_anything_to_predict_are_refused(load: Any, config: DataConfig) -> None:

@@ -74,6 +74,11 @@ def observation():
     return {"images": images, "state": np.array([100.0, 200.0, 40.0], np.float32), "prompt": "lift", "robot": "arm"}
 
 
+def test_a_temperature_is_for_policies_that_write_tokens(tiny_policy):
+    with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this one is a Constant"):
+        _policy(tiny_policy, temperature=0.5)
+
+
 def test_actions_are_in_the_robots_own_units(policy, observation):
     actions = policy.infer(observation)["actions"]
     assert actions.dtype == np.float32

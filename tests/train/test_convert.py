@@ -140,7 +140,9 @@ def test_action_tokens_travel_with_the_weights(
     fast = fit_fast([drawn], scale=4.0, vocab_size=60)
     shared = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Pi0FastConfig) if hasattr(policy, f.name)}
     tokens = ActionTokens(max_len=40, count=60, skip=0)
-    config = Pi0FastConfig(**{**shared, "prompt_len": 80, "prompt_format": "fast", "action_tokens": tokens})
+    config = Pi0FastConfig(
+        **{**shared, "prompt_len": 80, "vocab_size": 400, "prompt_format": "fast", "action_tokens": tokens}
+    )
     normalization = dataclasses.replace(contract.normalizations["sawyer"], mode="quantile")
     written = dataclasses.replace(
         contract,
@@ -240,9 +242,7 @@ def test_paligemma_through_three_layouts(
 def test_what_is_missing_is_said_at_once(program: SimpleNamespace, tmp_path: Path, run: Path, config_file: str) -> None:
     with pytest.raises(ValueError, match=r"--robots: missing(.|\n)*--tokenizer: missing"):
         convert(program, tmp_path / "nothing", tmp_path / "out", "run", model=config_file)
-    with pytest.raises(
-        ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, paligemma, or a"
-    ):
+    with pytest.raises(ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, paligemma, or a"):
         convert(program, tmp_path / "nothing", tmp_path / "out", "openpi")
     with pytest.raises(ValueError, match="a run knows its own model"):
         convert(program, run, tmp_path / "out", "openpi", model="pi0")
