@@ -83,7 +83,7 @@ class DataConfig:
     augment: None leaves training images as they are. num_threads: each decodes a batch at a time. prefetch: batches
     kept ready. index_dir, max_corrupt_fraction: see `open_index`.
     saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
-        it, such a chunk is an error.
+        it, such a chunk is an error. Held-out chunks, which no tokenizer was fitted to, are always treated so.
     """
 
     entries: tuple[MixtureEntry, ...]
@@ -275,7 +275,9 @@ class _Assembler:
                 chunks = normalization.apply_actions(chunks)
                 if self.action_tokenizer is not None:
                     # Past the end of the episode its last action is repeated: tokens are of whole chunks.
-                    for row, tokens in zip(rows, self._action_ids(dataset, chunks, frames[rows]), strict=True):
+                    for row, tokens in zip(
+                        rows, self._action_ids(dataset, chunks, frames[rows], positions is None), strict=True
+                    ):
                         written[row] = tokens
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
                 action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
@@ -314,14 +316,16 @@ class _Assembler:
             **text,
         )
 
-    def _action_ids(self, dataset: EpisodeDataset, chunks: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
+    def _action_ids(
+        self, dataset: EpisodeDataset, chunks: np.ndarray, frames: np.ndarray, held_out: bool
+    ) -> list[np.ndarray]:
         """Returns action tokens as ids of the text vocabulary."""
         tokens = self.policy.action_tokens
         assert self.action_tokenizer is not None
         assert tokens is not None
         try:
             encoded = self.action_tokenizer.encode(
-                chunks, outside="saturate" if self.config.saturate_actions else "error"
+                chunks, outside="saturate" if self.config.saturate_actions or held_out else "error"
             )
         except FastError as e:
             where = dataset.index.where(int(dataset.frame_step[frames[e.chunk or 0]]))

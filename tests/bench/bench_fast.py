@@ -204,13 +204,14 @@ def _time(function: Any, seconds: float = 4.0) -> float:
 
 
 def trials_child(count: int) -> dict[str, Any]:
-    """Failures of constrained and of free decoding, by rule, with tokens of our own fit; see tests/models."""
+    """Failures of constrained and of free decoding, by rule, with tokens of our own and of the released kind."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from openpi_like.batch import ActionTokens
     from openpi_like.data.fast import dct_coefficients, fit_fast
     from openpi_like.models.gemma import GemmaConfig
     from openpi_like.models.pi0_fast import Pi0FastConfig
     from openpi_like.models.siglip import SiglipConfig
+    from tests.data.test_fast import released_kind
     from tests.models.test_pi0_fast import decoding_of, smooth, throws, trials
 
     fast = fit_fast([dct_coefficients(smooth(np.random.default_rng(0), 2000, 10, 7), 10.0)], scale=10.0, vocab_size=512)
@@ -219,8 +220,19 @@ def trials_child(count: int) -> dict[str, Any]:
         image_size=(IMAGE, IMAGE), state_dim=8, action_dim=7, action_horizon=10, prompt_len=4, vocab_size=1024,
         action_tokens=ActionTokens(max_len=70, count=fast.vocab_size, skip=0),
     )  # fmt: skip
-    decoding = decoding_of(fast, config)
-    return {rule: trials(fast, config, decoding, rule, count, seed=1) for rule in throws(decoding, 1)}
+    bytes_ = released_kind(-200)
+    smaller = dataclasses.replace(
+        config,
+        action_dim=3,
+        action_horizon=6,
+        action_tokens=dataclasses.replace(config.tokens, max_len=40, count=bytes_.vocab_size),
+    )
+    results = {}
+    for name, tokenizer, policy in (("", fast, config), (", tokens of bytes", bytes_, smaller)):
+        decoding = decoding_of(tokenizer, policy)
+        for rule in throws(decoding, 1):
+            results[rule + name] = trials(tokenizer, policy, decoding, rule, count, seed=1)
+    return results
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

@@ -256,6 +256,15 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
     loader = load(saturate_actions=True, **options)
     next(loader)
     assert loader.saturated > 0
+    held_out = dataclasses.replace(config, entries=config.entries[:1])
+    item = next(
+        validation_batches(
+            held_out, batch_size=8, count=1, policy=WRITES, tokenizer=text, normalizations=normalizations,
+            action_tokenizer=narrow,
+        )
+    )  # fmt: skip
+    assert item.saturated > 0
+    assert item.acts
 
 
 def test_tokenizers_that_do_not_fit_the_policy_are_listed(
