@@ -53,7 +53,7 @@ def config(arrays: dict[str, Any]) -> Pi0FastConfig:
         action_horizon=c["action_horizon"],
         prompt_len=arrays["tokenized_prompt"].shape[1] - answer,
         vocab_size=arrays["params/PaliGemma/llm/embedder/input_embedding"].shape[0],
-        action_tokens=ActionTokens(max_len=answer, count=100, skip=8),
+        action_tokens=ActionTokens(max_len=answer, count=16, skip=1),  # not used by these vectors
         openpi_positions=True,
     )
 
@@ -126,8 +126,9 @@ def test_golden_pi0_fast_positions_differ_where_a_camera_is_masked_only(
     ours = np.asarray(text_loss(model, batch_of(arrays, config, "masked_camera"))[1]["loss"])
     lacks = ~np.all([arrays[f"masked_camera/image_masks/{c}"] for c in config.cameras], axis=0)
     assert lacks.any()
-    apart = np.abs(ours - arrays["masked_camera/loss"]) > 1e-3
-    np.testing.assert_array_equal(apart, lacks)
+    apart = np.abs(ours - np.asarray(arrays["masked_camera/loss"]))
+    assert (apart[~lacks] < 3e-5).all()
+    assert apart[lacks].max() > 1e-3
 
 
 def test_golden_pi0_fast_gradients(
