@@ -84,9 +84,9 @@ def main(config: TrainConfig, console: Console) -> None:
         renderers=describe(config.data).renderers,
         action_tokenizer=action_tokenizer,
     )
-    problems = contract_problems(contract)
+    problems = contract_problems(contract, drop_cameras=config.data.drop_cameras)
     if problems:
-        raise CheckpointError("this run would make a policy that cannot be served:\n  " + "\n  ".join(problems))
+        raise CheckpointError("a policy that cannot be trained and served:\n  " + "\n  ".join(problems))
 
     # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
     model = ModelDef(config.model)

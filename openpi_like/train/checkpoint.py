@@ -209,14 +209,14 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
     return directory / "0"
 
 
-def contract_problems(contract: Contract) -> list[str]:
-    """Returns what of robots, statistics and tokenizer does not fit the policy."""
+def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
+    """Returns what of robots, statistics and tokenizers does not fit the policy; drop_cameras: it need not see these."""
     policy = contract.policy
     if not hasattr(policy, "action_dim"):
         return [f"{type(policy).__name__} samples no actions; expected a policy, such as Pi0Config"]
     problems = []
     for robot in contract.robots:
-        found = policy_problems(robot, policy)
+        found = policy_problems(robot, policy, drop_cameras=drop_cameras)
         try:
             contract.normalizations[robot.name].check(robot)
         except (KeyError, ValueError) as e:

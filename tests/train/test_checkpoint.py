@@ -18,6 +18,7 @@ from openpi_like.train.checkpoint import (
     CheckpointError,
     Contract,
     WarmStart,
+    contract_problems,
     encode_tokenizer,
     find_step,
     load_policy_parts,
@@ -215,3 +216,14 @@ def test_weights_of_a_run_that_is_damaged(copy, tiny_policy):
     trainer = _trainer(tiny_policy, MeshConfig())
     with pytest.raises(WeightsError, match="no weights at"):
         warm_start(WarmStart(str(copy)), tiny_policy, trainer.shardings.params, trainer.fresh_weights)
+
+
+def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_policy):
+    policy = dataclasses.replace(tiny_policy, action_horizon=SAWYER.action_horizon)
+    extra = dataclasses.replace(SAWYER.cameras[0], name="ceiling")
+    robot = dataclasses.replace(SAWYER, cameras=(*SAWYER.cameras, extra))
+    contract = dataclasses.replace(_contract(policy), robots=(robot,))
+    assert contract_problems(contract, drop_cameras=("ceiling",)) == []
+    (problem,) = contract_problems(contract)
+    assert "camera 'ceiling' is not a slot of the policy" in problem
+    assert "room for 4" in contract_problems(dataclasses.replace(contract, policy=tiny_policy))[1]
