@@ -210,7 +210,7 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
 
 
 def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
-    """Returns what of robots, statistics and tokenizers does not fit the policy; drop_cameras: it need not see these."""
+    """Returns what of robots, statistics and tokenizers does not fit the policy. drop_cameras: it need not see them."""
     policy = contract.policy
     if not hasattr(policy, "action_dim"):
         return [f"{type(policy).__name__} samples no actions; expected a policy, such as Pi0Config"]
