@@ -19,7 +19,10 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
+from openpi_like.batch import ActionTokens
+from openpi_like.models.paligemma import PolicyConfig
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import layout, weight_shapes
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, ShardingRules, batch_sharding, replicated
@@ -33,19 +36,20 @@ class Args:
     """Compiles the released sizes.
 
     topology: of TPUs, such as v5e:4x4; None compiles for this machine. batch: per training step, over all devices.
-    remat: what the backward pass recomputes.
+    remat: what the backward pass recomputes. only: some of the policies, default all.
     """
 
     topology: str | None = None
     batch: int = 32
     remat: str = "nothing_saveable"
+    only: tuple[str, ...] = ()
 
 
 def spec(shape: tuple[int, ...], dtype: str, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def observation(config: Pi0Config, B: int, sharding: Any) -> dict[str, Any]:
+def observation(config: PolicyConfig, B: int, sharding: Any) -> dict[str, Any]:
     return {
         "images": {c: spec((B, *config.image_size, 3), "uint8", sharding) for c in config.cameras},
         "image_mask": {c: spec((B,), "bool", sharding) for c in config.cameras},
@@ -77,9 +81,18 @@ def main(args: Args) -> None:
     table = Table(title=f"{count} x {kind}, training batch {args.batch}, remat {args.remat}; memory per device, GiB")
     for column in ("", "compile, s", "arguments", "temporary", "peak", "TFLOP (loops once)"):
         table.add_column(column, justify="left" if not column else "right")
-    for pi05 in (False, True):
-        name = "pi0.5" if pi05 else "pi0"
-        config = dataclasses.replace(Pi0Config.released(pi05=pi05), remat=args.remat)
+    both = dataclasses.replace(
+        Pi0Config.released(pi05=True), prompt_format="fast", action_tokens=ActionTokens(max_len=100)
+    )
+    kinds: dict[str, PolicyConfig] = {
+        "pi0": Pi0Config.released(),
+        "pi0.5": Pi0Config.released(pi05=True),
+        "pi0-FAST": Pi0FastConfig.released(),
+        "pi0.5 insulated": both,
+    }
+    for name in args.only or kinds:
+        config = kinds[name]
+        config = dataclasses.replace(config, remat=args.remat)
         leaves = weight_shapes(config)
         total = sum(leaf.size for leaf in leaves.values())
         published = len(layout(config, "openpi"))
@@ -92,7 +105,7 @@ def main(args: Args) -> None:
         weights = jax.tree.map(lambda leaf: spec(leaf.shape, "bfloat16", replicated(one)), packed)  # noqa: B023
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(one))
-        for B in (1, 8):
+        for B in (1, 8) if name in ("pi0", "pi0.5") else ():
             sample = jax.jit(lambda params, obs, key, g=graph: nnx.merge(g, params).sample_actions(key, obs))
             lowered = sample.lower(weights, observation(config, B, replicated(one)), key)
             table.add_row(*compiled_row(f"{name} sampler, bfloat16, batch {B}, one device", lowered, console))
@@ -109,6 +122,11 @@ def main(args: Args) -> None:
             "action_mask": spec(chunk, "bool", rows),
             "dataset_id": spec((args.batch,), "int32", rows),
         }
+        if config.action_tokens is not None:
+            text = (args.batch, config.prompt_len + config.answer_len)
+            masks = ("prompt_mask", "prompt_causal", "prompt_loss", "prompt_action")
+            batch |= {k: spec(text, "bool", rows) for k in masks}
+            batch["prompt"] = spec(text, "int32", rows)
         lowered = trainer.train_step.lower(state, batch)
         table.add_row(*compiled_row(f"{name} train step with AdamW and EMA, fsdp {count}", lowered, console))
     console.print(table)
