@@ -111,8 +111,15 @@ def test_files_come_back_and_are_checked(toy: Path, tmp_path: Path) -> None:
     assert from_json(json.loads(json.dumps(to_json(normalization)))) == normalization
     save_normalization(normalization, tmp_path / "stats" / "arm.json")
     assert load_normalization(tmp_path / "stats" / "arm.json", ARM) == normalization
-    with pytest.raises(ValueError, match="robot arm, expected cart; mode zscore, expected quantile; state dims"):
+    with pytest.raises(ValueError, match="robot arm, expected cart; state dims"):
         load_normalization(tmp_path / "stats" / "arm.json", CART)
+    # The numbers are those of both modes; the robot says which one it is.
+    quantile = dataclasses.replace(ARM, normalization="quantile")
+    assert load_normalization(tmp_path / "stats" / "arm.json", quantile) == dataclasses.replace(
+        normalization, mode="quantile"
+    )
+    with pytest.raises(ValueError, match="robot 'arm': mode zscore, expected quantile; compute"):
+        normalization.check(quantile)
     with pytest.raises(FileNotFoundError, match=r"no statistics .*cart.json; in .*: arm.json; make them with"):
         load_normalization(tmp_path / "stats" / "cart.json", CART)
     (tmp_path / "x.json").write_text("[]")

@@ -148,23 +148,23 @@ def test_golden_paligemma_generation_follows_the_likeliest_token(
     new = 4
     generate = nnx.jit(PaliGemma.generate, static_argnames="max_new")
     ids, mask = generate(model, jax.random.key(0), observation, max_new=new)
+    length, logits = config.prompt_len + new, nnx.jit(PaliGemma.text_logits)
+    longer = bind(dataclasses.replace(config, prompt_len=length), unflatten(flat_weights(model)))
     for b in range(ids.shape[0]):
         n = int(observation["prompt_mask"][b].sum())
         text = list(np.asarray(observation["prompt"][b, :n]))
         for s in range(int(mask[b].sum())):
-            longer = dataclasses.replace(config, prompt_len=len(text))
+            at, padding = np.arange(length), [0] * (length - len(text))
             whole: TextBatch = {
                 "images": {"image": arrays["image"][b : b + 1]},
                 "image_mask": {"image": jnp.ones(1, bool)},
-                "prompt": jnp.asarray([text], jnp.int32),
-                "prompt_mask": jnp.ones((1, len(text)), bool),
-                "prompt_causal": jnp.asarray([[i >= n for i in range(len(text))]]),
-                "prompt_loss": jnp.zeros((1, len(text)), bool),
+                "prompt": jnp.asarray([[*text, *padding]], jnp.int32),
+                "prompt_mask": jnp.asarray(at < len(text))[None],
+                "prompt_causal": jnp.asarray(at >= n)[None],
+                "prompt_loss": jnp.zeros((1, length), bool),
                 "dataset_id": jnp.zeros(1, jnp.int32),
             }
-            model.config = longer
-            token = int(jnp.argmax(model.text_logits(whole)[0, -1]))
-            model.config = config
+            token = int(jnp.argmax(logits(longer, whole)[0, len(text) - 1]))
             assert int(ids[b, s]) == token
             text.append(token)
 
