@@ -31,11 +31,11 @@ def cross_entropy(
 def _view(table_VD: jax.Array, part: int) -> tuple[jax.Array, int, int]:
     """Returns the table as (G, V / G, D), and how many parts the second axis is cut in, and how large.
 
-    Cut there, a table whose vocabulary is split over up to 128 devices stays where it is. The last part may overlap the
+    Cut there, a table whose vocabulary is split over up to 8 devices stays where it is. The last part may overlap the
     one before.
     """
     V, D = table_VD.shape
-    groups = math.gcd(V, 128)
+    groups = math.gcd(V, 8)
     length = V // groups
     count = -(-length // max(part // groups, 1))
     return table_VD.reshape(groups, length, D), count, -(-length // count)
