@@ -288,7 +288,7 @@ server and simulators share the machine.</p></section>
 <section><h2>Three ways to produce actions: same data, same steps</h2>
 {_table(["policy", "steps", "success, all Sawyer tasks", *dims, "ms per step", "latency p50 / p95 ms"], compared)}
 <p class="note">Columns with units: mean absolute error of whole sampled chunks on held-out episodes. These runs are
-shorter than the one above; with as many steps as that one, all three go on improving.</p></section>
+shorter than the pretraining above.</p></section>
 <section><h2>What fine-tuning started from</h2>
 <p>{numbers["weights"]["loaded"]} weights came from the pretrained checkpoint, {len(fresh)} started fresh:</p>
 {_table(["weight", "shape", "why"], fresh)}</section>
