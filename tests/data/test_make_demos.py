@@ -101,7 +101,7 @@ def test_finished_dataset_is_left_alone(whole):
     files = {p: p.stat().st_mtime_ns for p in (out / "sawyer_sim" / "1.0.0").iterdir()}
     code, output = finish(out, *OPTIONS)
     assert code == 0
-    assert "nothing to do" in output.replace("\n", " ")
+    assert "nothing to do" in " ".join(output.split())  # a long path wraps the line anywhere
     assert {p: p.stat().st_mtime_ns for p in files} == files
     code, output = finish(out, *OPTIONS, "--seed", "1")
     assert code == 1
