@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -71,6 +72,23 @@ class VisionLanguageConfig:
             problems.append(f"remat={self.remat!r}, expected None or one of {REMAT}")
         return problems
 
+    @staticmethod
+    def released_backbone() -> dict[str, Any]:
+        """Returns the fields that all released PaliGemma-3B and pi0 weights have in common."""
+        return {
+            "vision": SiglipConfig.so400m_14(),
+            "vlm": GemmaConfig.gemma_2b(),
+            "vocab_size": 257_152,
+            "resize": "pillow",
+            "dtype": "bfloat16",
+            "remat": "nothing_saveable",
+        }
+
+    @staticmethod
+    def tiny_backbone(*, patch_size: int = 16) -> dict[str, Any]:
+        """Returns fields of a backbone that trains on two CPU cores."""
+        return {"vision": SiglipConfig.tiny(patch_size), "vlm": GemmaConfig.tiny(), "unroll": True}
+
     @property
     def answer_len(self) -> int:
         """T, text tokens of a training batch beyond `prompt_len`; 0 where prompt and answer share that."""
@@ -130,15 +148,7 @@ class PaliGemmaConfig(VisionLanguageConfig):
     def released(cls, *, image_size: int = 224, prompt_len: int = 48) -> "PaliGemmaConfig":
         """Returns the sizes of the released PaliGemma-3B weights; image_size: 224, 448 or 896 pixels."""
         return cls(
-            vision=SiglipConfig.so400m_14(),
-            vlm=GemmaConfig.gemma_2b(),
-            cameras=("image",),
-            image_size=(image_size, image_size),
-            prompt_len=prompt_len,
-            vocab_size=257_152,
-            resize="pillow",
-            dtype="bfloat16",
-            remat="nothing_saveable",
+            **cls.released_backbone(), cameras=("image",), image_size=(image_size, image_size), prompt_len=prompt_len
         )
 
     def create(self, key: Key[Array, ""]) -> "PaliGemma":
@@ -198,6 +208,10 @@ class PolicyConfig(VisionLanguageConfig):
         if answers:
             rows["prompt_action"] = ((self.prompt_len + self.answer_len,), "bool")
         self.check(inputs, rows, answers=answers)
+
+    def chunk_mask(self, horizon: int, dims: int) -> Bool[np.ndarray, "A J"]:
+        """Returns which entries of a chunk a robot has: its first `horizon` steps, and of these its first `dims`."""
+        return (np.arange(self.action_horizon)[:, None] < horizon) & (np.arange(self.action_dim) < dims)
 
     def observation(self, batch: Batch) -> Observation:
         """Returns what a robot would have asked with: the batch without actions, and without answers to the prompt."""

@@ -27,7 +27,6 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
 from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear, named_key
-from openpi_like.models.siglip import SiglipConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,21 +76,14 @@ class Pi0Config(PolicyConfig):
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0Config":
         """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""
-        return cls(
-            vision=SiglipConfig.tiny(patch_size),
-            vlm=GemmaConfig.tiny(),
-            expert=GemmaConfig.tiny(width=64, mlp_dim=192),
-            image_size=image_size,
-            unroll=True,
-            **options,
-        )
+        expert = GemmaConfig.tiny(width=64, mlp_dim=192)
+        return cls(**cls.tiny_backbone(patch_size=patch_size), expert=expert, image_size=image_size, **options)
 
     @classmethod
     def released(cls, *, pi05: bool = False) -> "Pi0Config":
         """Returns the sizes of openpi's released pi0 or pi0.5 weights (3.2 billion)."""
         return cls(
-            vision=SiglipConfig.so400m_14(),
-            vlm=GemmaConfig.gemma_2b(),
+            **cls.released_backbone(),
             expert=GemmaConfig.gemma_300m(),
             cameras=("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
             image_size=(224, 224),
@@ -99,13 +91,9 @@ class Pi0Config(PolicyConfig):
             action_dim=32,
             action_horizon=50,
             prompt_len=200 if pi05 else 48,
-            vocab_size=257_152,
-            resize="pillow",
             pi05=pi05,
             prompt_format="pi05" if pi05 else "pi0",
             train_on_padding=True,
-            dtype="bfloat16",
-            remat="nothing_saveable",
         )
 
     def create(self, key: Key[Array, ""]) -> "Pi0":

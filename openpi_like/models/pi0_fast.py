@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
-from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, choose_token
-from openpi_like.models.siglip import SiglipConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,31 +46,20 @@ class Pi0FastConfig(PolicyConfig):
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0FastConfig":
         """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""
-        return cls(
-            vision=SiglipConfig.tiny(patch_size),
-            vlm=GemmaConfig.tiny(),
-            image_size=image_size,
-            unroll=True,
-            **options,
-        )
+        return cls(**cls.tiny_backbone(patch_size=patch_size), image_size=image_size, **options)
 
     @classmethod
     def released(cls) -> "Pi0FastConfig":
         """Returns the sizes of openpi's released pi0-FAST weights (2.9 billion)."""
         return cls(
-            vision=SiglipConfig.so400m_14(),
-            vlm=GemmaConfig.gemma_2b(),
+            **cls.released_backbone(),
             cameras=("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
             image_size=(224, 224),
             state_dim=32,
             action_dim=32,
             action_horizon=32,
             prompt_len=150,
-            vocab_size=257_152,
             action_tokens=ActionTokens(max_len=100),
-            resize="pillow",
-            dtype="bfloat16",
-            remat="nothing_saveable",
             openpi_positions=True,
         )
 

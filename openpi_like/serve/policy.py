@@ -241,7 +241,6 @@ class Policy:
             "prompt": tokens[0],
             "prompt_mask": tokens[1],
         }
-        steps, dims = np.arange(c.action_horizon), np.arange(c.action_dim)
-        mask = (steps[:, None] < robot.action_horizon) & (dims < robot.action_size)
+        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
         sampled = np.asarray(self._sample(self._weights, key, inputs, mask[None], self._options))[0]
         return sampled[: robot.action_horizon, : robot.action_size]

@@ -53,7 +53,7 @@ class Validator:
         losses: dict[str, list[float]] = {}
         errors: dict[str, list[np.ndarray]] = {}
         names: dict[str, tuple[str, ...]] = {}
-        c, saturated = self._config.model, 0
+        saturated = 0
         held_out = validation_batches(
             self._config.data,
             batch_size=self._config.validation_batch_size,
@@ -75,9 +75,7 @@ class Validator:
                     losses.setdefault(f"{part}/{name}", []).append(float(value))
             if not item.acts:
                 continue
-            mask = (np.arange(c.action_horizon) < robot.action_horizon)[:, None] & (
-                np.arange(c.action_dim) < robot.action_size
-            )
+            mask = self._config.model.chunk_mask(robot.action_horizon, robot.action_size)
             actions = self._actions(params, batch, key, mask, self._options)
             errors.setdefault(name, []).append(self._absolute_errors(item, actions))
             names[name] = robot.robot_action_names

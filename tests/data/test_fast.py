@@ -113,7 +113,7 @@ def test_what_is_no_chunk_is_an_error_and_never_zeros(fast: FastTokenizer) -> No
 def assert_tables_agree(fast: FastTokenizer, seed: int) -> None:
     """Walks the automaton over random tokens, and compares with the library's decoding of them all."""
     tables, rng = fast.tables(12), np.random.default_rng(seed)
-    states, words = tables.following.shape
+    words = tables.following.shape[1]
     assert words == fast.vocab_size
     for _ in range(300):
         state, ids, values = 0, [], []
@@ -128,9 +128,14 @@ def assert_tables_agree(fast: FastTokenizer, seed: int) -> None:
             np.testing.assert_array_equal(
                 dct_coefficients(whole.actions.astype(np.float64), fast.scale)[0, :, 0], values
             )
-    # Token by token, what is impossible from the start is what the library cannot decode alone or as a beginning.
-    assert (tables.following[0] >= 0).any()
-    assert (tables.least[0, 0], tables.least[1, 0]) == (0, 1) if states == 1 else tables.least[1, 0] >= 1
+    # Every token alone: possible and complete is what the library decodes to as many coefficients.
+    for word in range(words):
+        complete = tables.following[0, word] == 0
+        size = int(tables.count[0, word]) if complete else 1
+        assert (fast.decode([np.array([word])], horizon=size, dims=1).errors[0] is None) == complete
+    assert tables.least[0, 0] == 0
+    assert (tables.least[1:, 0] >= 1).all()
+    # A coefficient more never takes more tokens than that coefficient alone.
     assert (np.diff(tables.least[:, 0]) <= tables.least[1, 0]).all()
 
 

@@ -80,9 +80,8 @@ def test_a_tokenizer_that_exists_is_measured_and_not_changed(
     before, _ = fit(program, config, tmp_path / "fit", scale=4.0, vocab_size=400)
     after, _ = fit(program, config, tmp_path / "used", use=tmp_path / "fit")
     for a, b in zip(before, after, strict=True):
-        assert {k: v for k, v in a.items() if k != "chunks_per_s"} == {
-            k: v for k, v in b.items() if k != "chunks_per_s"
-        }
+        assert min(a.pop("chunks_per_s"), b.pop("chunks_per_s")) > 0
+        assert a == b
     assert not (tmp_path / "used" / "tokenizer.json").exists()
     assert FastTokenizer.load(tmp_path / "fit").scale == 4.0
     with pytest.raises(FastError, match=r"lacks processor_config.json"):
