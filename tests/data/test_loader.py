@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import from_json, to_json
+from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
-from openpi_like.data.images import Augment, fit
+from openpi_like.data.images import fit
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import (
     DataConfig,
@@ -49,7 +50,8 @@ def config(toy: Path) -> DataConfig:
             MixtureEntry(CART, str(toy), weight=1.0, split="val", val_split=None),
         ),
         seed=5,
-        augment=Augment(),
+        augment=Augment.octo(),
+        camera_dropout=0.3,
     )
 
 
@@ -154,7 +156,7 @@ def test_a_batch_is_its_samples_one_by_one(
 ) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
     tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len, prompt_format=shapes.prompt_format)
-    batch = next(load(augment=None, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
+    batch = next(load(camera_dropout=0.0, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
     assert Counter(batch["dataset_id"].tolist()) == {0: 48, 1: 16}
@@ -211,7 +213,7 @@ def test_action_tokens_are_those_of_the_chunk(
     said = dataclasses.replace(config.entries[1], text_key="language_instruction")
     asked = dataclasses.replace(config.entries[0], text_key="language_instruction", actions=False)
     entries = (config.entries[0], said, asked)
-    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": fast, "entries": entries}
+    options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": fast, "entries": entries}
     batch = next(load(batch_size=64, **options))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot) for e in entries]
     order = sample_order([len(d) for d in datasets], [e.weight for e in entries], config.seed)
@@ -248,7 +250,7 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
 ) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
     text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
-    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
+    options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
     with pytest.raises(
         DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded, expected -3 to 3.*saturate"
     ):
@@ -320,25 +322,9 @@ def test_leaves_have_the_types_of_the_contract(load: Any) -> None:
     assert {k.partition("/")[0]: v.dtype.name for k, v in flat.items()} == {
         "images": "uint8", "image_mask": "bool", "state": "float32", "state_mask": "bool", "prompt": "int32",
         "prompt_mask": "bool", "actions": "float32", "action_mask": "bool", "dataset_id": "int32",
+        "position": "uint32",
     }  # fmt: skip
     assert {v.shape[0] for v in flat.values()} == {8}
-
-
-def test_augmentation_differs_from_pass_to_pass_and_can_be_off(load: Any) -> None:
-    """The small split has 19 frames: the same frame comes again in the next pass, changed in another way."""
-    with_it, without = load(batch_size=152), load(batch_size=152, augment=None)
-    changed, plain = next(with_it), next(without)
-    cart = np.flatnonzero(plain["dataset_id"] == 1)
-    first, second = cart[:19], cart[19:]
-    assert len(second) == 19
-
-    def images(batch: Batch, which: np.ndarray) -> set[bytes]:
-        return {batch["images"]["base"][i].tobytes() for i in which}
-
-    assert images(plain, first) == images(plain, second)
-    assert not images(changed, first) & images(changed, second)
-    assert not images(changed, first) & images(plain, first)
-    np.testing.assert_array_equal(changed["images"]["third"], 0)
 
 
 def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
