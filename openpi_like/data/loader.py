@@ -481,7 +481,7 @@ def sample_order(
     weights: Sequence[float],
     seed: int,
     *,
-    episodes: Sequence[Int[np.ndarray, "E"]] | None = None,
+    episodes: Sequence[Int[np.ndarray, "_"]] | None = None,
     group_episodes: int | None = None,
 ) -> grain.MapDataset:
     """Returns the endless order of a mixture: element p is (p, dataset, frame), computed from p.
