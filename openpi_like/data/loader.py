@@ -22,9 +22,8 @@ from scipy.special import gammaln
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import near_names
 from openpi_like.data.augment import Augment
-from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.fast import FastError, FastTokenizer
-from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
@@ -72,6 +71,7 @@ class MixtureEntry:
         actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
         A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
         that it knows prompts with and without.
+    selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
     """
 
     robot: Robot
@@ -81,6 +81,8 @@ class MixtureEntry:
     val_split: str | None = "val"
     text_key: str | None = None
     actions: bool = True
+    selection: Selection = Selection()
+    blank_language: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +180,15 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
             datasets.append(None)
             continue
         try:
-            index = open_index(
-                entry.path, split, index_dir=config.index_dir, max_corrupt_fraction=config.max_corrupt_fraction
+            dataset = open_dataset(
+                entry.path,
+                entry.robot,
+                split,
+                frame_stride=config.frame_stride,
+                selection=entry.selection,
+                index_dir=config.index_dir,
+                max_corrupt_fraction=config.max_corrupt_fraction,
             )
-            dataset = EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride)
             if entry.text_key is not None:
                 dataset.check_text(entry.text_key)
             datasets.append(dataset)
@@ -207,7 +214,7 @@ def describe(config: DataConfig) -> Description:
         found = index.episode_texts.get(RENDERER_KEY)
         used = {None} if found is None else {found.table[i] for i in np.unique(found.ids)}
         renderers.setdefault(name, set()).update(used)
-        episodes[name] = episodes.get(name, 0) + index.episodes
+        episodes[name] = episodes.get(name, 0) + dataset.episodes
         frames[name] = frames.get(name, 0) + len(dataset)
         dataset.close()
     mixed = {name: sorted(map(str, used)) for name, used in renderers.items() if len(used) > 1}
@@ -325,8 +332,9 @@ class _Assembler:
             for row in rows:
                 states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
-            for row, prompt in zip(rows, dataset.prompts(frames[rows]), strict=True):
-                prompts[row] = prompt
+            draws = None if positions is None else uniform_draws(self.config.seed, _PROMPT_STREAM, positions[rows])
+            for row, prompt in zip(rows, dataset.prompts(frames[rows], draws), strict=True):
+                prompts[row] = "" if entry.blank_language else prompt
             if entry.text_key is not None:
                 for row, text in zip(rows, dataset.texts(entry.text_key, frames[rows]), strict=True):
                     said[row] = text
@@ -357,7 +365,7 @@ class _Assembler:
                 except ValueError as e:
                     dataset, frame = self.datasets[ids[at]], frames[at]
                     assert dataset is not None  # as above
-                    raise DatasetError(f"{dataset.index.where(int(dataset.frame_step[frame]))}: {e}") from e
+                    raise DatasetError(f"{dataset.where(int(frame))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
         if positions is not None:
             text["position"] = np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32)
@@ -377,7 +385,7 @@ class _Assembler:
         self, dataset: EpisodeDataset, cameras: Sequence[Camera], frames: np.ndarray, positions: np.ndarray | None
     ) -> np.ndarray:
         """Returns (C, B), which cameras of which frames are read."""
-        present = np.stack([np.ones(len(frames), bool) for _ in cameras])
+        present = np.stack([dataset.present(frames, camera) for camera in cameras])
         if positions is None or not self.config.camera_dropout:
             return present
         streams = [_CAMERA_STREAM + self.policy.cameras.index(camera.name) for camera in cameras]
@@ -396,7 +404,7 @@ class _Assembler:
                 chunks, outside="saturate" if self.config.saturate_actions or held_out else "error"
             )
         except FastError as e:
-            where = dataset.index.where(int(dataset.frame_step[frames[e.chunk or 0]]))
+            where = dataset.where(int(frames[e.chunk or 0]))
             raise DatasetError(f"{where}: action tokens: {e}; or set saturate_actions") from e
         ids = [tokens.first(self.policy.vocab_size) - written for written in encoded.ids]
         return ids, int(encoded.outside.sum())
@@ -505,11 +513,6 @@ def sample_order(
     return mixed.map_with_index(lambda p, element: (p, *element))
 
 
-def episode_frames(dataset: EpisodeDataset) -> Int[np.ndarray, "E"]:
-    """Returns how many frames each episode of a dataset has."""
-    return np.diff(np.searchsorted(dataset.frame_step, dataset.index.episode_start))
-
-
 def distinct_episodes(
     episodes: Int[np.ndarray, "E"], batch_size: int, *, group_episodes: int | None = None, seed: int = 0
 ) -> float:
@@ -520,7 +523,7 @@ def distinct_episodes(
     N frames.
 
     Args:
-        episodes: frames of each episode, see `episode_frames`.
+        episodes: frames of each episode, see `EpisodeDataset.frames_per_episode`.
     """
     order = np.argsort(np.random.default_rng(seed).random(len(episodes)), kind="stable")
     group = len(episodes) if group_episodes is None else group_episodes
@@ -611,7 +614,7 @@ def make_loader(
     datasets = [d for d in open_datasets(config) if d is not None]
     assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
     local = batch_size // process_count
-    episodes = [episode_frames(d) for d in datasets]
+    episodes = [d.frames_per_episode() for d in datasets]
     for line in _announce(config, datasets, episodes, policy, batch_size, local):
         print(line)
     order = sample_order(

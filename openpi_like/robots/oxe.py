@@ -1,0 +1,5 @@
+"""stub"""
+
+from openpi_like.robots.robot import Robot
+
+ROBOTS: dict[str, Robot] = {}
