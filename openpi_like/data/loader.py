@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import cv2
 import grain
 import numpy as np
+from absl import flags
 from grain.experimental import index_shuffle
 from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
@@ -527,20 +528,24 @@ def distinct_episodes(
     """
     order = np.argsort(np.random.default_rng(seed).random(len(episodes)), kind="stable")
     group = len(episodes) if group_episodes is None else group_episodes
-    sizes = [np.asarray(episodes, np.float64)[order[at : at + group]] for at in range(0, len(episodes), group)]
-    end = np.cumsum([of.sum() for of in sizes])
-    total = 0.0
-    for of, stop in zip(sizes, end, strict=True):
-        # The parts of this group that fall into each batch, by size.
-        cuts = np.arange(batch_size * np.ceil((stop - of.sum()) / batch_size), stop, batch_size)
-        parts, counts = np.unique(np.diff(np.concatenate([[stop - of.sum()], cuts, [stop]])), return_counts=True)
-        for part, count in zip(parts, counts, strict=True):
-            # An episode of f of the n frames is not in a part of m with probability C(n - f, m) / C(n, m).
-            n, left = of.sum(), of.sum() - of
-            inside = np.maximum(left - part, 0)
-            log_missing = gammaln(left + 1) - gammaln(inside + 1) - gammaln(n + 1) + gammaln(n - part + 1)
-            total += count * float(np.where(left >= part, -np.expm1(log_missing), 1.0)[of > 0].sum())
-    return total * batch_size / float(end[-1])
+    frames = int(np.sum(episodes))
+    size = min(batch_size, frames)
+    batches = frames // size  # whole ones
+    total, start = 0.0, 0
+    for at in range(0, len(episodes), group):
+        of = np.asarray(episodes, np.float64)[order[at : at + group]]
+        n = of.sum()
+        stop = start + int(n)
+        # The parts of this group that are in each batch, by size: m frames of n.
+        cuts = [c for c in range(size * (start // size + 1), stop, size) if c < batches * size]
+        sizes = np.diff([start, *cuts, min(stop, batches * size)])
+        for m, count in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
+            # An episode of f frames is not among them with probability C(n - f, m) / C(n, m).
+            rest = n - of[of > 0]
+            log_missing = gammaln(rest + 1) - gammaln(np.maximum(rest - m, 0) + 1) - gammaln(n + 1) + gammaln(n - m + 1)
+            total += count * float(np.where(rest >= m, -np.expm1(log_missing), 1.0).sum())
+        start = stop
+    return total / batches
 
 
 # ---- Loader ----------------------------------------------------------------------------------------------------------
@@ -630,6 +635,8 @@ def make_loader(
     stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
     _one_thread_per_image()
     if config.num_workers:
+        if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(config.num_workers), lambda index, count: _one_thread_per_image()
         )
@@ -658,7 +665,8 @@ def memory_needed(
     for dataset in datasets:
         some = np.linspace(0, dataset.index.steps - 1, 1024).astype(np.int64)
         encoded = max(encoded, *(int(dataset.index.images[c.key][some, 1].max()) for c in dataset.robot.cameras))
-        own = [x for x in vars(dataset).values() if isinstance(x, np.ndarray) and not isinstance(x, np.memmap)]
+        values = [x for v in vars(dataset).values() for x in (v.values() if isinstance(v, dict) else (v,))]
+        own = [x for x in values if isinstance(x, np.ndarray) and not isinstance(x, np.memmap)]
         columns += sum(x.nbytes for x in own) + 40 * dataset.index.episodes
     return {
         f"{processes * held} batches of {batch / 2**20:.1f} MiB": processes * held * batch,
