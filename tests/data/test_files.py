@@ -125,6 +125,10 @@ def test_ranges_of_a_local_file_are_slices(tmp_path: Path) -> None:
         (Path("/data/x"), Path("/data/x")),
         ("file:///data/x", Path("/data/x")),
         ("gs://bucket/x", Url("gs://bucket/x")),
+        (Path("gs://bucket/x"), Url("gs://bucket/x")),
+        ("memory:///x/", Url("memory://x")),
+        ("a:b/c:", Path("a:b/c:")),
+        ("", Path(".")),
         (Url("s3://b"), Url("s3://b")),
     ],
 )
