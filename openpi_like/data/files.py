@@ -20,7 +20,7 @@ import fsspec
 
 CACHE_VARIABLE = "OPENPI_LIKE_CACHE"
 BLOCK = 16 << 20  # bytes asked of a store at once where a file is read from its beginning to its end
-_OPEN_FILES = 512  # per `Ranges`; files beyond these are opened for every read
+OPEN_FILES = 512  # kept open per dataset; files beyond these are opened for every read
 # What stores call the thing that changes with a file's content, the surest first.
 _STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "last_modified", "created")
 
@@ -66,11 +66,14 @@ def locate(place: str | Path | Url) -> Location:
     """Returns the location that a path or URL names. `file://` is the disk; a URL that became a path is put right."""
     if isinstance(place, Url):
         return place
-    first, *rest = Path(place).parts or ("",)
-    if not first.endswith(":"):
-        return Path(place)
-    # `pathlib` makes one slash of two.
-    return Path("/", *rest) if first == "file:" else Url(f"{first}//{'/'.join(rest)}")
+    if isinstance(place, Path):
+        first, *rest = place.parts or ("",)  # `pathlib` has made one slash of two
+        if not first.endswith(":"):
+            return place
+        place = f"{first}//{'/' if first == 'file:' else ''}{'/'.join(rest)}"
+    if place.startswith("file://"):
+        return Path(place.removeprefix("file://"))
+    return Url(place) if "://" in place else Path(place)
 
 
 def absolute(location: Location) -> str:
@@ -97,9 +100,12 @@ def _store(url: Url) -> Iterator[tuple[Any, str]]:
 def _listing(directory: Location) -> dict[str, tuple[bool, Stat]]:
     """Returns name -> (is it a directory, stat) of what is in a directory."""
     if isinstance(directory, Path):
+        found = {}
         with os.scandir(directory) as entries:
-            stats = [(e.name, e.is_dir(), e.stat()) for e in entries]
-        return {name: (is_dir, Stat(s.st_size, s.st_mtime_ns)) for name, is_dir, s in stats}
+            for e in entries:
+                with contextlib.suppress(FileNotFoundError):  # a link to nothing is no file
+                    found[e.name] = (e.is_dir(), Stat(e.stat().st_size, e.stat().st_mtime_ns))
+        return found
     with _store(directory) as (fs, path):
         fs.invalidate_cache()  # a listing may have been kept from before the files changed
         found = {}
@@ -190,7 +196,7 @@ class Ranges:
             return _read_disk(fd, start, length)
         fd = os.open(location, os.O_RDONLY)
         with self._lock:
-            keep = location not in self._files and len(self._files) < _OPEN_FILES
+            keep = location not in self._files and len(self._files) < OPEN_FILES
             if keep:
                 self._files[location] = fd
         try:

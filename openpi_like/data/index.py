@@ -518,8 +518,8 @@ def _index_shards(split: Split, shards: Sequence[_Shard], workers: int, progress
                 tell(done, total)
         except BrokenProcessPool as e:
             raise DatasetError(
-                f"{split}: a process that builds the index died ({e}), perhaps for lack of memory; finished shards are "
-                "kept: run again, with fewer workers"
+                f"{split}: a process that builds the index died ({e}), perhaps for lack of memory, or because the "
+                'program has no `if __name__ == "__main__"`; finished shards are kept: run again, with fewer workers'
             ) from e
         finally:
             pool.shutdown(cancel_futures=True)

@@ -225,6 +225,26 @@ def test_a_record_that_is_no_example(copy: Path) -> None:
         open_index(copy, "train")
 
 
+def test_a_program_without_its_guard_is_told(toy: Path, tmp_path: Path) -> None:
+    """Its processes run the program again; they must not start more of them."""
+    program = tmp_path / "unguarded.py"
+    call = f"open_index({str(toy)!r}, 'train', index_dir={str(tmp_path)!r}, workers=2)"
+    program.write_text(f"from openpi_like.data.index import open_index\n{call}\n")
+    done = subprocess.run(
+        [sys.executable, program], env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert 'or because the program has no `if __name__ == "__main__"`' in done.stderr
+
+
+def test_a_link_to_nothing_is_a_missing_shard(copy: Path) -> None:
+    path = shard(copy, 1)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(DatasetError, match=f"missing: {path.name}"):
+        open_index(copy, "train")
+
+
 def test_a_process_that_dies_says_what_to_do(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Pool:
         def __init__(self, *_: object) -> None: ...

@@ -69,7 +69,7 @@ def test_a_directory_of_datasets(program: SimpleNamespace, many: Path) -> None:
 
 
 def test_it_runs_with_several_processes(many: Path) -> None:
-    arguments = [sys.executable, PROGRAM, many / "toy_arm" / "1.0.0", "--workers", "2", "--split", "train"]
+    arguments = [sys.executable, str(PROGRAM), str(many / "toy_arm" / "1.0.0"), "--workers", "2", "--split", "train"]
     done = subprocess.run(
         arguments, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     )

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openpi_like.data import arrayrecord
+from openpi_like.data import arrayrecord, files
 from openpi_like.data.images import decode, decode_depth
 from openpi_like.data.index import FrameIndex, _from_code_points, open_index
 from openpi_like.data.schema import DatasetError, _is_code_points, read_schema
@@ -335,6 +335,14 @@ def test_records_are_kept_up_to_a_number_of_bytes(
     index.close()
     assert (cache._bytes, len(cache._kept)) == (0, 0)
     assert index.read_image(3, DEPTH) == reference.read_image(3, DEPTH)  # opens its files again
+
+
+def test_more_array_records_than_may_stay_open(odd: Path, odd_arrays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "OPEN_FILES", 1)
+    index, reference = open_index(odd_arrays, "train"), open_index(odd, "train")
+    for step in (0, 8, 22, 0):
+        assert index.read_image(step, DEPTH) == reference.read_image(step, DEPTH)
+    assert len(index._records._readers) == 1
 
 
 def damaged_arrays(directory: Path, to: Path, damage: Any) -> tuple[Path, Path]:
