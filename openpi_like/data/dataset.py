@@ -1,10 +1,7 @@
 """The episodes of one split as one robot sees them: states, action chunks, masks, prompts and images, by frame."""
 
 import math
-import os
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -15,7 +12,6 @@ from openpi_like.data.index import FrameIndex
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import Camera, Robot, StateField
 
-_OPEN_FILES = 512  # per dataset; files beyond these are opened for every read
 _BLOCK = 1 << 16  # steps looked at together
 _SHOWN = 5  # places named in one message
 
@@ -42,8 +38,6 @@ class EpisodeDataset:
         self.frame_step = np.flatnonzero(step_in_episode % frame_stride == 0)
         self._episode_end = np.repeat(start[1:], lengths)[self.frame_step]
         self._episode = np.repeat(np.arange(index.episodes), lengths)[self.frame_step]
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
         problems = self._problems()
         if problems:
             raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
@@ -103,14 +97,7 @@ class EpisodeDataset:
             DatasetError: it cannot be read, or does not have the size that the robot's camera has.
         """
         step = int(self.frame_step[frame])
-        offset, length = (int(x) for x in self.index.images[camera.key][step])
-        shard = int(self.index.episode_shard[self._episode[frame]])
-        data = self._read(shard, offset, length)
-        if len(data) < length:
-            raise DatasetError(
-                f"{self.index.where(step)}: read {len(data)} of {length} bytes of {camera.key}; "
-                "the file was changed since it was indexed: copy it again"
-            )
+        data = self.index.read_image(step, camera.key)
         try:
             image = decode(data, camera.channel_order)
         except ValueError as e:
@@ -130,26 +117,7 @@ class EpisodeDataset:
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        fd = self._files.get(shard)
-        if fd is not None:
-            return os.pread(fd, length, offset)
-        path: Path = self.index.split.shards[shard]
-        fd = os.open(path, os.O_RDONLY)
-        with self._lock:
-            keep = shard not in self._files and len(self._files) < _OPEN_FILES
-            if keep:
-                self._files[shard] = fd
-        try:
-            return os.pread(fd, length, offset)
-        finally:
-            if not keep:
-                os.close(fd)
+        self.index.close()
 
     def _gather(self, fields: Sequence[StateField], steps: np.ndarray) -> np.ndarray:
         rows = {f.key: self.index.columns[f.key][steps].reshape(len(steps), -1) for f in fields}

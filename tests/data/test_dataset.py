@@ -95,10 +95,10 @@ def test_images_are_read_from_many_threads(dataset: EpisodeDataset) -> None:
 
 
 def test_more_shards_than_may_stay_open(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from openpi_like.data import dataset as module
+    from openpi_like.data import files
 
-    monkeypatch.setattr(module, "_OPEN_FILES", 1)
+    monkeypatch.setattr(files, "OPEN_FILES", 1)
     few = EpisodeDataset(open_index(toy, "train"), ARM)
     images = [few.image(i, ARM.cameras[0]) for i in (0, 60, 109, 0)]
     np.testing.assert_array_equal(images[0], images[3])
-    assert len(few._files) == 1
+    assert len(few.index._ranges._files) == 1
