@@ -96,7 +96,7 @@ def open_dataset(
     found = re.fullmatch(r"([^\[\]]+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?", split)
     if found is None:
         raise DatasetError(f"{path}: split {split!r}, expected a name, or a part like 'train[:95%]' or 'train[200:]'")
-    name, *bounds = found.groups()
+    name, low, low_percent, high, high_percent = found.groups()
     index = open_index(path, name, index_dir=index_dir, max_corrupt_fraction=max_corrupt_fraction)
 
     def episode(number: str | None, percent: str | None, default: int) -> int:
@@ -104,7 +104,7 @@ def open_dataset(
             return default
         return min(round(int(number) * index.episodes / 100) if percent else int(number), index.episodes)
 
-    part = range(episode(*bounds[:2], 0), episode(*bounds[2:], index.episodes))
+    part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
         raise DatasetError(f"{path}: {split!r} is empty: {name!r} has {index.episodes} episodes")
     return EpisodeDataset(index, robot, frame_stride=frame_stride, selection=selection, episodes=part)
@@ -508,11 +508,13 @@ class EpisodeDataset:
         try:
             stored = json.loads(path.read_text())
             entries = {k: np.array(v, np.int64).reshape(-1, 2) for k, v in stored.items()}
-        except (OSError, ValueError, AttributeError, TypeError) as e:
-            raise DatasetError(f"keep_ranges {path}: {e}; expected JSON like {{episode: [[start, end], ...]}}") from e
-        wrong = [k for k, v in entries.items() if (v[:, 0] < 0).any() or (v[:, 1] < v[:, 0]).any()]
-        if wrong:
-            raise DatasetError(f"keep_ranges {path}: ranges that are not 0 <= start <= end in {wrong[:_SHOWN]}")
+        except (OSError, ValueError, AttributeError, TypeError) as wrong:
+            raise DatasetError(
+                f"keep_ranges {path}: {wrong}; expected JSON like {{episode: [[start, end], ...]}}"
+            ) from wrong
+        bad = [k for k, v in entries.items() if (v[:, 0] < 0).any() or (v[:, 1] < v[:, 0]).any()]
+        if bad:
+            raise DatasetError(f"keep_ranges {path}: ranges that are not 0 <= start <= end in {bad[:_SHOWN]}")
         texts = [self.index.episode_texts[key] for key in selection.keep_ranges_key]
         found, known, name = [], np.zeros(len(part), bool), ""
         for i, e in enumerate(part):
