@@ -9,8 +9,8 @@ a mixture line up. One that lacks rotation or gripper has fewer dims, and what f
 with zeros that a policy would learn. Rotations are roll, pitch, yaw in model space, whatever is stored, except where a
 dataset stores normalised commands (unit "1"), which are no angles. Positions are in the robot's base frame.
 
-Camera slots: "base" (and "base_1") see the scene, "wrist" (and "wrist_1") ride on the hand. No image sizes are demanded,
-because copies that were resized are common.
+Camera slots: "base" (and "base_1") see the scene, "wrist" (and "wrist_1") ride on the hand. No image sizes are
+demanded, because copies that were resized are common.
 
 Normalisation is by quantiles: some of these datasets have single values that are a hundred times what a robot can do (a
 command of 22 m in fractal20220817_data), which would set the scale of a z-score.
@@ -161,8 +161,8 @@ LANGUAGE_TABLE = _robot(
 
 # ---- WidowX ----------------------------------------------------------------------------------------------------------
 
-# Bridge V2 (the release of RAIL, 256 x 256). Commands were sent before the arm had moved, and the first of an episode is
-# all but zero (1e-10 to 5e-7, never 0), so actions are how the state changes, as octo and openvla have it too. The
+# Bridge V2 (the release of RAIL, 256 x 256). What was commanded first in an episode is all but zero (1e-10 to 5e-7, but
+# never 0), and what was reached differs from it; so actions are how the state changes, as for octo and openvla. The
 # gripper's measured opening takes intermediate values while it moves. A camera that was absent is a black JPEG of 2419
 # bytes (691 at 64 x 64, which are the smallest); the flags has_image_* cannot be trusted.
 BRIDGE = dataclasses.replace(
@@ -635,8 +635,8 @@ DISPUTED: dict[str, tuple[Dispute, ...]] = {
     "jaco_play": (
         Dispute(
             "pose",
-            "the dataset's README: position and quaternion; octo and openvla: roll, pitch, yaw from [3:6], gripper from "
-            "the last value, which is qw",
+            "the dataset's README: position and quaternion; octo and openvla: roll, pitch, yaw from [3:6], and the "
+            "gripper from the last value, which is qw",
             "quaternion, and the two finger joints as the gripper",
             "its authors know",
         ),
