@@ -61,12 +61,8 @@ def sheet(index: FrameIndex, episodes: int, frames: int) -> np.ndarray:
     for row, episode in enumerate(chosen):
         first, end = index.episode_start[episode : episode + 2]
         steps = np.linspace(first, end - 1, frames).round().astype(int)
-        shard = index.split.shards[index.episode_shard[episode]]
         for column, (key, step) in enumerate((key, step) for key in cameras for step in steps):
-            offset, length = index.images[key][step]
-            with shard.open("rb") as file:
-                file.seek(offset)
-                image = decode(file.read(length))
+            image = decode(index.read_image(int(step), key))
             tile = out[row * height : (row + 1) * height, column * width : (column + 1) * width]
             fit(image, tile)
     return out

@@ -4,12 +4,9 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -20,7 +17,6 @@ from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
-_OPEN_FILES = 512  # per dataset; files beyond these are opened for every read
 _BLOCK = 1 << 16  # steps looked at together
 _SHOWN = 5  # places named in one message
 _OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
@@ -140,8 +136,6 @@ class EpisodeDataset:
                 finite, or nothing is left of it; lists all.
         """
         self.index, self.robot, self._stride = index, robot, frame_stride
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
         part = range(index.episodes) if episodes is None else episodes
         self._part = range(int(index.episode_start[part.start]), int(index.episode_start[part.stop]))
         # The last step of an episode has no command where commands are derived from the step after.
@@ -259,35 +253,9 @@ class EpisodeDataset:
         """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
         fit(self.image(frame, camera), out, resize=resize, fit=camera.fit)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._files, self._lock = {}, threading.Lock()
-
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        fd = self._files.get(shard)
-        if fd is not None:
-            return os.pread(fd, length, offset)
-        path: Path = self.index.split.shards[shard]
-        fd = os.open(path, os.O_RDONLY)
-        with self._lock:
-            keep = shard not in self._files and len(self._files) < _OPEN_FILES
-            if keep:
-                self._files[shard] = fd
-        try:
-            return os.pread(fd, length, offset)
-        finally:
-            if not keep:
-                os.close(fd)
+        self.index.close()
 
     # ---- From columns to states and commands -------------------------------------------------------------------------
 
@@ -341,14 +309,7 @@ class EpisodeDataset:
         return self.index.episode_texts[key], self.index.episode_texts[key].ids[episode]
 
     def _image(self, step: int, camera: Camera) -> np.ndarray:
-        offset, length = (int(x) for x in self.index.images[camera.key][step])
-        episode = int(np.searchsorted(self.index.episode_start, step, side="right")) - 1
-        data = self._read(int(self.index.episode_shard[episode]), offset, length)
-        if len(data) < length:
-            raise DatasetError(
-                f"{self.index.where(step)}: read {len(data)} of {length} bytes of {camera.key}; "
-                "the file was changed since it was indexed: copy it again"
-            )
+        data = self.index.read_image(step, camera.key)
         try:
             image = decode(data, camera.channel_order)
         except ValueError as e:
