@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from openpi_like.config import near_names
 from openpi_like.data import files
@@ -39,7 +40,7 @@ class OxeDataset:
 
 _TEST = {"train": "train", "val": "test"}
 _VAL = {"train": "train", "val": "val"}
-_HOW: dict[str, dict[str, object]] = {
+_HOW: dict[str, dict[str, Any]] = {
     # RT-X and its successors train on successes only; the dataset has 580,392 attempts.
     "kuka": {"selection": Selection(success="success"), "uninformative": True},
     "bridge_dataset": {"version": "1.0.0", "folders": ("bridge_orig",), **_VAL},
@@ -74,10 +75,7 @@ _HOW: dict[str, dict[str, object]] = {
     "aloha_mobile": {"version": "0.0.1", "folders": ("aloha_mobile_dataset",)},
 }
 # TFDS name -> how it is read
-OXE: dict[str, OxeDataset] = {
-    name: OxeDataset(robot, **_HOW.get(name, {}))  # type: ignore[arg-type]  # values are of many types
-    for name, robot in ROBOTS.items()
-}
+OXE: dict[str, OxeDataset] = {name: OxeDataset(robot, **_HOW.get(name, {})) for name, robot in ROBOTS.items()}
 
 _EXTERNALLY = "_converted_externally_to_rlds"
 _SOUP = {  # of octo and openvla
@@ -147,7 +145,7 @@ def mixture(
         root: the directory (or URL) that holds a directory per dataset: `root/kuka/0.1.0`. A dataset that is there in
             one other version is taken in that, and a warning says so.
         balance: "transitions" multiplies weights by the number of training frames, as octo and openvla do; it opens
-            every dataset, and builds the indexes that are not there. "as_given" does not: a weight is a share of samples.
+            every dataset, and builds the indexes that are not there. With "as_given" weights are shares of samples.
         images: "published" reads channels as the datasets of the OXE bucket have them, of which four are BGR; "rgb" is
             for copies in which that has been corrected.
         blank_language: replace instructions that do not say what is done by "", as octo does.
