@@ -186,7 +186,7 @@ class EpisodeDataset:
         a = np.arange(self.robot.action_horizon)
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
         actions = self._commands(steps.reshape(-1))
-        return actions.reshape(*steps.shape, -1), a < whole[:, None]
+        return actions.reshape(*steps.shape, self.robot.robot_action_size), a < whole[:, None]
 
     def encoded(
         self, frames: Int[np.ndarray, "B"]
@@ -299,8 +299,9 @@ class EpisodeDataset:
     ) -> np.ndarray:
         """Returns stored values at `steps` + `offset`, (n, size), float64. rows: what was read for other fields."""
         if (field.key, offset) not in rows:
-            values = self.index.columns[field.key][steps + offset]
-            rows[field.key, offset] = values.reshape(len(steps), -1).astype(np.float64)
+            column = self.index.columns[field.key]
+            values = column[steps + offset].reshape(len(steps), math.prod(column.shape[1:]))
+            rows[field.key, offset] = values.astype(np.float64)
         return rows[field.key, offset][:, field.start : field.start + field.size]
 
     def _texts(self, key: str, episode: np.ndarray, step: np.ndarray) -> tuple[Texts, np.ndarray]:

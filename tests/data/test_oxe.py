@@ -134,9 +134,9 @@ def fix(name: str, path: str, x: Any, rng: np.random.Generator) -> Any:
         "observation/state": 3 if name.startswith(("furniture", "austin_sailor")) else None,
         "action": 3 if name.startswith(("furniture", "iamlab")) else None,
     }
-    if quaternions.get(path) is not None and len(x) > 6:
-        part = slice(quaternions[path], quaternions[path] + 4)
-        x[part] /= np.linalg.norm(x[part])
+    start = quaternions.get(path)
+    if start is not None and len(x) > 6:
+        x[start : start + 4] /= np.linalg.norm(x[start : start + 4])
     if path == "action/gripper_closedness_action":
         relative = name not in ("viola", "roboturk")
         return np.asarray(rng.choice([-1.0, 0.0, 1.0] if relative else [0.0, 1.0], np.shape(x)), np.float32)
@@ -340,7 +340,7 @@ def test_all_missing_datasets_are_named(root: Path, caplog: pytest.LogCaptureFix
     assert "mixture goes on without 2 of 5 datasets:\n  dobbe: not there" in caplog.text
     with pytest.raises(DatasetError, match="1 of 1 datasets"):
         mixture({"kuka": 1.0}, root, missing="skip")
-    with pytest.raises(DatasetError, match="cannot list .*nowhere"):
+    with pytest.raises(DatasetError, match=r"cannot list .*nowhere"):
         mixture("bridge", root / "nowhere")
 
 
