@@ -44,21 +44,18 @@ def read_records(location: Location) -> Iterator[bytes | RecordError]:
         OSError: it is not there or cannot be read.
     """
     reader = _open(location)
-    try:
-        if not reader.ok():
-            try:
-                _read(reader, 0)
-            except RecordError as e:
-                yield RecordError(f"the file is cut or not an ArrayRecord: {e}", resumable=False)
-            return
-        for record in range(reader.num_records()):
-            try:
-                payload: bytes | RecordError = _read(reader, record)
-            except RecordError as e:
-                payload = e
-            yield payload
-    finally:
-        reader.close()
+    if not reader.ok():
+        try:
+            _read(reader, 0)
+        except RecordError as e:
+            yield RecordError(f"the file is cut or not an ArrayRecord: {e}", resumable=False)
+        return
+    for record in range(reader.num_records()):
+        try:
+            payload: bytes | RecordError = _read(reader, record)
+        except RecordError as e:
+            payload = e
+        yield payload
 
 
 class _Cache:
@@ -119,7 +116,5 @@ class Records:
     def close(self) -> None:
         """Closes the files and forgets their records; reading opens them again."""
         with self._lock:
-            readers, self._readers = self._readers, {}
-        for reader in readers.values():
-            reader.close()
+            self._readers = {}  # a reader closes its file when nobody holds it; its `close` raises after damage
         _cache.forget(self._owner)

@@ -63,12 +63,14 @@ class Stat:
 
 
 def locate(place: str | Path | Url) -> Location:
-    """Returns the location that a path or URL names. `file://` is the disk."""
-    if isinstance(place, Path | Url):
+    """Returns the location that a path or URL names. `file://` is the disk; a URL that became a path is put right."""
+    if isinstance(place, Url):
         return place
-    if place.startswith("file://"):
-        return Path(place.removeprefix("file://"))
-    return Url(place) if "://" in place else Path(place)
+    first, *rest = Path(place).parts or ("",)
+    if not first.endswith(":"):
+        return Path(place)
+    # `pathlib` makes one slash of two.
+    return Path("/", *rest) if first == "file:" else Url(f"{first}//{'/'.join(rest)}")
 
 
 def absolute(location: Location) -> str:

@@ -14,6 +14,7 @@ While it is built there is one file per finished shard in `.parts-*`. A build th
 when other shards have changed in between. The result does not depend on the number of processes.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -173,7 +174,7 @@ def open_index(
     if path is None:
         root = _writable(roots, found)
         path = root / name
-        stale = _stale(root, directory, split)
+        stale = [(p, old) for p, old in _stale(root, directory, split) if p != path]  # not what another process built
         for _, old in stale:
             changed = sorted(k for k in fingerprint if fingerprint[k] != old["fingerprint"].get(k))
             _log.warning("index of %s is stale (changed: %s), building it again", found, ", ".join(changed))
@@ -561,31 +562,32 @@ def _file_name(key: str) -> str:
 def _merge(root: Path, schema: Schema, parts: Sequence[Path | None]) -> dict[str, dict[str, list[str]]]:
     """Writes the columns of all parts, in order, to `root`; None is a shard without episodes. Returns the texts."""
     fields, _ = _fields(schema)
-    columns = {f.column: _Column(root / f.folder / _file_name(f.feature.key), f.dtype, f.shape) for f in fields}
-    start, shard, record = (
-        _Column(root / "place" / _file_name(key), np.dtype(np.int64), ()) for key in ("start", "shard", "record")
-    )
     tables: dict[str, dict[str, int]] = {f.column: {} for f in fields if f.feature.kind == "text"}
-    steps = 0
-    start.append(np.zeros(1))
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
-        with np.load(part) as arrays:
-            texts = json.loads(arrays["meta"].tobytes())["texts"]
-            for name, column in columns.items():
-                rows = arrays[name]
-                if name in tables:  # ids of the shard to ids of the dataset, both in the order of first appearance
-                    table = tables[name]
-                    rows = np.array([table.setdefault(text, len(table)) for text in texts[name]], np.int32)[rows]
-                column.append(rows)
-            ends = steps + np.cumsum(arrays["place/length"])
-            start.append(ends)
-            shard.append(np.full(len(ends), i))
-            record.append(arrays["place/record"])
-            steps = int(ends[-1]) if len(ends) else steps
-    for column in (*columns.values(), start, shard, record):
-        column.close()
+    with contextlib.ExitStack() as stack:
+
+        def column(folder: str, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> _Column:
+            return stack.enter_context(contextlib.closing(_Column(root / folder / _file_name(key), dtype, shape)))
+
+        columns = {f.column: column(f.folder, f.feature.key, f.dtype, f.shape) for f in fields}
+        start, shard, record = (column("place", key, np.dtype(np.int64), ()) for key in ("start", "shard", "record"))
+        steps = 0
+        start.append(np.zeros(1))
+        for i, part in enumerate(parts):
+            if part is None:
+                continue
+            with np.load(part) as arrays:
+                texts = json.loads(arrays["meta"].tobytes())["texts"]
+                for name, target in columns.items():
+                    rows = arrays[name]
+                    if name in tables:  # ids of the shard to those of the dataset, both in order of first appearance
+                        table = tables[name]
+                        rows = np.array([table.setdefault(text, len(table)) for text in texts[name]], np.int32)[rows]
+                    target.append(rows)
+                ends = steps + np.cumsum(arrays["place/length"])
+                start.append(ends)
+                shard.append(np.full(len(ends), i))
+                record.append(arrays["place/record"])
+                steps = int(ends[-1]) if len(ends) else steps
     merged: dict[str, dict[str, list[str]]] = {"step": {}, "episode": {}}
     for f in fields:
         if f.column in tables:
@@ -660,7 +662,7 @@ def _build(
             "directory": name,
             "split": split.name,
             "fingerprint": fingerprint,
-            "texts": _merge(draft, schema, [s and s.part for s in shards]),
+            "texts": _merge(draft, schema, [None if s is None else s.part for s in shards]),
             "left_out": left_out,
             "skipped": damaged,
         }

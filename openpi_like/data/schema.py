@@ -123,6 +123,23 @@ def read_schema(directory: Location) -> Schema:
     )
 
 
+def find_datasets(directory: Location) -> list[Location]:
+    """Returns the TFDS directories that `directory` is or holds: itself, or versions and configurations of datasets.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    try:
+        _list_files(directory)
+    except DatasetError:
+        patterns = [f"{'*/' * depth}dataset_info.json" for depth in (1, 2, 3)]
+        below = [name for pattern in patterns for name in files.glob(directory, pattern)]
+        if not below:
+            raise
+        return [directory / name.removesuffix("/dataset_info.json") for name in below]
+    return [directory]
+
+
 def split_names(directory: Location) -> list[str]:
     """Returns the splits that `dataset_info.json` lists; raises as `read_split`."""
     _list_files(directory)
