@@ -114,6 +114,7 @@ def test_more_shards_than_may_stay_open(toy: Path, monkeypatch: pytest.MonkeyPat
     few = EpisodeDataset(open_index(toy, "train"), ARM)
     images = [few.image(i, ARM.cameras[0]) for i in (0, 60, 109, 0)]
     np.testing.assert_array_equal(images[0], images[3])
+    assert len(few.index._ranges._files) == 1
 
 
 # ---- Commands that are derived or combined ---------------------------------------------------------------------------
