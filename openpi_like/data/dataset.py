@@ -185,7 +185,7 @@ class EpisodeDataset:
         whole = (end - step) // self.robot.stride
         a = np.arange(self.robot.action_horizon)
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
-        actions = self._commands(steps.reshape(-1))
+        actions = self._commands(steps.reshape(-1), self.robot.action)
         return actions.reshape(*steps.shape, self.robot.robot_action_size), a < whole[:, None]
 
     def encoded(
@@ -271,12 +271,12 @@ class EpisodeDataset:
         parts = [self._values(f, steps, 0, rows) for f in self.robot.state]
         return np.concatenate(parts, axis=1).astype(np.float32) if parts else np.zeros((len(steps), 0), np.float32)
 
-    def _commands(self, steps: np.ndarray) -> np.ndarray:
-        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, Js)."""
+    def _commands(self, steps: np.ndarray, fields: Sequence[ActionField]) -> np.ndarray:
+        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, sizes)."""
         stride = self.robot.stride
         rows: dict[tuple[str, int], np.ndarray] = {}
         parts = []
-        for field in self.robot.action:
+        for field in fields:
             # Of absolute targets only the last of a control step counts.
             offsets = range(stride - 1, stride) if field.command == "absolute" else range(stride)
             parts.append(field.combine(np.stack([self._command(field, steps, k, rows) for k in offsets], axis=1)))
@@ -450,18 +450,17 @@ class EpisodeDataset:
 
     def _idle(self, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Whether nothing is commanded in the control step that begins at a step."""
-        robot = self.robot
-        state, commands = self._state(step), self._commands(step)
-        first = step <= self.index.episode_start[episode]
-        before = np.where(first[:, None], commands, self._commands(np.where(first, step, step - 1)))
-        encoded, encoded_before = (robot.encode_actions(c[:, None], state)[:, 0] for c in (commands, before))
+        encoded = self.robot.encode_actions(self._commands(step, self.robot.action)[:, None], self._state(step))[:, 0]
+        before = np.maximum(step - 1, self.index.episode_start[episode])
         moves, at = np.zeros(len(step), bool), 0
-        for field in robot.action:
-            part = slice(at, at := at + field.model_size)
+        for field in self.robot.action:
+            part = encoded[:, at : at + field.model_size]
+            at += field.model_size
             if field.gripper is not None:
-                moves |= (np.abs(encoded[:, part] - encoded_before[:, part]) >= _GRIPPER_MOVES).any(axis=1)
+                earlier = field.to_model(self._commands(before, [field]))
+                moves |= (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
             elif _moves(field):
-                moves |= (np.abs(encoded[:, part]) >= below).any(axis=1)
+                moves |= (np.abs(part) >= below).any(axis=1)
         return ~moves
 
     def _read_ranges(self, selection: Selection, part: range) -> tuple[np.ndarray, np.ndarray]:
