@@ -12,7 +12,7 @@ and quantile normalisation in the robot.
 
 import dataclasses
 
-from openpi_like.data.images import Augment
+from openpi_like.data.augment import Augment
 from openpi_like.data.loader import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.widowx import WIDOWX
@@ -26,7 +26,7 @@ config = TrainConfig(
         Pi0Config.released(), cameras=("base", "base_1", "base_2"), action_horizon=8, train_on_padding=False
     ),
     data=DataConfig(
-        entries=(MixtureEntry(robot=WIDOWX, path="data/bridge_dataset/1.0.0"),), augment=Augment(), num_threads=8
+        entries=(MixtureEntry(robot=WIDOWX, path="data/bridge_dataset/1.0.0"),), augment=Augment.openpi(), num_threads=8
     ),
     stats="stats",
     tokenizer="weights/paligemma_tokenizer.model",

@@ -98,6 +98,7 @@ def main(config: TrainConfig, console: Console) -> None:
         mesh=mesh,
         rules=config.sharding,
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
+        augment=config.data.augment,
     )
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
     position = 0

@@ -1,31 +1,39 @@
 """Mixtures of datasets as batches: a pure function of (seed, global sample index).
 
-Sample p of a run comes from a dataset and frame that are computed from p alone, so the order does not depend on the
-number of hosts, of threads, or on where a run was resumed. Batch k of a loader that starts at s holds the samples
-s + k * batch_size ... s + (k + 1) * batch_size - 1; host h of H holds every H-th of them, from the h-th on.
+Sample p of a run comes from a dataset and frame that are computed from p alone, and so is everything that is drawn for
+it, so samples do not depend on the number of hosts, of workers, of threads, or on where a run was resumed. Batch k of a
+loader that starts at s holds the samples s + k * batch_size ... s + (k + 1) * batch_size - 1; host h of H holds every
+H-th of them, from the h-th on.
 """
 
 import dataclasses
-import threading
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import cv2
 import grain
 import numpy as np
+from absl import flags
+from grain.experimental import index_shuffle
+from jaxtyping import Bool, Float, Int
+from scipy.special import gammaln
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import near_names
-from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.augment import Augment
+from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.fast import FastError, FastTokenizer
-from openpi_like.data.images import Augment, augment
-from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
-from openpi_like.robots.robot import Robot, policy_problems
+from openpi_like.robots.robot import Camera, Robot, policy_problems
 
 RENDERER_KEY = "episode_metadata/renderer"
+WORKER_BYTES = 260 << 20  # resident memory of a worker process that has read nothing yet: Python and its libraries
+# What a draw is for; cameras take the streams from _CAMERA_STREAM on, in the policy's order.
+_PROMPT_STREAM, _CAMERA_STREAM = 0, 1
 
 
 @runtime_checkable
@@ -64,6 +72,7 @@ class MixtureEntry:
         actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
         A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
         that it knows prompts with and without.
+    selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
     """
 
     robot: Robot
@@ -73,6 +82,8 @@ class MixtureEntry:
     val_split: str | None = "val"
     text_key: str | None = None
     actions: bool = True
+    selection: Selection = Selection()
+    blank_language: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +91,15 @@ class DataConfig:
     """A mixture of datasets and how it is read.
 
     frame_stride: see `EpisodeDataset`. drop_cameras: slots that robots have and the policy is not to see.
-    augment: None leaves training images as they are. num_threads: each decodes a batch at a time. prefetch: batches
-    kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+    group_episodes: for slow storage, read so many episodes at a time: in every pass of a dataset, its episodes are
+        shuffled, and frames within each group of so many; None shuffles all frames. `distinct_episodes` says what that
+        costs in variety.
+    augment: random changes of training images, made in the training step; None leaves them as they are.
+    camera_dropout: probability that a camera is masked in a training sample, as if the robot did not have it; one
+        camera of each sample always remains.
+    num_threads: each decodes a batch at a time. num_workers: processes with so many threads each; 0 decodes in this
+        one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+    memory_budget_mib: MiB that loading may take on one host, all its processes together; None sets no limit.
     saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
         it, such a chunk is an error. Held-out chunks, which no tokenizer was fitted to, are always treated so.
     """
@@ -91,8 +109,12 @@ class DataConfig:
     seed: int = 0
     drop_cameras: tuple[str, ...] = ()
     augment: Augment | None = None
+    camera_dropout: float = 0.0
+    group_episodes: int | None = None
     num_threads: int = 2
+    num_workers: int = 0
     prefetch: int = 4
+    memory_budget_mib: int | None = None
     index_dir: str | None = None
     max_corrupt_fraction: float = 0.0
     saturate_actions: bool = False
@@ -106,9 +128,13 @@ class DataConfig:
                 problems.append(f"weight {entry.weight} of {entry.path}, expected a number above 0")
             if not entry.actions and entry.text_key is None:
                 problems.append(f"{entry.path} has actions=False and no text_key; then there is nothing to predict")
-        for name, least in (("frame_stride", 1), ("num_threads", 1), ("prefetch", 1), ("seed", 0)):
+        numbers = {"frame_stride": 1, "num_threads": 1, "num_workers": 0, "prefetch": 1, "seed": 0}
+        optional = {"group_episodes": 1, "memory_budget_mib": 1}
+        for name, least in (numbers | {k: v for k, v in optional.items() if getattr(self, k) is not None}).items():
             if getattr(self, name) < least:
                 problems.append(f"{name}={getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.camera_dropout < 1:
+            problems.append(f"camera_dropout={self.camera_dropout}, expected a probability in [0, 1)")
         if not 0 <= self.max_corrupt_fraction < 1:
             problems.append(f"max_corrupt_fraction={self.max_corrupt_fraction}, expected a value in [0, 1)")
         if problems:
@@ -155,10 +181,15 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
             datasets.append(None)
             continue
         try:
-            index = open_index(
-                entry.path, split, index_dir=config.index_dir, max_corrupt_fraction=config.max_corrupt_fraction
+            dataset = open_dataset(
+                entry.path,
+                entry.robot,
+                split,
+                frame_stride=config.frame_stride,
+                selection=entry.selection,
+                index_dir=config.index_dir,
+                max_corrupt_fraction=config.max_corrupt_fraction,
             )
-            dataset = EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride)
             if entry.text_key is not None:
                 dataset.check_text(entry.text_key)
             datasets.append(dataset)
@@ -184,7 +215,7 @@ def describe(config: DataConfig) -> Description:
         found = index.episode_texts.get(RENDERER_KEY)
         used = {None} if found is None else {found.table[i] for i in np.unique(found.ids)}
         renderers.setdefault(name, set()).update(used)
-        episodes[name] = episodes.get(name, 0) + index.episodes
+        episodes[name] = episodes.get(name, 0) + dataset.episodes
         frames[name] = frames.get(name, 0) + len(dataset)
         dataset.close()
     mixed = {name: sorted(map(str, used)) for name, used in renderers.items() if len(used) > 1}
@@ -196,8 +227,31 @@ def describe(config: DataConfig) -> Description:
     return Description({name: next(iter(used)) for name, used in renderers.items()}, episodes, frames)
 
 
+def uniform_draws(seed: int, stream: int, positions: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B"]:
+    """Returns numbers in [0, 1), each a function of the seed, the stream and its position alone."""
+    if not len(positions):
+        return np.zeros(0)
+    # Philox is a function of (key, counter) that gives four words; the counter is the position.
+    first, last = int(positions.min()), int(positions.max())
+    words = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=first).random_raw(4 * (last - first + 1))
+    return (words[4 * (positions - first)] >> np.uint64(11)) * 2.0**-53
+
+
+def keep_cameras(
+    present: Bool[np.ndarray, "C B"], draws: Float[np.ndarray, "C B"], dropout: float
+) -> Bool[np.ndarray, "C B"]:
+    """Returns which of the cameras that are there remain: all but those whose draw is below `dropout`.
+
+    Where that would leave none, the one with the largest draw remains.
+    """
+    kept = present & (draws >= dropout)
+    best = np.where(present, draws, -1.0).argmax(axis=0)
+    kept[best, np.arange(len(best))] |= present.any(axis=0) & ~kept.any(axis=0)
+    return kept
+
+
 class _Assembler:
-    """Turns (dataset, frame) pairs into batches of the policy's shape. Safe to use from several threads."""
+    """Turns (dataset, frame) pairs into batches of the policy's shape. Safe to use from several threads; picklable."""
 
     def __init__(
         self,
@@ -210,7 +264,6 @@ class _Assembler:
     ) -> None:
         self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
         self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
-        self.saturated, self._lock = 0, threading.Lock()
         problems = action_token_problems(policy, tokenizer, action_tokenizer)
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
@@ -221,6 +274,10 @@ class _Assembler:
             )
         if tokenizer.vocab_size > policy.vocab_size:
             problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
+        for name in config.augment.wrist_cameras if config.augment is not None else ():
+            if name not in policy.cameras:
+                near = near_names(name, list(policy.cameras))
+                problems.append(f"augment.wrist_cameras: {name!r} is not a slot of the policy ({near})")
         for entry in config.entries:
             problems += [f"robot {entry.robot.name!r}: {p}" for p in self._problems(entry.robot)]
             if entry.text_key is not None and policy.action_tokens is None:
@@ -241,9 +298,19 @@ class _Assembler:
                 problems.append(str(e))
         return problems
 
-    def __call__(self, ids: np.ndarray, frames: np.ndarray, positions: Sequence[int] | None) -> Batch:
-        """ids, frames: (B,) dataset and frame of each sample. positions: in the run, to augment by; None for as is."""
+    def samples(self, samples: Sequence[tuple[int, int, int]]) -> tuple[Batch, int]:
+        """Returns the batch of elements of `sample_order`; see `__call__`."""
+        positions, ids, frames = np.array(samples, np.int64).T
+        return self(ids, frames, positions)
+
+    def __call__(self, ids: np.ndarray, frames: np.ndarray, positions: np.ndarray | None) -> tuple[Batch, int]:
+        """Returns a batch, and how many coefficients its action tokens could not write, see `saturate_actions`.
+
+        ids, frames: (B,) dataset and frame of each sample. positions: (B,) in the run, which decide all draws; None
+        draws nothing.
+        """
         policy, size = self.policy, len(ids)
+        saturated = 0
         height, width = policy.image_size
         images = {name: np.zeros((size, height, width, 3), np.uint8) for name in policy.cameras}
         image_mask = {name: np.zeros(size, bool) for name in policy.cameras}
@@ -266,8 +333,9 @@ class _Assembler:
             for row in rows:
                 states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
-            for row, prompt in zip(rows, dataset.prompts(frames[rows]), strict=True):
-                prompts[row] = prompt
+            draws = None if positions is None else uniform_draws(self.config.seed, _PROMPT_STREAM, positions[rows])
+            for row, prompt in zip(rows, dataset.prompts(frames[rows], draws), strict=True):
+                prompts[row] = "" if entry.blank_language else prompt
             if entry.text_key is not None:
                 for row, text in zip(rows, dataset.texts(entry.text_key, frames[rows]), strict=True):
                     said[row] = text
@@ -275,23 +343,18 @@ class _Assembler:
                 chunks = normalization.apply_actions(chunks)
                 if self.action_tokenizer is not None:
                     # Past the end of the episode its last action is repeated: tokens are of whole chunks.
-                    for row, tokens in zip(
-                        rows, self._action_ids(dataset, chunks, frames[rows], positions is None), strict=True
-                    ):
-                        written[row] = tokens
+                    tokens, outside = self._action_ids(dataset, chunks, frames[rows], positions is None)
+                    saturated += outside
+                    for row, of in zip(rows, tokens, strict=True):
+                        written[row] = of
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
                 action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
-            for camera in robot.cameras:
-                if camera.name not in images:
-                    continue
-                image_mask[camera.name][rows] = True
-                slot = policy.cameras.index(camera.name)
-                for row in rows:
-                    out = images[camera.name][row]
-                    dataset.image_into(int(frames[row]), camera, out, resize=policy.resize)
-                    if self.config.augment is not None and positions is not None:
-                        key = (self.config.seed, positions[int(row)], slot)
-                        augment(out, self.config.augment, np.random.default_rng(key))
+            cameras = [camera for camera in robot.cameras if camera.name in images]
+            seen = self._seen(dataset, cameras, frames[rows], None if positions is None else positions[rows])
+            for camera, mask in zip(cameras, seen, strict=True):
+                image_mask[camera.name][rows] = mask
+                for row in rows[mask]:
+                    dataset.image_into(int(frames[row]), camera, images[camera.name][row], resize=policy.resize)
         if policy.action_tokens is None:
             prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
             text = {"prompt": prompt, "prompt_mask": prompt_mask}
@@ -303,9 +366,11 @@ class _Assembler:
                 except ValueError as e:
                     dataset, frame = self.datasets[ids[at]], frames[at]
                     assert dataset is not None  # as above
-                    raise DatasetError(f"{dataset.index.where(int(dataset.frame_step[frame]))}: {e}") from e
+                    raise DatasetError(f"{dataset.where(int(frame))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
-        return Batch(  # type: ignore[typeddict-item]  # text
+        if positions is not None:
+            text["position"] = np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32)
+        batch = Batch(  # type: ignore[typeddict-item]  # text
             images=images,
             image_mask=image_mask,
             state=state,
@@ -315,11 +380,23 @@ class _Assembler:
             dataset_id=ids.astype(np.int32),
             **text,
         )
+        return batch, saturated
+
+    def _seen(
+        self, dataset: EpisodeDataset, cameras: Sequence[Camera], frames: np.ndarray, positions: np.ndarray | None
+    ) -> np.ndarray:
+        """Returns (C, B), which cameras of which frames are read."""
+        present = np.stack([dataset.present(frames, camera) for camera in cameras])
+        if positions is None or not self.config.camera_dropout:
+            return present
+        streams = [_CAMERA_STREAM + self.policy.cameras.index(camera.name) for camera in cameras]
+        draws = np.stack([uniform_draws(self.config.seed, stream, positions) for stream in streams])
+        return keep_cameras(present, draws, self.config.camera_dropout)
 
     def _action_ids(
         self, dataset: EpisodeDataset, chunks: np.ndarray, frames: np.ndarray, held_out: bool
-    ) -> list[np.ndarray]:
-        """Returns action tokens as ids of the text vocabulary."""
+    ) -> tuple[list[np.ndarray], int]:
+        """Returns action tokens as ids of the text vocabulary, and the number of coefficients outside it."""
         tokens = self.policy.action_tokens
         assert self.action_tokenizer is not None
         assert tokens is not None
@@ -328,11 +405,10 @@ class _Assembler:
                 chunks, outside="saturate" if self.config.saturate_actions or held_out else "error"
             )
         except FastError as e:
-            where = dataset.index.where(int(dataset.frame_step[frames[e.chunk or 0]]))
+            where = dataset.where(int(frames[e.chunk or 0]))
             raise DatasetError(f"{where}: action tokens: {e}; or set saturate_actions") from e
-        with self._lock:
-            self.saturated += int(encoded.outside.sum())
-        return [tokens.first(self.policy.vocab_size) - ids for ids in encoded.ids]
+        ids = [tokens.first(self.policy.vocab_size) - written for written in encoded.ids]
+        return ids, int(encoded.outside.sum())
 
     def _answer(self, prompt: str, state: np.ndarray, said: str | None, written: np.ndarray | None) -> TextRow:
         if written is None:
@@ -371,56 +447,139 @@ def action_token_problems(
     return problems
 
 
-def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+# ---- Order -----------------------------------------------------------------------------------------------------------
+
+
+class _GroupedOrder:
+    """The frames of one dataset, pass after pass, with frames shuffled in groups of episodes; a source for grain.
+
+    Element k is computed from k; the order of the episodes of one pass is kept, and nothing else.
+    """
+
+    def __init__(self, episodes: np.ndarray, group: int, seed: Sequence[int]) -> None:
+        """episodes: (E,) frames of each. group: how many episodes are shuffled together."""
+        self._episodes, self._group, self._seed = np.asarray(episodes, np.int64), group, tuple(seed)
+        self._start = np.cumsum(self._episodes) - self._episodes
+        self._pass = self._shuffled(0)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k: int) -> int:
+        number, at = divmod(int(k), int(self._episodes.sum()))
+        shuffled = self._pass  # one read: another thread may be in the next pass already
+        if shuffled[0] != number:
+            shuffled = self._pass = self._shuffled(number)
+        _, order, ends, seed = shuffled
+        group = (int(np.searchsorted(ends, at, side="right")) - 1) // self._group
+        first, last = group * self._group, min((group + 1) * self._group, len(order))
+        start, stop = int(ends[first]), int(ends[last])
+        at = start + index_shuffle(at - start, max_index=stop - start - 1, seed=(seed + group) % 2**32, rounds=4)
+        slot = first + int(np.searchsorted(ends[first : last + 1], at, side="right")) - 1
+        return int(self._start[order[slot]] + at - ends[slot])
+
+    def _shuffled(self, number: int) -> tuple[int, np.ndarray, np.ndarray, int]:
+        """Returns a pass: its number, its order of episodes, where each of them begins in it (E + 1,), and a seed."""
+        key = np.random.SeedSequence([*self._seed, number]).generate_state(3, np.uint64)
+        order = np.argsort(np.random.Philox(key=key[:2]).random_raw(len(self._episodes)), kind="stable")
+        return number, order, np.concatenate([[0], np.cumsum(self._episodes[order])]), int(key[2] >> np.uint64(32))
+
+
+def sample_order(
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    seed: int,
+    *,
+    episodes: Sequence[Int[np.ndarray, "_"]] | None = None,
+    group_episodes: int | None = None,
+) -> grain.MapDataset:
     """Returns the endless order of a mixture: element p is (p, dataset, frame), computed from p.
 
     Every dataset is shuffled anew in each of its passes, and each frame comes once in a pass.
+
+    Args:
+        lengths: frames of each dataset.
+        episodes: the same by episode; needed for `group_episodes`, see `DataConfig`.
     """
     orders = []
     for i, length in enumerate(lengths):
-        shuffle_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
-        order = grain.MapDataset.range(length).shuffle(seed=shuffle_seed).repeat()
+        if group_episodes is None:
+            shuffle_seed = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+            order = grain.MapDataset.range(length).shuffle(seed=shuffle_seed).repeat()
+        else:
+            assert episodes is not None
+            order = grain.MapDataset.source(_GroupedOrder(episodes[i], group_episodes, (seed, i)))
         orders.append(order.map(lambda frame, i=i: (i, int(frame))))
     mixed = grain.MapDataset.mix(orders, weights=[w / sum(weights) for w in weights])
     return mixed.map_with_index(lambda p, element: (p, *element))
 
 
+def distinct_episodes(
+    episodes: Int[np.ndarray, "E"], batch_size: int, *, group_episodes: int | None = None, seed: int = 0
+) -> float:
+    """Returns how many distinct episodes a batch of one dataset has on average, which measures its shuffle.
+
+    Without groups it is what a shuffle of all frames gives, the most there is. With groups it is the mean over the
+    batches of one pass. A shuffle buffer of N frames that is filled episode by episode is about as good as groups of
+    N frames.
+
+    Args:
+        episodes: frames of each episode, see `EpisodeDataset.frames_per_episode`.
+    """
+    order = np.argsort(np.random.default_rng(seed).random(len(episodes)), kind="stable")
+    group = len(episodes) if group_episodes is None else group_episodes
+    frames = int(np.sum(episodes))
+    size = min(batch_size, frames)
+    batches = frames // size  # whole ones
+    total, start = 0.0, 0
+    for at in range(0, len(episodes), group):
+        of = np.asarray(episodes, np.float64)[order[at : at + group]]
+        n = of.sum()
+        stop = start + int(n)
+        # The parts of this group that are in each batch, by size: m frames of n.
+        cuts = [c for c in range(size * (start // size + 1), stop, size) if c < batches * size]
+        sizes = np.diff([start, *cuts, min(stop, batches * size)])
+        for m, count in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
+            # An episode of f frames is not among them with probability C(n - f, m) / C(n, m).
+            rest = n - of[of > 0]
+            log_missing = gammaln(rest + 1) - gammaln(np.maximum(rest - m, 0) + 1) - gammaln(n + 1) + gammaln(n - m + 1)
+            total += count * float(np.where(rest >= m, -np.expm1(log_missing), 1.0).sum())
+        start = stop
+    return total / batches
+
+
+# ---- Loader ----------------------------------------------------------------------------------------------------------
+
+
 class Loader:
-    """Batches of this host, decoded ahead in threads. An iterator that never ends.
+    """Batches of this host, decoded ahead in threads or processes. An iterator that never ends.
 
     position: global sample index of the next batch; a loader made with `start=position` goes on from there.
     wait_seconds: time spent waiting for batches so far.
+    saturated: DCT coefficients of this host that action tokens could not write as they were, see `saturate_actions`.
     """
 
     def __init__(
-        self,
-        batches: Iterator[Batch],
-        datasets: list[EpisodeDataset],
-        assembler: _Assembler,
-        batch_size: int,
-        start: int,
+        self, batches: Iterator[tuple[Batch, int]], datasets: list[EpisodeDataset], batch_size: int, start: int
     ) -> None:
-        self._batches, self._datasets, self._assembler, self._batch_size = batches, datasets, assembler, batch_size
+        self._batches, self._datasets, self._batch_size = batches, datasets, batch_size
         self.position = start
         self.wait_seconds = 0.0
+        self.saturated = 0
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch = next(self._batches)
+        batch, saturated = next(self._batches)
         self.wait_seconds += time.perf_counter() - started
         self.position += self._batch_size
+        self.saturated += saturated
         return batch
 
-    @property
-    def saturated(self) -> int:
-        """DCT coefficients of this host that action tokens could not write as they were, see `saturate_actions`."""
-        return self._assembler.saturated
-
     def close(self) -> None:
-        """Stops the threads and closes files."""
+        """Stops threads and processes and closes files."""
         self._batches.close()  # type: ignore[attr-defined]
         for dataset in self._datasets:
             dataset.close()
@@ -440,6 +599,8 @@ def make_loader(
 ) -> Loader:
     """Returns the training batches of one host, from global sample `start` on; prints what they take in memory.
 
+    A program with `num_workers` needs the usual `if __name__ == "__main__"`: each worker imports it again.
+
     Args:
         batch_size: over all hosts.
         normalizations: by robot name.
@@ -447,7 +608,8 @@ def make_loader(
 
     Raises:
         DatasetError: as `open_datasets`.
-        ValueError: robots do not fit the policy or the statistics (lists all), or sizes do not divide.
+        ValueError: robots do not fit the policy or the statistics (lists all), sizes do not divide, or loading would
+            take more memory than `memory_budget_mib`.
     """
     if batch_size % process_count or not 0 <= process_index < process_count or start < 0:
         raise ValueError(
@@ -457,30 +619,98 @@ def make_loader(
     datasets = [d for d in open_datasets(config) if d is not None]
     assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
     local = batch_size // process_count
-    order = sample_order([len(d) for d in datasets], [e.weight for e in config.entries], config.seed)
-
-    def decode(samples: list[tuple[int, int, int]]) -> Batch:
-        positions, ids, frames = zip(*samples, strict=True)
-        return assemble(np.array(ids), np.array(frames), positions)
-
-    batches = order.slice(slice(start + process_index, None, process_count)).batch(local, batch_fn=list).map(decode)
-    options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
-    print(memory_budget(config, datasets, policy, local))
-    return Loader(iter(batches.to_iter_dataset(options)), datasets, assemble, batch_size, start)
-
-
-def memory_budget(config: DataConfig, datasets: list[EpisodeDataset], policy: PolicyShape, local_batch: int) -> str:
-    """Returns a line that says what the buffers of one host hold at most."""
-    height, width = policy.image_size
-    decoded = local_batch * len(policy.cameras) * height * width * 3
-    sizes = [np.mean(d.index.images[c.key][:, 1]) for d in datasets for c in d.robot.cameras]
-    held = config.prefetch + config.num_threads
-    frames = sum(len(d) for d in datasets)
-    return (
-        f"data: {frames:,} frames in {len(datasets)} datasets; buffers per host: {held} batches of "
-        f"{decoded / 2**20:.1f} MiB decoded = {held * decoded / 2**20:.0f} MiB, and {config.num_threads} "
-        f"encoded images of about {np.mean(sizes) / 2**10:.0f} KiB; indexes are memory-mapped"
+    episodes = [d.frames_per_episode() for d in datasets]
+    for line in _announce(config, datasets, episodes, policy, batch_size, local):
+        print(line)
+    order = sample_order(
+        [len(d) for d in datasets],
+        [e.weight for e in config.entries],
+        config.seed,
+        episodes=episodes,
+        group_episodes=config.group_episodes,
     )
+    mine = order.slice(slice(start + process_index, None, process_count))
+    batches = mine.batch(local, batch_fn=list).map(assemble.samples)
+    ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
+    stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
+    _one_thread_per_image()
+    if config.num_workers:
+        if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(config.num_workers), lambda index, count: _one_thread_per_image()
+        )
+    return Loader(iter(stream), datasets, batch_size, start)
+
+
+def _one_thread_per_image() -> None:
+    """Batches are decoded in parallel; threads inside an image would only get in each other's way."""
+    cv2.setNumThreads(1)
+
+
+def memory_needed(
+    config: DataConfig, datasets: Sequence[EpisodeDataset], policy: PolicyShape, local_batch: int
+) -> dict[str, int]:
+    """Returns the most that loading holds on one host, in bytes, by what it is for; indexes are memory-mapped.
+
+    local_batch: samples of a batch on one host.
+    """
+    height, width = policy.image_size
+    rows = 5 * policy.action_horizon * policy.action_dim + 5 * policy.state_dim + 5 * policy.prompt_len
+    batch = local_batch * (len(policy.cameras) * height * width * 3 + rows)
+    processes = max(config.num_workers, 1)
+    # Being decoded or ready in a process; with workers also copied, sent, and received twice (grain's buffers).
+    held = -(-config.prefetch // processes) + config.num_threads + (4 if config.num_workers else 1)
+    encoded, columns = 0, 0
+    for dataset in datasets:
+        some = np.linspace(0, dataset.index.steps - 1, 1024).astype(np.int64)
+        encoded = max(encoded, *(int(dataset.index.images[c.key][some, 1].max()) for c in dataset.robot.cameras))
+        values = [x for v in vars(dataset).values() for x in (v.values() if isinstance(v, dict) else (v,))]
+        own = [x for x in values if isinstance(x, np.ndarray) and not isinstance(x, np.memmap)]
+        columns += sum(x.nbytes for x in own) + 40 * dataset.index.episodes
+    return {
+        f"{processes * held} batches of {batch / 2**20:.1f} MiB": processes * held * batch,
+        f"{processes * config.num_threads} encoded images": processes * config.num_threads * encoded,
+        "places of frames": (1 + config.num_workers) * columns,
+        **({f"{config.num_workers} processes": config.num_workers * WORKER_BYTES} if config.num_workers else {}),
+    }
+
+
+def _announce(
+    config: DataConfig,
+    datasets: Sequence[EpisodeDataset],
+    episodes: Sequence[np.ndarray],
+    policy: PolicyShape,
+    batch_size: int,
+    local_batch: int,
+) -> list[str]:
+    """Returns lines that say what the loader of one host holds at most and how well it shuffles.
+
+    Raises:
+        ValueError: it would hold more than `memory_budget_mib`.
+    """
+    needed, budget = memory_needed(config, datasets, policy, local_batch), config.memory_budget_mib
+    total = sum(needed.values()) / 2**20
+    parts = ", ".join(f"{what} = {of / 2**20:.0f} MiB" for what, of in needed.items())
+    if budget is not None and total > budget:
+        raise ValueError(
+            f"loading takes up to {total:.0f} MiB on this host, more than memory_budget_mib={budget}: {parts}; lower "
+            "prefetch, num_threads, num_workers or the batch size, or raise the budget"
+        )
+    frames = sum(len(d) for d in datasets)
+    lines = [
+        f"data: {frames:,} frames in {len(datasets)} datasets; at most {total:.0f} MiB on this host"
+        f"{'' if budget is None else f' of {budget}'}: {parts}; indexes are memory-mapped"
+    ]
+    if config.group_episodes is not None:
+        sizes = [max(1, round(batch_size * e.weight / sum(e.weight for e in config.entries))) for e in config.entries]
+        pairs = list(zip(episodes, sizes, strict=True))
+        grouped = sum(distinct_episodes(of, n, group_episodes=config.group_episodes) for of, n in pairs)
+        lines.append(
+            f"data: {grouped:.1f} distinct episodes in a batch of {sum(sizes)}, in groups of {config.group_episodes}; "
+            f"{sum(distinct_episodes(of, n) for of, n in pairs):.1f} without groups"
+        )
+    return lines
 
 
 def validation_batches(
@@ -498,7 +728,7 @@ def validation_batches(
     """Yields `count` batches of each dataset with a validation split: the same evenly spaced frames every time.
 
     `batch_size` is over all hosts; each gets every `process_count`-th row. A split with fewer frames than asked for
-    repeats some of them. Images are not augmented.
+    repeats some of them. Nothing is drawn: no camera is dropped.
 
     Raises:
         DatasetError, ValueError: as `make_loader`.
@@ -512,12 +742,11 @@ def validation_batches(
         for frames in chosen.reshape(count, batch_size):
             mine = frames[process_index::process_count]
             actions, mask = dataset.actions(mine)
-            before = assemble.saturated
-            batch = assemble(np.full(len(mine), i), mine, None)
+            batch, saturated = assemble(np.full(len(mine), i), mine, None)
             yield ValidationBatch(
                 batch=batch,
                 acts=config.entries[i].actions,
-                saturated=assemble.saturated - before,
+                saturated=saturated,
                 robot=dataset.robot,
                 state=dataset.state(mine),
                 actions=actions,

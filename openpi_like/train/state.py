@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
+from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.models.weights import flatten
 from openpi_like.train.sharding import ShardingRules, batch_sharding, replicated, weight_shardings
 
@@ -86,9 +87,10 @@ class Trainer:
         mesh: Mesh,
         rules: ShardingRules,
         dataset_names: tuple[str, ...],
+        augment: Augment | None = None,
     ) -> None:
         self.model, self.optimizer, self.ema_decay, self.seed, self.mesh = model, optimizer, ema_decay, seed, mesh
-        self.dataset_names = dataset_names
+        self.dataset_names, self.augment = dataset_names, augment
         self.abstract = jax.eval_shape(self._fresh, jax.random.key(seed))
         self.shardings = state_shardings(self.abstract, model, mesh, rules)
         self._init = jax.jit(self._fresh, out_shardings=self.shardings)
@@ -128,7 +130,9 @@ class Trainer:
         return self._from_params(params)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step. All draws depend on (seed, step) and the row, never on devices or hosts."""
+        """One optimiser step. Draws depend on (seed, step) and the row, those of images on (seed, position) alone."""
+        if self.augment is not None:
+            batch = augment_batch(batch, self.augment, self.seed)
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:

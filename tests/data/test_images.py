@@ -1,18 +1,19 @@
 """Geometry, resampling and colours against other implementations."""
 
+import io
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from openpi_like.data.images import Augment, augment, colour_matrix, decode, fit
+from openpi_like.data.images import decode, fit
 
 
 def test_fit_keeps_smooth_pictures() -> None:
     """Against Pillow's antialiased bilinear filter, on a picture without fine detail."""
-    from PIL import Image
-
     y, x = np.mgrid[0:256, 0:256] / 256
     image = np.stack([255 * x, 255 * y, 127 + 100 * np.sin(4 * x + 3 * y)], axis=2).astype(np.uint8)
     for size in (224, 96, 512):
@@ -40,32 +41,50 @@ def test_bytes_that_are_no_image() -> None:
         decode(b"not an im")
 
 
-def test_colours_against_opencv_and_identity() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    np.testing.assert_array_equal(cv2.transform(image, colour_matrix(0.0, 1.0, 1.0)), image)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    without_colour = cv2.transform(image, colour_matrix(0.0, 1.0, 0.0))
-    assert np.abs(without_colour.astype(int) - grey[..., None]).max() <= 1
-    np.testing.assert_array_equal(cv2.transform(image, colour_matrix(0.1, 0.0, 1.0)), np.full_like(image, 153))
+def test_decoding_is_near_the_exact_transform() -> None:
+    """The fast DCT and upsampling against libjpeg's exact ones by Pillow, on a picture with fine detail."""
+    y, x = np.mgrid[0:64, 0:80]
+    image = (127 + 60 * np.sin(x / 3.0) + 60 * np.cos(y / 2.0))[..., None].repeat(3, 2).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    exact = np.asarray(Image.open(file)).astype(int)
+    assert 0.5 < np.abs(decode(file.getvalue()) - exact).mean() < 4
+    np.testing.assert_array_equal(decode(file.getvalue(), "bgr"), decode(file.getvalue())[..., ::-1])
 
 
-def test_augment_shifts_and_repeats_the_edge() -> None:
-    image = np.arange(10, dtype=np.uint8)[None, :, None].repeat(10, 0).repeat(3, 2) * 20
-    seen = set()
-    for seed in range(40):
-        changed = image.copy()
-        augment(changed, Augment(shift=0.2, brightness=0.0, contrast=0.0, saturation=0.0), np.random.default_rng(seed))
-        row = changed[0, :, 0] // 20
-        shift = int(row[5]) - 5
-        np.testing.assert_array_equal(row, np.clip(np.arange(10) + shift, 0, 9))
-        seen.add(shift)
-    assert seen == {-2, -1, 0, 1, 2}
+@pytest.mark.parametrize("resize", ["cubic", "pillow"])
+@settings(max_examples=30, deadline=None)
+@given(h=st.integers(1, 90), w=st.integers(1, 90), size=st.tuples(st.integers(1, 64), st.integers(1, 64)))
+def test_crop_and_stretch_fill_everything(resize: str, h: int, w: int, size: tuple[int, int]) -> None:
+    for how in ("crop", "stretch"):
+        out = np.zeros((*size, 3), np.uint8)
+        fit(np.full((h, w, 3), 200, np.uint8), out, resize=resize, fit=how)
+        assert np.all(out == 200)
 
 
-def test_augment_of_nothing_and_of_nonsense() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    changed = image.copy()
-    augment(changed, Augment(0.0, 0.0, 0.0, 0.0), np.random.default_rng(0))
-    np.testing.assert_array_equal(changed, image)
-    with pytest.raises(ValueError, match=r"\{'shift': 1.5, 'contrast': -1.0\}, expected values in \[0, 1\)"):
-        Augment(shift=1.5, contrast=-1.0)
+def test_crop_takes_the_middle_and_stretch_everything() -> None:
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 20:60] = 100  # the middle square
+    out = np.zeros((20, 20, 3), np.uint8)
+    fit(image, out, fit="crop")
+    np.testing.assert_array_equal(out, 100)
+    fit(image, out, fit="stretch")
+    np.testing.assert_array_equal(out[0, :, 0], [0] * 5 + [100] * 10 + [0] * 5)
+    fit(image, out, fit="pad")
+    assert not out[:5].any()
+    assert not out[15:].any()
+    # Each is what its library call alone gives.
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    out = np.zeros((36, 36, 3), np.uint8)
+    fit(noise, out, fit="crop")
+    np.testing.assert_array_equal(out, cv2.resize(noise[:, 8:56], (36, 36), interpolation=cv2.INTER_CUBIC))
+    fit(noise, out, fit="stretch", resize="pillow")
+    np.testing.assert_array_equal(out, Image.fromarray(noise).resize((36, 36), Image.Resampling.BILINEAR))
+
+
+def test_names_that_mean_nothing() -> None:
+    image, out = np.zeros((4, 4, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"fit 'crop_center' is unknown; did you mean 'crop'\?"):
+        fit(image, out, fit="crop_center")
+    with pytest.raises(ValueError, match=r"resize 'cubics' is unknown; did you mean 'cubic'\?"):
+        fit(image, out, resize="cubics")

@@ -1,6 +1,7 @@
 """Order, mixing, resuming and shapes of batches, checked against one sample at a time."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,23 +16,28 @@ from hypothesis import strategies as st
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import from_json, to_json
+from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
-from openpi_like.data.images import Augment, fit
+from openpi_like.data.images import fit
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import (
     DataConfig,
     Loader,
     MixtureEntry,
     describe,
+    distinct_episodes,
+    keep_cameras,
     make_loader,
     sample_order,
+    uniform_draws,
     validation_batches,
 )
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.robots import Camera
 from tests.data.toy import ARM, CART, Shapes, change_record, shard
 
 
@@ -49,7 +55,8 @@ def config(toy: Path) -> DataConfig:
             MixtureEntry(CART, str(toy), weight=1.0, split="val", val_split=None),
         ),
         seed=5,
-        augment=Augment(),
+        augment=Augment.octo(),
+        camera_dropout=0.3,
     )
 
 
@@ -115,29 +122,183 @@ def test_passes_and_seeds_differ_and_far_positions_cost_nothing() -> None:
     assert order[10**12][0] == 10**12
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_read_disjoint_parts_whose_union_is_the_whole(load: Any, hosts: int) -> None:
-    """Interleaving the hosts' samples gives those of one host: nothing twice, nothing missing, same augmentation."""
-    loader = load()
+@settings(max_examples=25, deadline=None)
+@given(
+    episodes=st.lists(st.integers(0, 6), min_size=1, max_size=9).filter(sum), group=st.integers(1, 11),
+    seed=st.integers(0, 2**40),
+)  # fmt: skip
+def test_grouped_passes_have_each_frame_once_and_few_episodes_at_a_time(
+    episodes: list[int], group: int, seed: int
+) -> None:
+    lengths = np.array(episodes)
+    order = sample_order([sum(episodes)], [1.0], seed, episodes=[lengths], group_episodes=group)
+    of_frame = np.repeat(np.arange(len(episodes)), lengths)
+    for at in (0, 7 * sum(episodes)):
+        frames = [order[p][2] for p in range(at, at + sum(episodes))]
+        assert sorted(frames) == list(range(sum(episodes)))
+        # A pass is a run of groups: once all frames of a group have come, no episode of it comes again.
+        left, opened = lengths.copy(), set()
+        for frame in frames:
+            episode = int(of_frame[frame])
+            left[episode] -= 1
+            opened.add(episode)
+            assert sum(1 for e in opened if left[e] > 0) <= group
+    # An element does not depend on which others were asked for before.
+    again = sample_order([sum(episodes)], [1.0], seed, episodes=[lengths], group_episodes=group)
+    assert [again[p] for p in range(8 * sum(episodes) - 1, -1, -5)] == [
+        order[p] for p in range(8 * sum(episodes) - 1, -1, -5)
+    ]
+
+
+def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
+    lengths = np.full(20, 5)
+
+    def a_pass(seed: int, number: int, dataset: int) -> tuple[int, ...]:
+        order = sample_order([100, 100], [0.5, 0.5], seed, episodes=[lengths] * 2, group_episodes=4)
+        samples = [order[p] for p in range(200 * number, 200 * (number + 1))]
+        return tuple(frame for _, i, frame in samples if i == dataset)
+
+    passes = {a_pass(seed, number, dataset) for seed in (0, 1) for number in (0, 1) for dataset in (0, 1)}
+    assert len(passes) == 8
+    assert all(sorted(of) == list(range(100)) for of in passes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    episodes=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum), batch=st.integers(1, 90),
+    group=st.integers(1, 70),
+)  # fmt: skip
+def test_no_grouping_beats_a_shuffle_of_all_frames(episodes: list[int], batch: int, group: int) -> None:
+    lengths = np.array(episodes)
+    grouped, whole = (distinct_episodes(lengths, batch, group_episodes=g) for g in (group, None))
+    assert 1 - 1e-9 <= grouped <= whole + 1e-9 <= min(batch, np.count_nonzero(lengths)) + 1e-6
+    if group >= len(episodes) or batch == 1:
+        assert grouped == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("group", "batch"), [(None, 16), (40, 16), (4, 16), (4, 50), (1, 7)])
+def test_variety_of_a_batch_is_what_the_order_gives(group: int | None, batch: int) -> None:
+    """Against counting, in five passes of 25 batches each or more."""
+    lengths = np.random.default_rng(0).integers(0, 30, 90)
+    frames = int(lengths.sum())
+    order = sample_order([frames], [1.0], 3, episodes=[lengths], group_episodes=group)
+    episode = np.repeat(np.arange(90), lengths)[[order[p][2] for p in range(5 * frames)]].reshape(5, frames)
+    starts = range(0, frames - batch + 1, batch)
+    counts = [len(set(a_pass[i : i + batch])) for a_pass in episode for i in starts]
+    assert np.mean(counts) == pytest.approx(distinct_episodes(lengths, batch, group_episodes=group), rel=0.04)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_episodes": 3, "camera_dropout": 0.0}], ids=["mixed", "grouped"])
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_read_disjoint_parts_whose_union_is_the_whole(load: Any, hosts: int, options: dict[str, Any]) -> None:
+    """Interleaving the hosts' samples gives those of one host: nothing twice, nothing missing, same cameras dropped."""
+    loader = load(**options)
     whole = rows([next(loader) for _ in range(4)])
-    loaders = [load(process_index=h, process_count=hosts) for h in range(hosts)]
+    loaders = [load(process_index=h, process_count=hosts, **options) for h in range(hosts)]
     parts = [rows([next(part) for _ in range(4)]) for part in loaders]
     assert [row for samples in zip(*parts, strict=True) for row in samples] == whole
     assert {part.position for part in loaders} == {32}
 
 
 @pytest.mark.parametrize(
-    ("start", "hosts", "batch", "threads"), [(8, 1, 8, 1), (13, 1, 4, 3), (16, 2, 8, 2), (6, 4, 4, 1)]
+    ("start", "hosts", "batch", "threads"), [(8, 1, 8, 1), (13, 1, 4, 3), (16, 2, 8, 2), (6, 4, 4, 1), (24, 8, 8, 1)]
 )
 def test_resuming_anywhere_on_any_hosts_is_exact(load: Any, start: int, hosts: int, batch: int, threads: int) -> None:
-    loader = load()
+    loader = load(group_episodes=4)
     whole = rows([next(loader) for _ in range(5)])
-    options = dict(start=start, batch_size=batch, process_count=hosts, num_threads=threads)
-    loaders = [load(process_index=h, **options) for h in range(hosts)]
+    options = dict(start=start, batch_size=batch, process_count=hosts, num_threads=threads, prefetch=threads)
+    loaders = [load(process_index=h, group_episodes=4, **options) for h in range(hosts)]
     parts = [rows([next(part) for _ in range(16 // batch)]) for part in loaders]
     resumed = [row for samples in zip(*parts, strict=True) for row in samples]
     assert resumed == whole[start : start + 16]
     assert loaders[0].position == start + 16
+
+
+def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
+    """Two processes, from the middle of the run, with action tokens and what these could not write."""
+    narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    options: dict[str, Any] = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow, "start": 8}
+    options |= {"saturate_actions": True, "group_episodes": 4}
+    threads, workers = load(**options), load(num_workers=2, num_threads=2, prefetch=1, **options)
+    expected, got = [next(threads) for _ in range(5)], [next(workers) for _ in range(5)]
+    assert rows(got) == rows(expected)
+    assert workers.saturated == threads.saturated > 0
+    assert workers.position == threads.position == 48
+
+
+def test_an_error_in_a_worker_reaches_the_run(load: Any, tokenizer: TextTokenizer) -> None:
+    narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
+    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    loader = load(num_workers=1, policy=WRITES, tokenizer=text, action_tokenizer=narrow)
+    with pytest.raises(DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded"):
+        next(loader)
+
+
+# ---- Draws -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**63), stream=st.integers(0, 9), first=st.integers(0, 2**40), step=st.integers(1, 8),
+    count=st.integers(1, 20),
+)  # fmt: skip
+def test_draws_are_a_function_of_the_position(seed: int, stream: int, first: int, step: int, count: int) -> None:
+    positions = first + step * np.arange(count)
+    together = uniform_draws(seed, stream, positions)
+    alone = [float(uniform_draws(seed, stream, positions[i : i + 1])[0]) for i in range(count)]
+    assert together.tolist() == alone
+    assert uniform_draws(seed, stream, positions[::-1]).tolist() == alone[::-1]
+    assert not set(alone) & set(uniform_draws(seed, stream + 1, positions).tolist())
+
+
+def test_draws_are_uniform_and_streams_independent() -> None:
+    a, b = (uniform_draws(5, stream, np.arange(40_000)) for stream in (0, 1))
+    counts = np.histogram(a, 10, (0, 1))[0]
+    assert ((counts - 4000) ** 2 / 4000).sum() < 27.9  # chi-square with 9 degrees of freedom, 0.1 %
+    for x, y in ((a, b), (a[:-1], a[1:])):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 0.017
+    assert len(uniform_draws(5, 0, np.arange(0))) == 0
+
+
+@pytest.mark.parametrize(("cameras", "dropout"), [(1, 0.5), (2, 0.3), (3, 0.6)])
+def test_cameras_are_dropped_as_often_as_asked_and_never_all(cameras: int, dropout: float) -> None:
+    """C cameras are each dropped with probability p, less p^C / C, for one of them stays where all would go."""
+    draws = np.stack([uniform_draws(0, c, np.arange(30_000)) for c in range(cameras)])
+    kept = keep_cameras(np.ones_like(draws, bool), draws, dropout)
+    assert kept.any(axis=0).all()
+    np.testing.assert_allclose(1 - kept.mean(axis=1), dropout - dropout**cameras / cameras, atol=0.012)
+    # One that is not there neither comes back nor counts as the one that stays.
+    present = np.ones_like(draws, bool)
+    present[0] = False
+    kept = keep_cameras(present, draws, dropout)
+    assert not kept[0].any()
+    assert kept.any(axis=0).all() == (cameras > 1)
+
+
+def test_dropped_cameras_are_masked_and_black_and_the_others_as_they_were(load: Any) -> None:
+    plain, dropped = next(load(batch_size=96, camera_dropout=0.0)), next(load(batch_size=96, camera_dropout=0.5))
+    arm = plain["dataset_id"] == 0
+    masks = {name: dropped["image_mask"][name] for name in ("base", "wrist")}
+    assert (masks["base"] | masks["wrist"])[arm].all()
+    assert masks["base"][~arm].all()  # its only camera
+    for name, mask in masks.items():
+        assert 0.2 < 1 - mask[arm].mean() < 0.6
+        np.testing.assert_array_equal(dropped["images"][name][mask], plain["images"][name][mask])
+        assert not dropped["images"][name][~mask].any()
+    for name in ("state", "actions", "prompt"):
+        np.testing.assert_array_equal(dropped[name], plain[name])  # type: ignore[literal-required]
+
+
+def test_cameras_without_an_image_are_masked(load: Any, config: DataConfig) -> None:
+    """One that shows two steps before has none at the first two of each episode."""
+    late = dataclasses.replace(ARM, cameras=(ARM.cameras[0], Camera("third", "observation/image", steps_back=2)))
+    entry = dataclasses.replace(config.entries[0], robot=late)
+    loader = load(entries=(entry,), batch_size=110, camera_dropout=0.0)
+    batch = next(loader)
+    assert int((~batch["image_mask"]["third"]).sum()) == 23  # 2 of each of 12 episodes, of which one has one step
+    assert not batch["images"]["third"][~batch["image_mask"]["third"]].any()
+    assert batch["image_mask"]["base"].all()
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -154,7 +315,7 @@ def test_a_batch_is_its_samples_one_by_one(
 ) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
     tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len, prompt_format=shapes.prompt_format)
-    batch = next(load(augment=None, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
+    batch = next(load(camera_dropout=0.0, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
     assert Counter(batch["dataset_id"].tolist()) == {0: 48, 1: 16}
@@ -211,7 +372,7 @@ def test_action_tokens_are_those_of_the_chunk(
     said = dataclasses.replace(config.entries[1], text_key="language_instruction")
     asked = dataclasses.replace(config.entries[0], text_key="language_instruction", actions=False)
     entries = (config.entries[0], said, asked)
-    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": fast, "entries": entries}
+    options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": fast, "entries": entries}
     batch = next(load(batch_size=64, **options))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot) for e in entries]
     order = sample_order([len(d) for d in datasets], [e.weight for e in entries], config.seed)
@@ -248,7 +409,7 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
 ) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
     text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
-    options = {"augment": None, "policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
+    options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
     with pytest.raises(
         DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded, expected -3 to 3.*saturate"
     ):
@@ -320,34 +481,36 @@ def test_leaves_have_the_types_of_the_contract(load: Any) -> None:
     assert {k.partition("/")[0]: v.dtype.name for k, v in flat.items()} == {
         "images": "uint8", "image_mask": "bool", "state": "float32", "state_mask": "bool", "prompt": "int32",
         "prompt_mask": "bool", "actions": "float32", "action_mask": "bool", "dataset_id": "int32",
+        "position": "uint32",
     }  # fmt: skip
     assert {v.shape[0] for v in flat.values()} == {8}
-
-
-def test_augmentation_differs_from_pass_to_pass_and_can_be_off(load: Any) -> None:
-    """The small split has 19 frames: the same frame comes again in the next pass, changed in another way."""
-    with_it, without = load(batch_size=152), load(batch_size=152, augment=None)
-    changed, plain = next(with_it), next(without)
-    cart = np.flatnonzero(plain["dataset_id"] == 1)
-    first, second = cart[:19], cart[19:]
-    assert len(second) == 19
-
-    def images(batch: Batch, which: np.ndarray) -> set[bytes]:
-        return {batch["images"]["base"][i].tobytes() for i in which}
-
-    assert images(plain, first) == images(plain, second)
-    assert not images(changed, first) & images(changed, second)
-    assert not images(changed, first) & images(plain, first)
-    np.testing.assert_array_equal(changed["images"]["third"], 0)
 
 
 def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
     loader = load(prefetch=3, num_threads=2, policy=Shapes(image_size=(224, 224)))
     next(loader)
     assert loader.wait_seconds > 0
-    # 5 batches of 8 samples with 3 cameras: 8 * 3 * 224 * 224 * 3 / 2^20 = 3.45
-    expected = "129 frames in 2 datasets; buffers per host: 5 batches of 3.4 MiB decoded = 17 MiB"
+    # 3 ready, 2 being decoded and 1 handed out, of 8 samples with 3 cameras: 8 * 3 * 224 * 224 * 3 / 2^20 = 3.45
+    expected = "129 frames in 2 datasets; at most 21 MiB on this host: 6 batches of 3.4 MiB = 21 MiB, 2 encoded images"
     assert expected in capsys.readouterr().out
+
+
+def test_variety_of_groups_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
+    load(group_episodes=2)
+    assert re.search(r"3\.\d distinct episodes in a batch of 8, in groups of 2; 6\.\d without", capsys.readouterr().out)
+
+
+def test_more_memory_than_the_budget_is_refused(load: Any, capsys: pytest.CaptureFixture) -> None:
+    shapes = Shapes(image_size=(224, 224))
+    load(policy=shapes, memory_budget_mib=30)
+    assert "at most 24 MiB on this host of 30: 7 batches" in capsys.readouterr().out
+    message = (
+        r"takes up to 24 MiB .* more than memory_budget_mib=20: 7 batches of 3\.4 MiB = 24 MiB, .*; lower prefetch"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(policy=shapes, memory_budget_mib=20)
+    with pytest.raises(ValueError, match=r"16 batches of 3\.4 MiB.*2 processes = 520 MiB"):
+        load(policy=shapes, num_workers=2, memory_budget_mib=100)
 
 
 def test_configs_are_stored_as_json(config: DataConfig) -> None:
@@ -419,6 +582,13 @@ def test_a_camera_may_be_dropped_when_asked_for(load: Any) -> None:
         load(policy=Shapes(cameras=("third",)), drop_cameras=("wrist", "base"))
 
 
+def test_wrist_cameras_are_slots_of_the_policy(load: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"augment.wrist_cameras: 'wirst' is not a slot of the policy \(did you mean 'w"
+    ):
+        load(augment=Augment.octo(wrist_cameras=("wirst",)))
+
+
 def test_all_datasets_that_cannot_be_opened_are_listed(load: Any, config: DataConfig) -> None:
     entries = tuple(dataclasses.replace(e, split=f"{e.split}x") for e in config.entries)
     with pytest.raises(DatasetError, match=r"(?s)no split 'trainx'; .*no split 'valx'; "):
@@ -433,7 +603,7 @@ def test_a_damaged_image_stops_the_run_and_is_located(load: Any, copy: Path, con
     image = path.read_bytes()[offset : offset + length]
     change_record(path, 2, lambda data: data.replace(image, bytes(length)))
     entry = dataclasses.replace(config.entries[0], path=str(copy))
-    loader = load(entries=(entry,), batch_size=110)
+    loader = load(entries=(entry,), batch_size=110, camera_dropout=0.0)
     with pytest.raises(DatasetError, match=r"episode 7, step 2 \(.*, record 2\): cannot decode observation/image"):
         next(loader)
 
@@ -441,6 +611,8 @@ def test_a_damaged_image_stops_the_run_and_is_located(load: Any, copy: Path, con
 def test_settings_without_meaning_are_listed(config: DataConfig, load: Any) -> None:
     with pytest.raises(ValueError, match=r"weight 0.0 of x, .*; frame_stride=0, expected at least 1; .*max_corrupt"):
         DataConfig((MixtureEntry(ARM, "x", weight=0.0),), frame_stride=0, max_corrupt_fraction=1.5)
+    with pytest.raises(ValueError, match=r"num_workers=-1, .*; group_episodes=0, .*; camera_dropout=1.0, exp"):
+        DataConfig((MixtureEntry(ARM, "x"),), num_workers=-1, group_episodes=0, camera_dropout=1.0)
     with pytest.raises(ValueError, match="no entries"):
         DataConfig(())
     with pytest.raises(ValueError, match="batch_size=8 on 3 hosts, host 0, start=0; expected a batch_size that"):

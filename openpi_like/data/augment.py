@@ -1,0 +1,140 @@
+"""Random changes of training images, on the device: one warp and one change of colours per image.
+
+Every draw is a function of the run's seed, the sample's position and the camera, so a run that was stopped, or goes on
+with another number of hosts, sees the same images. Letters: B batch, H, W pixels.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float, Key, UInt8
+
+from openpi_like.batch import Batch
+
+_STREAM = 0xA06  # keeps these draws apart from those of the loss, which are keyed by the step
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """What is drawn for an image, uniformly from each range. The defaults change nothing.
+
+    scale: area of the part of the image that is kept, as a part of the whole. ratio: its width to its height, relative
+        to those of the image. rotation: degrees to either side. What comes from outside the image is black.
+    brightness: added, as a part of full range. contrast: factors within 1 +- this, about mid grey. saturation: factors
+        within 1 +- this, of the distance from grey. hue: turns about the axis of grey, to either side.
+    colour_probability: part of the images whose colours are changed at all.
+    wrist_cameras: slots whose images keep their geometry, which says where the hand is.
+    """
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (1.0, 1.0)
+    rotation: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    colour_probability: float = 1.0
+    wrist_cameras: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, (low, high), least, most in (("scale", self.scale, 0, 1), ("ratio", self.ratio, 0, float("inf"))):
+            if not least < low <= high <= most:
+                problems.append(f"{name}={(low, high)}, expected a range within ({least}, {most}]")
+        for name, most in (("rotation", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                problems.append(f"{name}={getattr(self, name)}, expected a value in [0, {most}]")
+        if not 0 <= self.colour_probability <= 1:
+            problems.append(f"colour_probability={self.colour_probability}, expected a value in [0, 1]")
+        if problems:
+            raise ValueError("Augment: " + "; ".join(problems))
+
+    @classmethod
+    def openpi(cls, *, wrist_cameras: tuple[str, ...] = ()) -> "Augment":
+        """The ranges of openpi: 95 % of each side, up to 5 degrees, and strong changes of colour.
+
+        Its library (augmax) changes the colours of half of the images, and their hue by up to 0.1 unless told not to;
+        it changes value, hue and saturation of HSV.
+        """
+        return cls(
+            scale=(0.95**2, 0.95**2), rotation=5.0, brightness=0.3, contrast=0.4, saturation=0.5, hue=0.1,
+            colour_probability=0.5, wrist_cameras=wrist_cameras,
+        )  # fmt: skip
+
+    @classmethod
+    def octo(cls, *, wrist_cameras: tuple[str, ...] = ()) -> "Augment":
+        """The ranges of octo: a crop of 80 to 100 % of the area, and slight changes of colour.
+
+        It scales contrast about the mean of each image and channel, and hue and saturation are those of HSV.
+        """
+        return cls(
+            scale=(0.8, 1.0), ratio=(0.9, 1.1), brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05,
+            wrist_cameras=wrist_cameras,
+        )  # fmt: skip
+
+
+def augment_batch(batch: Batch, config: Augment, seed: int) -> Batch:
+    """Returns the batch with changed images, float32 in [-1, 1]; those of masked cameras stay black."""
+    root = jax.random.fold_in(jax.random.key(seed), _STREAM)
+    images = {}
+    for name, image in batch["images"].items():
+        camera = jax.random.fold_in(root, zlib.crc32(name.encode()))  # whatever other cameras there are
+        warp = name not in config.wrist_cameras
+
+        def one(image: jax.Array, position: jax.Array, key: jax.Array = camera, warp: bool = warp) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(key, position[0]), position[1])
+            return augment_image(key, image, config, warp=warp)
+
+        changed = jax.vmap(one)(image, batch["position"])
+        images[name] = jnp.where(batch["image_mask"][name][:, None, None, None], changed, -1.0)
+    return {**batch, "images": images}
+
+
+def augment_image(
+    key: Key[Array, ""], image: UInt8[Array, "H W 3"], config: Augment, *, warp: bool = True
+) -> Float[Array, "H W 3"]:
+    """Returns one changed image, in [-1, 1]. warp: whether its geometry may change."""
+    geometry, colours = jax.random.split(key)
+    if warp and (config.scale, config.ratio, config.rotation) != ((1.0, 1.0), (1.0, 1.0), 0.0):
+        pixels = _warp(geometry, image, config)
+    else:
+        pixels = image.astype(jnp.float32)
+    pixels = pixels / 255
+    if config.brightness or config.contrast or config.saturation or config.hue:
+        pixels = _change_colours(colours, pixels, config)
+    return 2 * pixels - 1
+
+
+def _warp(key: jax.Array, image: jax.Array, config: Augment) -> jax.Array:
+    """Crops, resizes back and rotates by bilinear interpolation of the source, once."""
+    area, ratio, y, x, angle = jax.random.uniform(key, (5,))
+    area = config.scale[0] + area * (config.scale[1] - config.scale[0])
+    ratio = config.ratio[0] + ratio * (config.ratio[1] - config.ratio[0])
+    angle = jnp.deg2rad((2 * angle - 1) * config.rotation)
+    size = jnp.array(image.shape[:2], jnp.float32)
+    kept = jnp.minimum(jnp.sqrt(jnp.stack([area / ratio, area * ratio])), 1.0)  # parts of height and width
+    shift = (jnp.stack([y, x]) - 0.5) * (1 - kept) * size
+    middle = (size - 1) / 2
+    rows, columns = jnp.meshgrid(*(jnp.arange(n) - m for n, m in zip(image.shape, middle, strict=False)), indexing="ij")
+    turned = jnp.cos(angle) * rows - jnp.sin(angle) * columns, jnp.sin(angle) * rows + jnp.cos(angle) * columns
+    source = [m + s + k * t for m, s, k, t in zip(middle, shift, kept, turned, strict=True)]
+    sample = lambda channel: map_coordinates(channel, source, order=1, mode="constant")  # noqa: E731
+    return jax.vmap(sample, in_axes=2, out_axes=2)(image.astype(jnp.float32))
+
+
+def _change_colours(key: jax.Array, pixels: jax.Array, config: Augment) -> jax.Array:
+    """One affine map of colours in [0, 1]: what differs from grey is turned and scaled, then contrast, brightness."""
+    draws = jax.random.uniform(key, (5,))
+    brightness, contrast, saturation, hue = 2 * draws[:4] - 1
+    contrast, angle = 1 + config.contrast * contrast, 2 * jnp.pi * config.hue * hue
+    # A rotation about the axis of grey n = (1, 1, 1) / sqrt(3), from n n', the rest of the identity, and n x.
+    grey, rest = jnp.full((3, 3), 1 / 3), jnp.eye(3) - 1 / 3
+    cross = jnp.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / jnp.sqrt(3.0)
+    colour = (1 + config.saturation * saturation) * (jnp.cos(angle) * rest + jnp.sin(angle) * cross)
+    changed = draws[4] < config.colour_probability
+    matrix = jnp.where(changed, contrast * (grey + colour), jnp.eye(3))
+    offset = jnp.where(changed, config.brightness * brightness + 0.5 * (1 - contrast), 0.0)
+    return jnp.clip(jnp.einsum("hwc,dc->hwd", pixels, matrix, precision="highest") + offset, 0, 1)
