@@ -16,7 +16,6 @@ import cv2
 import grain
 import numpy as np
 from absl import flags
-from grain.experimental import index_shuffle
 from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
 
@@ -453,36 +452,53 @@ def action_token_problems(
 class _GroupedOrder:
     """The frames of one dataset, pass after pass, with frames shuffled in groups of episodes; a source for grain.
 
-    Element k is computed from k; the order of the episodes of one pass is kept, and nothing else.
+    Element k is computed from k. The permutations of the passes and groups that were used last are kept.
     """
 
     def __init__(self, episodes: np.ndarray, group: int, seed: Sequence[int]) -> None:
         """episodes: (E,) frames of each. group: how many episodes are shuffled together."""
         self._episodes, self._group, self._seed = np.asarray(episodes, np.int64), group, tuple(seed)
         self._start = np.cumsum(self._episodes) - self._episodes
-        self._pass = self._shuffled(0)
+        self._frames = int(self._episodes.sum())
+        # Replaced whole, so that threads need no lock; at the border of two passes or groups they use both.
+        self._passes: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
+        self._groups: tuple[tuple[tuple[int, int], np.ndarray], ...] = ()
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> int:
-        number, at = divmod(int(k), int(self._episodes.sum()))
-        shuffled = self._pass  # one read: another thread may be in the next pass already
-        if shuffled[0] != number:
-            shuffled = self._pass = self._shuffled(number)
-        _, order, ends, seed = shuffled
+        number, at = divmod(int(k), self._frames)
+        order, ends = self._pass(number)
         group = (int(np.searchsorted(ends, at, side="right")) - 1) // self._group
         first, last = group * self._group, min((group + 1) * self._group, len(order))
         start, stop = int(ends[first]), int(ends[last])
-        at = start + index_shuffle(at - start, max_index=stop - start - 1, seed=(seed + group) % 2**32, rounds=4)
+        at = start + int(self._shuffled(number, group, stop - start)[at - start])
         slot = first + int(np.searchsorted(ends[first : last + 1], at, side="right")) - 1
         return int(self._start[order[slot]] + at - ends[slot])
 
-    def _shuffled(self, number: int) -> tuple[int, np.ndarray, np.ndarray, int]:
-        """Returns a pass: its number, its order of episodes, where each of them begins in it (E + 1,), and a seed."""
-        key = np.random.SeedSequence([*self._seed, number]).generate_state(3, np.uint64)
-        order = np.argsort(np.random.Philox(key=key[:2]).random_raw(len(self._episodes)), kind="stable")
-        return number, order, np.concatenate([[0], np.cumsum(self._episodes[order])]), int(key[2] >> np.uint64(32))
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the order of the episodes in a pass, and where each of them begins in it, (E + 1,)."""
+        for known, order, ends in self._passes:
+            if known == number:
+                return order, ends
+        order = self._permutation(len(self._episodes), number, 0)
+        ends = np.concatenate([[0], np.cumsum(self._episodes[order])])
+        self._passes = (*self._passes[-1:], (number, order, ends))
+        return order, ends
+
+    def _shuffled(self, number: int, group: int, size: int) -> np.ndarray:
+        """Returns the order of the frames in a group."""
+        for known, order in self._groups:
+            if known == (number, group):
+                return order
+        order = self._permutation(size, number, group + 1)  # 0 is the pass
+        self._groups = (*self._groups[-3:], ((number, group), order))
+        return order
+
+    def _permutation(self, size: int, *key: int) -> np.ndarray:
+        words = np.random.SeedSequence([*self._seed, *key]).generate_state(2, np.uint64)
+        return np.argsort(np.random.Philox(key=words).random_raw(size), kind="stable")
 
 
 def sample_order(

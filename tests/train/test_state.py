@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, ShardingRules, put_batch
 from openpi_like.train.state import ModelDef, Trainer
@@ -13,7 +14,7 @@ from openpi_like.train.state import ModelDef, Trainer
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, end_lr=1e-3, warmup_steps=1, decay_steps=10)
 
 
-def _trainer(policy, mesh: MeshConfig, ema_decay: float | None = 0.9) -> Trainer:
+def _trainer(policy, mesh: MeshConfig, ema_decay: float | None = 0.9, augment: Augment | None = None) -> Trainer:
     return Trainer(
         ModelDef(policy),
         OPTIMIZER.create(),
@@ -22,6 +23,7 @@ def _trainer(policy, mesh: MeshConfig, ema_decay: float | None = 0.9) -> Trainer
         mesh=mesh.create(),
         rules=ShardingRules(),
         dataset_names=("one", "two"),
+        augment=augment,
     )
 
 
@@ -88,3 +90,17 @@ def test_without_average_none_is_kept(tiny_policy):
     trainer = _trainer(tiny_policy, MeshConfig(), ema_decay=None)
     assert trainer.abstract.ema is None
     assert jnp.isfinite(optax.tree.norm(trainer.init().params))
+
+
+def test_images_are_changed_in_the_step_by_their_position(trainer, tiny_policy, tiny_batch):
+    """A step with augmentation is a step without it on images that were changed before; four devices or one."""
+    config = Augment.octo(wrist_cameras=("wrist_right",))
+    batch = tiny_batch | {"position": np.stack([np.zeros(8), 100 + np.arange(8)], axis=1).astype(np.uint32)}
+    changed = jax.device_get(augment_batch(batch, config, 3))
+    expected, values = _run(trainer, changed, 1)
+    for mesh in (MeshConfig(data=2, fsdp=2), MeshConfig()):
+        state, got = _run(_trainer(tiny_policy, mesh, augment=config), batch, 1)
+        assert got["loss"] == pytest.approx(values["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-4)
+    assert _run(trainer, tiny_batch, 1)[1]["loss"] != pytest.approx(values["loss"], rel=1e-4)
+    assert expected.step == state.step == 1
