@@ -23,7 +23,7 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, open_index
@@ -73,7 +73,8 @@ class Rows:
     rows: Sequence[tuple[str, ...]]
 
     def terminal(self) -> Table:
-        table = Table(*self.head, title=self.title, title_justify="left")
+        columns = (Column(name, overflow="fold") for name in self.head)
+        table = Table(*columns, title=self.title, title_justify="left")
         for row in self.rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         return table

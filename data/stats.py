@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from openpi_like.config import load_run, override
 from openpi_like.data.dataset import EpisodeDataset
@@ -78,10 +78,8 @@ class Args:
 
 def table(what: str, stats: FieldStats, degenerate: tuple[str, ...], coverage: Coverage) -> Table:
     """Returns the statistics, and what they make of the data, as a table."""
-    shown = Table(
-        "dim", "mean", "std", "q01", "q99", "min", "max", "outside q01..q99", "largest normalised", "",
-        title=f"{what}, {stats.count:,} values",
-    )  # fmt: skip
+    head = ("dim", "mean", "std", "q01", "q99", "min", "max", "outside q01..q99", "largest normalised", "")
+    shown = Table(*(Column(h, overflow="fold") for h in head), title=f"{what}, {stats.count:,} values")
     for i, name in enumerate(stats.names):
         columns = (stats.mean, stats.std, stats.q01, stats.q99, stats.min, stats.max)
         note = "constant: centred, not scaled" if name in degenerate else ""

@@ -339,14 +339,12 @@ def find_traps(
     actions = {k: rows(index, k) for k in action_keys(index)}
     states = {k: rows(index, k) for k in state_keys(index)}
     numbers = actions | states
-    for key in index.columns:
-        x = rows(index, key)
-        found += [not_finite(key, x, index.where), constant_dims(key, x)]
+    found += [not_finite(key, rows(index, key), index.where) for key in index.columns]
     # What follows compares numbers; steps without one would make all of it NaN.
     numbers = {k: x for k, x in numbers.items() if np.isfinite(x).all()}
     actions, states = ({k: x for k, x in of.items() if k in numbers} for of in (actions, states))
     for key, x in numbers.items():
-        found += [outliers(key, x), angle_wraps(key, x, starts)]
+        found += [constant_dims(key, x), outliers(key, x), angle_wraps(key, x, starts)]
     for key, x in actions.items():
         found += [
             zero_first_action(key, x, starts),
