@@ -36,14 +36,14 @@ PICTURES = (".png", ".jpg", ".jpeg")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """data: TFDS directory. out: report (.html) or contact sheet (.png, .jpg) to write.
+    """data: TFDS directory, or its URL. out: report (.html) or contact sheet (.png, .jpg) to write.
 
     episodes, frames: how many of each, evenly spaced, the sheet shows, a row per episode and a block of columns per
     camera. samples: images per camera that are looked at for traps. texts: instructions listed, most frequent first.
     index_dir, max_corrupt_fraction: see `openpi_like.data.index.open_index`.
     """
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional]
     split: str = "train"
     out: Path | None = None
     episodes: int = 6
@@ -139,7 +139,7 @@ def cameras(index: FrameIndex, samples: dict[str, tuple[np.ndarray, list[np.ndar
             found.append((key, f"{feature.dtype} of shape {feature.shape}, not shown", "", "", ""))
             continue
         steps, images = samples[key]
-        heads = [encoded(index, int(s), key)[:4] for s in steps]
+        heads = [index.read_image(int(s), key)[:4] for s in steps]
         formats = {next((kind for magic, kind in MAGIC.items() if h.startswith(magic)), "other") for h in heads}
         sizes = sorted({f"{i.shape[0]} x {i.shape[1]}" for i in images})
         bytes_ = np.asarray(index.images[key][:, 1])
@@ -177,17 +177,9 @@ def suspicions(found: Sequence[Trap]) -> Rows:
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def encoded(index: FrameIndex, step: int, key: str) -> bytes:
-    episode = int(np.searchsorted(index.episode_start, step, side="right")) - 1
-    offset, length = (int(x) for x in index.images[key][step])
-    with index.split.shards[index.episode_shard[episode]].open("rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
-
 def image(index: FrameIndex, step: int, key: str) -> np.ndarray:
     try:
-        return decode(encoded(index, step, key))
+        return decode(index.read_image(step, key))
     except ValueError as e:
         raise ValueError(f"{index.where(step)}: cannot decode {key}: {e}") from e
 

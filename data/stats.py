@@ -23,8 +23,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from openpi_like.config import load_run, override
-from openpi_like.data.dataset import EpisodeDataset
-from openpi_like.data.index import open_index
+from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.stats import (
     Coverage,
@@ -40,16 +39,17 @@ from openpi_like.robots import find_robot
 class Args:
     """Statistics of states and encoded action chunks.
 
-    robot: a file of openpi_like/robots ("sawyer"), or module and object ("my_robots.arm:ARM").
-    data: TFDS directories. out: the JSON file to write; a run looks for `<robot name>.json`. use: a file of statistics
-    to measure on this data; nothing is written.
-    split: which split. frame_stride: take every n-th frame. index_dir: where indexes are kept (default: in the data).
+    robot: a robot of openpi_like/robots ("sawyer"), or module and object ("my_robots.arm:ARM").
+    data: TFDS directories, or their URLs. out: the JSON file to write; a run looks for `<robot name>.json`.
+    use: a file of statistics to measure on this data; nothing is written.
+    split: which split, or a part of one, "train[:95%]". frame_stride: take every n-th frame.
+    index_dir: where indexes are kept (default: in the data).
     config: a run, in place of all the above. set: its overrides, key=value. again: also compute statistics that exist.
     workers: processes; the numbers do not depend on them. beam: options of a Beam pipeline, "--runner=DirectRunner".
     """
 
     robot: str | None = None
-    data: tuple[Path, ...] = ()
+    data: tuple[str, ...] = ()
     out: Path | None = None
     use: Path | None = None
     split: str = "train"
@@ -124,7 +124,7 @@ def report(args: Args, normalization: Normalization, datasets: Sequence[EpisodeD
             workers=args.workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    frames, episodes = sum(map(len, datasets)), sum(d.index.episodes for d in datasets)
+    frames, episodes = sum(map(len, datasets)), sum(d.episodes for d in datasets)
     console.print(f"robot {normalization.robot}: {frames:,} frames of {episodes:,} episodes, mode {normalization.mode}")
     fields = (normalization.state, normalization.action)
     for what, stats, coverage in zip(("state", "action chunks"), fields, covered, strict=True):
@@ -136,9 +136,7 @@ def main(args: Args, console: Console) -> None:
         assert args.robot is not None  # Args has checked it
         robot = find_robot(args.robot)
         datasets = [
-            EpisodeDataset(
-                open_index(path, args.split, index_dir=args.index_dir), robot, frame_stride=args.frame_stride
-            )
+            open_dataset(path, robot, args.split, frame_stride=args.frame_stride, index_dir=args.index_dir)
             for path in args.data
         ]
         if args.use is not None:

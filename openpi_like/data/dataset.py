@@ -1,9 +1,11 @@
 """The episodes of one split as one robot sees them: states, action chunks, masks, prompts and images, by frame."""
 
+import dataclasses
+import json
+import logging
 import math
-import os
-import threading
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,60 +13,180 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from openpi_like.config import near_names
 from openpi_like.data.images import decode, fit
-from openpi_like.data.index import FrameIndex
+from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.robots.robot import Camera, Robot, StateField
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
-_OPEN_FILES = 512  # per dataset; files beyond these are opened for every read
 _BLOCK = 1 << 16  # steps looked at together
 _SHOWN = 5  # places named in one message
+_OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
+_GRIPPER_MOVES = 0.05  # of its range: a gripper command that changes by this is no idle step
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which steps of a split may begin a chunk. What is left out is counted in `EpisodeDataset.removed` and logged.
+
+    success: a number or bool of the step or episode that must be above 0; or a text that `success_pattern`, a regular
+        expression, must be found in.
+    labelled: only steps with an instruction.
+    min_length: only episodes of at least so many RLDS steps. skip_first: not the first steps of an episode.
+    keep_ranges: a JSON file of {episode: [[start, end), ...]}, the steps to keep; an episode that is not in it is left
+        out. Its name there is that of the texts `keep_ranges_key`, joined with "--". Defaults fit the ranges that were
+        published for DROID.
+    idle_below: leave out steps at which nothing is commanded: no delta, velocity or relative target of at least this
+        size (model units, largest dim, over one control step), and no gripper command other than at the step before.
+    skip_not_finite: leave out, and name in a warning, steps whose state or chunk has NaN or infinity, which otherwise
+        are an error.
+    """
+
+    success: str | None = None
+    success_pattern: str | None = None
+    labelled: bool = False
+    min_length: int = 1
+    skip_first: int = 0
+    keep_ranges: str | None = None
+    keep_ranges_key: tuple[str, ...] = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
+    idle_below: float | None = None
+    skip_not_finite: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.success_pattern is not None:
+            try:
+                re.compile(self.success_pattern)
+            except re.error as e:
+                problems.append(f"success_pattern {self.success_pattern!r} is no regular expression: {e}")
+            if self.success is None:
+                problems.append("success_pattern without success, expected the text to look in")
+        if self.min_length < 1 or self.skip_first < 0:
+            problems.append(f"min_length={self.min_length}, skip_first={self.skip_first}, expected >= 1 and >= 0")
+        if self.idle_below is not None and not self.idle_below > 0:
+            problems.append(f"idle_below={self.idle_below}, expected a number above 0")
+        if not self.keep_ranges_key:
+            problems.append("keep_ranges_key is empty, expected the names of texts")
+        if problems:
+            raise ValueError("Selection: " + "; ".join(problems))
+
+
+def open_dataset(
+    path: str | Path,
+    robot: Robot,
+    split: str,
+    *,
+    frame_stride: int = 1,
+    selection: Selection = Selection(),
+    index_dir: str | Path | None = None,
+    max_corrupt_fraction: float = 0.0,
+) -> "EpisodeDataset":
+    """Opens a split, or a part of one, as a robot sees it.
+
+    split: "train"; or a part of its episodes, by percent ("train[:95%]") or number ("train[200:]"), as TFDS has it.
+    selection, frame_stride: see `EpisodeDataset`. index_dir, max_corrupt_fraction: see `open_index`.
+
+    Raises:
+        DatasetError: as `open_index` and `EpisodeDataset`; or there is no such part.
+    """
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?", split)
+    if found is None:
+        raise DatasetError(f"{path}: split {split!r}, expected a name, or a part like 'train[:95%]' or 'train[200:]'")
+    name, low, low_percent, high, high_percent = found.groups()
+    index = open_index(path, name, index_dir=index_dir, max_corrupt_fraction=max_corrupt_fraction)
+
+    def episode(number: str | None, percent: str | None, default: int) -> int:
+        if number is None:
+            return default
+        return min(round(int(number) * index.episodes / 100) if percent else int(number), index.episodes)
+
+    part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
+    if not part:
+        raise DatasetError(f"{path}: {split!r} is empty: {name!r} has {index.episodes} episodes")
+    return EpisodeDataset(index, robot, frame_stride=frame_stride, selection=selection, episodes=part)
 
 
 class EpisodeDataset:
     """Frames of one split: those steps from which the policy may be asked to act, in stored order.
 
     All methods take frame numbers, are pure, and may be called from several threads.
+
+    removed: why steps are not frames -> how many, in the order in which reasons are looked at (each counts what the
+        ones before it left); with a frame_stride, of every so many-th step. episodes: how many the frames come from.
     """
 
-    def __init__(self, index: FrameIndex, robot: Robot, *, frame_stride: int = 1) -> None:
+    def __init__(
+        self,
+        index: FrameIndex,
+        robot: Robot,
+        *,
+        frame_stride: int = 1,
+        selection: Selection = Selection(),
+        episodes: range | None = None,
+    ) -> None:
         """
         Args:
-            frame_stride: every how many steps of an episode a frame is taken, from its first step on. Action chunks are
-                at the full rate whatever this is.
+            frame_stride: every how many steps of an episode a frame is taken, from its first step (or the first that
+                is not skipped) on. Action chunks are at the full rate whatever this is.
+            selection: which steps may be frames.
+            episodes: of the split, None for all.
 
         Raises:
-            DatasetError: the dataset does not have what the robot says, or has values that are not finite; lists all.
+            DatasetError: the dataset does not have what the robot or the selection says, has values that are not
+                finite, or nothing is left of it; lists all.
         """
-        self.index, self.robot = index, robot
-        start = np.asarray(index.episode_start)
-        lengths = np.diff(start)
-        step_in_episode = np.arange(index.steps) - np.repeat(start[:-1], lengths)
-        self.frame_step = np.flatnonzero(step_in_episode % frame_stride == 0)
-        self._episode_end = np.repeat(start[1:], lengths)[self.frame_step]
-        self._episode = np.repeat(np.arange(index.episodes), lengths)[self.frame_step]
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
-        problems = self._problems()
+        self.index, self.robot, self._stride = index, robot, frame_stride
+        part = range(index.episodes) if episodes is None else episodes
+        self._part = range(int(index.episode_start[part.start]), int(index.episode_start[part.stop]))
+        # The last step of an episode has no command where commands are derived from the step after.
+        self._tail = int(any(f.next_step is not None for f in robot.action))
+        problems = self._problems(selection)
         if problems:
             raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
+        self._opens = {f.name: self._derive_gripper(f) for f in robot.action if _is_derived(f)}
+        self._select(selection, part)
+        if not len(self):
+            raise DatasetError(f"{index.split}: no frame is left for robot {robot.name!r}; {self._removed_text()}")
+        self.episodes = int((self.frames_per_episode() > 0).sum())
+        if self.removed:
+            _log.info("%s: %d frames for robot %r; %s", index.split, len(self), robot.name, self._removed_text())
 
     def __len__(self) -> int:
-        return len(self.frame_step)
+        return int(self._frame_start[-1]) if self._kept is None else len(self._kept)
+
+    def steps(self, frames: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+        """Returns the RLDS steps of frames, counted through all episodes of the split."""
+        return self._place(frames)[1]
+
+    def frames_per_episode(self) -> Int[np.ndarray, "E"]:
+        """Returns how many frames each episode of the split has, 0 for those left out."""
+        counts = np.zeros(self.index.episodes, np.int64)
+        part = slice(self._first_episode, self._first_episode + len(self._frame_first))
+        bounds = self._frame_start if self._kept is None else np.searchsorted(self._kept, self._frame_start)
+        counts[part] = np.diff(bounds)
+        return counts
+
+    def where(self, frame: int) -> str:
+        """Returns a description of one frame for error messages, see `FrameIndex.where`."""
+        return self.index.where(int(self.steps(np.array([frame]))[0]))
 
     def state(self, frames: Int[np.ndarray, "B"]) -> Float[np.ndarray, "B Ds"]:
         """Returns the states of frames, in robot space, float32."""
-        return self._gather(self.robot.state, self.frame_step[frames])
+        return self._state(self.steps(frames))
 
     def actions(self, frames: Int[np.ndarray, "B"]) -> tuple[Float[np.ndarray, "B A Js"], Bool[np.ndarray, "B A"]]:
         """Returns the action chunks that begin at frames, in robot space, and a mask that ends with the episode.
 
-        A is the robot's action horizon. Masked entries repeat the episode's last action.
+        A is the robot's action horizon; entry a is for control step a, which is `Robot.stride` RLDS steps long and
+        whole inside the episode. Masked entries repeat the last one that is not.
         """
-        steps = self.frame_step[frames][:, None] + np.arange(self.robot.action_horizon)
-        mask = steps < self._episode_end[frames][:, None]
-        steps = np.minimum(steps, self._episode_end[frames][:, None] - 1)
-        actions = self._gather(self.robot.action, steps.reshape(-1))
-        return actions.reshape(*steps.shape, -1), mask
+        episode, step = self._place(frames)
+        end = self.index.episode_start[episode + 1] - self._tail
+        whole = (end - step) // self.robot.stride
+        a = np.arange(self.robot.action_horizon)
+        steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
+        actions = self._commands(steps.reshape(-1))
+        return actions.reshape(*steps.shape, -1), a < whole[:, None]
 
     def encoded(
         self, frames: Int[np.ndarray, "B"]
@@ -74,21 +196,27 @@ class EpisodeDataset:
         actions, mask = self.actions(frames)
         return self.robot.encode_state(state), self.robot.encode_actions(actions, state), mask
 
-    def prompts(self, frames: Int[np.ndarray, "B"]) -> list[str]:
-        """Returns the instruction of each frame."""
+    def prompts(self, frames: Int[np.ndarray, "B"], draws: Float[np.ndarray, "B"] | None = None) -> list[str]:
+        """Returns the instruction of each frame.
+
+        draws: in [0, 1), choose among the instructions of a frame that are not empty, where the robot has
+            `language_alternatives`. None takes the first.
+        """
         key = self.robot.language_key
         if key is None:
             assert self.robot.default_prompt is not None  # Robot has checked it
             return [self.robot.default_prompt] * len(frames)
-        return self.texts(key, frames)
+        columns = [self.texts(k, frames) for k in (key, *self.robot.language_alternatives)]
+        prompts = []
+        for i, texts in enumerate(zip(*columns, strict=True)):
+            said = [text for text in texts if text.strip()] or texts[:1]
+            prompts.append(said[0 if draws is None else int(draws[i] * len(said))])
+        return prompts
 
     def texts(self, key: str, frames: Int[np.ndarray, "B"]) -> list[str]:
         """Returns a text field of each frame, of the step or of its episode."""
-        if key in self.index.texts:
-            texts, at = self.index.texts[key], self.frame_step[frames]
-        else:
-            texts, at = self.index.episode_texts[key], self._episode[frames]
-        return [texts.table[i] for i in texts.ids[at]]
+        texts, ids = self._texts(key, *self._place(frames))
+        return [texts.table[i] for i in ids]
 
     def check_text(self, key: str) -> None:
         """Raises DatasetError, with near names, unless there is such a text field."""
@@ -96,21 +224,92 @@ class EpisodeDataset:
         if key not in known:
             raise DatasetError(f"{self.index.split}: text_key: {self._no_field(key, known)}")
 
+    def present(self, frames: Int[np.ndarray, "B"], camera: Camera) -> Bool[np.ndarray, "B"]:
+        """Returns whether a camera of the robot has an image at frames, see `Camera`."""
+        episode, step = self._place(frames)
+        at, start = step - camera.steps_back, self.index.episode_start[episode]
+        present = at >= start
+        if camera.min_bytes:
+            present &= self.index.images[camera.key][np.maximum(at, start), 1] >= camera.min_bytes
+        return present
+
     def image(self, frame: int, camera: Camera) -> UInt8[np.ndarray, "H W 3"]:
         """Reads and decodes one image, at the size it is stored in.
 
         Raises:
-            DatasetError: it cannot be read, or does not have the size that the robot's camera has.
+            DatasetError: it cannot be read, does not have the size that the robot's camera has, or is of a step before
+                the episode began (see `present`).
         """
-        step = int(self.frame_step[frame])
-        offset, length = (int(x) for x in self.index.images[camera.key][step])
-        shard = int(self.index.episode_shard[self._episode[frame]])
-        data = self._read(shard, offset, length)
-        if len(data) < length:
+        episode, step = (int(x[0]) for x in self._place(np.array([frame])))
+        at = step - camera.steps_back
+        if at < self.index.episode_start[episode]:
             raise DatasetError(
-                f"{self.index.where(step)}: read {len(data)} of {length} bytes of {camera.key}; "
-                "the file was changed since it was indexed: copy it again"
+                f"{self.index.where(step)}: camera {camera.name!r} shows {camera.steps_back} steps before, when the "
+                "episode had not begun; ask `present` first"
             )
+        return self._image(at, camera)
+
+    def image_into(self, frame: int, camera: Camera, out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
+        """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
+        fit(self.image(frame, camera), out, resize=resize, fit=camera.fit)
+
+    def close(self) -> None:
+        """Closes the shard files; reading opens them again."""
+        self.index.close()
+
+    # ---- From columns to states and commands -------------------------------------------------------------------------
+
+    def _place(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the episodes and steps of frames. Frames of an episode are evenly spaced before some are left out."""
+        if self._kept is not None:
+            frames = self._kept[frames].astype(np.int64)
+        e = np.searchsorted(self._frame_start, frames, side="right") - 1
+        return self._first_episode + e, self._frame_first[e] + self._stride * (frames - self._frame_start[e])
+
+    def _state(self, steps: np.ndarray) -> np.ndarray:
+        rows: dict[tuple[str, int], np.ndarray] = {}
+        parts = [self._values(f, steps, 0, rows) for f in self.robot.state]
+        return np.concatenate(parts, axis=1).astype(np.float32) if parts else np.zeros((len(steps), 0), np.float32)
+
+    def _commands(self, steps: np.ndarray) -> np.ndarray:
+        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, Js)."""
+        stride = self.robot.stride
+        rows: dict[tuple[str, int], np.ndarray] = {}
+        parts = []
+        for field in self.robot.action:
+            # Of absolute targets only the last of a control step counts.
+            offsets = range(stride - 1, stride) if field.command == "absolute" else range(stride)
+            parts.append(field.combine(np.stack([self._command(field, steps, k, rows) for k in offsets], axis=1)))
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _command(
+        self, field: ActionField, steps: np.ndarray, offset: int, rows: dict[tuple[str, int], np.ndarray]
+    ) -> np.ndarray:
+        if field.name in self._opens:
+            assert field.gripper is not None  # conventions belong to grippers
+            opens = self._opens[field.name][steps + offset - self._part.start]
+            return np.where(opens, field.gripper.open, field.gripper.closed)[:, None]
+        if field.next_step == "value":
+            return self._values(field, steps, offset + 1, rows)
+        now = self._values(field, steps, offset, rows)
+        return field.change(now, self._values(field, steps, offset + 1, rows)) if field.next_step == "change" else now
+
+    def _values(
+        self, field: StateField, steps: np.ndarray, offset: int, rows: dict[tuple[str, int], np.ndarray]
+    ) -> np.ndarray:
+        """Returns stored values at `steps` + `offset`, (n, size), float64. rows: what was read for other fields."""
+        if (field.key, offset) not in rows:
+            values = self.index.columns[field.key][steps + offset]
+            rows[field.key, offset] = values.reshape(len(steps), -1).astype(np.float64)
+        return rows[field.key, offset][:, field.start : field.start + field.size]
+
+    def _texts(self, key: str, episode: np.ndarray, step: np.ndarray) -> tuple[Texts, np.ndarray]:
+        if key in self.index.texts:
+            return self.index.texts[key], self.index.texts[key].ids[step]
+        return self.index.episode_texts[key], self.index.episode_texts[key].ids[episode]
+
+    def _image(self, step: int, camera: Camera) -> np.ndarray:
+        data = self.index.read_image(step, camera.key)
         try:
             image = decode(data, camera.channel_order)
         except ValueError as e:
@@ -124,45 +323,183 @@ class EpisodeDataset:
             )
         return image
 
-    def image_into(self, frame: int, camera: Camera, out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
-        """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
-        fit(self.image(frame, camera), out, resize=resize)
+    def _derive_gripper(self, field: ActionField) -> np.ndarray:
+        """Returns whether the gripper is commanded to be open, for every step of the part."""
+        assert field.gripper is not None  # conventions belong to grippers
+        column, start = self.index.columns[field.key], self.index.episode_start
+        opens = np.empty(len(self._part), bool)
+        for lo, hi in self._episode_blocks():
+            first = np.zeros(hi - lo, bool)
+            begins = start[np.searchsorted(start, lo) : np.searchsorted(start, hi)]
+            first[begins - lo] = True
+            values = column[lo:hi].reshape(hi - lo, -1)[:, field.start].astype(np.float64)
+            opens[lo - self._part.start : hi - self._part.start] = field.gripper.opens(values, first)
+        return opens
 
-    def close(self) -> None:
-        """Closes the shard files; reading opens them again."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
+    def _episode_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yields first and last step (exclusive) of blocks of whole episodes of the part, of about _BLOCK steps."""
+        start, lo = self.index.episode_start, self._part.start
+        while lo < self._part.stop:
+            e = int(np.searchsorted(start, lo + _BLOCK, side="right")) - 1
+            hi = min(int(start[max(e, int(np.searchsorted(start, lo, side="right")))]), self._part.stop)
+            yield lo, hi
+            lo = hi
 
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        fd = self._files.get(shard)
-        if fd is not None:
-            return os.pread(fd, length, offset)
-        path: Path = self.index.split.shards[shard]
-        fd = os.open(path, os.O_RDONLY)
-        with self._lock:
-            keep = shard not in self._files and len(self._files) < _OPEN_FILES
-            if keep:
-                self._files[shard] = fd
+    # ---- Which steps are frames --------------------------------------------------------------------------------------
+
+    def _select(self, selection: Selection, part: range) -> None:
+        """Sets frames: evenly spaced from `_frame_first` on in every episode, without those that are not `_kept`."""
+        start = np.asarray(self.index.episode_start[part.start : part.stop + 1], np.int64)
+        first, end = start[:-1].copy(), start[1:].copy()
+        self._first_episode, self._kept = part.start, None
+        self.removed: dict[str, int] = {}
+
+        def frames() -> np.ndarray:
+            return np.maximum(0, -(-(end - first) // self._stride))
+
+        def remove(reason: str, before: int) -> None:
+            if before > (left := int(frames().sum())):
+                self.removed[reason] = before - left
+
+        # What concerns whole episodes, or their ends
+        before = int(frames().sum())
+        end -= self._tail + self.robot.stride - 1
+        remove("no whole action left in the episode", before)
+        before = int(frames().sum())
+        end = np.where(np.diff(start) < selection.min_length, first, end)
+        remove(f"episode shorter than {selection.min_length}", before)
+        before = int(frames().sum())
+        first += selection.skip_first
+        remove(f"first {selection.skip_first} of the episode", before)
+        ranges = None
+        if selection.keep_ranges is not None:
+            ranges, known = self._read_ranges(selection, part)
+            before = int(frames().sum())
+            end = np.where(known, end, first)
+            remove("episode not in keep_ranges", before)
+        self._frame_first, self._frame_start = first, np.append(0, np.cumsum(frames()))
+
+        # What concerns single steps
+        not_finite = np.zeros(0, np.int64), np.zeros(0, np.int64)  # steps with such values in the state, in the action
+        if selection.skip_not_finite:
+            not_finite = self._not_finite(self.robot.state), self._not_finite(self.robot.action)
+        filters = (selection.success, ranges, selection.idle_below)
+        if all(f is None for f in filters) and not selection.labelled and not any(map(len, not_finite)):
+            return
+        kept = []
+        for at in range(0, int(self._frame_start[-1]), _BLOCK):
+            block = np.arange(at, min(at + _BLOCK, int(self._frame_start[-1])))
+            episode, step = self._place(block)
+            keep = np.ones(len(block), bool)
+            for reason, good in self._step_filters(selection, ranges, not_finite, episode, step):
+                if removed := int((keep & ~good).sum()):
+                    self.removed[reason] = self.removed.get(reason, 0) + removed
+                keep &= good
+            kept.append(block[keep].astype(np.uint32 if self._frame_start[-1] < 1 << 32 else np.int64))
+        self._kept = np.concatenate(kept) if kept else np.zeros(0, np.uint32)
+        if any(map(len, not_finite)):
+            shown = [
+                *self._describe(self.robot.state, not_finite[0]),
+                *self._describe(self.robot.action, not_finite[1]),
+            ]
+            _log.warning(
+                "%s has values that are not finite, which are skipped:\n  %s", self.index.split, "\n  ".join(shown)
+            )
+
+    def _step_filters(
+        self,
+        selection: Selection,
+        ranges: np.ndarray | None,
+        not_finite: tuple[np.ndarray, np.ndarray],
+        episode: np.ndarray,
+        step: np.ndarray,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (reason, whether a step is kept) for steps (n,) and their episodes."""
+        if selection.success is not None:
+            yield f"{selection.success} says no", self._succeeded(selection, episode, step)
+        if selection.labelled and self.robot.language_key is not None:
+            labelled = np.zeros(len(step), bool)
+            for key in (self.robot.language_key, *self.robot.language_alternatives):
+                texts, ids = self._texts(key, episode, step)
+                empty = [i for i, text in enumerate(texts.table) if not text.strip()]
+                labelled |= ~np.isin(ids, empty)
+            yield "no instruction", labelled
+        if ranges is not None:
+            i = np.searchsorted(ranges[:, 0], step, side="right") - 1
+            yield "not in keep_ranges", (i >= 0) & (step < ranges[np.maximum(i, 0), 1])
+        if any(map(len, not_finite)):
+            horizon = self.robot.action_horizon * self.robot.stride + self._tail
+            end = np.minimum(step + horizon, self.index.episode_start[episode + 1])
+            of_state, of_action = not_finite
+            good = np.searchsorted(of_state, step) == np.searchsorted(of_state, step + 1)
+            yield "not finite", good & (np.searchsorted(of_action, step) == np.searchsorted(of_action, end))
+        if selection.idle_below is not None:
+            yield f"idle, below {selection.idle_below:g}", ~self._idle(selection.idle_below, episode, step)
+
+    def _succeeded(self, selection: Selection, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+        key = selection.success
+        assert key is not None  # asked for
+        if selection.success_pattern is not None:
+            texts, ids = self._texts(key, episode, step)
+            return np.isin(ids, [i for i, t in enumerate(texts.table) if re.search(selection.success_pattern, t)])
+        values = (
+            self.index.columns[key][step] if key in self.index.columns else self.index.episode_columns[key][episode]
+        )
+        return values.reshape(-1) > 0
+
+    def _idle(self, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether nothing is commanded in the control step that begins at a step."""
+        robot = self.robot
+        state, commands = self._state(step), self._commands(step)
+        first = step <= self.index.episode_start[episode]
+        before = np.where(first[:, None], commands, self._commands(np.where(first, step, step - 1)))
+        encoded, encoded_before = (robot.encode_actions(c[:, None], state)[:, 0] for c in (commands, before))
+        moves, at = np.zeros(len(step), bool), 0
+        for field in robot.action:
+            part = slice(at, at := at + field.model_size)
+            if field.gripper is not None:
+                moves |= (np.abs(encoded[:, part] - encoded_before[:, part]) >= _GRIPPER_MOVES).any(axis=1)
+            elif _moves(field):
+                moves |= (np.abs(encoded[:, part]) >= below).any(axis=1)
+        return ~moves
+
+    def _read_ranges(self, selection: Selection, part: range) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the steps [start, end) of all ranges, (R, 2), and per episode whether it has any entry."""
+        path, start = Path(selection.keep_ranges or ""), self.index.episode_start
         try:
-            return os.pread(fd, length, offset)
-        finally:
-            if not keep:
-                os.close(fd)
+            stored = json.loads(path.read_text())
+            entries = {k: np.array(v, np.int64).reshape(-1, 2) for k, v in stored.items()}
+        except (OSError, ValueError, AttributeError, TypeError) as wrong:
+            raise DatasetError(
+                f"keep_ranges {path}: {wrong}; expected JSON like {{episode: [[start, end], ...]}}"
+            ) from wrong
+        bad = [k for k, v in entries.items() if (v[:, 0] < 0).any() or (v[:, 1] < v[:, 0]).any()]
+        if bad:
+            raise DatasetError(f"keep_ranges {path}: ranges that are not 0 <= start <= end in {bad[:_SHOWN]}")
+        texts = [self.index.episode_texts[key] for key in selection.keep_ranges_key]
+        found, known, name = [], np.zeros(len(part), bool), ""
+        for i, e in enumerate(part):
+            name = "--".join(t.table[t.ids[e]] for t in texts)
+            if name in entries:
+                known[i] = True
+                found.append(np.sort(np.minimum(entries[name] + start[e], start[e + 1]), axis=0))
+        if not known.any():
+            raise DatasetError(
+                f"keep_ranges {path} has none of the episodes of {self.index.split}: it has names like "
+                f"{next(iter(entries), None)!r}, the episodes have names like {name!r}; correct keep_ranges_key"
+            )
+        return np.concatenate(found), known
 
-    def _gather(self, fields: Sequence[StateField], steps: np.ndarray) -> np.ndarray:
-        rows = {f.key: self.index.columns[f.key][steps].reshape(len(steps), -1) for f in fields}
-        parts = [rows[f.key][:, f.start : f.start + f.size] for f in fields]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+    def _removed_text(self) -> str:
+        return "left out: " + (", ".join(f"{n} ({reason})" for reason, n in self.removed.items()) or "nothing")
 
-    # ---- Does the dataset have what the robot says? ------------------------------------------------------------------
+    # ---- Does the dataset have what the robot and the selection say? -------------------------------------------------
 
-    def _problems(self) -> list[str]:
+    def _problems(self, selection: Selection) -> list[str]:
         problems = []
         for camera in self.robot.cameras:
             problems += self._camera_problems(camera)
-        usable = []
+        usable: list[tuple[str, StateField]] = []
         for what, fields in (("state", self.robot.state), ("action", self.robot.action)):
             for field in fields:
                 where = f"{what} field {field.name!r}"
@@ -176,12 +513,42 @@ class EpisodeDataset:
                     )
                 else:
                     usable.append((what, field))
-        key = self.robot.language_key
-        if key is not None and key not in self.index.texts and key not in self.index.episode_texts:
-            known = [*self.index.texts, *self.index.episode_texts]
-            problems.append(f"language_key: {self._no_field(key, known)}")
-        for what, field in usable:
-            problems += self._not_finite(what, field)
+        known = [*self.index.texts, *self.index.episode_texts]
+        if self.robot.language_key is not None:
+            keys = (
+                ("language_key", self.robot.language_key),
+                *(("language_alternatives", key) for key in self.robot.language_alternatives),
+            )
+            problems += [f"{what}: {self._no_field(key, known)}" for what, key in keys if key not in known]
+        problems += self._selection_problems(selection)
+        if not selection.skip_not_finite:
+            for what, field in usable:
+                problems += self._describe([field], self._not_finite([field]), f"{what} field ")
+        self._warn_of_grippers(usable)
+        return problems
+
+    def _selection_problems(self, selection: Selection) -> list[str]:
+        problems = []
+        index, key = self.index, selection.success
+        if key is not None and selection.success_pattern is None:
+            numbers = index.columns | index.episode_columns
+            if key not in numbers:
+                problems.append(f"selection.success: {self._no_field(key, list(numbers))}")
+            elif math.prod(numbers[key].shape[1:]) != 1:
+                problems.append(f"selection.success: {key!r} has shape {numbers[key].shape[1:]}, expected one number")
+        elif key is not None and key not in index.texts and key not in index.episode_texts:
+            problems.append(f"selection.success: {self._no_field(key, [*index.texts, *index.episode_texts])}")
+        if selection.keep_ranges is not None:
+            problems += [
+                f"selection.keep_ranges_key: {self._no_field(k, list(index.episode_texts))}"
+                for k in selection.keep_ranges_key
+                if k not in index.episode_texts
+            ]
+        if selection.idle_below is not None and not any(_moves(f) for f in self.robot.action):
+            problems.append(
+                "selection.idle_below: no action field is a delta, a velocity or relative to a state, so whether the "
+                "robot moves cannot be told"
+            )
         return problems
 
     def _no_field(self, key: str, known: list[str]) -> str:
@@ -202,23 +569,69 @@ class EpisodeDataset:
                 "expected uint8 with 3 channels"
             ]
         try:
-            self.image(0, camera)
+            self._image(self._part.start, camera)
         except DatasetError as e:
             return [str(e)]
         return []
 
-    def _not_finite(self, what: str, field: StateField) -> list[str]:
-        column, bad = self.index.columns[field.key], []
-        for at in range(0, len(column), _BLOCK):
-            values = column[at : at + _BLOCK].reshape(len(column[at : at + _BLOCK]), -1)
-            finite = np.isfinite(values[:, field.start : field.start + field.size]).all(axis=1)
-            bad += [at + int(i) for i in np.flatnonzero(~finite)]
-        shown = [
-            f"{self.index.where(step)}: {what} field {field.name!r} ({field.key}) is "
-            f"{np.ravel(self.index.columns[field.key][step])[field.start : field.start + field.size].tolist()}, "
-            "expected finite numbers"
-            for step in bad[:_SHOWN]
-        ]
+    def _blocks(self) -> Iterator[slice]:
+        for at in range(self._part.start, self._part.stop, _BLOCK):
+            yield slice(at, min(at + _BLOCK, self._part.stop))
+
+    def _not_finite(self, fields: Sequence[StateField]) -> np.ndarray:
+        """Returns the steps of the part at which a field is not finite, ascending."""
+        bad: list[np.ndarray] = []
+        for field in fields:
+            column = self.index.columns[field.key]
+            if column.dtype.kind != "f":
+                continue
+            for block in self._blocks():
+                values = column[block].reshape(block.stop - block.start, -1)
+                finite = np.isfinite(values[:, field.start : field.start + field.size]).all(axis=1)
+                bad.append(block.start + np.flatnonzero(~finite))
+        return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
+
+    def _describe(self, fields: Sequence[StateField], bad: np.ndarray, what: str = "") -> list[str]:
+        """Returns where and which values are not finite, for the first of some steps."""
+        shown = []
+        for step in bad[:_SHOWN]:
+            for field in fields:
+                values = np.ravel(self.index.columns[field.key][step])[field.start : field.start + field.size]
+                if not np.isfinite(values).all():
+                    shown.append(
+                        f"{self.index.where(int(step))}: {what}{field.name!r} ({field.key}) is {values.tolist()}, "
+                        "expected finite numbers"
+                    )
         if len(bad) > _SHOWN:
-            shown.append(f"... and {len(bad) - _SHOWN} more steps of {field.name!r}")
+            shown.append(f"... and {len(bad) - _SHOWN} more steps of {', '.join(repr(f.name) for f in fields)}")
         return shown
+
+    def _warn_of_grippers(self, usable: Sequence[tuple[str, StateField]]) -> None:
+        """Warns where stored values say that a gripper convention is not that of this dataset."""
+        for what, field in usable:
+            gripper = field.gripper
+            if gripper is None or gripper.convention != "absolute":
+                continue
+            outside, least, most = 0, np.inf, -np.inf
+            for block in self._blocks():
+                stored = self.index.columns[field.key][block].reshape(block.stop - block.start, -1)
+                values = stored[:, field.start : field.start + field.size].astype(np.float64)
+                opening = field.to_model(values)
+                outside += int(((opening < -_OUTSIDE) | (opening > 1 + _OUTSIDE)).any(axis=1).sum())
+                least, most = min(least, float(values.min())), max(most, float(values.max()))
+            if outside:
+                _log.warning(
+                    "%s, robot %r: %s field %r lies outside closed=%g to open=%g in %d of %d steps (%g to %g); is that "
+                    "what this dataset stores?",
+                    *(self.index.split, self.robot.name, what, field.name, gripper.closed, gripper.open),
+                    *(outside, len(self._part), least, most),
+                )
+
+
+def _is_derived(field: ActionField) -> bool:
+    return field.gripper is not None and field.gripper.convention != "absolute"
+
+
+def _moves(field: ActionField) -> bool:
+    """Whether the size of a command says that the robot moves."""
+    return field.gripper is None and (field.command != "absolute" or field.relative_to is not None)

@@ -28,12 +28,16 @@ def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"
     return image
 
 
-def fit(image: UInt8[np.ndarray, "H W 3"], out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
+def fit(
+    image: UInt8[np.ndarray, "H W 3"], out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic", fit: str = "pad"
+) -> None:
     """Writes `image` into `out`, resized with its aspect ratio kept and centred on black.
 
     resize: "cubic", interpolation by OpenCV, averaging over areas where it shrinks below two thirds, against aliasing.
     "pillow", Pillow's antialiased bilinear filter, which the released openpi weights were trained with.
     """
+    if fit != "pad":
+        raise ValueError(f"fit {fit!r}, expected 'pad'")
     h, w = out.shape[:2]
     if image.shape[:2] == (h, w):
         out[:] = image

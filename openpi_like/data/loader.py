@@ -16,10 +16,9 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import near_names
-from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.fast import FastError, FastTokenizer
 from openpi_like.data.images import Augment, augment
-from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
@@ -64,6 +63,7 @@ class MixtureEntry:
         actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
         A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
         that it knows prompts with and without.
+    selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
     """
 
     robot: Robot
@@ -73,6 +73,8 @@ class MixtureEntry:
     val_split: str | None = "val"
     text_key: str | None = None
     actions: bool = True
+    selection: Selection = Selection()
+    blank_language: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +157,15 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
             datasets.append(None)
             continue
         try:
-            index = open_index(
-                entry.path, split, index_dir=config.index_dir, max_corrupt_fraction=config.max_corrupt_fraction
+            dataset = open_dataset(
+                entry.path,
+                entry.robot,
+                split,
+                frame_stride=config.frame_stride,
+                selection=entry.selection,
+                index_dir=config.index_dir,
+                max_corrupt_fraction=config.max_corrupt_fraction,
             )
-            dataset = EpisodeDataset(index, entry.robot, frame_stride=config.frame_stride)
             if entry.text_key is not None:
                 dataset.check_text(entry.text_key)
             datasets.append(dataset)
@@ -184,7 +191,7 @@ def describe(config: DataConfig) -> Description:
         found = index.episode_texts.get(RENDERER_KEY)
         used = {None} if found is None else {found.table[i] for i in np.unique(found.ids)}
         renderers.setdefault(name, set()).update(used)
-        episodes[name] = episodes.get(name, 0) + index.episodes
+        episodes[name] = episodes.get(name, 0) + dataset.episodes
         frames[name] = frames.get(name, 0) + len(dataset)
         dataset.close()
     mixed = {name: sorted(map(str, used)) for name, used in renderers.items() if len(used) > 1}
@@ -267,7 +274,7 @@ class _Assembler:
                 states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
             for row, prompt in zip(rows, dataset.prompts(frames[rows]), strict=True):
-                prompts[row] = prompt
+                prompts[row] = "" if entry.blank_language else prompt
             if entry.text_key is not None:
                 for row, text in zip(rows, dataset.texts(entry.text_key, frames[rows]), strict=True):
                     said[row] = text
@@ -303,7 +310,7 @@ class _Assembler:
                 except ValueError as e:
                     dataset, frame = self.datasets[ids[at]], frames[at]
                     assert dataset is not None  # as above
-                    raise DatasetError(f"{dataset.index.where(int(dataset.frame_step[frame]))}: {e}") from e
+                    raise DatasetError(f"{dataset.where(int(frame))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
         return Batch(  # type: ignore[typeddict-item]  # text
             images=images,
@@ -328,7 +335,7 @@ class _Assembler:
                 chunks, outside="saturate" if self.config.saturate_actions or held_out else "error"
             )
         except FastError as e:
-            where = dataset.index.where(int(dataset.frame_step[frames[e.chunk or 0]]))
+            where = dataset.where(int(frames[e.chunk or 0]))
             raise DatasetError(f"{where}: action tokens: {e}; or set saturate_actions") from e
         with self._lock:
             self.saturated += int(encoded.outside.sum())

@@ -194,7 +194,7 @@ Progress = Callable[[int, int], None]
 
 
 def compute_normalization(
-    *datasets: EpisodeDataset, workers: int = 1, progress: Progress = lambda done, total: None
+    *datasets: EpisodeDataset, workers: int = 1, progress: Progress | None = None
 ) -> Normalization:
     """Returns statistics over all frames of one robot's datasets: of states, and of action chunks inside episodes.
 
@@ -216,7 +216,7 @@ def compute_coverage(
     normalization: Normalization,
     *datasets: EpisodeDataset,
     workers: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> tuple[Coverage, Coverage]:
     """Returns how statistics, of these datasets or of others, suit the states and the action chunks of datasets.
 
@@ -281,10 +281,8 @@ def merge(parts: Iterable[tuple[A, A]]) -> tuple[A, A]:
 
 def normalization_of(robot: Robot, first: tuple[Moments, Moments], second: tuple[Counts, Counts]) -> Normalization:
     """Returns the statistics of both passes; names dims that do not vary in a warning."""
-    state, action = (
-        field_stats(names, *passes)
-        for names, *passes in zip((robot.state_names, robot.action_names), first, second, strict=True)
-    )
+    state = field_stats(robot.state_names, first[0], second[0])
+    action = field_stats(robot.action_names, first[1], second[1])
     normalization = Normalization(robot=robot.name, mode=robot.normalization, state=state, action=action)
     for what, stats in (("state", state), ("action", action)):
         names = stats.degenerate(normalization.mode)
@@ -338,9 +336,10 @@ def _reading(datasets: Sequence[EpisodeDataset], workers: int) -> Iterator[_Read
         yield there
 
 
-def _counted(parts: Iterable[T], progress: Progress, before: int, total: int) -> Iterator[T]:
+def _counted(parts: Iterable[T], progress: Progress | None, before: int, total: int) -> Iterator[T]:
     for i, part in enumerate(parts):
-        progress(before + i + 1, total)
+        if progress is not None:
+            progress(before + i + 1, total)
         yield part
 
 

@@ -1,5 +1,23 @@
 """What a robot is. One file per embodiment; the same object drives training and serving."""
 
-from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField, find_robot, policy_problems
+from openpi_like.robots.robot import (
+    ActionField,
+    Camera,
+    Gripper,
+    Robot,
+    StateField,
+    find_robot,
+    policy_problems,
+    with_channel_order,
+)
 
-__all__ = ["ActionField", "Camera", "Gripper", "Robot", "StateField", "find_robot", "policy_problems"]
+__all__ = [
+    "ActionField",
+    "Camera",
+    "Gripper",
+    "Robot",
+    "StateField",
+    "find_robot",
+    "policy_problems",
+    "with_channel_order",
+]

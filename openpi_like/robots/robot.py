@@ -7,6 +7,10 @@ Two spaces are told apart everywhere:
 
 `Robot.encode_*` goes from robot space to model space, `Robot.decode_actions` back. Normalisation is applied on top of
 model space (see `openpi_like.data.normalize`).
+
+Where a dataset stores no commands as a controller takes them (triggers instead of gripper positions, states instead of
+commands), `Gripper.convention` and `ActionField.next_step` say how they are derived. Derived commands are in robot
+space too, so a policy that learned them answers with what a controller can execute.
 """
 
 import dataclasses
@@ -17,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
@@ -37,7 +41,9 @@ UNITS: dict[str, tuple[str, float]] = {
 
 # name -> (size, to scipy Rotation, from scipy Rotation); all act on (N, size) arrays
 ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], Rotation], Callable[[Rotation], np.ndarray]]] = {
+    # Angles about fixed axes, in the order of the letters (SciPy's lower-case sequences).
     "rpy": (3, lambda x: Rotation.from_euler("xyz", x), lambda r: r.as_euler("xyz")),
+    "zxy": (3, lambda x: Rotation.from_euler("zxy", x), lambda r: r.as_euler("zxy")),
     "axis_angle": (3, Rotation.from_rotvec, lambda r: r.as_rotvec()),
     "quaternion_xyzw": (4, Rotation.from_quat, lambda r: r.as_quat()),
     "quaternion_wxyz": (4, lambda x: Rotation.from_quat(x[:, [1, 2, 3, 0]]), lambda r: r.as_quat()[:, [3, 0, 1, 2]]),
@@ -54,16 +60,63 @@ def _from_6d(x: np.ndarray) -> Rotation:
     return Rotation.from_matrix(np.stack([a, b, np.cross(a, b)], axis=2))
 
 
+CONVENTIONS = ("absolute", "trigger", "look_ahead")
+
+
 @dataclasses.dataclass(frozen=True)
 class Gripper:
-    """The dataset's values of a fully open and a fully closed gripper. Model space is 1 = open, 0 = closed."""
+    """The dataset's values of a fully open and a fully closed gripper. Model space is 1 = open, 0 = closed.
+
+    convention: what a stored value says.
+        "absolute": the opening itself, or the one that is wanted. Values between the two stay as they are.
+        "trigger": a change. `open` opens, `closed` closes, anything about half way between them leaves the gripper as
+            it is. The first trigger of an episode is taken to change something, so before it the gripper is in the
+            opposite state; without any trigger it is open.
+        "look_ahead": a measured opening that stands in for a command. While it is between open and closed, the command
+            is the one of the two that it reaches next; where the episode ends before that, the nearer one.
+    """
 
     open: float
     closed: float
+    convention: str = "absolute"
 
     def __post_init__(self) -> None:
+        problems = []
         if self.open == self.closed:
-            raise ValueError(f"gripper: open and closed are both {self.open}, expected two different values")
+            problems.append(f"open and closed are both {self.open}, expected two different values")
+        if self.convention not in CONVENTIONS:
+            problems.append(f"convention {self.convention!r} is unknown; {near_names(self.convention, CONVENTIONS)}")
+        if problems:
+            raise ValueError("gripper: " + "; ".join(problems))
+
+    def opens(self, values: Float[np.ndarray, "N"], first: Bool[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+        """Returns whether the command of each step is to be open (or else closed), for derived conventions.
+
+        values: as stored, whole episodes. first: True at the first step of each episode.
+        """
+        opening = (values.astype(np.float64) - self.closed) / (self.open - self.closed)
+        if self.convention == "trigger":
+            # octo's thresholds: triggers count from a tenth of full size on
+            said = np.select([opening > 0.55, opening < 0.45], [1, 0], -1)
+            before, after = _nearest_said(said, first), _nearest_said(said[::-1], _last(first)[::-1])[::-1]
+            return np.select([before >= 0, after >= 0], [before == 1, after == 0], True)
+        # Bridge's thresholds, as its users have them
+        said = np.select([opening > 0.95, opening < 0.05], [1, 0], -1)
+        after = _nearest_said(said[::-1], _last(first)[::-1])[::-1]
+        return np.where(after >= 0, after == 1, opening >= 0.5)
+
+
+def _last(first: np.ndarray) -> np.ndarray:
+    """True at the last step of each episode."""
+    return np.append(first[1:], True)
+
+
+def _nearest_said(said: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Per step, the last value so far in its episode that is not -1, or -1 where there is none."""
+    at = np.arange(len(said))
+    latest = np.maximum.accumulate(np.where(said >= 0, at, -1))
+    start = np.maximum.accumulate(np.where(first, at, 0))
+    return np.where(latest >= start, said[latest], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +127,10 @@ class Camera:
     key: path of the image in an RLDS step, e.g. "observation/image_0".
     height, width: pixels of the frames the robot delivers; None accepts any size.
     channel_order: "rgb", or "bgr" where a copy of a dataset stores the channels swapped.
+    steps_back: shows the frame of so many RLDS steps earlier; absent where the episode had not begun. History is a
+        further camera with the same key.
+    min_bytes: an encoded image smaller than this is an absent camera; some datasets store a black image for it.
+    fit: how a frame of another shape fits the policy's: "pad", "crop" or "stretch", see `openpi_like.data.images.fit`.
     """
 
     name: str
@@ -81,10 +138,20 @@ class Camera:
     height: int | None = None
     width: int | None = None
     channel_order: str = "rgb"
+    steps_back: int = 0
+    min_bytes: int = 0
+    fit: str = "pad"
 
     def __post_init__(self) -> None:
+        problems = []
         if self.channel_order not in ("rgb", "bgr"):
-            raise ValueError(f"camera {self.name!r}: channel_order {self.channel_order!r}, expected 'rgb' or 'bgr'")
+            problems.append(f"channel_order {self.channel_order!r}, expected 'rgb' or 'bgr'")
+        if self.fit not in ("pad", "crop", "stretch"):
+            problems.append(f"fit {self.fit!r}, expected 'pad', 'crop' or 'stretch'")
+        if self.steps_back < 0 or self.min_bytes < 0:
+            problems.append(f"steps_back {self.steps_back} and min_bytes {self.min_bytes}, expected both >= 0")
+        if problems:
+            raise ValueError(f"camera {self.name!r}: " + "; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +186,14 @@ class StateField:
             problems.append("a field is a rotation or a gripper, not both")
         if self.size < 1 or self.start < 0:
             problems.append(f"size {self.size} and start {self.start}, expected size >= 1 and start >= 0")
+        problems += self._command_problems()
         if problems:
             raise ValueError(f"{type(self).__name__} {self.name!r}: " + "; ".join(problems))
+
+    def _command_problems(self) -> list[str]:
+        if self.gripper is not None and self.gripper.convention != "absolute":
+            return [f"gripper convention {self.gripper.convention!r} is for commands, a state is always absolute"]
+        return []
 
     @property
     def model_size(self) -> int:
@@ -133,9 +206,15 @@ class StateField:
         """Unit in model space."""
         return "1" if self.gripper else UNITS[self.unit][0]
 
+    @property
+    def _rotation_scale(self) -> float:
+        return 1.0 if self.rotation is None or self.rotation.startswith("quaternion") else UNITS[self.unit][1]
+
     def _to_rotation(self, x: np.ndarray) -> Rotation:
-        scale = 1.0 if self.rotation is None or self.rotation.startswith("quaternion") else UNITS[self.unit][1]
-        return ROTATIONS[self.rotation or ""][1](x.reshape(-1, self.size) * scale)
+        return ROTATIONS[self.rotation or ""][1](x.reshape(-1, self.size) * self._rotation_scale)
+
+    def _from_rotation(self, rotation: Rotation) -> np.ndarray:
+        return ROTATIONS[self.rotation or ""][2](rotation) / self._rotation_scale
 
     def to_model(self, x: np.ndarray) -> np.ndarray:
         """(..., size) in robot space -> (..., model_size) in model space."""
@@ -152,8 +231,7 @@ class StateField:
             return x * (self.gripper.open - self.gripper.closed) + self.gripper.closed
         if self.rotation is not None and (self.model_rotation or self.rotation) != self.rotation:
             rotation = ROTATIONS[self.model_rotation or ""][1](x.reshape(-1, self.model_size))
-            scale = 1.0 if self.rotation.startswith("quaternion") else UNITS[self.unit][1]
-            return (ROTATIONS[self.rotation][2](rotation) / scale).reshape(*x.shape[:-1], self.size)
+            return self._from_rotation(rotation).reshape(*x.shape[:-1], self.size)
         return x / UNITS[self.unit][1]
 
 
@@ -161,20 +239,65 @@ class StateField:
 class ActionField(StateField):
     """A run of numbers in the action; see `StateField`.
 
-    command: "absolute" (a target) or "delta" (a change per control step), as the controller takes it.
+    command: "absolute" (a target), "delta" (a change per control step) or "velocity" (a rate that is held for a control
+        step), as the controller takes it.
     relative_to: name of a state field. The model then predicts an absolute command relative to that state at the first
         step of the chunk: by subtraction, or by composition `state^-1 * action` for rotations.
+    next_step: the dataset has no such command; it is derived from a recorded state, which `key` and `start` point to.
+        "value": the target is what the state is one RLDS step later. "change": the command is how the state changes to
+        the next step; for rotations the turn about axes of the base that leads there, `next * now^-1`. On Bridge, which
+        has both, that agrees better with what was commanded than a difference of angles does, and it never jumps.
+        The last step of an episode has no such command, so no chunk reaches it.
     """
 
     command: str = "absolute"
     relative_to: str | None = None
+    next_step: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.command not in ("absolute", "delta"):
-            raise ValueError(f"ActionField {self.name!r}: command {self.command!r}, expected 'absolute' or 'delta'")
-        if self.command == "delta" and self.relative_to is not None:
-            raise ValueError(f"ActionField {self.name!r}: a delta command cannot be made relative to a state again")
+    def _command_problems(self) -> list[str]:
+        problems = []
+        if self.command not in ("absolute", "delta", "velocity"):
+            problems.append(f"command {self.command!r}, expected 'absolute', 'delta' or 'velocity'")
+        elif self.command != "absolute" and self.relative_to is not None:
+            problems.append(f"a {self.command} command cannot be made relative to a state again")
+        commands = {None: self.command, "value": "absolute", "change": "delta"}
+        if self.next_step not in commands:
+            problems.append(f"next_step {self.next_step!r}, expected None, 'value' or 'change'")
+        elif self.command != commands[self.next_step]:
+            problems.append(
+                f"next_step {self.next_step!r} gives a command of kind {commands[self.next_step]!r}, "
+                f"not {self.command!r}"
+            )
+        if self.gripper is not None and self.command != "absolute":
+            problems.append(f"a gripper command of kind {self.command!r}; triggers are a gripper convention")
+        if self.gripper is not None and self.gripper.convention != "absolute" and self.next_step is not None:
+            problems.append(f"gripper convention {self.gripper.convention!r} and next_step exclude each other")
+        return problems
+
+    def change(
+        self, now: Float[np.ndarray, "*batch size"], later: Float[np.ndarray, "*batch size"]
+    ) -> Float[np.ndarray, "*batch size"]:
+        """Returns the command that leads from one recorded state to another, in robot space, see `next_step`."""
+        if self.rotation is None:
+            return later - now
+        turn = self._to_rotation(later) * self._to_rotation(now).inv()
+        return self._from_rotation(turn).reshape(now.shape)
+
+    def combine(self, commands: Float[np.ndarray, "*batch K size"]) -> Float[np.ndarray, "*batch size"]:
+        """Returns the one command, in robot space, that does what K commands do one after the other, see `stride`.
+
+        That is the last target, the sum of changes (turns are about axes of the base), or the mean rate.
+        """
+        if self.command == "absolute" or commands.shape[-2] == 1:
+            return commands[..., -1, :]
+        if self.command == "velocity":
+            return commands.mean(axis=-2)
+        if self.rotation is None:
+            return commands.sum(axis=-2)
+        total = self._to_rotation(commands[..., 0, :])
+        for k in range(1, commands.shape[-2]):
+            total = self._to_rotation(commands[..., k, :]) * total
+        return self._from_rotation(total).reshape(*commands.shape[:-2], self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +305,15 @@ class Robot:
     """One embodiment.
 
     name: identity, stored in checkpoints and checked when serving.
-    cameras, state, action: in the order in which they are concatenated.
+    cameras, state, action: in the order in which they are concatenated. The state may be empty, where a dataset has
+        none.
     control_hz: rate at which actions are executed, in Hz.
     action_horizon: A, steps in a predicted chunk. execute_steps: how many of them are executed before asking again.
     normalization: "zscore" or "quantile".
     language_key: path of the instruction in an RLDS step, or None with a fixed `default_prompt`.
+    stride: RLDS steps per control step, where the dataset was recorded faster than `control_hz`. An entry of a chunk
+        does what so many stored commands do together, see `ActionField.combine`.
+    language_alternatives: paths of further instructions that say the same; any of all of them may be empty.
 
     Raises:
         ValueError: lists everything that is inconsistent.
@@ -202,6 +329,8 @@ class Robot:
     normalization: str = "zscore"
     language_key: str | None = "language_instruction"
     default_prompt: str | None = None
+    stride: int = 1
+    language_alternatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -210,7 +339,7 @@ class Robot:
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 problems.append(f"{what} names {twice} are used twice")
-            if not items:
+            if not items and what != "state field":
                 problems.append(f"no {what}, expected at least one")
         states = {f.name: f for f in self.state}
         for field in self.action:
@@ -229,6 +358,13 @@ class Robot:
             problems.append(f"normalization {self.normalization!r}, expected 'zscore' or 'quantile'")
         if self.language_key is None and self.default_prompt is None:
             problems.append("language_key and default_prompt are both None, expected one of them")
+        if self.stride < 1:
+            problems.append(f"stride {self.stride}, expected at least 1")
+        texts = [t for t in (self.language_key, *self.language_alternatives) if t is not None]
+        if self.language_alternatives and self.language_key is None:
+            problems.append("language_alternatives without language_key, expected the first of them there")
+        elif len(set(texts)) != len(texts):
+            problems.append(f"language_key and language_alternatives name a text twice: {texts}")
         if problems:
             raise ValueError(f"Robot {self.name!r}: " + "; ".join(problems))
 
@@ -271,6 +407,8 @@ class Robot:
         """Robot space -> model space. (..., robot_state_size) -> (..., state_size), float32."""
         _check_size("state", state, self.robot_state_size, self)
         parts = [f.to_model(x) for f, x in zip(self.state, _split(state, self.state), strict=True)]
+        if not parts:
+            return np.asarray(state, np.float32)
         return np.concatenate(parts, axis=-1).astype(np.float32)
 
     def encode_actions(
@@ -316,8 +454,7 @@ class Robot:
             else:
                 from_array = ROTATIONS[field.model_rotation or field.rotation][1]
                 target = reference._to_rotation(s) * from_array(x.reshape(-1, field.model_size))
-                scale = 1.0 if field.rotation.startswith("quaternion") else UNITS[field.unit][1]
-                parts.append((ROTATIONS[field.rotation][2](target) / scale).reshape(*x.shape[:-1], field.size))
+                parts.append(field._from_rotation(target).reshape(*x.shape[:-1], field.size))
         return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
@@ -328,8 +465,19 @@ def _check_size(what: str, x: np.ndarray, size: int, robot: Robot) -> None:
 
 
 def _split(x: np.ndarray, fields: tuple[StateField, ...]) -> list[np.ndarray]:
+    if not fields:
+        return []
     ends = np.cumsum([f.size for f in fields])
     return np.split(np.asarray(x, np.float64), ends[:-1].tolist(), axis=-1)
+
+
+def with_channel_order(robot: Robot, order: str) -> Robot:
+    """Returns the robot for a copy of its dataset whose images all have this channel order, "rgb" or "bgr".
+
+    Some published datasets hold images with swapped channels, and copies of them that have been corrected go around
+    under the same name; which one a directory is can only be seen in its pixels.
+    """
+    return dataclasses.replace(robot, cameras=tuple(dataclasses.replace(c, channel_order=order) for c in robot.cameras))
 
 
 def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
@@ -358,17 +506,28 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
 
 
 def find_robot(name: str) -> Robot:
-    """Returns the robot called "sawyer" (a file of this folder that defines SAWYER) or "module:OBJECT".
+    """Returns a robot by its name.
+
+    name: "sawyer" (a file of this folder that defines SAWYER), "fractal20220817_data" (a dataset of `oxe.ROBOTS`),
+        "oxe:FRACTAL" (an object of a file of this folder) or "package.module:OBJECT".
 
     Raises:
         ValueError: there is none; says what there is.
     """
-    module, _, attribute = name.partition(":") if ":" in name else (f"openpi_like.robots.{name}", "", name.upper())
+    from openpi_like.robots.oxe import ROBOTS  # it imports this module
+
+    if name in ROBOTS:
+        return ROBOTS[name]
+    files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
+    module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
+    if "." not in module and (":" not in name or module in files):
+        module = f"openpi_like.robots.{module}"
     try:
-        robot = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        known = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
+        found = vars(importlib.import_module(module))
+    except ImportError as e:
+        known = [*(f for f in files if f != "oxe"), *ROBOTS]
         raise ValueError(f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT") from e
-    if not isinstance(robot, Robot):
-        raise ValueError(f"{module}:{attribute} is a {type(robot).__name__}, expected a Robot")
-    return robot
+    if not isinstance(found.get(attribute), Robot):
+        near = near_names(attribute, [k for k, v in found.items() if isinstance(v, Robot)])
+        raise ValueError(f"{module} has no robot {attribute!r}; {near}")
+    return found[attribute]

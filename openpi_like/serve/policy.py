@@ -179,6 +179,8 @@ class Policy:
         for name, camera in cameras.items() if images is not None else ():
             assert images is not None
             if name not in images:
+                if camera.steps_back:
+                    continue  # as at the start of an episode
                 problems.append(f"images[{name!r}]: missing; got {', '.join(map(repr, images)) or 'no images'}")
                 continue
             image, size = images[name], (camera.height or "any", camera.width or "any")
@@ -229,8 +231,9 @@ class Policy:
         """Returns normalised actions (A, J) for a normalised state (De,)."""
         c = self._config
         pixels = {name: np.zeros((1, *c.image_size, 3), np.uint8) for name in c.cameras}
-        for name, image in images.items():
-            fit(image, pixels[name][0], resize=c.resize)
+        for camera in self._cameras(robot):
+            if camera.name in images:
+                fit(images[camera.name], pixels[camera.name][0], resize=c.resize, fit=camera.fit)
         padded = np.zeros((1, c.state_dim), np.float32)
         padded[0, : robot.state_size] = state
         inputs: Observation = {

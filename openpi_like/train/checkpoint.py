@@ -154,9 +154,11 @@ class Checkpointer:
         if step is None:
             raise CheckpointError(f"no complete checkpoint in {self.directory}")
         record = read_record(self.directory / str(step))
-        if record["hash"] != contract.hash():
+        # Read back first: what this version added to robots and configs has its default in an older record.
+        stored = from_json(record["contract"])
+        if stored.hash() != contract.hash():
             raise CheckpointError(
-                f"cannot resume from {self.directory}/{step}: this run differs in {_differences(record, contract)}; "
+                f"cannot resume from {self.directory}/{step}: this run differs in {_differences(stored, contract)}; "
                 "train into another directory, or use warm_start to begin from these weights"
             )
 
@@ -251,9 +253,9 @@ def _contract_record(contract: Contract) -> dict[str, Any]:
     }
 
 
-def _differences(record: dict[str, Any], contract: Contract) -> str:
-    stored, now = record["contract"], to_json(contract)
-    return ", ".join(k for k in now if stored.get(k) != now[k]) or "nothing visible (the stored hash is wrong)"
+def _differences(stored: Contract, contract: Contract) -> str:
+    before, now = to_json(stored), to_json(contract)
+    return ", ".join(k for k in now if before[k] != now[k])
 
 
 def find_step(directory: str | Path, step: int | None = None) -> Path:

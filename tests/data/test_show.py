@@ -29,7 +29,7 @@ def program() -> SimpleNamespace:
 
 def run(program: SimpleNamespace, data: Path, **options: Any) -> str:
     text = io.StringIO()
-    program.main(program.Args(data, **options), Console(file=text, width=300))
+    program.main(program.Args(str(data), **options), Console(file=text, width=300))
     return text.getvalue()
 
 
@@ -89,9 +89,9 @@ def test_refusals(program: SimpleNamespace, toy: Path, copy: Path, tmp_path: Pat
     with pytest.raises(
         ValueError, match=r"--frames 0, expected at least 1; --out .*x.gif, expected a name that ends in"
     ):
-        program.Args(toy, frames=0, out=tmp_path / "x.gif")
+        program.Args(str(toy), frames=0, out=tmp_path / "x.gif")
     with pytest.raises(ValueError, match=r"there is no directory .*nowhere; make it first"):
-        program.Args(toy, out=tmp_path / "nowhere" / "x.html")
+        program.Args(str(toy), out=tmp_path / "nowhere" / "x.html")
     with pytest.raises(DatasetError, match="no dataset directory"):
         run(program, tmp_path / "nowhere")
     (copy / "features.json").write_text(json.dumps({"featuresDict": {"features": {}}}))

@@ -206,11 +206,11 @@ def run(program: SimpleNamespace, **options: Any) -> str:
 
 def test_program_writes_and_measures(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     robot, out = "tests.data.toy:CART", tmp_path / "new" / "cart.json"
-    text = run(program, robot=robot, data=(toy,), out=out)
+    text = run(program, robot=robot, data=(str(toy),), out=out)
     assert load_normalization(out, CART) == compute_normalization(*opened(toy, "train", robot=CART))
     assert "robot cart: 110 frames of 12 episodes, mode quantile" in text
     assert "outside q01..q99" in text
-    held_out = run(program, robot=robot, data=(toy,), use=out, split="val")
+    held_out = run(program, robot=robot, data=(str(toy),), use=out, split="val")
     assert "19 frames of 3 episodes" in held_out
     assert "written" not in held_out
 
@@ -236,21 +236,21 @@ def test_program_computes_what_a_run_lacks(program: SimpleNamespace, toy: Path, 
 def test_program_refuses(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     for options, message in (
         ({}, "give --robot, --data and one of --out and --use; or give --config"),
-        ({"robot": "arm", "data": (toy,), "out": tmp_path, "use": tmp_path}, "one of --out and --use"),
+        ({"robot": "arm", "data": (str(toy),), "out": tmp_path, "use": tmp_path}, "one of --out and --use"),
         ({"config": tmp_path, "out": tmp_path, "workers": 0}, "leave out --robot.*; --workers 0, expected at least 1"),
-        ({"robot": "arm", "data": (toy,), "out": tmp_path, "again": True}, "--set and --again belong to --config"),
+        ({"robot": "arm", "data": (str(toy),), "out": tmp_path, "again": True}, "--set and --again belong to --config"),
     ):
         with pytest.raises(ValueError, match=message):
             program.Args(**options)
     with pytest.raises(ValueError, match=r"no robot 'widow'.*did you mean 'widowx'"):
-        run(program, robot="widow", data=(toy,), out=tmp_path / "x.json")
+        run(program, robot="widow", data=(str(toy),), out=tmp_path / "x.json")
     with pytest.raises(ValueError, match=r"does not fit robot 'widowx':\n"):
-        run(program, robot="widowx", data=(toy,), out=tmp_path / "x.json")
+        run(program, robot="widowx", data=(str(toy),), out=tmp_path / "x.json")
     with pytest.raises(ValueError, match="no dataset directory"):
-        run(program, robot="widowx", data=(tmp_path / "nowhere",), out=tmp_path / "x.json")
+        run(program, robot="widowx", data=(str(tmp_path / "nowhere"),), out=tmp_path / "x.json")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        run(program, robot="tests.data.toy:CART", data=(toy,), out=tmp_path / "file" / "x.json")
+        run(program, robot="tests.data.toy:CART", data=(str(toy),), out=tmp_path / "file" / "x.json")
 
 
 def test_program_from_a_shell(toy: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def rotation_values(representation, rotations, unit="1"):
     """(N, size) values of scipy rotations, converted by scipy alone."""
     to_array = {
         "rpy": lambda r: r.as_euler("xyz"),
+        "zxy": lambda r: r.as_euler("zxy"),
         "axis_angle": lambda r: r.as_rotvec(),
         "quaternion_xyzw": lambda r: r.as_quat(),
         "quaternion_wxyz": lambda r: np.roll(r.as_quat(), 1, axis=-1),
@@ -80,6 +81,7 @@ def test_quarter_turn_in_every_representation():
     h = math.sqrt(0.5)
     by_hand: dict[str, list[float]] = {
         "rpy": [0, 0, math.pi / 2],
+        "zxy": [math.pi / 2, 0, 0],
         "axis_angle": [0, 0, math.pi / 2],
         "quaternion_xyzw": [0, 0, h, h],
         "quaternion_wxyz": [h, 0, 0, h],
@@ -162,7 +164,7 @@ def test_units_and_grippers_invert(unit, reference_unit, limits, data):
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=5, deadline=None)
 def test_rotations_invert(stored, model, relative, seed):
-    unit = "deg" if stored in ("rpy", "axis_angle") else "1"
+    unit = "deg" if stored in ("rpy", "zxy", "axis_angle") else "1"
     size = ROTATIONS[stored][0]
     field = {"size": size, "rotation": stored, "model_rotation": model, "unit": unit}
     robot = make_robot(
@@ -209,12 +211,12 @@ ACTION = ActionField("hand", "a", 3)
         (lambda: StateField("x", "s", 0), "size 0 and start 0"),
         (lambda: StateField("x", "s", 1, start=-1), "start -1"),
         (lambda: ActionField("x", "s", 1, unit="feet"), "ActionField 'x': unit 'feet'"),
-        (lambda: ActionField("x", "s", 1, command="relative"), "command 'relative', expected 'absolute' or 'delta'"),
+        (lambda: ActionField("x", "s", 1, command="relative"), "command 'relative', expected 'absolute', 'delta' or"),
         (lambda: ActionField("x", "s", 1, command="delta", relative_to="x"), "cannot be made relative"),
         (lambda: make_robot([STATE, STATE], [ACTION]), r"state field names \['hand'\] are used twice"),
         (lambda: make_robot([STATE], [ACTION, ACTION]), "action field names"),
         (lambda: make_robot([STATE], [ACTION], cameras=()), "no camera, expected at least one"),
-        (lambda: make_robot([], [ACTION]), "no state field"),
+        (lambda: make_robot([STATE], []), "no action field, expected at least one"),
         (
             lambda: make_robot([STATE], [dataclasses.replace(ACTION, relative_to="hnad")]),
             "relative to 'hnad', no such state; did you mean 'hand'",
