@@ -7,7 +7,7 @@ or those that a run needs and that are not in its stats directory yet, of every 
     python data/stats.py --config configs/demo_pretrain.py --workers 8
 
 Several directories after --data are counted as one dataset. Statistics that exist, of a released policy for instance,
-can be measured on a dataset instead: --use stats.json in place of --out. --beam runs on Apache Beam (extra `beam`).
+can be measured on a dataset instead: --use stats.json in place of --out. --beam runs on Apache Beam (apache-beam).
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: 
         try:
             from openpi_like.data.beam_stats import write_normalization
         except ImportError as e:
-            sys.exit(f"--beam needs Apache Beam ({e}); install the extra: pip install 'openpi-like[beam]'")
+            sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_normalization(datasets, str(out), shlex.split(args.beam))
         return load_normalization(out, robot)

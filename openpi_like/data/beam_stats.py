@@ -1,5 +1,5 @@
 """The statistics of `stats` on Apache Beam, for a corpus that outgrows one machine; the same accumulators, so the same
-numbers bit for bit. Needs the `beam` extra.
+numbers bit for bit. Needs the package apache-beam.
 
 Workers read the datasets' indexes, not their images: both must lie where every worker finds them under one name.
 """
