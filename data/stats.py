@@ -98,7 +98,7 @@ def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: 
     robot = datasets[0].robot
     if args.beam is not None:
         try:
-            from openpi_like.data.beam_stats import write_normalization
+            from openpi_like.data.beam import write_normalization
         except ImportError as e:
             sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
         out.parent.mkdir(parents=True, exist_ok=True)

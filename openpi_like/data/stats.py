@@ -5,7 +5,7 @@ upper 16 bits of their float32 pattern, then, inside the bins that hold the want
 quantiles are therefore exact (those of `numpy.quantile`), and memory does not grow with the values.
 
 Each pass is an accumulator that can be merged with another: frames are cut into the same blocks whoever reads them, so
-any number of processes, in any order, gives the same statistics bit for bit (`beam_stats` spreads them over machines).
+any number of processes, in any order, gives the same statistics bit for bit (`beam` spreads them over machines).
 """
 
 import contextlib

@@ -146,7 +146,7 @@ def test_own_statistics_cover_all_but_two_percent(toy: Path) -> None:
 
 def test_beam_gives_the_same_file(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="needs apache-beam")
-    from openpi_like.data.beam_stats import write_normalization
+    from openpi_like.data.beam import write_normalization
 
     datasets = opened(toy, "train", "val")
     save_normalization(compute_normalization(*datasets), tmp_path / "here.json")

@@ -1,7 +1,7 @@
-"""The statistics of `stats` on Apache Beam, for a corpus that outgrows one machine; the same accumulators, so the same
-numbers bit for bit. Needs the package apache-beam.
+"""Statistics and rewriting on Apache Beam, for a corpus that outgrows one machine. Needs the package apache-beam.
 
-Workers read the datasets' indexes, not their images: both must lie where every worker finds them under one name.
+It runs the functions of `stats` and `prepare`, with the same results bit for bit. What they read (indexes for the one,
+shards for the other) must lie where every worker finds it under one name, and so must the directory `prepare` writes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.prepare import Task, prepare_shard, raise_problems
 from openpi_like.data.stats import (
     Accumulator,
     accumulate,
@@ -76,3 +77,17 @@ def write_normalization(datasets: Sequence[EpisodeDataset], out: str, options: S
             | "as JSON" >> beam.Map(normalization_json)
             | beam.io.WriteToText(out, shard_name_template="", append_trailing_newlines=False)
         )
+
+
+def write_shards(tasks: Sequence[Task], options: Sequence[str] = ()) -> None:
+    """Writes shards as `prepare.write_shards` does, with one more try of all that are missing at the end.
+
+    options: of the pipeline, see `write_normalization`.
+
+    Raises:
+        DatasetError: records are damaged or missing; lists those of all shards. The others are done.
+    """
+    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        _ = pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.Map(prepare_shard)
+    # What a worker found wrong stays there; here it is found again, and what is done is not done twice.
+    raise_problems([problem for task in tasks for problem in prepare_shard(task)])
