@@ -9,7 +9,6 @@ kept. This is optional: training reads the dataset as it is published. --beam ru
 
 import dataclasses
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +26,7 @@ class Args:
 
     height, width: the box in pixels. encoding, quality: of colour images; quality is that of JPEG, with 4:2:0 colours.
     file_format: "array_record" is for readers that need random access; other RLDS readers want "tfrecord".
-    splits: default all. workers: processes. beam: options of a Beam pipeline, e.g. "--runner=DirectRunner".
+    splits: default all. workers: processes. beam: options of a Beam pipeline, e.g. runner=DirectRunner.
     """
 
     data: Annotated[str, tyro.conf.Positional]
@@ -39,18 +38,18 @@ class Args:
     file_format: Literal["tfrecord", "array_record"] = "tfrecord"
     splits: tuple[str, ...] = ()
     workers: int = 1
-    beam: str | None = None
+    beam: tuple[str, ...] = ()
 
 
 def main(args: Args, console: Console) -> None:
     config = Prepare(args.height, args.width, args.encoding, args.quality, args.file_format)
     tasks = plan(args.data, args.out, config, args.splits)
-    if args.beam is not None:
+    if args.beam:
         try:
             from openpi_like.data import beam
         except ImportError as e:
             sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
-        beam.write_shards(tasks, shlex.split(args.beam))
+        beam.write_shards(tasks, [f"--{option}" for option in args.beam])
     else:
         with Progress(console=console, transient=True) as bar:
             shards = bar.add_task("shards", total=len(tasks))

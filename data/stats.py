@@ -12,7 +12,6 @@ can be measured on a dataset instead: --use stats.json in place of --out. --beam
 
 import dataclasses
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ class Args:
     split: which split, or a part of one, "train[:95%]". frame_stride: take every n-th frame.
     index_dir: where indexes are kept (default: in the data).
     config: a run, in place of all the above. set: its overrides, key=value. again: also compute statistics that exist.
-    workers: processes; the numbers do not depend on them. beam: options of a Beam pipeline, "--runner=DirectRunner".
+    workers: processes; the numbers do not depend on them. beam: options of a Beam pipeline, e.g. runner=DirectRunner.
     """
 
     robot: str | None = None
@@ -59,7 +58,7 @@ class Args:
     set: tuple[str, ...] = ()
     again: bool = False
     workers: int = 1
-    beam: str | None = None
+    beam: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -96,13 +95,13 @@ def table(what: str, stats: FieldStats, degenerate: tuple[str, ...], coverage: C
 def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: Console) -> Normalization:
     """Writes the statistics of one robot's datasets to `out`, and returns them."""
     robot = datasets[0].robot
-    if args.beam is not None:
+    if args.beam:
         try:
             from openpi_like.data.beam import write_normalization
         except ImportError as e:
             sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_normalization(datasets, str(out), shlex.split(args.beam))
+        write_normalization(datasets, str(out), [f"--{option}" for option in args.beam])
         return load_normalization(out, robot)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"statistics of {robot.name}", total=None)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -277,13 +276,10 @@ def test_refusals(program: SimpleNamespace, toy: Path, copy: Path, tmp_path: Pat
         run(program, copy, tmp_path / "none")
 
 
-def test_beam_writes_the_same(toy: Path, tmp_path: Path) -> None:
+def test_beam_writes_the_same(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="needs apache-beam")
-    from openpi_like.data import beam
-
-    here, there = (plan(toy, tmp_path / name, BOX) for name in ("here", "there"))
-    write_shards(here)
-    beam.write_shards(there, ["--runner=DirectRunner"])
-    for a, b in zip(here, there, strict=True):
-        assert a.target.read_bytes() == b.target.read_bytes()
-    shutil.rmtree(tmp_path / "there")
+    here, there = tmp_path / "here", tmp_path / "there"
+    run(program, toy, here)
+    run(program, toy, there, beam=("runner=DirectRunner",))
+    for path in here.iterdir():
+        assert path.is_dir() or path.read_bytes() == (there / path.name).read_bytes()

@@ -144,7 +144,7 @@ def test_own_statistics_cover_all_but_two_percent(toy: Path) -> None:
         compute_coverage(normalization, *opened(toy, "train", robot=ARM))
 
 
-def test_beam_gives_the_same_file(toy: Path, tmp_path: Path) -> None:
+def test_beam_gives_the_same_file(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("apache_beam", reason="needs apache-beam")
     from openpi_like.data.beam import write_normalization
 
@@ -152,6 +152,15 @@ def test_beam_gives_the_same_file(toy: Path, tmp_path: Path) -> None:
     save_normalization(compute_normalization(*datasets), tmp_path / "here.json")
     write_normalization(datasets, str(tmp_path / "beam.json"), ["--runner=DirectRunner"])
     assert (tmp_path / "beam.json").read_bytes() == (tmp_path / "here.json").read_bytes()
+    run(
+        program,
+        robot="tests.data.toy:ARM",
+        data=(str(toy),),
+        split="val",
+        out=tmp_path / "x.json",
+        beam=("runner=DirectRunner",),
+    )
+    assert load_normalization(tmp_path / "x.json", ARM) == compute_normalization(datasets[1])
     with pytest.raises(ValueError, match="expected one and the same robot"):
         write_normalization([*datasets, *opened(toy, "val", robot=CART)], str(tmp_path / "x.json"))
 
@@ -251,6 +260,21 @@ def test_program_refuses(program: SimpleNamespace, toy: Path, tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         run(program, robot="tests.data.toy:CART", data=(str(toy),), out=tmp_path / "file" / "x.json")
+
+
+def test_program_says_what_beam_needs(
+    program: SimpleNamespace, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "openpi_like.data.beam", raising=False)
+    with pytest.raises(SystemExit, match=r"--beam needs Apache Beam .*; pip install apache-beam"):
+        run(
+            program,
+            robot="tests.data.toy:ARM",
+            data=(str(toy),),
+            out=tmp_path / "x.json",
+            beam=("runner=DirectRunner",),
+        )
 
 
 def test_program_from_a_shell(toy: Path, tmp_path: Path) -> None:
