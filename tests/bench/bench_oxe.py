@@ -131,7 +131,7 @@ def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
             errors.seek(0)
             raise RuntimeError(f"{pipeline} {spec}: ended without a result:\n{errors.read()[-4000:]}")
     end = moments["end"]
-    row = {k: v for k, v in end.items() if k not in ("moment", "time", "cpu", "busy")}
+    row = {k: v for k, v in end.items() if k not in ("moment", "time", "cpu", "busy", "released")}
     if "first" in moments:
         row["first_s"] = moments["first"]["time"] - spawned
     if "start" in moments:
@@ -142,7 +142,7 @@ def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
             "cpu_ms": cpu / frames * 1e3,
             "others": (end["busy"] - start["busy"] - cpu) / wall,
         }
-        if "released" in end:
+        if pipeline == "gil":
             row["released_ms"] = (end["released"] - start["released"]) / frames * 1e3
     return row
 
