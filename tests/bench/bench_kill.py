@@ -4,7 +4,8 @@
 
 The reader draws batches of a mixture and writes a digest of every sample, all of its arrays, to a file it only appends
 to; every few batches it saves its position, one integer, as train/train.py does with a checkpoint. The parent ends it
-with SIGKILL and starts it again with other numbers of hosts, worker processes and threads, as often as asked. Then an uninterrupted reader with one of each goes as far. Exit code 1 where the two differ in a sample.
+with SIGKILL and starts it again with other numbers of hosts, worker processes and threads, as often as asked. Then an
+uninterrupted reader with one of each goes as far. Exit code 1 where the two differ in a sample.
 """
 
 import dataclasses
