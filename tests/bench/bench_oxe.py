@@ -39,7 +39,7 @@ SIZE = 224
 STATES = (10_000, 2_048)  # samples skipped and looked at, for the quality of shuffles
 IMAGES = 64  # compared pixel by pixel
 
-Part = Literal["one", "small", "mixture", "scaling", "shuffle", "pixels"]
+Part = Literal["one", "small", "mixture", "scaling", "soak", "shuffle", "pixels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Args:
 
     photos: pictures for the comparison of pixels, beside those of b256. rounds: turns of each pipeline on one dataset,
     of which the median counts. parts: one dataset of 256 pixels; of 64 pixels; a mixture of 24; scaling with threads
-    and processes; quality of the shuffle; pixels against octo's.
+    and processes; memory over `soak` samples of a mixture of 64 pixels; quality of the shuffle; pixels against octo's.
     """
 
     data: Path
@@ -60,7 +60,8 @@ class Args:
     seconds: float = 15.0
     rounds: int = 2
     buffer: int = 10_000
-    parts: tuple[Part, ...] = ("one", "small", "mixture", "scaling", "shuffle", "pixels")
+    soak: int = 1_000_000
+    parts: tuple[Part, ...] = ("one", "small", "mixture", "scaling", "soak", "shuffle", "pixels")
     out: Path | None = None
 
 
@@ -116,12 +117,15 @@ def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
         )
         assert child.stdout is not None
         moments: dict[str, dict[str, float]] = {}
+        resident: list[float] = []
         for line in child.stdout:
             if not line.startswith('{"moment"'):
                 continue  # peers print too
             moment = json.loads(line)
             moment |= {"cpu": cpu_seconds(child.pid), "busy": busy_seconds()}
             moments[moment["moment"]] = moment
+            if moment["moment"] == "part":
+                resident.append(sum(p.memory_info().rss for p in tree(child.pid)) / 1e6)
             if moment["moment"] == "end":
                 moment["peak_mb"] = peak_mb(child.pid)
                 break
@@ -132,6 +136,8 @@ def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
             raise RuntimeError(f"{pipeline} {spec}: ended without a result:\n{errors.read()[-4000:]}")
     end = moments["end"]
     row = {k: v for k, v in end.items() if k not in ("moment", "time", "cpu", "busy", "released")}
+    if resident:
+        row |= {"resident_mb": resident[0], "growth": max(resident) / resident[0] - 1}
     if "first" in moments:
         row["first_s"] = moments["first"]["time"] - spawned
     if "start" in moments:
@@ -267,7 +273,7 @@ def compare_pixels(args: Args, console: Console) -> dict[str, dict[str, float]]:
 def main(args: Args, console: Console) -> None:
     octo, openpi = (path is not None and args.dlimp is not None for path in (args.octo, args.openpi))
     large, small = ([str(args.data / name / "1.0.0")] for name in ("b256", "b64"))
-    mix = sorted(str(path / "1.0.0") for path in (args.data / "mix").iterdir())
+    mix, soak = (sorted(str(p / "1.0.0") for p in (args.data / "mix").glob(f"{name}_*")) for name in ("b256", "b64"))
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
 
@@ -284,6 +290,7 @@ def main(args: Args, console: Console) -> None:
             out: dict[str, tuple[str, dict[str, Any]]] = {
                 "ours": ("ours", base),
                 "ours, augmented": ("ours", base | {"augment": True}),
+                "augmentation alone": ("augmentation", base | {"augment": True}),
             }
             if octo:
                 out["octo"] = ("octo", base)
@@ -356,6 +363,15 @@ def main(args: Args, console: Console) -> None:
             rows = take_turns(args, console, mixed, 1)
             show(console, f"mixture of {len(mix)} datasets of 256 px", rows, dict.fromkeys(mixed, "ours"))
             results["mixture"] = rows
+
+        if "soak" in args.parts:
+            prepare(soak, 4)
+            row = run(args, "ours", data=soak, work=work, samples=args.soak)
+            console.print(
+                f"{args.soak:,} samples of a mixture of {len(soak)}: {row['frames_s']:,.0f} frames/s, resident "
+                f"{row['resident_mb']:.0f} MB after a twentieth of them, at most {row['growth']:+.1%} later"
+            )
+            results["soak"] = row
 
         if "shuffle" in args.parts:
             prepare(large, 4)

@@ -5,7 +5,7 @@
 
     b64/1.0.0    Bridge as it is, 10 steps of 64 x 64 pixels an episode, repeated
     b256/1.0.0   the same fields in episodes of 40 steps, with images of 256 x 256 as JPEG 4:2:0 of quality 95
-    mix/b256_XX  24 datasets for mixtures; their shards are links to those of b256
+    mix/b64_XX, mix/b256_XX  24 datasets each, for mixtures; their shards are links
 
 States and actions get noise of their own in every episode, so that any frame can be told from its state. Images repeat
 from shard to shard, which helps no reader: each decodes all it delivers.
@@ -171,17 +171,19 @@ def main(args: Args, console: Console) -> None:
         write(large, args, {"train": (episodes, args.b256, args.shards), "val": (episodes, len(episodes), 1)})
         console.print(f"{large}: images have {np.mean(sizes) / 1e3:.1f} kB on average")
 
-    splits = {
-        s["name"]: ([int(n) for n in s["shardLengths"]], int(s["numBytes"]))
-        for s in json.loads((large / "dataset_info.json").read_text())["splits"]
-    }
-    for i in range(MIXED):
-        directory = args.out / "mix" / f"b256_{i:02d}" / "1.0.0"
-        describe(directory, args.bridge, splits)
-        for path in large.glob("*.tfrecord-*"):
-            link = directory / path.name.replace("b256", directory.parent.name)
-            if not link.exists():
-                os.symlink(path.resolve(), link)
+    for source_dir in (small, large):
+        name = source_dir.parent.name
+        splits = {
+            s["name"]: ([int(n) for n in s["shardLengths"]], int(s["numBytes"]))
+            for s in json.loads((source_dir / "dataset_info.json").read_text())["splits"]
+        }
+        for i in range(MIXED):
+            directory = args.out / "mix" / f"{name}_{i:02d}" / "1.0.0"
+            describe(directory, args.bridge, splits)
+            for path in source_dir.glob("*.tfrecord-*"):
+                link = directory / path.name.replace(name, directory.parent.name)
+                if not link.exists():
+                    os.symlink(path.resolve(), link)
     for directory in (small, large):
         size = sum(p.stat().st_size for p in directory.glob("*.tfrecord-*"))
         console.print(f"{directory}: {size / 1e6:,.0f} MB")

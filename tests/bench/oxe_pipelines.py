@@ -5,6 +5,7 @@ are inside the functions: a pipeline is to pay, and to hold, what it needs itsel
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -30,8 +31,9 @@ class Spec:
 
     pipeline: a function of this file. data: directories of datasets, each `name/1.0.0`. work: where `prepare` puts what
     it makes. cameras: how many. horizon: of action chunks. threads, workers: of ours. buffer: frames in tf.data's
-    shuffle buffers. seconds: of the timed window, after `warm_up` batches. states: instead of measuring, skip this many
-    samples and write the states of the next ones to `out`; (skip, count). sources: directories to import peers from.
+    shuffle buffers. seconds: of the timed window, after `warm_up` batches; or samples: draw so many. states: instead of
+    measuring, skip this many samples and write the states of the next ones to `out`; (skip, count). sources:
+    directories to import peers from.
     """
 
     pipeline: str
@@ -46,6 +48,7 @@ class Spec:
     workers: int = 0
     buffer: int = 10_000
     seconds: float = 15.0
+    samples: int = 0
     warm_up: int = 20
     states: tuple[int, int] | None = None
     out: str = ""
@@ -79,9 +82,11 @@ def run(
         next(batches)
     say("start", released=released())
     frames, until = 0, time.perf_counter() + spec.seconds
-    while time.perf_counter() < until:
+    while frames < spec.samples or (not spec.samples and time.perf_counter() < until):
         next(batches)
         frames += spec.batch_size
+        if spec.samples and frames % (spec.samples // 20) < spec.batch_size:
+            say("part", frames=frames)
     say("end", frames=frames, released=released())
 
 
@@ -139,14 +144,17 @@ class Shapes:
     action_tokens: None = None
 
 
-def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0) -> None:
-    from openpi_like.data.images import Augment
+def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: bool = False) -> None:
+    """The loader; with `augment`, and the augmentation of the training step, compiled for the CPU.
+
+    one_batch: draw a single batch and go on with it, so that the augmentation is all there is to do.
+    """
     from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
     from openpi_like.data.stats import load_normalization
     from openpi_like.data.text import TextTokenizer
 
     entries = tuple(MixtureEntry(r, directory) for r, directory in zip(robots(spec), spec.data, strict=True))
-    config = DataConfig(entries, num_threads=spec.threads, augment=Augment() if spec.augment else None)
+    config = DataConfig(entries, num_threads=spec.threads, num_workers=spec.workers)
     shapes = Shapes(tuple(c.name for c in entries[0].robot.cameras), spec.horizon)
     normalizations = {e.robot.name: load_normalization(stats_file(spec, e.robot), e.robot) for e in entries}
     loader = make_loader(
@@ -162,7 +170,23 @@ def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0) -> None:
         offset, scale, _ = stats.affine("zscore")
         return batch["state"] * scale + offset
 
-    run(spec, loader, state, released)
+    batches: Iterator[Any] = loader
+    if one_batch:
+        batches = itertools.repeat(next(loader))
+        loader.close()
+    if spec.augment:
+        import jax
+
+        from openpi_like.data.augment import Augment, augment_batch
+
+        change = jax.jit(lambda batch: augment_batch(batch, Augment.octo(), 0)["images"])
+        keys = ("images", "image_mask", "position")
+        batches = (b | {"images": jax.block_until_ready(change({k: b[k] for k in keys}))} for b in batches)
+    run(spec, batches, state, released)
+
+
+def augmentation(spec: Spec) -> None:
+    ours(spec, one_batch=True)
 
 
 def gil(spec: Spec) -> None:
@@ -334,7 +358,7 @@ def octo_pixels(spec: Spec) -> None:
     say("end")
 
 
-PIPELINES = {f.__name__: f for f in (prepare, ours, gil, limit, octo, openpi, octo_pixels)}
+PIPELINES = {f.__name__: f for f in (prepare, ours, augmentation, gil, limit, octo, openpi, octo_pixels)}
 
 
 if __name__ == "__main__":
