@@ -5,7 +5,7 @@
 
     b64/1.0.0    Bridge as it is, 10 steps of 64 x 64 pixels an episode, repeated
     b256/1.0.0   the same fields in episodes of 40 steps, with images of 256 x 256 as JPEG 4:2:0 of quality 95
-    mix/b64_XX, mix/b256_XX  24 datasets each, for mixtures; their shards are links
+    mix/...      24 of each, for mixtures; their shards are links to those above
 
 States and actions get noise of their own in every episode, so that any frame can be told from its state. Images repeat
 from shard to shard, which helps no reader: each decodes all it delivers.
