@@ -170,17 +170,11 @@ def take_turns(
 
 
 def show(console: Console, title: str, rows: dict[str, dict[str, float]], against: dict[str, str]) -> None:
-    """Prints rows; against: name of a row of a peer -> ours that does the same."""
-    columns = ("pipeline", "frames/s", "CPU ms/frame", "first batch s", "peak RSS MB", "others", "ours is")
-    table = Table(*columns, title=title)
+    """Prints rows; against: name of a row of a peer -> ours that does the same, whose numbers its own are multiples of."""
+    measures = {"cpu_ms": "CPU ms/frame", "first_s": "first batch s", "peak_mb": "peak RSS MB"}
+    table = Table("pipeline", "frames/s", *measures.values(), "others", *(f"x {k}" for k in measures), title=title)
     for name, row in rows.items():
-        ratio = ""
-        if against.get(name, name) != name:
-            own = rows[against[name]]
-            ratio = (
-                f"{row['cpu_ms'] / own['cpu_ms']:.1f} x less CPU, {row['first_s'] / own['first_s']:.1f} x sooner, "
-                f"{row['peak_mb'] / own['peak_mb']:.1f} x less memory"
-            )
+        own = rows[against.get(name, name)]
         table.add_row(
             name,
             f"{row['frames_s']:,.0f}",
@@ -188,7 +182,7 @@ def show(console: Console, title: str, rows: dict[str, dict[str, float]], agains
             f"{row['first_s']:.2f}",
             f"{row['peak_mb']:,.0f}",
             f"{row['others']:.2f}",
-            ratio,
+            *("" if own is row else f"{row[k] / own[k]:.1f}" for k in measures),
         )
     console.print(table)
 
@@ -394,4 +388,4 @@ def main(args: Args, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args), Console(highlight=False))
+    main(tyro.cli(Args), Console(highlight=False, width=140, soft_wrap=True))
