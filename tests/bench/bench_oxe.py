@@ -170,7 +170,7 @@ def take_turns(
 
 
 def show(console: Console, title: str, rows: dict[str, dict[str, float]], against: dict[str, str]) -> None:
-    """Prints rows; against: name of a row of a peer -> ours that does the same, whose numbers its own are multiples of."""
+    """Prints rows; against: name of a peer's row -> that of ours which does the same, to give multiples of."""
     measures = {"cpu_ms": "CPU ms/frame", "first_s": "first batch s", "peak_mb": "peak RSS MB"}
     table = Table("pipeline", "frames/s", *measures.values(), "others", *(f"x {k}" for k in measures), title=title)
     for name, row in rows.items():
