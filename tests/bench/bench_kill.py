@@ -34,7 +34,8 @@ from openpi_like.robots.robot import Robot
 from openpi_like.robots.widowx import WIDOWX
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOSTS, WORKERS, THREADS = (1, 2, 4, 8), (0, 0, 0, 1, 2), (1, 2, 3)
+HOSTS_WORKERS = ((1, 0), (2, 0), (4, 0), (8, 0), (1, 1), (1, 2), (2, 1))
+THREADS = (1, 2, 3)
 POSITION, DIGESTS = "position", "digests"
 DIGEST_BYTES = 16
 RECORD = 8 + DIGEST_BYTES
@@ -183,7 +184,8 @@ def main(args: Args, console: Console) -> None:
         lives.mkdir()
         whole.mkdir()
         for kill in range(args.kills):
-            how = {"hosts": rng.choice(HOSTS), "num_workers": rng.choice(WORKERS), "num_threads": rng.choice(THREADS)}
+            hosts, workers = rng.choice(HOSTS_WORKERS)
+            how = {"hosts": hosts, "num_workers": workers, "num_threads": rng.choice(THREADS)}
             # Some are killed while they start: imports, indexes, the first batch.
             target = drawn(lives, args.batch_size) + rng.choice([0, rng.randint(1, args.batches)])
             child = spawn(args, lives, 1 << 40, **how)
@@ -197,9 +199,11 @@ def main(args: Args, console: Console) -> None:
             if (lives / DIGESTS).exists():  # a write may be cut by the end of the process
                 os.truncate(lives / DIGESTS, (lives / DIGESTS).stat().st_size // RECORD * RECORD)
             saved = int((lives / POSITION).read_text()) if (lives / POSITION).exists() else 0
-            console.print(f"kill {kill + 1}: {how}, {drawn(lives, args.batch_size)} batches so far, saved {saved}")
+            console.print(
+                f"kill {kill + 1}: {how}, {drawn(lives, args.batch_size)} batches so far, position {saved} saved"
+            )
         until = (saved // args.batch_size + args.save_every) * args.batch_size
-        for work, hosts in ((lives, HOSTS[-1]), (whole, 1)):
+        for work, hosts in ((lives, 8), (whole, 1)):
             last = spawn(args, work, until, hosts=hosts, num_workers=0, num_threads=1)
             if last.wait():
                 sys.exit(f"the last reader in {work.name} ended with code {last.returncode}")
@@ -220,4 +224,4 @@ if __name__ == "__main__":
         given = json.loads(sys.argv[2])
         read(**(given | {"work": Path(given["work"])}))
     else:
-        main(tyro.cli(Args), Console(highlight=False))
+        main(tyro.cli(Args), Console(highlight=False, soft_wrap=True))
