@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import tyro
@@ -158,24 +158,27 @@ def usage() -> tuple[float, float]:
     return cpu, sum(p.memory_info().rss for p in processes) / MIB
 
 
-def measure(loader: Loader, args: Args) -> dict[str, Any]:
-    """Draws batches for `seconds`, sleeping for the time of a step after each."""
+def measure(loader: Loader, args: Args) -> dict[str, float]:
+    """Draws batches for `seconds`, sleeping for the time of a step after each; memory is in MiB."""
     for _ in range(args.warm_up):
-        batch = next(loader)
+        next(loader)
     cpu, resident = usage()
-    position, waited, started = loader.position, loader.wait_seconds, time.perf_counter()
-    while (took := time.perf_counter() - started) < args.seconds:
+    position, waited, started, took = loader.position, loader.wait_seconds, time.perf_counter(), 0.0
+    while took < args.seconds:
         batch = next(loader)
         time.sleep(args.step_ms / 1e3)
+        took = time.perf_counter() - started
     cpu_after, resident_after = usage()
     samples = loader.position - position
     return {
-        "samples/s": f"{samples / took:,.0f}",
-        "CPU per sample": f"{(cpu_after - cpu) / samples * 1e3:.3f} ms",
-        "CPU per image": f"{(cpu_after - cpu) / samples / images_per_sample(batch) * 1e3:.3f} ms",
-        "cores in use": f"{(cpu_after - cpu) / took:.2f} of {os.cpu_count()}",
-        "waited for data": f"{(loader.wait_seconds - waited) / took:.0%} of steps of {args.step_ms:g} ms",
-        "resident": f"{resident:,.0f} MiB after {position:,} samples, {resident_after:,.0f} MiB at the end",
+        "samples": samples,
+        "samples_per_s": samples / took,
+        "cpu_ms": (cpu_after - cpu) / samples * 1e3,
+        "images": images_per_sample(batch),
+        "cores": (cpu_after - cpu) / took,
+        "wait": (loader.wait_seconds - waited) / took,
+        "resident_before": resident,
+        "resident": resident_after,
     }
 
 
@@ -191,12 +194,19 @@ def main(args: Args, console: Console) -> None:
     next(loader)
     first = time.perf_counter()
     since = time.time() - psutil.Process().create_time()
-    table = Table(show_header=False)
-    table.add_row("opened in", f"{opened - started:.2f} s")
-    table.add_row("first batch", f"{first - opened:.2f} s after that, {since:.2f} s after the process started")
-    for name, value in measure(loader, args).items():
-        table.add_row(name, value)
+    found = measure(loader, args)
     loader.close()
+    table = Table(show_header=False)
+    for name, value in {
+        "opened in": f"{opened - started:.2f} s",
+        "first batch": f"{first - opened:.2f} s after that, {since:.2f} s after the process started",
+        "samples/s": f"{found['samples_per_s']:,.0f}, over {found['samples']:,} samples",
+        "CPU per sample": f"{found['cpu_ms']:.3f} ms; per image {found['cpu_ms'] / found['images']:.3f} ms",
+        "cores in use": f"{found['cores']:.2f} of {os.cpu_count()}",
+        "waited for data": f"{found['wait']:.0%} of the time, with steps of {args.step_ms:g} ms",
+        "resident": f"{found['resident_before']:,.0f} MiB before, {found['resident']:,.0f} MiB after that",
+    }.items():
+        table.add_row(name, value)
     console.print(table)
 
 
