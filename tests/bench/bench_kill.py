@@ -30,7 +30,6 @@ from openpi_like.data.index import open_index
 from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
-from openpi_like.robots.robot import Robot
 from openpi_like.robots.widowx import WIDOWX
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -95,7 +94,16 @@ def digests(batch: Any) -> list[bytes]:
 
 
 def read(
-    data: list[str], work: Path, seed: int, batch_size: int, save_every: int, until: int, hosts: int, **how: int
+    *,
+    data: list[str],
+    work: Path,
+    seed: int,
+    batch_size: int,
+    save_every: int,
+    until: int,
+    hosts: int,
+    num_workers: int,
+    num_threads: int,
 ) -> None:
     """Reads from the saved position to sample `until`. All hosts are in this process and keep step with each other."""
     robots = [dataclasses.replace(WIDOWX, name=f"widowx_{i}") for i in range(len(data))]
@@ -103,7 +111,8 @@ def read(
     texts = {text for d in datasets for text in d.index.texts["language_instruction"].table}
     tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), Shapes.prompt_len)
     normalizations = {d.robot.name: compute_normalization(d) for d in datasets}
-    config = DataConfig(entries(data, robots), seed=seed, index_dir=str(work), **how)
+    mixture = tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, robots, strict=True)))
+    config = DataConfig(mixture, seed=seed, index_dir=str(work), num_workers=num_workers, num_threads=num_threads)
     start = int((work / POSITION).read_text()) if (work / POSITION).exists() else 0
     loaders = [
         make_loader(
@@ -128,10 +137,6 @@ def read(
                 (work / "position.new").replace(work / POSITION)
     for loader in loaders:
         loader.close()
-
-
-def entries(data: list[str], robots: list[Robot]) -> tuple[MixtureEntry, ...]:
-    return tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, robots, strict=True)))
 
 
 def append(file: BinaryIO, position: int, rows: list[bytes]) -> None:

@@ -110,7 +110,8 @@ def prepare(spec: Spec) -> None:
     from openpi_like.data.text import fit_text_tokenizer
 
     index_s = stats_s = 0.0
-    steps, texts = 0, set()
+    steps = 0
+    texts: set[str] = set()
     for robot, directory in zip(robots(spec), spec.data, strict=True):
         started = time.perf_counter()
         index = open_index(directory, "train")
