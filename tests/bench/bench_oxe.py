@@ -27,6 +27,7 @@ import psutil
 import scipy.spatial
 import simplejpeg
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -227,7 +228,7 @@ def jpegs(args: Args) -> dict[str, list[bytes]]:
     if args.photos is not None:
         found["photos"] = []
         rng = np.random.default_rng(0)
-        photos = [cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) for path in sorted(args.photos.glob("*.png"))]
+        photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(args.photos.glob("*.png"))]
         for i in range(IMAGES):
             photo = photos[i % len(photos)]
             side = int(rng.uniform(0.8, 1) * min(photo.shape[:2]))

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import simplejpeg
 import tyro
+from PIL import Image
 from rich.console import Console
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -153,8 +154,9 @@ def write(directory: Path, args: Args, splits: dict[str, tuple[list[Any], int, i
 
 def main(args: Args, console: Console) -> None:
     (shard,) = args.bridge.glob("*-train.tfrecord-*")
-    source = [tf_example_pb2.Example.FromString(payload) for _, payload in read_records(shard)]  # type: ignore[arg-type]
-    photos = [cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) for path in sorted(args.photos.glob("*.png"))]
+    records = [payload for _, payload in read_records(shard) if isinstance(payload, bytes)]
+    source = [tf_example_pb2.Example.FromString(payload) for payload in records]
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(args.photos.glob("*.png"))]
     rng = np.random.default_rng(args.seed)
 
     small = args.out / "b64" / "1.0.0"
