@@ -1,42 +1,96 @@
-"""Shows what is in a TFDS directory: fields, episodes, instructions, and a sheet of pictures.
+"""Shows what is in a TFDS directory, and what looks wrong in it:
 
-python data/show.py runs/data/sawyer_sim/1.0.0 --out sheet.png
+    python data/show.py runs/data/sawyer_sim/1.0.0 --out report.html
+
+Fields, lengths of episodes, control rate, ranges of all numbers, instructions, cameras, and suspected traps, each with
+the numbers it rests on. --out writes a report as one HTML file, with histograms and a contact sheet of the cameras, or,
+if it ends in .png or .jpg, the contact sheet alone.
 """
 
+import base64
+import collections
 import dataclasses
+import html
+import io
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, open_index
+from openpi_like.data.traps import Trap, action_keys, find_traps, rows, state_keys
 
-_TILE = (128, 128)
+TILE = (128, 128)
+MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
+PICTURES = (".png", ".jpg", ".jpeg")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """data: TFDS directory. out: picture to write, a row per episode and a block of columns per camera.
+    """data: TFDS directory, or its URL. out: report (.html) or contact sheet (.png, .jpg) to write.
 
-    episodes, frames: how many of each, evenly spaced, the sheet shows. index_dir: where indexes are kept.
+    episodes, frames: how many of each, evenly spaced, the sheet shows, a row per episode and a block of columns per
+    camera. samples: images per camera that are looked at for traps. texts: instructions listed, most frequent first.
+    index_dir, max_corrupt_fraction: see `openpi_like.data.index.open_index`.
     """
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional]
     split: str = "train"
     out: Path | None = None
     episodes: int = 6
     frames: int = 5
+    samples: int = 32
+    texts: int = 20
     index_dir: Path | None = None
+    max_corrupt_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = {k: getattr(self, k) for k in ("episodes", "frames", "samples", "texts")}
+        problems = [f"--{k} {n}, expected at least 1" for k, n in least.items() if n < 1]
+        if self.out is not None and self.out.suffix.lower() not in (".html", *PICTURES):
+            problems.append(f"--out {self.out}, expected a name that ends in .html, {', '.join(PICTURES)}")
+        if self.out is not None and not self.out.parent.is_dir():
+            problems.append(f"--out {self.out}: there is no directory {self.out.parent}; make it first")
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
-def fields(index: FrameIndex) -> Table:
-    """Returns a table of all fields, with the range of the numeric ones."""
-    table = Table("field", "kind", "type", "shape", "range or examples", title=str(index.split))
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table, for the terminal and for HTML."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def terminal(self) -> Table:
+        columns = (Column(name, overflow="fold") for name in self.head)
+        table = Table(*columns, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        return table
+
+    def html(self) -> str:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>\n" for row in self.rows)
+        return f"<h2>{html.escape(self.title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>\n"
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def fields(index: FrameIndex) -> Rows:
+    """All fields, with the range of the numeric ones."""
+    found = []
     for level, features in (("step", index.schema.steps), ("episode", index.schema.episode)):
         columns = index.columns if level == "step" else index.episode_columns
         texts = index.texts if level == "step" else index.episode_texts
@@ -48,42 +102,189 @@ def fields(index: FrameIndex) -> Table:
                 note = f"{len(texts[key].table)} different, e.g. {texts[key].table[0]!r}"
             elif key in index.images and level == "step":
                 note = f"{index.images[key][:, 1].mean() / 1024:.1f} KiB on average"
-            table.add_row(f"{level}: {key}", f.kind, f.dtype, str(f.shape), note)
-    return table
+            found.append((f"{level}: {key}", f.kind, f.dtype, str(f.shape), note))
+    return Rows("Fields", ("field", "kind", "type", "shape", "range or examples"), found)
 
 
-def sheet(index: FrameIndex, episodes: int, frames: int) -> np.ndarray:
-    """Returns a picture of evenly spaced frames: a row per episode, a block of columns per camera."""
-    height, width = _TILE
-    cameras = list(index.images)
+def ranges(index: FrameIndex) -> Rows:
+    """Every dim of the actions and of what is observed."""
+    found = []
+    for key in (*action_keys(index), *state_keys(index)):
+        x = rows(index, key).astype(np.float64)
+        low, q01, middle, q99, high = np.nanquantile(x, [0, 0.01, 0.5, 0.99, 1], axis=0)
+        for d in range(x.shape[1]):
+            values = (low[d], q01[d], middle[d], q99[d], high[d], np.nanmean(x[:, d]), np.nanstd(x[:, d]))
+            found.append((f"{key}[{d}]", *(f"{v:.4g}" for v in values)))
+    return Rows("Numbers", ("dim", "min", "q01", "median", "q99", "max", "mean", "std"), found)
+
+
+def texts(index: FrameIndex, most: int) -> Rows:
+    """The most frequent texts of every text field, by the episodes that have them."""
+    found = []
+    first = np.asarray(index.episode_start[:-1])
+    for key, text in index.texts.items():
+        counts = collections.Counter(text.ids[first].tolist())
+        found += [(key, text.table[i] or "(empty)", f"{n:,}") for i, n in counts.most_common(most)]
+        if len(counts) > most:
+            found.append((key, f"... and {len(counts) - most:,} more", ""))
+    return Rows("Texts", ("field", "text at the first step", "episodes"), found)
+
+
+def cameras(index: FrameIndex, samples: dict[str, tuple[np.ndarray, list[np.ndarray]]]) -> Rows:
+    """What the cameras deliver, by the sampled images."""
+    found = []
+    for key in index.images:
+        if key not in samples:
+            feature = index.schema.steps[key]
+            found.append((key, f"{feature.dtype} of shape {feature.shape}, not shown", "", "", ""))
+            continue
+        steps, images = samples[key]
+        heads = [index.read_image(int(s), key)[:4] for s in steps]
+        formats = {next((kind for magic, kind in MAGIC.items() if h.startswith(magic)), "other") for h in heads}
+        sizes = sorted({f"{i.shape[0]} x {i.shape[1]}" for i in images})
+        bytes_ = np.asarray(index.images[key][:, 1])
+        found.append(
+            (
+                key,
+                ", ".join(sorted(formats)),
+                ", ".join(sizes),
+                f"{bytes_.min():,} .. {bytes_.max():,}",
+                f"{np.mean([i.mean() for i in images]):.0f}",
+            )
+        )
+    return Rows("Cameras", ("camera", "format", "height x width", "bytes", "mean brightness of 255"), found)
+
+
+def control_rate(index: FrameIndex) -> str:
+    """The rate by a time stamp of the steps, where there is one that grows within episodes."""
+    inside = np.ones(index.steps, bool)
+    inside[index.episode_start[1:-1]] = False
+    for key, column in index.columns.items():
+        if "time" not in key or column.ndim != 1:
+            continue
+        gaps = np.diff(np.asarray(column, np.float64))[inside[1:]]
+        if len(gaps) and (gaps > 0).all():
+            gap = float(np.median(gaps))
+            return f"{gap:g} of {key} between steps in the median ({1 / gap:.3g} Hz, if those are seconds)"
+    return "not in the data (a Robot has to say it)"
+
+
+def suspicions(found: Sequence[Trap]) -> Rows:
+    head = ("suspicion", "field", "found", "what to do")
+    return Rows(f"Suspected traps: {len(found)}", head, [(t.kind, t.key, t.found, t.advice) for t in found])
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def image(index: FrameIndex, step: int, key: str) -> np.ndarray:
+    try:
+        return decode(index.read_image(step, key))
+    except ValueError as e:
+        raise ValueError(f"{index.where(step)}: cannot decode {key}: {e}") from e
+
+
+def colour_cameras(index: FrameIndex) -> list[str]:
+    """Cameras that are pictures, and not depth or masks."""
+    features = {k: index.schema.steps[k] for k in index.images}
+    return [k for k, f in features.items() if f.dtype == "uint8" and f.shape[2:] == (3,)]
+
+
+def contact_sheet(index: FrameIndex, episodes: int, frames: int) -> Image.Image:
+    """Evenly spaced frames: a row per episode, a block of columns per camera."""
+    height, width = TILE
+    keys = colour_cameras(index)
     chosen = np.unique(np.linspace(0, index.episodes - 1, episodes).round().astype(int))
-    out = np.zeros((len(chosen) * height, len(cameras) * frames * width, 3), np.uint8)
+    out = np.zeros((len(chosen) * height, max(1, len(keys)) * frames * width, 3), np.uint8)
     for row, episode in enumerate(chosen):
         first, end = index.episode_start[episode : episode + 2]
         steps = np.linspace(first, end - 1, frames).round().astype(int)
-        shard = index.split.shards[index.episode_shard[episode]]
-        for column, (key, step) in enumerate((key, step) for key in cameras for step in steps):
-            offset, length = index.images[key][step]
-            with shard.open("rb") as file:
-                file.seek(offset)
-                image = decode(file.read(length))
+        for column, (key, step) in enumerate((key, step) for key in keys for step in steps):
             tile = out[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            fit(image, tile)
-    return out
+            fit(image(index, int(step), key), tile)
+    return Image.fromarray(out)
 
 
-def main(args: Args) -> None:
-    index, console = open_index(args.data, args.split, index_dir=args.index_dir), Console()
-    console.print(fields(index))
-    lengths = np.diff(index.episode_start)
-    console.print(
-        f"{index.episodes:,} episodes, {index.steps:,} steps; an episode has {lengths.min()} to {lengths.max()} steps, "
-        f"{np.median(lengths):g} in the median"
+def embedded(picture: bytes, kind: str) -> str:
+    return f'<img src="data:image/{kind};base64,{base64.b64encode(picture).decode()}">\n'
+
+
+def histograms(panels: Sequence[tuple[str, np.ndarray]], columns: int = 6) -> str:
+    """A grid of histograms, as an HTML image."""
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.4 * columns, 1.7 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).reshape(-1)
+    for axis, (title, values) in zip(axes, panels, strict=False):
+        axis.hist(values[np.isfinite(values)], bins=40)
+        axis.set_title(title, fontsize=7)
+        axis.tick_params(labelsize=6)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=80)
+    return embedded(out.getvalue(), "png")
+
+
+def write_report(args: Args, index: FrameIndex, summary: str, tables: Sequence[Rows], out: Path) -> None:
+    sheet = io.BytesIO()
+    contact_sheet(index, args.episodes, args.frames).save(sheet, format="jpeg", quality=85)
+    panels = [
+        (f"{key}[{d}]", rows(index, key)[:, d].astype(np.float64))
+        for key in (*action_keys(index), *state_keys(index))
+        for d in range(rows(index, key).shape[1])
+    ]
+    style = (
+        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}img{max-width:100%}"
     )
+    title = html.escape(str(index.split))
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>\n",
+        f"<p>{html.escape(summary)}</p>\n",
+        *(table.html() for table in tables),
+        "<h2>Steps per episode</h2>\n",
+        histograms([("steps", np.diff(index.episode_start).astype(np.float64))], columns=1),
+        "<h2>Histograms</h2>\n" + histograms(panels) if panels else "",
+        f"<h2>Contact sheet</h2>\n<p>cameras from left to right: {html.escape(', '.join(colour_cameras(index)))}</p>\n",
+        embedded(sheet.getvalue(), "jpeg"),
+    ]
+    out.write_text("".join(parts))
+
+
+def main(args: Args, console: Console) -> None:
+    index = open_index(args.data, args.split, index_dir=args.index_dir, max_corrupt_fraction=args.max_corrupt_fraction)
+    lengths = np.diff(index.episode_start)
+    summary = (
+        f"{index.episodes:,} episodes, {index.steps:,} steps; an episode has {lengths.min()} to {lengths.max()} steps, "
+        f"{np.median(lengths):g} in the median; control rate: {control_rate(index)}"
+    )
+    steps = np.unique(np.linspace(0, index.steps - 1, args.samples).round().astype(int))
+    samples = {key: (steps, [image(index, int(s), key) for s in steps]) for key in colour_cameras(index)}
+    tables = [
+        suspicions(find_traps(index, samples)),
+        fields(index),
+        ranges(index),
+        texts(index, args.texts),
+        cameras(index, samples),
+    ]
+    console.print(f"{index.split}: {summary}")
+    for table in (*tables[1:], tables[0]):  # what is suspected comes last, where a terminal stays
+        if table.rows:
+            console.print(table.terminal())
+    if not tables[0].rows:
+        console.print("nothing suspicious found")
     if args.out is not None:
-        Image.fromarray(sheet(index, args.episodes, args.frames)).save(args.out)
-        console.print(f"cameras from left to right: {', '.join(index.images)}; written to {args.out}")
+        if args.out.suffix.lower() in PICTURES:
+            contact_sheet(index, args.episodes, args.frames).save(args.out)
+            console.print(f"cameras from left to right: {', '.join(colour_cameras(index))}")
+        else:
+            write_report(args, index, summary, tables, args.out)
+        console.print(f"written to {args.out}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(tyro.cli(Args), Console(highlight=False))
+    except (ValueError, OSError) as e:
+        sys.exit(str(e))

@@ -1,23 +1,36 @@
-"""Computes the normalisation statistics of one robot from its datasets, without reading an image:
+"""Computes normalisation statistics from the numbers of datasets, without reading an image; of one robot:
 
     python data/stats.py --robot sawyer --data runs/data/sawyer_sim/1.0.0 --out runs/stats/sawyer.json
 
-Several directories after --data are counted as one dataset.
+or those that a run needs and that are not in its stats directory yet, of every robot over all its datasets:
+
+    python data/stats.py --config configs/demo_pretrain.py --workers 8
+
+Several directories after --data are counted as one dataset. Statistics that exist, of a released policy for instance,
+can be measured on a dataset instead: --use stats.json in place of --out. --beam runs on Apache Beam (apache-beam).
 """
 
 import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
+from rich.table import Column, Table
 
-from openpi_like.data.dataset import EpisodeDataset
-from openpi_like.data.index import open_index
-from openpi_like.data.normalize import FieldStats
-from openpi_like.data.stats import compute_normalization, save_normalization
+from openpi_like.config import load_run, override
+from openpi_like.data.dataset import EpisodeDataset, open_dataset
+from openpi_like.data.normalize import FieldStats, Normalization
+from openpi_like.data.stats import (
+    Coverage,
+    compute_coverage,
+    compute_normalization,
+    load_normalization,
+    save_normalization,
+)
 from openpi_like.robots import find_robot
 
 
@@ -25,48 +38,142 @@ from openpi_like.robots import find_robot
 class Args:
     """Statistics of states and encoded action chunks.
 
-    robot: a file of openpi_like/robots ("sawyer"), or module and object ("my_robots.arm:ARM").
-    data: TFDS directories. out: the JSON file to write; a run looks for `<robot name>.json`.
-    split: which split. frame_stride: take every n-th frame. index_dir: where indexes are kept (default: in the data).
+    robot: a robot of openpi_like/robots ("sawyer"), or module and object ("my_robots.arm:ARM").
+    data: TFDS directories, or their URLs. out: the JSON file to write; a run looks for `<robot name>.json`.
+    use: a file of statistics to measure on this data; nothing is written.
+    split: which split, or a part of one, "train[:95%]". frame_stride: take every n-th frame.
+    index_dir: where indexes are kept (default: in the data).
+    config: a run, in place of all the above. set: its overrides, key=value. again: also compute statistics that exist.
+    workers: processes; the numbers do not depend on them. beam: options of a Beam pipeline, e.g. runner=DirectRunner.
     """
 
-    robot: str
-    data: tuple[Path, ...]
-    out: Path
+    robot: str | None = None
+    data: tuple[str, ...] = ()
+    out: Path | None = None
+    use: Path | None = None
     split: str = "train"
     frame_stride: int = 1
     index_dir: Path | None = None
+    config: Path | None = None
+    set: tuple[str, ...] = ()
+    again: bool = False
+    workers: int = 1
+    beam: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.config is None:
+            if self.robot is None or not self.data or (self.out is None) == (self.use is None):
+                problems.append("give --robot, --data and one of --out and --use; or give --config")
+            if self.set or self.again:
+                problems.append("--set and --again belong to --config")
+        elif self.robot is not None or self.data or self.out is not None or self.use is not None:
+            problems.append("--config says robots, data and files; leave out --robot, --data, --out and --use")
+        if self.workers < 1:
+            problems.append(f"--workers {self.workers}, expected at least 1")
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
-def table(what: str, stats: FieldStats, degenerate: tuple[str, ...]) -> Table:
-    """Returns the statistics as a table."""
-    shown = Table("dim", "mean", "std", "q01", "q99", "min", "max", "", title=f"{what}, {stats.count:,} values")
+def table(what: str, stats: FieldStats, degenerate: tuple[str, ...], coverage: Coverage) -> Table:
+    """Returns the statistics, and what they make of the data, as a table."""
+    head = ("dim", "mean", "std", "q01", "q99", "min", "max", "outside q01..q99", "largest normalised", "")
+    shown = Table(*(Column(h, overflow="fold") for h in head), title=f"{what}, {stats.count:,} values")
     for i, name in enumerate(stats.names):
         columns = (stats.mean, stats.std, stats.q01, stats.q99, stats.min, stats.max)
         note = "constant: centred, not scaled" if name in degenerate else ""
-        shown.add_row(name.replace("[", r"\["), *(f"{c[i]:.4g}" for c in columns), note)
+        shown.add_row(
+            name.replace("[", r"\["),
+            *(f"{c[i]:.4g}" for c in columns),
+            f"{coverage.outside[i] / coverage.count:.2%}",
+            f"{coverage.largest[i]:.3g}",
+            note,
+        )
     return shown
 
 
-def main(args: Args) -> None:
-    console = Console()
-    try:
+def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: Console) -> Normalization:
+    """Writes the statistics of one robot's datasets to `out`, and returns them."""
+    robot = datasets[0].robot
+    if args.beam:
+        try:
+            from openpi_like.data.beam import write_normalization
+        except ImportError as e:
+            sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_normalization(datasets, str(out), [f"--{option}" for option in args.beam])
+        return load_normalization(out, robot)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"statistics of {robot.name}", total=None)
+        normalization = compute_normalization(
+            *datasets,
+            workers=args.workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    save_normalization(normalization, out)
+    return normalization
+
+
+def report(args: Args, normalization: Normalization, datasets: Sequence[EpisodeDataset], console: Console) -> None:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"coverage of {normalization.robot}", total=None)
+        covered = compute_coverage(
+            normalization,
+            *datasets,
+            workers=args.workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    frames, episodes = sum(map(len, datasets)), sum(d.episodes for d in datasets)
+    console.print(f"robot {normalization.robot}: {frames:,} frames of {episodes:,} episodes, mode {normalization.mode}")
+    fields = (normalization.state, normalization.action)
+    for what, stats, coverage in zip(("state", "action chunks"), fields, covered, strict=True):
+        console.print(table(what, stats, stats.degenerate(normalization.mode), coverage))
+
+
+def main(args: Args, console: Console) -> None:
+    if args.config is None:
+        assert args.robot is not None  # Args has checked it
         robot = find_robot(args.robot)
-    except ValueError as e:
-        sys.exit(str(e))
-    datasets = [
-        EpisodeDataset(open_index(path, args.split, index_dir=args.index_dir), robot, frame_stride=args.frame_stride)
-        for path in args.data
-    ]
-    normalization = compute_normalization(*datasets)
-    save_normalization(normalization, args.out)
-    frames, episodes = sum(map(len, datasets)), sum(d.index.episodes for d in datasets)
-    console.print(f"robot {robot.name}: {frames:,} frames of {episodes:,} episodes, mode {normalization.mode}")
-    for what, stats in (("state", normalization.state), ("action chunks", normalization.action)):
-        console.print(table(what, stats, stats.degenerate(normalization.mode)))
-    console.print(f"written to {args.out}")
+        datasets = [
+            open_dataset(path, robot, args.split, frame_stride=args.frame_stride, index_dir=args.index_dir)
+            for path in args.data
+        ]
+        if args.use is not None:
+            report(args, load_normalization(args.use, robot), datasets, console)
+        else:
+            assert args.out is not None
+            report(args, compute(args, datasets, args.out, console), datasets, console)
+            console.print(f"written to {args.out}")
+        return
+    run = override(load_run(args.config), args.set)
+    missing = {}
+    for robot in {entry.robot.name: entry.robot for entry in run.data.entries}.values():
+        out = Path(run.stats) / f"{robot.name}.json"
+        if out.is_file() and not args.again:
+            load_normalization(out, robot)
+            console.print(f"robot {robot.name}: {out} is there")
+        else:
+            missing[robot.name] = out
+    if missing:
+        from openpi_like.data.loader import open_datasets  # slow to import, and workers import this file
+
+        entries = tuple(e for e in run.data.entries if e.robot.name in missing)
+        opened = open_datasets(dataclasses.replace(run.data, entries=entries))
+        for name, out in missing.items():
+            # The same files for two purposes (see MixtureEntry.text_key) are counted once.
+            chosen = {
+                (entry.path, entry.split): dataset
+                for entry, dataset in zip(entries, opened, strict=True)
+                if dataset is not None and entry.robot.name == name
+            }
+            datasets = list(chosen.values())
+            report(args, compute(args, datasets, out, console), datasets, console)
+            console.print(f"written to {out}")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args), Console(highlight=False))
+    except (ValueError, OSError) as e:
+        sys.exit(str(e))

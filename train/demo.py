@@ -24,10 +24,11 @@ import tyro
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
-# Episodes per task and robot for training, and for validation; training steps; episodes per task to drive; and steps,
-# episodes and tasks of the policies that are compared.
+# Sawyer's tasks; episodes per task and robot for training, and for validation; training steps; episodes per task to
+# drive; and steps, episodes and tasks of the policies that are compared.
 SCALES: dict[str, dict[str, int]] = {
     "demo": {
+        "tasks": 9,
         "sawyer": 60,
         "pusht": 60,
         "aloha": 30,
@@ -40,6 +41,7 @@ SCALES: dict[str, dict[str, int]] = {
         "compare_tasks": 9,
     },
     "full": {
+        "tasks": 9,
         "sawyer": 100,
         "pusht": 300,
         "aloha": 100,
@@ -52,6 +54,7 @@ SCALES: dict[str, dict[str, int]] = {
         "compare_tasks": 9,
     },
     "pulse": {
+        "tasks": 2,
         "sawyer": 1,
         "pusht": 1,
         "aloha": 1,
@@ -173,7 +176,7 @@ def main(args: Args) -> None:
     demo = Demo(ROOT / run)
     robots = ("sawyer", "pusht", "aloha")
     data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
-    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS], "pusht": [], "aloha": []}
+    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS[: n["tasks"]]], "pusht": [], "aloha": []}
     sets = {robot: f"{data}/{robot}_sim/1.0.0" for robot in robots}
 
     # ---- 1. Demonstrations, 2. statistics ----------------------------------------------------------------------------

@@ -4,12 +4,9 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -20,7 +17,6 @@ from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
-_OPEN_FILES = 512  # per dataset; files beyond these are opened for every read
 _BLOCK = 1 << 16  # steps looked at together
 _SHOWN = 5  # places named in one message
 _OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
@@ -96,7 +92,7 @@ def open_dataset(
     found = re.fullmatch(r"([^\[\]]+)(?:\[(?:(\d+)(%?))?:(?:(\d+)(%?))?\])?", split)
     if found is None:
         raise DatasetError(f"{path}: split {split!r}, expected a name, or a part like 'train[:95%]' or 'train[200:]'")
-    name, *bounds = found.groups()
+    name, low, low_percent, high, high_percent = found.groups()
     index = open_index(path, name, index_dir=index_dir, max_corrupt_fraction=max_corrupt_fraction)
 
     def episode(number: str | None, percent: str | None, default: int) -> int:
@@ -104,7 +100,7 @@ def open_dataset(
             return default
         return min(round(int(number) * index.episodes / 100) if percent else int(number), index.episodes)
 
-    part = range(episode(*bounds[:2], 0), episode(*bounds[2:], index.episodes))
+    part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
         raise DatasetError(f"{path}: {split!r} is empty: {name!r} has {index.episodes} episodes")
     return EpisodeDataset(index, robot, frame_stride=frame_stride, selection=selection, episodes=part)
@@ -140,8 +136,6 @@ class EpisodeDataset:
                 finite, or nothing is left of it; lists all.
         """
         self.index, self.robot, self._stride = index, robot, frame_stride
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
         part = range(index.episodes) if episodes is None else episodes
         self._part = range(int(index.episode_start[part.start]), int(index.episode_start[part.stop]))
         # The last step of an episode has no command where commands are derived from the step after.
@@ -191,8 +185,8 @@ class EpisodeDataset:
         whole = (end - step) // self.robot.stride
         a = np.arange(self.robot.action_horizon)
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
-        actions = self._commands(steps.reshape(-1))
-        return actions.reshape(*steps.shape, -1), a < whole[:, None]
+        actions = self._commands(steps.reshape(-1), self.robot.action)
+        return actions.reshape(*steps.shape, self.robot.robot_action_size), a < whole[:, None]
 
     def encoded(
         self, frames: Int[np.ndarray, "B"]
@@ -259,35 +253,9 @@ class EpisodeDataset:
         """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
         fit(self.image(frame, camera), out, resize=resize, fit=camera.fit)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._files, self._lock = {}, threading.Lock()
-
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
-
-    def _read(self, shard: int, offset: int, length: int) -> bytes:
-        fd = self._files.get(shard)
-        if fd is not None:
-            return os.pread(fd, length, offset)
-        path: Path = self.index.split.shards[shard]
-        fd = os.open(path, os.O_RDONLY)
-        with self._lock:
-            keep = shard not in self._files and len(self._files) < _OPEN_FILES
-            if keep:
-                self._files[shard] = fd
-        try:
-            return os.pread(fd, length, offset)
-        finally:
-            if not keep:
-                os.close(fd)
+        self.index.close()
 
     # ---- From columns to states and commands -------------------------------------------------------------------------
 
@@ -303,12 +271,12 @@ class EpisodeDataset:
         parts = [self._values(f, steps, 0, rows) for f in self.robot.state]
         return np.concatenate(parts, axis=1).astype(np.float32) if parts else np.zeros((len(steps), 0), np.float32)
 
-    def _commands(self, steps: np.ndarray) -> np.ndarray:
-        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, Js)."""
+    def _commands(self, steps: np.ndarray, fields: Sequence[ActionField]) -> np.ndarray:
+        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, sizes)."""
         stride = self.robot.stride
         rows: dict[tuple[str, int], np.ndarray] = {}
         parts = []
-        for field in self.robot.action:
+        for field in fields:
             # Of absolute targets only the last of a control step counts.
             offsets = range(stride - 1, stride) if field.command == "absolute" else range(stride)
             parts.append(field.combine(np.stack([self._command(field, steps, k, rows) for k in offsets], axis=1)))
@@ -331,8 +299,9 @@ class EpisodeDataset:
     ) -> np.ndarray:
         """Returns stored values at `steps` + `offset`, (n, size), float64. rows: what was read for other fields."""
         if (field.key, offset) not in rows:
-            values = self.index.columns[field.key][steps + offset]
-            rows[field.key, offset] = values.reshape(len(steps), -1).astype(np.float64)
+            column = self.index.columns[field.key]
+            values = column[steps + offset].reshape(len(steps), math.prod(column.shape[1:]))
+            rows[field.key, offset] = values.astype(np.float64)
         return rows[field.key, offset][:, field.start : field.start + field.size]
 
     def _texts(self, key: str, episode: np.ndarray, step: np.ndarray) -> tuple[Texts, np.ndarray]:
@@ -341,14 +310,7 @@ class EpisodeDataset:
         return self.index.episode_texts[key], self.index.episode_texts[key].ids[episode]
 
     def _image(self, step: int, camera: Camera) -> np.ndarray:
-        offset, length = (int(x) for x in self.index.images[camera.key][step])
-        episode = int(np.searchsorted(self.index.episode_start, step, side="right")) - 1
-        data = self._read(int(self.index.episode_shard[episode]), offset, length)
-        if len(data) < length:
-            raise DatasetError(
-                f"{self.index.where(step)}: read {len(data)} of {length} bytes of {camera.key}; "
-                "the file was changed since it was indexed: copy it again"
-            )
+        data = self.index.read_image(step, camera.key)
         try:
             image = decode(data, camera.channel_order)
         except ValueError as e:
@@ -488,18 +450,17 @@ class EpisodeDataset:
 
     def _idle(self, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Whether nothing is commanded in the control step that begins at a step."""
-        robot = self.robot
-        state, commands = self._state(step), self._commands(step)
-        first = step <= self.index.episode_start[episode]
-        before = np.where(first[:, None], commands, self._commands(np.where(first, step, step - 1)))
-        encoded, encoded_before = (robot.encode_actions(c[:, None], state)[:, 0] for c in (commands, before))
+        encoded = self.robot.encode_actions(self._commands(step, self.robot.action)[:, None], self._state(step))[:, 0]
+        before = np.maximum(step - 1, self.index.episode_start[episode])
         moves, at = np.zeros(len(step), bool), 0
-        for field in robot.action:
-            part = slice(at, at := at + field.model_size)
+        for field in self.robot.action:
+            part = encoded[:, at : at + field.model_size]
+            at += field.model_size
             if field.gripper is not None:
-                moves |= (np.abs(encoded[:, part] - encoded_before[:, part]) >= _GRIPPER_MOVES).any(axis=1)
+                earlier = field.to_model(self._commands(before, [field]))
+                moves |= (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
             elif _moves(field):
-                moves |= (np.abs(encoded[:, part]) >= below).any(axis=1)
+                moves |= (np.abs(part) >= below).any(axis=1)
         return ~moves
 
     def _read_ranges(self, selection: Selection, part: range) -> tuple[np.ndarray, np.ndarray]:
@@ -508,11 +469,13 @@ class EpisodeDataset:
         try:
             stored = json.loads(path.read_text())
             entries = {k: np.array(v, np.int64).reshape(-1, 2) for k, v in stored.items()}
-        except (OSError, ValueError, AttributeError, TypeError) as e:
-            raise DatasetError(f"keep_ranges {path}: {e}; expected JSON like {{episode: [[start, end], ...]}}") from e
-        wrong = [k for k, v in entries.items() if (v[:, 0] < 0).any() or (v[:, 1] < v[:, 0]).any()]
-        if wrong:
-            raise DatasetError(f"keep_ranges {path}: ranges that are not 0 <= start <= end in {wrong[:_SHOWN]}")
+        except (OSError, ValueError, AttributeError, TypeError) as wrong:
+            raise DatasetError(
+                f"keep_ranges {path}: {wrong}; expected JSON like {{episode: [[start, end], ...]}}"
+            ) from wrong
+        bad = [k for k, v in entries.items() if (v[:, 0] < 0).any() or (v[:, 1] < v[:, 0]).any()]
+        if bad:
+            raise DatasetError(f"keep_ranges {path}: ranges that are not 0 <= start <= end in {bad[:_SHOWN]}")
         texts = [self.index.episode_texts[key] for key in selection.keep_ranges_key]
         found, known, name = [], np.zeros(len(part), bool), ""
         for i, e in enumerate(part):

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image
 
 from openpi_like.config import near_names
@@ -27,6 +27,29 @@ def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"
     if image is None:
         raise ValueError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")
     return image
+
+
+def decode_depth(data: bytes, dtype: str) -> Float32[np.ndarray, "H W"] | UInt16[np.ndarray, "H W"]:
+    """Decodes a depth image, in the units in which it is stored.
+
+    dtype: as the dataset declares it: "uint16", a PNG of one channel; "float32", a PNG whose four channels are the
+    bytes of a little-endian float.
+
+    Raises:
+        ValueError: these bytes are not such an image.
+    """
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if image is None:
+        raise ValueError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")
+    if dtype == "uint16" and image.dtype == np.uint16 and image.ndim == 2:
+        return image
+    if dtype == "float32" and image.dtype == np.uint8 and image.shape[2:] == (4,):
+        # OpenCV returns blue, green, red, alpha
+        return np.ascontiguousarray(image[..., [2, 1, 0, 3]]).view("<f4")[..., 0]
+    raise ValueError(
+        f"an image of shape {image.shape} and type {image.dtype}; expected (H, W) uint16 for depth of type 'uint16', "
+        f"(H, W, 4) uint8 for 'float32'; asked for is {dtype!r}"
+    )
 
 
 FITS = ("pad", "crop", "stretch")

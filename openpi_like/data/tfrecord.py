@@ -6,13 +6,13 @@ bytes, floats or integers. The parser below touches only what is asked for and r
 which is what lets a loader read one image later without the rest of its episode.
 """
 
-import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
+
+from openpi_like.data.files import Forward, Location
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -35,16 +35,18 @@ def masked_crc(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def read_records(path: Path) -> Iterator[tuple[int, bytes | RecordError]]:
+def read_records(path: Location) -> Iterator[tuple[int, bytes | RecordError]]:
     """Yields (byte offset of the payload, payload) per record, in order, with both checksums verified.
 
     A damaged record is yielded as a `RecordError`. If its length cannot be trusted, it is the last thing yielded.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        fd, at = file.fileno(), 0
+    with Forward(path) as file:
+        size, at = file.size, 0
         while at < size:
-            header = os.pread(fd, _HEADER.size, at)
+            header = file.read(at, _HEADER.size)
             if len(header) < _HEADER.size:
                 yield at, RecordError(f"the file is cut: it ends at byte {size}, inside a header", resumable=False)
                 return
@@ -60,10 +62,8 @@ def read_records(path: Path) -> Iterator[tuple[int, bytes | RecordError]]:
                 message = f"the file is cut: the record needs bytes up to {at}, the file ends at {size}"
                 yield start, RecordError(message, resumable=False)
                 return
-            payload = os.pread(fd, length, start)
-            while len(payload) < length:  # one read returns at most 2 GiB
-                payload += os.pread(fd, length - len(payload), start + len(payload))
-            (crc,) = _FOOTER.unpack(os.pread(fd, _FOOTER.size, start + length))
+            payload = file.read(start, length)
+            (crc,) = _FOOTER.unpack(file.read(start + length, _FOOTER.size))
             if masked_crc(payload) != crc:
                 message = f"checksum of the payload is {masked_crc(payload):#010x}, stored is {crc:#010x}"
                 yield start, RecordError(message, resumable=True)
@@ -115,7 +115,11 @@ def parse_example(data: bytes) -> dict[str, Span]:
             parts = {field: span for field, _, span in _fields(data, entry)}
             if 1 in parts:
                 # A missing value means the default one, an empty Feature.
-                features[data[slice(*parts[1])].decode()] = parts.get(2, (entry[1], entry[1]))
+                try:
+                    name = data[slice(*parts[1])].decode()
+                except UnicodeDecodeError:
+                    raise RecordError("not a tf.train.Example: a name in it is not UTF-8", resumable=True) from None
+                features[name] = parts.get(2, (entry[1], entry[1]))
     return features
 
 

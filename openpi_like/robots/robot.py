@@ -523,10 +523,11 @@ def find_robot(name: str) -> Robot:
     if "." not in module and (":" not in name or module in files):
         module = f"openpi_like.robots.{module}"
     try:
-        robot = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
+        found = vars(importlib.import_module(module))
+    except ImportError as e:
         known = [*(f for f in files if f != "oxe"), *ROBOTS]
         raise ValueError(f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT") from e
-    if not isinstance(robot, Robot):
-        raise ValueError(f"{module}:{attribute} is a {type(robot).__name__}, expected a Robot")
-    return robot
+    if not isinstance(found.get(attribute), Robot):
+        near = near_names(attribute, [k for k, v in found.items() if isinstance(v, Robot)])
+        raise ValueError(f"{module} has no robot {attribute!r}; {near}")
+    return found[attribute]

@@ -160,7 +160,7 @@ def openpi_child(openpi: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     import ml_collections  # type: ignore[import-not-found]
-    from openpi.models import gemma_fast, model, pi0_fast, siglip  # type: ignore[import-not-found]
+    from openpi.models import gemma_fast, model, pi0_fast, siglip
 
     options = {"norm_eps": 1e-6, "vocab_size": VOCAB, "scan": True, "remat_policy": "nothing_saveable"}
     gemma_fast.get_config = lambda _: ml_collections.ConfigDict({"variant": "gemma_2b", **TINY, **options})

@@ -240,7 +240,7 @@ def openpi(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: f
     import jax
     import jax.numpy as jnp
     import optax
-    from openpi.models import gemma, model, pi0_config, siglip  # type: ignore[import-not-found]
+    from openpi.models import gemma, model, pi0_config, siglip
 
     gemma.get_config = {
         "gemma_2b": gemma.Config(**size["vlm"]),

@@ -2,12 +2,16 @@
 
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from openpi_like.data import tfrecord
+from openpi_like.data.files import Location
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from tests.data.odd import write_odd
 from tests.data.toy import PROMPTS, Shapes, write_toy
 
 
@@ -33,6 +37,39 @@ def toy(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(toy: Path, tmp_path: Path) -> Path:
     """A copy of the toy dataset that a test may damage."""
     return Path(shutil.copytree(toy, tmp_path / "toy_arm" / "1.0.0", ignore=shutil.ignore_patterns(".openpi*")))
+
+
+@pytest.fixture
+def shards_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of TFRecord files that are read in this process, in order."""
+    names: list[str] = []
+    read = tfrecord.read_records
+
+    def noted(path: Location) -> Iterator[tuple[int, bytes | tfrecord.RecordError]]:
+        names.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(tfrecord, "read_records", noted)
+    return names
+
+
+@pytest.fixture(scope="session")
+def odd(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of odd fields as a TFDS directory of TFRecord files."""
+    return _odd(tfds, tmp_path_factory, "tfrecord")
+
+
+@pytest.fixture(scope="session")
+def odd_arrays(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same dataset in ArrayRecord files."""
+    return _odd(tfds, tmp_path_factory, "array_record")
+
+
+def _odd(tfds: Any, tmp_path_factory: pytest.TempPathFactory, file_format: str) -> Path:
+    directory = tmp_path_factory.mktemp(file_format) / "odd" / "1.0.0"
+    directory.mkdir(parents=True)
+    write_odd(tfds, directory, file_format)
+    return directory
 
 
 @pytest.fixture(scope="session")

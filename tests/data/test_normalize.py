@@ -13,19 +13,11 @@ from hypothesis import strategies as st
 from openpi_like.config import from_json, to_json
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
-from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.stats import compute_normalization, field_stats, load_normalization, save_normalization
+from openpi_like.data.normalize import Normalization
+from openpi_like.data.stats import compute_normalization, load_normalization, save_normalization
 from openpi_like.robots import StateField
+from tests.data.reference_stats import stats_of, stats_of_blocks
 from tests.data.toy import ARM, CART
-
-
-def stats_of(x: np.ndarray) -> FieldStats:
-    """By plain numpy."""
-    low, high = np.quantile(x, [0.01, 0.99], axis=0)
-    names = tuple(f"x{i}" for i in range(x.shape[1]))
-    x64 = x.astype(np.float64)
-    values = {"mean": x64.mean(0), "std": x64.std(0), "q01": low, "q99": high, "min": x.min(0), "max": x.max(0)}
-    return FieldStats(names=names, count=len(x), **{k: tuple(v.tolist()) for k, v in values.items()})
 
 
 @settings(max_examples=40, deadline=None)
@@ -39,7 +31,7 @@ def test_statistics_in_blocks_are_those_of_numpy(seed: int, count: int, blocks: 
     x[:, 1] = np.round(x[:, 1] / scale)  # with ties, zeros and both signs
     x[:, 2] = scale
     expected = stats_of(x)
-    got = field_stats(expected.names, lambda: (b for b in np.array_split(x, blocks) if len(b)))
+    got = stats_of_blocks(expected.names, [b for b in np.array_split(x, blocks) if len(b)])
     assert (got.min, got.max, got.count) == (expected.min, expected.max, count)
     for name in ("mean", "std", "q01", "q99"):
         ours, theirs = getattr(got, name), getattr(expected, name)

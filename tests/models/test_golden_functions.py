@@ -1,6 +1,5 @@
 """Single functions of openpi: masks, norms, LoRA, statistics, normalisation, prompts, resizing, optimiser."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from openpi_like.data.images import fit
 from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.stats import field_stats
 from openpi_like.data.text import TextTokenizer, state_bins
 from openpi_like.models.gemma import GemmaConfig, GemmaLayer, RMSNorm, attention_mask, rope, rotate
 from openpi_like.models.pi0 import time_embedding
@@ -21,6 +19,7 @@ from openpi_like.models.siglip import LayerNorm
 from openpi_like.models.weights import merge_lora
 from openpi_like.robots import ActionField, Camera, Robot, StateField
 from openpi_like.train.optimizer import OptimizerConfig
+from tests.data.reference_stats import stats_of_blocks
 from tests.models.golden_set import assert_flow, assert_tokens, open_golden
 
 KEY = jax.random.key(0)
@@ -164,7 +163,7 @@ def test_golden_running_stats(stored: dict[str, np.ndarray]) -> None:
         names = tuple(f"x{i}" for i in range(data.shape[1]))
         splits = [s for s in z["running_stats/splits"][1:-1] if s < len(data)]
         blocks = np.split(data, splits)
-        stats = field_stats(names, functools.partial(iter, blocks))
+        stats = stats_of_blocks(names, blocks)
         for name in ("mean", "std"):
             np.testing.assert_allclose(getattr(stats, name), z[f"running_stats/{case}/{name}"], rtol=1e-5)
         width = (data.max(0) - data.min(0)) / 5000

@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
+from openpi_like.config import from_json, to_json
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.robots.pusht import PUSHT
-from openpi_like.robots.robot import ROTATIONS, UNITS, ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.robot import (
+    ROTATIONS,
+    UNITS,
+    ActionField,
+    Camera,
+    Gripper,
+    Robot,
+    StateField,
+    with_channel_order,
+)
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.widowx import WIDOWX
 
@@ -184,6 +194,109 @@ def test_rotations_invert(stored, model, relative, seed):
     np.testing.assert_allclose(decoded.as_matrix(), targets.as_matrix(), atol=1e-4)
 
 
+# ---- commands that are derived
+
+
+def by_loop(values, lengths, gripper):
+    """Open or closed, step by step, as `Gripper` words it."""
+    opening = [(v - gripper.closed) / (gripper.open - gripper.closed) for v in values]
+    result, at = [], 0
+    for length in lengths:
+        episode = opening[at : at + length]
+        at += length
+        if gripper.convention == "trigger":
+            said = [True if v > 0.55 else False if v < 0.45 else None for v in episode]
+            now = next((not s for s in said if s is not None), True)
+            for s in said:
+                now = now if s is None else s
+                result.append(now)
+        else:
+            for i, v in enumerate(episode):
+                reached = [x for x in episode[i:] if x > 0.95 or x < 0.05]
+                result.append(reached[0] > 0.95 if reached else v >= 0.5)
+    return result
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    limits=st.sampled_from([(-1.0, 1.0), (1.0, -1.0), (1.0, 0.0), (0.0, 1.0), (0.08, 0.0)]),
+    convention=st.sampled_from(["trigger", "look_ahead"]),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_derived_grippers_are_those_of_a_loop(lengths, limits, convention, data):
+    gripper = Gripper(open=limits[0], closed=limits[1], convention=convention)
+    parts = st.sampled_from([0.0, 0.04, 0.2, 0.5, 0.5, 0.5, 0.8, 0.97, 1.0])
+    opening = np.array(data.draw(st.lists(parts, min_size=sum(lengths), max_size=sum(lengths))))
+    values = gripper.closed + opening * (gripper.open - gripper.closed)
+    first = np.zeros(len(values), bool)
+    first[np.cumsum([0, *lengths[:-1]])] = True
+    assert gripper.opens(values, first).tolist() == by_loop(values, lengths, gripper)
+
+
+def test_triggers_by_hand():
+    """-1 opens, 1 closes; three episodes: closed, then open; no trigger; a redundant one."""
+    gripper = Gripper(open=-1.0, closed=1.0, convention="trigger")
+    values = np.array([0, 0, -1, 0, 1, 0, 0, 0, 0, 1, 1, 0], float)
+    first = np.isin(np.arange(12), [0, 6, 8])
+    assert gripper.opens(values, first).astype(int).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["rpy", "zxy", "axis_angle", "quaternion_wxyz"])
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_changes_of_a_rotation_lead_to_the_next(kind, seed):
+    """Changes act about axes of the base; k of them, combined, lead k steps on; none is longer than half a turn."""
+    size = ROTATIONS[kind][0]
+    unit = "1" if kind.startswith("quaternion") else "deg"
+    field = ActionField("r", "s", size, rotation=kind, unit=unit, command="delta", next_step="change")
+    path = Rotation.random(6, rng=np.random.default_rng(seed))
+    x = rotation_values(kind, path, unit)
+    changes = field.change(x[:-1], x[1:])
+    turn = ROTATIONS[kind][1](changes * UNITS[unit][1])
+    np.testing.assert_allclose((turn * path[:-1]).as_matrix(), path[1:].as_matrix(), atol=1e-9)
+    total = ROTATIONS[kind][1](field.combine(changes[None]) * UNITS[unit][1])
+    np.testing.assert_allclose((total * path[:1]).as_matrix(), path[5:].as_matrix(), atol=1e-9)
+
+
+def test_combined_commands():
+    """Four control steps of three stored ones each."""
+    x = np.arange(24.0).reshape(4, 3, 2)
+    for command, expected in (("absolute", x[:, 2]), ("delta", x[:, 0] + x[:, 1] + x[:, 2]), ("velocity", x[:, 1])):
+        np.testing.assert_allclose(ActionField("x", "a", 2, command=command).combine(x), expected)
+
+
+def test_a_robot_without_a_state():
+    robot = make_robot([], [ACTION])
+    assert (robot.state_size, robot.state_names) == (0, ())
+    assert robot.encode_state(np.zeros((5, 0))).shape == (5, 0)
+    chunk = np.ones((5, 4, 3))
+    np.testing.assert_array_equal(
+        robot.decode_actions(robot.encode_actions(chunk, np.zeros((5, 0))), np.zeros((5, 0))), chunk
+    )
+
+
+def test_a_copy_with_other_channels():
+    robot = make_robot([STATE], [ACTION], cameras=(Camera("a", "x", channel_order="bgr"), Camera("b", "y")))
+    assert [c.channel_order for c in with_channel_order(robot, "rgb").cameras] == ["rgb", "rgb"]
+    with pytest.raises(ValueError, match="'grb', expected 'rgb' or 'bgr'"):
+        with_channel_order(robot, "grb")
+
+
+def test_a_robot_stored_before_fields_were_added_is_read():
+    stored = to_json(WIDOWX)
+    for name in ("stride", "language_alternatives"):
+        del stored[name]
+    for camera in stored["cameras"]:
+        for name in ("steps_back", "min_bytes", "fit"):
+            del camera[name]
+    for field in (*stored["state"], *stored["action"]):
+        field.pop("next_step", None)
+        if field["gripper"]:
+            del field["gripper"]["convention"]
+    assert from_json(stored) == WIDOWX
+
+
 def test_6d_of_any_two_vectors_is_a_rotation():
     # A policy's output is not orthonormal; Gram-Schmidt keeps the direction of the first vector.
     got = ROTATIONS["rotation_6d"][1](np.array([[2.0, 0, 0, 1.0, 3.0, 0]])).as_matrix()
@@ -200,6 +313,30 @@ ACTION = ActionField("hand", "a", 3)
     ("build", "message"),
     [
         (lambda: Gripper(1.0, 1.0), "both 1.0"),
+        (lambda: Gripper(1.0, 0.0, "triger"), "convention 'triger' is unknown; did you mean 'trigger'"),
+        (lambda: Camera("c", "k", fit="zoom"), "fit 'zoom', expected 'pad', 'crop' or 'stretch'"),
+        (lambda: Camera("c", "k", steps_back=-1), "steps_back -1 and min_bytes 0, expected both >= 0"),
+        (lambda: StateField("g", "s", 1, gripper=Gripper(1.0, 0.0, "trigger")), "'trigger' is for commands"),
+        (lambda: ActionField("x", "s", 1, next_step="delta"), "next_step 'delta', expected None, 'value' or 'change'"),
+        (lambda: ActionField("x", "s", 1, next_step="change"), "gives a command of kind 'delta', not 'absolute'"),
+        (lambda: ActionField("x", "s", 1, next_step="value", command="delta"), "of kind 'absolute', not 'delta'"),
+        (lambda: ActionField("x", "s", 1, command="velocity", relative_to="x"), "velocity command cannot be made rel"),
+        (
+            lambda: ActionField("g", "s", 1, gripper=Gripper(1.0, 0.0), command="delta"),
+            "gripper command of kind 'delta'",
+        ),
+        (
+            lambda: ActionField("g", "s", 1, gripper=Gripper(1.0, 0.0, "trigger"), next_step="value"),
+            "gripper convention 'trigger' and next_step exclude each other",
+        ),
+        (lambda: make_robot([STATE], [ACTION], stride=0), "stride 0, expected at least 1"),
+        (lambda: make_robot([STATE], [ACTION], language_alternatives=("language_instruction",)), "name a text twice"),
+        (
+            lambda: make_robot(
+                [STATE], [ACTION], language_key=None, default_prompt="go", language_alternatives=("other",)
+            ),
+            "language_alternatives without language_key",
+        ),
         (lambda: Camera("c", "k", channel_order="gbr"), "channel_order 'gbr', expected 'rgb' or 'bgr'"),
         (lambda: StateField("x", "s", 1, unit="millimetres"), "unit 'millimetres' is unknown"),
         (lambda: StateField("x", "s", 1, unit="degs"), "did you mean 'deg'"),

@@ -48,17 +48,17 @@ class Constant(nnx.Module):
         return jnp.where(action_mask, self.value, 0.0) + noise + 0 * observation["state"].sum()
 
 
-def _policy(tiny_policy, value=1.0, **options):
+def _policy(tiny_policy, value=1.0, robots=(ARM, CART), **options):
     parts = PolicyParts(
         model=Constant(tiny_policy, value),
-        robots=(ARM, CART),
+        robots=robots,
         normalizations={
-            r.name: Normalization(r.name, "zscore", _stats(r.state_names), _stats(r.action_names)) for r in (ARM, CART)
+            r.name: Normalization(r.name, "zscore", _stats(r.state_names), _stats(r.action_names)) for r in robots
         },
         tokenizer=TextTokenizer(fit_text_tokenizer(["lift"], 280), tiny_policy.prompt_len),
         contract_hash="abc",
         step=7,
-        renderer={"arm": None, "cart": "egl"},
+        renderer={r.name: "egl" if r is CART else None for r in robots},
     )
     return Policy(parts, **options)
 
@@ -168,6 +168,16 @@ def test_a_default_prompt_and_a_single_robot_may_be_left_out(tiny_policy, observ
     policy = _policy(tiny_policy, robot="cart")
     actions = policy.infer({"images": {"base": observation["images"]["base"]}, "state": observation["state"]})
     assert actions["actions"].shape == (3, 3)
+
+
+def test_a_view_of_the_past_may_be_missing(tiny_policy, observation):
+    """As at the start of an episode; the view of now may not."""
+    wrist = dataclasses.replace(ARM.cameras[1], steps_back=3)
+    policy = _policy(tiny_policy, robots=(dataclasses.replace(ARM, cameras=(ARM.cameras[0], wrist)),))
+    now = {"base": observation["images"]["base"]}
+    assert policy.infer({**observation, "images": now})["actions"].shape == (3, 3)
+    with pytest.raises(ObservationError, match=r"images\['base'\]: missing"):
+        policy.infer({**observation, "images": {"wrist_right": observation["images"]["wrist_right"]}})
 
 
 def test_a_robot_that_the_checkpoint_has_not_seen_is_refused(tiny_policy):

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit, nothing loads partly unasked, damage is named."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -104,6 +105,22 @@ def test_resuming_with_other_statistics_is_refused(saved):
     checkpointer = Checkpointer(directory)
     with pytest.raises(CheckpointError, match="this run differs in renderers"):
         checkpointer.restore(trainer.abstract, trainer.shardings, contract=changed)
+    checkpointer.close()
+
+
+def test_a_run_saved_before_robots_had_a_field_goes_on(saved, copy):
+    """What is not in the record has its default."""
+    _, trainer, _, contract = saved
+    path = copy / "2" / "contract" / "metadata"
+    record = json.loads(path.read_text())
+    del record["contract"]["robots"][0]["stride"]
+    record["hash"] = hashlib.sha256(json.dumps(record["contract"], sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(record))
+    checkpointer = Checkpointer(copy)
+    assert checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)[1] == 16
+    strided = dataclasses.replace(contract, robots=(dataclasses.replace(SAWYER, stride=2),))
+    with pytest.raises(CheckpointError, match="this run differs in robots"):
+        checkpointer.restore(trainer.abstract, trainer.shardings, contract=strided)
     checkpointer.close()
 
 

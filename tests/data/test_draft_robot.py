@@ -1,0 +1,187 @@
+"""Drafts of robots: what they take from a dataset, that they are refused as they are, and that completed ones work."""
+
+import importlib
+import io
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from openpi_like.data.dataset import open_dataset
+from openpi_like.data.schema import DatasetError, Feature, Schema
+from openpi_like.data.stats import compute_normalization, load_normalization
+from openpi_like.robots import Robot, find_robot
+from tests.conftest import REPOSITORY
+
+PROGRAM = REPOSITORY / "data" / "draft_robot.py"
+
+
+@pytest.fixture(scope="module")
+def program() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(PROGRAM)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that robots can be imported from."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def load(path: Path) -> Robot:
+    importlib.invalidate_caches()
+    sys.modules.pop(path.stem, None)
+    return find_robot(f"{path.stem}:{path.stem.upper()}")
+
+
+def completed(text: str) -> str:
+    for what, value in (("control_hz", 10.0), ("action_horizon", 5), ("execute_steps", 2)):
+        text = text.replace(f"{what}={type(value)()}", f"{what}={value}")
+    return text.replace('unit="?"', 'unit="1"').replace('command="?"', 'command="delta"')
+
+
+def test_draft_to_statistics(program: SimpleNamespace, toy: Path, folder: Path) -> None:
+    out, shown = folder / "toy_robot.py", io.StringIO()
+    program.main(program.Args(str(toy), out), Console(file=shown, width=300))
+    text = out.read_text()
+    assert "drafted from toy_arm/1.0.0 split 'train'" in text
+    assert text in shown.getvalue()
+    count = len(re.findall(r'=(?:"\?")', text))
+    assert f'complete {count} "?" and three 0' in shown.getvalue()
+    # `state` is all of the state, so the other observations are left out by name
+    assert "# not used: observation/joints, float64 of shape (3,)" in text
+    out.write_text(completed(text))
+    robot = load(out)
+    assert [(c.name, c.key, c.height, c.width) for c in robot.cameras] == [
+        ("base", "observation/image", 12, 16),
+        ("wrist", "observation/wrist", None, None),
+    ]
+    assert [(f.key, f.start, f.size) for f in robot.state] == [("observation/state", 0, 4)]
+    assert [(f.key, f.start, f.size) for f in robot.action] == [("action", 0, 3)]
+    assert robot.language_key == "language_instruction"
+    stats = folder / "stats" / "toy_robot.json"
+    command = [
+        sys.executable,
+        "data/stats.py",
+        "--robot",
+        "toy_robot:TOY_ROBOT",
+        "--data",
+        str(toy),
+        "--out",
+        str(stats),
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load_normalization(stats, robot) == compute_normalization(open_dataset(toy, robot, "train"))
+
+
+def test_uncompleted_drafts_are_refused(program: SimpleNamespace, toy: Path, folder: Path) -> None:
+    out = folder / "half_robot.py"
+    program.main(program.Args(str(toy), out), Console(file=io.StringIO()))
+    draft = out.read_text()
+    with pytest.raises(ValueError, match=r"StateField 'state': unit '\?' is unknown"):
+        load(out)
+    ready = completed(draft)
+    for change, message in (
+        (('command="delta"', 'command="?"'), r"ActionField 'action': command '\?', expected 'absolute'"),
+        (("control_hz=10.0", "control_hz=0.0"), "control_hz 0.0, expected > 0"),
+        (("action_horizon=5", "action_horizon=0"), "expected 1 .. action_horizon 0"),
+        (("execute_steps=2", "execute_steps=0"), "execute_steps 0, expected 1 .. action_horizon 5"),
+    ):
+        assert change[0] in ready
+        out.write_text(ready.replace(*change, 1))
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # the file changes faster than its time stamp
+        with pytest.raises(ValueError, match=message):
+            load(out)
+
+
+def test_schema_alone_is_enough(program: SimpleNamespace, toy: Path, folder: Path) -> None:
+    (folder / "data").mkdir()
+    shutil.copy(toy / "features.json", folder / "data")
+    out, shown = folder / "bare_robot.py", io.StringIO()
+    program.main(program.Args(str(folder / "data"), out), Console(file=shown, width=300))
+    assert "records cannot be read, so the draft has no numbers: " in shown.getvalue()
+    out.write_text(completed(out.read_text()))
+    assert load(out).robot_state_size == 4
+    with pytest.raises(DatasetError, match=r"dataset_info\.json"):  # asked for by name, it must be there
+        program.main(program.Args(str(folder / "data"), folder / "other_robot.py", split="train"), Console(file=shown))
+
+
+def feature(key: str, kind: str = "numeric", dtype: str = "float32", shape: tuple[int | None, ...] = ()) -> Feature:
+    return Feature(key, kind, dtype, shape)
+
+
+def test_odd_schemas(program: SimpleNamespace, folder: Path) -> None:
+    """Dict actions, scalars, sided wrists, depth, names with slashes and quotes, and no instruction."""
+    image = (256, 256, 3)
+    features = [
+        feature("action/gripper_closedness_action", shape=(1,)),
+        feature("action/terminate_episode", shape=(3,)),
+        feature("action/world_vector", shape=(3,)),
+        feature("observation/depth", "image", "float32", (64, 64, 1)),
+        feature("observation/embedding", shape=(512,)),
+        feature('observation/odd"key/pose', shape=(7,)),
+        feature("observation/height"),
+        feature("observation/image", "image", "uint8", image),
+        feature("observation/image_1", "image", "uint8", image),
+        feature("observation/left_wrist_image", "image", "uint8", image),
+        feature("observation/right_wrist_image", "image", "uint8", image),
+        feature("observation/wrist_image", "image", "uint8", image),
+    ]
+    text = program.draft("odd_robot", "nowhere", Schema({f.key: f for f in features}, {}), None)
+    out = folder / "odd_robot.py"
+    out.write_text(completed(text))
+    with pytest.raises(ValueError, match="language_key and default_prompt are both None"):
+        load(out)
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    out.write_text(completed(text).replace("default_prompt=None", 'default_prompt="go"'))
+    robot = load(out)
+    assert [c.name for c in robot.cameras] == ["base", "base_1", "wrist_left", "wrist_right", "wrist"]
+    assert [(f.name, f.key, f.size) for f in robot.state] == [
+        ("pose", 'observation/odd"key/pose', 7),
+        ("height", "observation/height", 1),
+    ]
+    assert [(f.name, f.key) for f in robot.action] == [
+        ("gripper", "action/gripper_closedness_action"),
+        ("world_vector", "action/world_vector"),
+    ]
+    for left_out in ("observation/depth: float32", "not used: observation/embedding", "not used: action/terminate"):
+        assert left_out in text
+    assert "a gripper? then replace unit by" in text
+
+
+def test_gripper_of_bridge_is_cut_out(program: SimpleNamespace, bridge: Path, folder: Path) -> None:
+    out = folder / "bridge_robot.py"
+    program.main(program.Args(str(bridge), out, index_dir=folder / "index"), Console(file=io.StringIO()))
+    out.write_text(completed(out.read_text()))
+    assert [(f.name, f.start, f.size) for f in load(out).action] == [("action", 0, 6), ("gripper", 6, 1)]
+
+
+def test_refusals(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.py").touch()
+    for name, message in (
+        ("there.py", "there.py exists; delete it"),
+        ("my-robot.py", "expected a Python file that can be imported, like my_robot.py"),
+        ("class.py", "expected a Python file that can be imported"),
+        ("robot.txt", "expected a Python file"),
+        ("queue.py", "queue is a module of Python"),
+        ("nowhere/robot_a.py", "there is no directory .*nowhere; make it first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            program.Args(str(toy), tmp_path / name)
+    with pytest.raises(OSError, match="nowhere"):
+        program.main(program.Args(str(tmp_path / "nowhere"), tmp_path / "new_robot.py"), Console(file=io.StringIO()))
+    assert not (tmp_path / "new_robot.py").exists()
+    command = [sys.executable, str(PROGRAM), str(tmp_path), "--out", str(tmp_path / "new_robot.py")]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "expected a TFDS directory, which has features.json; there: ['there.py']" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,358 @@
+"""Every dataset of the catalogue, written with the schema it is published in, is read as it is meant."""
+
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openpi_like.config import from_json, to_json
+from openpi_like.data.dataset import open_dataset
+from openpi_like.data.oxe import MIXTURES, OXE, mixture
+from openpi_like.data.schema import DatasetError
+from openpi_like.robots import find_robot, policy_problems, with_channel_order
+from openpi_like.robots.oxe import DISPUTED, DROID_JOINTS, ROBOTS
+from tests.data.oxe_schemas import PUBLISHED, Columns, Published
+from tests.data.toy import Shapes
+
+LENGTHS = (4, 1, 6)  # the second episode is a failure, where a dataset says so
+
+
+# ---- Writing a dataset -----------------------------------------------------------------------------------------------
+
+
+def feature(tfds: Any, word: str) -> Any:
+    """The TFDS feature that a word of `oxe_schemas` stands for."""
+    f = tfds.features
+    kind, _, size = word.partition(" ")
+    if size:
+        height, width = map(int, size.split("x"))
+        if kind == "map":
+            return f.Tensor(shape=(height, width), dtype=np.float32)
+        if kind == "depth":
+            return f.Image(shape=(height, width, 1), dtype=np.float32)
+        return f.Image(shape=(height, width, 3), encoding_format=None if kind == "image" else kind)
+    if kind == "t":
+        return f.Text()
+    dtype = {"f": np.float32, "z": np.float32, "d": np.float64, "l": np.int64, "u": np.uint8, "b": np.bool_}
+    shape = tuple(int(n) for n in word[1:].split("x")) if word[1:] else ()
+    return f.Tensor(shape=shape, dtype=dtype.get(word[0], np.int32), encoding="zlib" if word[0] == "z" else "none")
+
+
+def colour(episode: int, step: int, camera: int) -> np.ndarray:
+    return np.array([20 + 30 * episode + 10 * step, 200 - 25 * camera, 30 + 40 * camera], np.uint8)
+
+
+def said(name: str, episode: int, key: str) -> str:
+    """An instruction; the first two of DROID's first episode are empty."""
+    if name == "droid" and episode == 0 and key in ("language_instruction", "language_instruction_2"):
+        return ""
+    return f"do thing {episode} ({key[-1]}) ü"
+
+
+def value(
+    name: str, word: str, key: str, rng: np.random.Generator, episode: int, step: int = 0, camera: int = 0
+) -> Any:
+    """A value of one feature, before `fix`."""
+    kind, _, size = word.partition(" ")
+    if size:
+        height, width = map(int, size.split("x"))
+        if kind in ("map", "depth"):
+            return np.zeros((height, width, 1) if kind == "depth" else (height, width), np.float32)
+        return np.broadcast_to(colour(episode, step, camera), (height, width, 3)).copy()
+    if kind == "t":
+        return said(name, episode, key)
+    if kind[0] == "c":
+        text = said(name, episode, key)
+        return np.array([ord(c) for c in text] + [0] * (int(kind[1:]) - len(text)), np.int32)
+    shape = tuple(int(n) for n in word[1:].split("x")) if word[1:] else ()
+    if kind[0] in "buli":
+        return rng.integers(0, 2, shape).astype({"b": np.bool_, "u": np.uint8, "l": np.int64, "i": np.int32}[kind[0]])
+    return rng.uniform(-1, 1, shape).astype(np.float64 if kind[0] == "d" else np.float32)
+
+
+def nested(features: dict[str, Any], make: Any, path: str = "") -> dict[str, Any]:
+    """`make(word, path)` for every leaf."""
+    return {
+        k: nested(v, make, f"{path}{k}/") if isinstance(v, dict) else make(v, f"{path}{k}") for k, v in features.items()
+    }
+
+
+def write(tfds: Any, directory: Path, name: str, published: Published) -> list[Columns]:
+    """Writes three episodes; returns the columns of each, by key."""
+    steps = {"observation": published.observation, "action": published.action, **published.more}
+    cameras = [key for key, word in published.observation.items() if word.startswith(("jpeg", "png", "image"))]
+    rng = np.random.default_rng(3)
+    episodes, columns = [], []
+    for e, length in enumerate(LENGTHS):
+        rows = []
+        for t in range(length):
+
+            def make(word: str, path: str, e: int = e, t: int = t) -> Any:
+                camera = cameras.index(path.rpartition("observation/")[2]) if " " in word and word[0] in "jpi" else 0
+                return fix(name, path, value(name, word, path, rng, e, t, camera), rng)
+
+            rows.append(nested(steps, make))
+        metadata = nested(published.episode, lambda word, path, e=e: value(name, word, path, rng, e))
+        if name == "kuka":
+            metadata["success"] = e != 1
+        if name == "droid":
+            metadata["episode_metadata"]["file_path"] = f"/data/{'failure' if e == 1 else 'success'}/{e}"
+        episodes.append({"steps": rows, **metadata})
+        flat = [_flat(row) for row in rows]
+        columns.append({k: np.stack([row[k] for row in flat]) for k in flat[0] if not isinstance(flat[0][k], str)})
+    features = {"steps": tfds.features.Dataset(nested(steps, lambda w, _: feature(tfds, w)))}
+    features |= nested(published.episode, lambda w, _: feature(tfds, w))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        directory.mkdir(parents=True)
+        identity = tfds.core.DatasetIdentity(
+            name=name, version=tfds.core.Version(directory.name), data_dir=os.fspath(directory), module_name=__name__
+        )
+        info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+        writer = tfds.core.SequentialWriter(info, 100, file_format="tfrecord")
+        writer.initialize_splits(["train"])
+        writer.add_examples({"train": episodes})
+        writer.close_all()
+    return columns
+
+
+def fix(name: str, path: str, x: Any, rng: np.random.Generator) -> Any:
+    """Makes quaternions of unit length, and gripper commands those that a dataset has."""
+    quaternions = {
+        "observation/base_pose_tool_reached": 3,
+        "observation/clip_function_input/base_pose_tool_reached": 3,
+        "observation/end_effector_cartesian_pos": 3,
+        "observation/end_effector_state": 3,
+        "observation/eef_pose": 3,
+        "observation/robot_state": 9,
+        "observation/state": 3 if name.startswith(("furniture", "austin_sailor")) else None,
+        "action": 3 if name.startswith(("furniture", "iamlab")) else None,
+    }
+    start = quaternions.get(path)
+    if start is not None and len(x) > 6:
+        x[start : start + 4] /= np.linalg.norm(x[start : start + 4])
+    if path == "action/gripper_closedness_action":
+        relative = name not in ("viola", "roboturk")
+        return np.asarray(rng.choice([-1.0, 0.0, 1.0] if relative else [0.0, 1.0], np.shape(x)), np.float32)
+    if name == "bridge_dataset" and path == "action":
+        x[6] = rng.choice([0.0, 0.3, 0.6, 1.0])
+    return x
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for k, v in tree.items():
+        flat |= _flat(v, f"{prefix}{k}/") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat
+
+
+# ---- Reading it ------------------------------------------------------------------------------------------------------
+
+
+def test_every_dataset_of_the_catalogue_has_a_schema_here() -> None:
+    assert PUBLISHED.keys() == OXE.keys() == ROBOTS.keys()
+    assert len(OXE) == 35
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_a_dataset_is_read_as_it_is_meant(tfds: Any, tmp_path: Path, name: str) -> None:
+    """States, chunks, masks, prompts and images of all frames, against what `oxe_schemas` says of the columns."""
+    how, published = OXE[name], PUBLISHED[name]
+    columns = write(tfds, tmp_path / name / "1.0.0", name, published)
+    dataset = open_dataset(tmp_path / name / "1.0.0", how.robot, "train", selection=how.selection)
+    frame, horizon = 0, how.robot.action_horizon
+    for e, c in enumerate(columns):
+        if e == 1 and name in ("kuka", "droid"):
+            continue
+        state, actions = published.state(c), published.actions(c)
+        assert actions.shape == (len(actions), how.robot.action_size)
+        for t in range(how.selection.skip_first, len(actions)):
+            got_state, got_chunk, mask = (x[0] for x in dataset.encoded(np.array([frame])))
+            np.testing.assert_allclose(got_state, state[t], atol=2e-6)
+            inside = np.arange(horizon) < len(actions) - t
+            np.testing.assert_array_equal(mask, inside)
+            chunk = actions[np.minimum(t + np.arange(horizon), len(actions) - 1)].astype(np.float64)
+            for d in published.relative:
+                chunk[:, d] -= state[t, d]
+            np.testing.assert_allclose(got_chunk, chunk, atol=2e-6)
+            assert dataset.prompts(np.array([frame])) == [
+                next(s for s in (said(name, e, k) for k in language_keys(published, name)) if s)
+            ]
+            frame += 1
+        if e == 2:
+            check_images(dataset, published, frame - 1, e, len(actions) - 1)
+    assert frame == len(dataset)
+    assert from_json(json.loads(json.dumps(to_json(how.robot)))) == how.robot
+
+
+def language_keys(published: Published, name: str) -> list[str]:
+    more = ["language_instruction_2", "language_instruction_3"] if name == "droid" else []
+    return [published.language, *more]
+
+
+def check_images(dataset: Any, published: Published, frame: int, episode: int, step: int) -> None:
+    stored = [k for k, word in published.observation.items() if word.startswith(("jpeg", "png", "image"))]
+    cameras = {c.name: c for c in dataset.robot.cameras}
+    assert {slot: c.key for slot, c in cameras.items()} == {s: k for s, (k, _) in published.cameras.items()}
+    for slot, (key, swapped) in published.cameras.items():
+        image = dataset.image(frame, cameras[slot])
+        expected = colour(episode, step, stored.index(key.removeprefix("observation/")))
+        word = published.observation[key.removeprefix("observation/")]
+        assert image.shape[:2] == tuple(int(n) for n in word.split()[1].split("x"))
+        np.testing.assert_allclose(image[0, 0].astype(int), expected[::-1] if swapped else expected, atol=3)
+        assert dataset.present(np.array([frame]), cameras[slot]).all() or dataset.robot.name == "bridge"
+
+
+def test_droid_in_joints(tfds: Any, tmp_path: Path) -> None:
+    """The same files with openpi's actions; a draw decides among the texts that are not empty."""
+    columns = write(tfds, tmp_path / "droid" / "1.0.1", "droid", PUBLISHED["droid"])
+    dataset = open_dataset(tmp_path / "droid" / "1.0.1", DROID_JOINTS, "train", selection=OXE["droid"].selection)
+    assert dataset.removed == {"episode_metadata/file_path says no": 1}
+    state, actions, _ = dataset.encoded(np.array([4]))
+    c = columns[2]
+    np.testing.assert_allclose(state[0, :7], c["observation/joint_position"][0], rtol=1e-6)
+    np.testing.assert_allclose(actions[0, 1, :7], c["action_dict/joint_velocity"][1], rtol=1e-6)
+    frames = np.array([0, 4, 4, 4, 4])
+    said_ = dataset.prompts(frames, np.array([0.99, 0.0, 0.34, 0.67, 0.999]))
+    assert [s.split("(")[1][0] for s in said_] == ["3", "n", "2", "3", "3"]
+
+
+# ---- The catalogue as a whole ----------------------------------------------------------------------------------------
+
+
+def test_robots_of_mixtures_share_their_slots() -> None:
+    """Dims of the hand come first and in one order; one policy has room for all."""
+    soup = Shapes(cameras=("base", "wrist"), state_dim=10, action_dim=8, action_horizon=16)
+    for names in (MIXTURES["oxe_magic_soup"], MIXTURES["oxe_magic_soup_plus"], MIXTURES["rtx"]):
+        for name in names:
+            robot = ROBOTS[name]
+            dropped = ("base_1", "base_2", "wrist_1")
+            assert policy_problems(robot, soup, drop_cameras=dropped) == []
+            fields = [f.name for f in robot.action]
+            assert fields == [f for f in ("hand", "hand_rotation", "gripper") if f in fields], name
+            assert robot.normalization == "quantile"
+
+
+def test_disputes_are_about_datasets_of_the_catalogue() -> None:
+    assert set(DISPUTED) <= set(OXE)
+    for disputes in DISPUTED.values():
+        for dispute in disputes:
+            assert all(dataclasses.astuple(dispute))
+
+
+def test_names_of_robots_are_unique_and_all_are_found() -> None:
+    robots = {id(r): r for r in ROBOTS.values()}.values()
+    assert len({r.name for r in robots}) == len(robots)
+    for name, robot in ROBOTS.items():
+        assert find_robot(name) is robot
+    assert find_robot("oxe:FRACTAL") is ROBOTS["fractal20220817_data"]
+    with pytest.raises(ValueError, match="has no robot 'FRACTEL'; did you mean 'FRACTAL'"):
+        find_robot("oxe:FRACTEL")
+    with pytest.raises(ValueError, match=r"no robot 'tacoplay'.* did you mean .*'taco_play'"):
+        find_robot("tacoplay")
+
+
+def test_facts_agree_with_those_collected(shared: Path) -> None:
+    """Weights, rates, splits and languages, against the collection beside the repository."""
+    facts = json.loads((shared / "oxe_facts.json").read_text())
+    names = {"bridge_orig": "bridge_dataset", "fmb_dataset": "fmb", "bridge_oxe": "bridge"}
+    names["aloha_mobile_dataset"] = "aloha_mobile"
+    for ours, (who, theirs) in {
+        "oxe_magic_soup": ("octo", "OXE_MAGIC_SOUP"),
+        "rtx": ("octo", "RT_X_MIX"),
+        "oxe_magic_soup_plus": ("openvla", "oxe_magic_soup_plus"),
+    }.items():
+        assert MIXTURES[ours] == {names.get(k, k): w for k, w in facts["mixtures"][who][theirs]}
+    for key, fact in facts["datasets"].items():
+        how = OXE.get(names.get(key, key))
+        if how is None:
+            continue
+        assert how.uninformative == fact["language_blanked_by_octo"], key
+        assert fact["version"] in (None, how.version), key
+        assert fact["control_hz"] in (None, how.robot.control_hz), key
+        held_out = {"val", "test"} & set(fact["splits"] or {"train": 0})
+        if fact["splits"]:
+            assert how.val == (held_out.pop() if held_out else "train[95%:]"), key
+
+
+# ---- Mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four small datasets: one in another version, one under another name, and one that is not in the catalogue."""
+    root = tmp_path_factory.mktemp("oxe")
+    for name, folder in (
+        ("utaustin_mutex", "utaustin_mutex/0.1.0"),
+        ("cmu_stretch", "cmu_stretch/0.2.0"),
+        ("fmb", "fmb_dataset/0.0.1"),
+    ):
+        write(tfds, root / folder, name, PUBLISHED[name])
+    (root / "dobbbe" / "0.0.1").mkdir(parents=True)
+    return root
+
+
+HERE = {"utaustin_mutex": 1.0, "cmu_stretch": 2.0, "fmb": 0.5}
+
+
+def test_a_mixture_is_balanced_by_its_frames(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        entries = mixture(HERE, root)
+    # 95 % of three episodes are three
+    assert [e.weight for e in entries] == [11.0, 22.0, 5.5]
+    assert [Path(e.path).relative_to(root).as_posix() for e in entries] == [
+        "utaustin_mutex/0.1.0",
+        "cmu_stretch/0.2.0",
+        "fmb_dataset/0.0.1",
+    ]
+    assert "cmu_stretch: taking version 0.2.0, the catalogue is for 0.1.0" in caplog.text
+    assert [(e.split, e.val_split) for e in entries] == [("train[:95%]", "train[95%:]")] * 3
+    assert [e.weight for e in mixture(HERE, root, balance="as_given")] == [1.0, 2.0, 0.5]
+    assert from_json(json.loads(json.dumps(to_json(entries[0])))) == entries[0]
+
+
+def test_copies_and_languages_are_switches(root: Path) -> None:
+    published, corrected = (mixture(HERE, root, balance="as_given", images=i) for i in ("published", "rgb"))
+    assert [c.channel_order for c in published[0].robot.cameras] == ["bgr", "bgr"]
+    assert [c.channel_order for c in corrected[0].robot.cameras] == ["rgb", "rgb"]
+    assert corrected[0].robot == with_channel_order(published[0].robot, "rgb")
+    assert [e.blank_language for e in published] == [False] * 3
+    assert [e.blank_language for e in mixture(HERE, root, balance="as_given", blank_language=True)] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+def test_all_missing_datasets_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = {**HERE, "dobbe": 1.0, "taco_play": 1.0}
+    with pytest.raises(DatasetError) as e:
+        mixture(weights, root)
+    assert "2 of 5 datasets are not in" in str(e.value)
+    assert "dobbe: not there; did you mean 'dobbbe'?" in str(e.value)
+    assert "taco_play: not there" in str(e.value)
+    with caplog.at_level(logging.WARNING):
+        assert len(mixture(weights, root, missing="skip", balance="as_given")) == 3
+    assert "mixture goes on without 2 of 5 datasets:\n  dobbe: not there" in caplog.text
+    with pytest.raises(DatasetError, match="1 of 1 datasets"):
+        mixture({"kuka": 1.0}, root, missing="skip")
+    with pytest.raises(DatasetError, match=r"cannot list .*nowhere"):
+        mixture("bridge", root / "nowhere")
+
+
+def test_several_other_versions_are_not_guessed(root: Path, tmp_path: Path) -> None:
+    for version in ("0.1.0", "0.2.0"):
+        (tmp_path / "dobbe" / version).mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"dobbe: no version 0\.0\.1; there: 0\.1\.0, 0\.2\.0"):
+        mixture({"dobbe": 1.0}, tmp_path)
+
+
+def test_wrong_choices_are_named_at_once(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"balance='size', .*missing='no', .*no mixture 'oxe_soup'; did you mean"):
+        mixture("oxe_soup", root, balance="size", missing="no")
+    with pytest.raises(ValueError, match=r"images='bgr', .*no dataset 'fractal' in the catalogue; did you mean"):
+        mixture({"fractal": 1.0}, root, images="bgr")
