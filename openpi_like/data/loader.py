@@ -7,7 +7,10 @@ H-th of them, from the h-th on.
 """
 
 import dataclasses
+import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -653,15 +656,26 @@ def make_loader(
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(config.num_workers), lambda index, count: _one_thread_per_image()
-        )
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
     return Loader(iter(stream), datasets, batch_size, start)
 
 
 def _one_thread_per_image() -> None:
     """Batches are decoded in parallel; threads inside an image would only get in each other's way."""
     cv2.setNumThreads(1)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    _one_thread_per_image()
+    run = multiprocessing.parent_process()
+    assert run is not None  # a worker is not the run itself
+
+    def end_with() -> None:
+        run.join()
+        os._exit(1)
+
+    # A run that is killed cannot end its workers, which would wait for it and keep their memory.
+    threading.Thread(target=end_with, daemon=True).start()
 
 
 def memory_needed(

@@ -1,15 +1,18 @@
 """Order, mixing, resuming and shapes of batches, checked against one sample at a time."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,9 +38,10 @@ from openpi_like.data.loader import (
 )
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.stats import compute_normalization
+from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera
+from tests.data.reader import digests, read
 from tests.data.toy import ARM, CART, Shapes, change_record, shard
 
 
@@ -233,6 +237,31 @@ def test_an_error_in_a_worker_reaches_the_run(load: Any, tokenizer: TextTokenize
     loader = load(num_workers=1, policy=WRITES, tokenizer=text, action_tokenizer=narrow)
     with pytest.raises(DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded"):
         next(loader)
+
+
+def test_a_reader_that_is_killed_goes_on_where_it_was(
+    toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization], tmp_path: Path
+) -> None:
+    """SIGKILL after some samples, three times, with other threads and workers each time; workers end with the run."""
+    (tmp_path / "text.model").write_bytes(tokenizer.model)
+    for name, normalization in normalizations.items():
+        save_normalization(normalization, tmp_path / f"{name}.json")
+    where = (toy, tmp_path / "text.model", tmp_path)
+    got: list[str] = []
+    lives: list[tuple[int, dict[str, int]]] = [(13, {}), (22, {"num_workers": 2}), (5, {"num_threads": 3})]
+    for samples, options in lives:
+        command = [sys.executable, "-m", "tests.data.reader", *map(str, where), str(len(got)), json.dumps(options)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            got += [process.stdout.readline().strip() for _ in range(samples)]
+            workers = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+        assert len(workers) >= options.get("num_workers", 0)
+        assert psutil.wait_procs(workers, timeout=30)[1] == []
+    loader = read(*where, 0)
+    expected = [digest for _ in range(5) for digest in digests(next(loader))]
+    loader.close()
+    assert got == [f"{position} {digest}" for position, digest in enumerate(expected)]
 
 
 # ---- Draws -----------------------------------------------------------------------------------------------------------
@@ -493,6 +522,20 @@ def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.Ca
     # 3 ready, 2 being decoded and 1 handed out, of 8 samples with 3 cameras: 8 * 3 * 224 * 224 * 3 / 2^20 = 3.45
     expected = "129 frames in 2 datasets; at most 21 MiB on this host: 6 batches of 3.4 MiB = 21 MiB, 2 encoded images"
     assert expected in capsys.readouterr().out
+
+
+def test_memory_does_not_grow(load: Any) -> None:
+    """Over 4000 samples; what a process holds over a million is in tests/bench/bench_oxe.py."""
+    loader = load(batch_size=100, camera_dropout=0.0, prefetch=1, group_episodes=4)
+    tracemalloc.start()
+    for _ in range(8):
+        next(loader)
+    before = tracemalloc.take_snapshot()
+    for _ in range(32):
+        next(loader)
+    grown = sum(of.size_diff for of in tracemalloc.take_snapshot().compare_to(before, "filename"))
+    tracemalloc.stop()
+    assert grown < 2 * 100 * 3 * 12 * 16 * 3  # the images of two batches; 32 have passed
 
 
 def test_variety_of_groups_is_announced(load: Any, capsys: pytest.CaptureFixture) -> None:
