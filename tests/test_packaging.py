@@ -1,5 +1,6 @@
 """What is shipped: one top-level name, and a base install that is enough for a robot."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -45,7 +46,7 @@ def test_every_dependency_is_pinned_with_hashes():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in lines if "==" in line and not line.startswith((" ", "#"))}
     for requirement in asked:
-        name = requirement.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip().lower().replace("_", "-")
+        name = re.split(r"[;\[<>=]", requirement)[0].strip().lower().replace("_", "-")
         assert name in pinned, requirement
     assert {"gym-pusht", "gym-aloha", "openpi-client"} <= pinned
     assert sum("--hash=sha256:" in line for line in lines) > len(pinned)

@@ -109,20 +109,41 @@ def augment_image(
 
 
 def _warp(key: jax.Array, image: jax.Array, config: Augment) -> jax.Array:
-    """Crops, resizes back and rotates by bilinear interpolation of the source, once."""
+    """Crops, resizes back and rotates by bilinear interpolation of the source, once.
+
+    A pixel covers half a unit to each side of its middle; there the image goes on as at its edge, beyond it is black.
+    """
     area, ratio, y, x, angle = jax.random.uniform(key, (5,))
     area = config.scale[0] + area * (config.scale[1] - config.scale[0])
     ratio = config.ratio[0] + ratio * (config.ratio[1] - config.ratio[0])
-    angle = jnp.deg2rad((2 * angle - 1) * config.rotation)
     size = jnp.array(image.shape[:2], jnp.float32)
     kept = jnp.minimum(jnp.sqrt(jnp.stack([area / ratio, area * ratio])), 1.0)  # parts of height and width
-    shift = (jnp.stack([y, x]) - 0.5) * (1 - kept) * size
     middle = (size - 1) / 2
-    rows, columns = jnp.meshgrid(*(jnp.arange(n) - m for n, m in zip(image.shape, middle, strict=False)), indexing="ij")
-    turned = jnp.cos(angle) * rows - jnp.sin(angle) * columns, jnp.sin(angle) * rows + jnp.cos(angle) * columns
-    source = [m + s + k * t for m, s, k, t in zip(middle, shift, kept, turned, strict=True)]
-    sample = lambda channel: map_coordinates(channel, source, order=1, mode="constant")  # noqa: E731
-    return jax.vmap(sample, in_axes=2, out_axes=2)(image.astype(jnp.float32))
+    center = middle + (jnp.stack([y, x]) - 0.5) * (1 - kept) * size  # of what is kept
+    rows, columns = (jnp.arange(n) - m for n, m in zip(image.shape, middle, strict=False))
+    if not config.rotation:  # rows and columns one after another, a quarter of the work
+        return _blend(_blend(image, center[0] + kept[0] * rows, 0), center[1] + kept[1] * columns, 1)
+    angle = jnp.deg2rad((2 * angle - 1) * config.rotation)
+    turned = (
+        jnp.cos(angle) * rows[:, None] - jnp.sin(angle) * columns,
+        jnp.sin(angle) * rows[:, None] + jnp.cos(angle) * columns,
+    )
+    source = [c + k * t for c, k, t in zip(center, kept, turned, strict=True)]
+    sample = lambda channel: map_coordinates(channel, source, order=1, mode="nearest")  # noqa: E731
+    pixels = jax.vmap(sample, in_axes=2, out_axes=2)(image.astype(jnp.float32))
+    inside = [(s >= -0.5) & (s <= n - 0.5) for s, n in zip(source, image.shape, strict=False)]
+    return jnp.where((inside[0] & inside[1])[..., None], pixels, 0.0)
+
+
+def _blend(image: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    """Linear interpolation along one axis at positions `at`, those outside brought to the edge."""
+    last = image.shape[axis] - 1
+    at = jnp.clip(at, 0, last)
+    first = jnp.clip(at.astype(jnp.int32), 0, max(last - 1, 0))
+    part = jnp.expand_dims(at - first, [i for i in range(image.ndim) if i != axis])
+    low = jnp.take(image, first, axis=axis, mode="clip").astype(jnp.float32)
+    high = jnp.take(image, first + 1, axis=axis, mode="clip").astype(jnp.float32)
+    return low + part * (high - low)
 
 
 def _change_colours(key: jax.Array, pixels: jax.Array, config: Augment) -> jax.Array:
@@ -137,4 +158,6 @@ def _change_colours(key: jax.Array, pixels: jax.Array, config: Augment) -> jax.A
     changed = draws[4] < config.colour_probability
     matrix = jnp.where(changed, contrast * (grey + colour), jnp.eye(3))
     offset = jnp.where(changed, config.brightness * brightness + 0.5 * (1 - contrast), 0.0)
-    return jnp.clip(jnp.einsum("hwc,dc->hwd", pixels, matrix, precision="highest") + offset, 0, 1)
+    # Three products written out: as a matrix product of depth three it is 30 times slower on a CPU.
+    turned = sum(pixels[..., c, None] * matrix[:, c] for c in range(3))
+    return jnp.clip(turned + offset, 0, 1)

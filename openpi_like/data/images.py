@@ -21,8 +21,7 @@ def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"
     """
     swapped = channel_order == "bgr"
     if data[:3] == _JPEG:
-        # The fast transforms are TensorFlow's default, with which most published policies were trained.
-        return simplejpeg.decode_jpeg(data, colorspace="BGR" if swapped else "RGB", fastdct=True, fastupsample=True)
+        return simplejpeg.decode_jpeg(data, colorspace="BGR" if swapped else "RGB")
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if swapped else cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise ValueError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")

@@ -220,11 +220,8 @@ def jpegs(args: Args) -> dict[str, list[bytes]]:
     """Images to compare: those of the benchmark, and photos brought to 256 x 256 with nothing added."""
     found: dict[str, list[bytes]] = {"b256": []}
     index = open_index(args.data / "b256" / "1.0.0", "train")
-    spans = index.images["observation/image_0"]
     for step in np.linspace(0, index.episode_start[20] - 1, IMAGES).astype(int):
-        with index.split.shards[0].open("rb") as file:
-            file.seek(spans[step, 0])
-            found["b256"].append(file.read(spans[step, 1]))
+        found["b256"].append(index.read_image(step, "observation/image_0"))
     if args.photos is not None:
         found["photos"] = []
         rng = np.random.default_rng(0)

@@ -223,12 +223,9 @@ def limit(spec: Spec) -> None:
     from openpi_like.data.index import open_index
 
     index = open_index(spec.data[0], "train")
-    spans = index.images["observation/image_0"]
     encoded = []
-    for step in np.linspace(0, index.episode_start[10] - 1, 256).astype(int):  # the first shard has more episodes
-        with index.split.shards[0].open("rb") as file:
-            file.seek(spans[step, 0])
-            encoded.append(file.read(spans[step, 1]))
+    for step in np.linspace(0, index.episode_start[10] - 1, 256).astype(int):
+        encoded.append(index.read_image(step, "observation/image_0"))
 
     def work(until: float) -> int:
         out, frames = np.empty((SIZE, SIZE, 3), np.uint8), 0
