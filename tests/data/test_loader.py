@@ -175,7 +175,7 @@ def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
 def test_no_grouping_beats_a_shuffle_of_all_frames(episodes: list[int], batch: int, group: int) -> None:
     lengths = np.array(episodes)
     grouped, whole = (distinct_episodes(lengths, batch, group_episodes=g) for g in (group, None))
-    assert 1 - 1e-9 <= grouped <= whole + 1e-9 <= min(batch, np.count_nonzero(lengths)) + 1e-6
+    assert 1 - 1e-9 <= grouped <= whole + 1e-9 <= min(batch, int(np.count_nonzero(lengths))) + 1e-6
     if group >= len(episodes) or batch == 1:
         assert grouped == pytest.approx(whole)
 
@@ -316,7 +316,7 @@ def test_dropped_cameras_are_masked_and_black_and_the_others_as_they_were(load: 
         np.testing.assert_array_equal(dropped["images"][name][mask], plain["images"][name][mask])
         assert not dropped["images"][name][~mask].any()
     for name in ("state", "actions", "prompt"):
-        np.testing.assert_array_equal(dropped[name], plain[name])  # type: ignore[literal-required]
+        np.testing.assert_array_equal(dropped[name], plain[name])
 
 
 def test_cameras_without_an_image_are_masked(load: Any, config: DataConfig) -> None:
