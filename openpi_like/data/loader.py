@@ -314,7 +314,7 @@ class _Assembler:
         policy, size = self.policy, len(ids)
         saturated = 0
         height, width = policy.image_size
-        images = {name: np.zeros((size, height, width, 3), np.uint8) for name in policy.cameras}
+        images = {name: np.empty((size, height, width, 3), np.uint8) for name in policy.cameras}  # filled at the end
         image_mask = {name: np.zeros(size, bool) for name in policy.cameras}
         state = np.zeros((size, policy.state_dim), np.float32)
         state_mask = np.zeros((size, policy.state_dim), bool)
@@ -357,6 +357,8 @@ class _Assembler:
                 image_mask[camera.name][rows] = mask
                 for row in rows[mask]:
                     dataset.image_into(int(frames[row]), camera, images[camera.name][row], resize=policy.resize)
+        for name, mask in image_mask.items():
+            images[name][~mask] = 0
         if policy.action_tokens is None:
             prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
             text = {"prompt": prompt, "prompt_mask": prompt_mask}

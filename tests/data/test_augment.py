@@ -14,7 +14,7 @@ from openpi_like.batch import Batch
 from openpi_like.data.augment import Augment, augment_batch, augment_image
 
 H, W = 24, 32
-COLOURS = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.2}
+COLOURS = Augment(brightness=0.3, contrast=0.4, saturation=0.5, hue=0.2)
 
 
 def pictures(count: int) -> np.ndarray:
@@ -95,8 +95,7 @@ def test_geometry_against_scipy(rotation: float) -> None:
 
 def test_colours_against_scipy() -> None:
     """One affine map of RGB for a whole picture: grey stays grey, what differs from it is turned and scaled."""
-    config = Augment(**COLOURS)  # type: ignore[arg-type]  # its fields have several types
-    one = jax.jit(lambda key, image: augment_image(key, image, config))
+    one = jax.jit(lambda key, image: augment_image(key, image, COLOURS))
     picture = pictures(1)[0]
     pixels = picture.reshape(-1, 3) / 255
     factors = []
@@ -112,13 +111,14 @@ def test_colours_against_scipy() -> None:
         grey = np.full((3, 3), 1 / 3)
         part = matrix / contrast - grey
         saturation = np.sqrt((part**2).sum() / 2)
-        turn = np.arctan2((part[1, 0] - part[0, 1]) * np.sqrt(3) / 2, part.trace() / 2 * 1.0)
+        turn = np.arctan2((part[1, 0] - part[0, 1]) * np.sqrt(3) / 2, part.trace() / 2)
         axis = np.ones(3) / np.sqrt(3)
         expected = contrast * (grey + saturation * (Rotation.from_rotvec(turn * axis).as_matrix() - grey))
         np.testing.assert_allclose(matrix, expected, atol=2e-3)
         np.testing.assert_allclose(got, np.clip(pixels @ matrix.T + offset, 0, 1), atol=2e-3)
         factors.append((brightness, contrast - 1, saturation - 1, turn / (2 * np.pi)))
-    spread = np.abs(factors).max(axis=0) / list(COLOURS.values())
+    ranges = (COLOURS.brightness, COLOURS.contrast, COLOURS.saturation, COLOURS.hue)
+    spread = np.abs(factors).max(axis=0) / ranges
     assert np.all(spread < 1.01)
     assert np.all(spread > 0.7)
 

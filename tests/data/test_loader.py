@@ -175,8 +175,7 @@ def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
 def test_no_grouping_beats_a_shuffle_of_all_frames(episodes: list[int], batch: int, group: int) -> None:
     lengths = np.array(episodes)
     grouped, whole = (distinct_episodes(lengths, batch, group_episodes=g) for g in (group, None))
-    assert 1 - 1e-9 <= grouped <= whole + 1e-9
-    assert whole <= min(batch, int(np.count_nonzero(lengths))) + 1e-6
+    assert 1 - 1e-9 <= grouped <= whole + 1e-9 <= min(batch, int(np.count_nonzero(lengths))) + 1e-6
     if group >= len(episodes) or batch == 1:
         assert grouped == pytest.approx(whole)
 
