@@ -324,6 +324,7 @@ class _Assembler:
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
         written: list[np.ndarray | None] = [None] * size
+        draws = None if positions is None else uniform_draws(self.config.seed, _PROMPT_STREAM, positions)
         for i in np.unique(ids):
             dataset = self.datasets[i]
             assert dataset is not None  # ids are of open datasets
@@ -335,8 +336,8 @@ class _Assembler:
             for row in rows:
                 states_in_prompt[row] = state[row, : robot.state_size]
             state_mask[rows, : robot.state_size] = True
-            draws = None if positions is None else uniform_draws(self.config.seed, _PROMPT_STREAM, positions[rows])
-            for row, prompt in zip(rows, dataset.prompts(frames[rows], draws), strict=True):
+            drawn = None if draws is None else draws[rows]
+            for row, prompt in zip(rows, dataset.prompts(frames[rows], drawn), strict=True):
                 prompts[row] = "" if entry.blank_language else prompt
             if entry.text_key is not None:
                 for row, text in zip(rows, dataset.texts(entry.text_key, frames[rows]), strict=True):
