@@ -2,7 +2,7 @@
 
     python train/train.py configs/demo_compare_fast.py
 
-All but the policy is that of demo_compare_flow.py. Two CPU cores: about 3 minutes.
+All but the policy is that of demo_compare_flow.py. Two CPU cores: about 5 minutes.
 """
 
 import dataclasses

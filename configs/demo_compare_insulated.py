@@ -3,7 +3,7 @@ write actions as tokens while its expert learns to sample them by flow matching.
 
     python train/train.py configs/demo_compare_insulated.py
 
-All but the policy is that of demo_compare_flow.py. Two CPU cores: about 3 minutes.
+All but the policy is that of demo_compare_flow.py. Two CPU cores: about 6 minutes.
 """
 
 import dataclasses
