@@ -22,9 +22,8 @@ from rich.table import Table
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import load_run, override
-from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.dataset import open_dataset
 from openpi_like.data.fast import FastTokenizer
-from openpi_like.data.index import open_index
 from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
 from openpi_like.data.stats import compute_normalization, load_normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
@@ -89,14 +88,14 @@ def open_one(args: Args, console: Console) -> Loader:
     robot = find_robot(args.robot)
     robot = dataclasses.replace(robot, cameras=robot.cameras[: args.cameras or None])
     started = time.perf_counter()
-    index = open_index(args.data, args.split, index_dir=args.index_dir)
+    dataset = open_dataset(args.data, robot, args.split, index_dir=args.index_dir)
+    index = dataset.index
     console.print(f"index: {index.steps:,} steps of {index.episodes:,} episodes, {time.perf_counter() - started:.2f} s")
     started = time.perf_counter()
-    dataset = EpisodeDataset(index, robot)
     normalization = compute_normalization(dataset)
     console.print(f"statistics: {time.perf_counter() - started:.2f} s")
-    key = robot.language_key
-    texts = {robot.default_prompt or ""} if key is None else set((index.texts | index.episode_texts)[key].table)
+    keys = [k for k in (robot.language_key, *robot.language_alternatives) if k is not None]
+    texts = {t for k in keys for t in (index.texts | index.episode_texts)[k].table} or {robot.default_prompt or ""}
     model = fit_text_tokenizer([*texts, "no instruction"], 4000)  # some datasets have none
     length = int(max(TextTokenizer(model, 10_000).encode(text)[1].sum() for text in texts))
     tokenizer = TextTokenizer(model, length)

@@ -89,7 +89,7 @@ def size(feature: Feature) -> int:
 
 def numeric(features: Sequence[Feature], what: str) -> tuple[list[Feature], list[Feature]]:
     """Returns the numeric fields of the state or of the action that a robot would use, and the others."""
-    pattern = r"actions?\b" if what == "action" else r"observation/"
+    pattern = r"actions?(_dict)?\b" if what == "action" else r"observation/"
     found = [f for f in features if f.kind == "numeric" and f.dtype.startswith("float") and re.match(pattern, f.key)]
     # A vector of all of it, where there is one, repeats the other fields.
     whole = [f for f in found if f.key.rpartition("/")[2] in ("state", "proprio", "action", "actions")]

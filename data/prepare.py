@@ -4,19 +4,20 @@
 
 Colour images larger than the box are shrunk to fit into it and stored as JPEG; all else is copied byte for byte. The
 result is a TFDS directory with the same splits and shards. Run it again after an interruption: shards that are done are
-kept. This is optional: training reads the dataset as it is published. --beam runs on Apache Beam (apache-beam).
+kept. Where a robot tells an absent camera by the size of its images (`Camera.min_bytes`), it needs another size for the
+new ones. This is optional: training reads the dataset as it is published. --beam runs on Apache Beam (apache-beam).
 """
 
 import dataclasses
 import logging
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from openpi_like.data.files import Url, locate
 from openpi_like.data.prepare import Prepare, plan, write_info, write_shards
 
 
@@ -30,7 +31,7 @@ class Args:
     """
 
     data: Annotated[str, tyro.conf.Positional]
-    out: Path
+    out: str
     height: int = 256
     width: int = 256
     encoding: Literal["jpeg", "png"] = "jpeg"
@@ -42,8 +43,13 @@ class Args:
 
 
 def main(args: Args, console: Console) -> None:
+    out = locate(args.out)
+    if isinstance(out, Url):
+        sys.exit(
+            f"--out {args.out} is in a store, expected a folder of this machine or a mounted one; copy it from there"
+        )
     config = Prepare(args.height, args.width, args.encoding, args.quality, args.file_format)
-    tasks = plan(args.data, args.out, config, args.splits)
+    tasks = plan(args.data, out, config, args.splits)
     if args.beam:
         try:
             from openpi_like.data import beam
@@ -54,7 +60,7 @@ def main(args: Args, console: Console) -> None:
         with Progress(console=console, transient=True) as bar:
             shards = bar.add_task("shards", total=len(tasks))
             write_shards(tasks, workers=args.workers, progress=lambda done, _: bar.update(shards, completed=done))
-    done = write_info(args.data, args.out, config, tasks)
+    done = write_info(args.data, out, config, tasks)
     before, after = sum(d.images_before for d in done), sum(d.images_after for d in done)
     console.print(
         f"{sum(d.records for d in done):,} episodes in {len(done)} shards; colour images had {before / 1e6:,.1f} MB "

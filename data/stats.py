@@ -161,12 +161,12 @@ def main(args: Args, console: Console) -> None:
         opened = open_datasets(dataclasses.replace(run.data, entries=entries))
         for name, out in missing.items():
             # The same files for two purposes (see MixtureEntry.text_key) are counted once.
-            chosen = {
-                (entry.path, entry.split): dataset
-                for entry, dataset in zip(entries, opened, strict=True)
-                if dataset is not None and entry.robot.name == name
-            }
-            datasets = list(chosen.values())
+            counted, datasets = [], []
+            for entry, dataset in zip(entries, opened, strict=True):
+                frames = (entry.path, entry.split, entry.selection)
+                if dataset is not None and entry.robot.name == name and frames not in counted:
+                    counted.append(frames)
+                    datasets.append(dataset)
             report(args, compute(args, datasets, out, console), datasets, console)
             console.print(f"written to {out}")
 

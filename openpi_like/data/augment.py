@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from openpi_like.batch import Batch
 
-_STREAM = 0xA06  # keeps these draws apart from those of the loss, which are keyed by the step
+_STREAM = 0xA060_0000  # keeps these draws apart from those of the loss, which are keyed by the step, an int32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -558,10 +558,13 @@ def distinct_episodes(
         of = np.asarray(episodes, np.float64)[order[at : at + group]]
         n = of.sum()
         stop = start + int(n)
-        # The parts of this group that are in each batch, by size: m frames of n.
-        cuts = [c for c in range(size * (start // size + 1), stop, size) if c < batches * size]
-        sizes = np.diff([start, *cuts, min(stop, batches * size)])
-        for m, count in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
+        # The parts of this group that are in each batch, m frames of n: of its first batch, of whole ones, of its last.
+        end = min(stop, batches * size)
+        first = min(-start % size, max(end - start, 0))
+        whole, last = divmod(max(end - start, 0) - first, size)
+        for m, count in ((first, 1), (size, whole), (last, 1)):
+            if not m * count:
+                continue
             # An episode of f frames is not among them with probability C(n - f, m) / C(n, m).
             rest = n - of[of > 0]
             log_missing = gammaln(rest + 1) - gammaln(np.maximum(rest - m, 0) + 1) - gammaln(n + 1) + gammaln(n - m + 1)

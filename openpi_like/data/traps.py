@@ -66,7 +66,8 @@ def outliers(key: str, x: Shaped[np.ndarray, "N D"]) -> Trap | None:
     q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
     low, high = x.min(axis=0), x.max(axis=0)
     reach = np.maximum(high - q99, q01 - low)
-    far = np.flatnonzero((reach > 10 * (q99 - q01)) & (reach > 1e-4))
+    trigger = np.isin(x, (-1, 0, 1)).all(axis=0)  # rare by nature
+    far = np.flatnonzero((reach > 10 * (q99 - q01)) & (reach > 1e-4) & ~trigger)
     if not len(far):
         return None
     shown = ", ".join(f"[{d}] {low[d]:.4g} .. {high[d]:.4g}, q01 .. q99 {q01[d]:.4g} .. {q99[d]:.4g}" for d in far)
@@ -237,11 +238,14 @@ def inverted_gripper(
 
 
 def instructions(key: str, texts: Mapping[str, int]) -> Trap | None:
-    """Empty instructions, and those that differ in case, space or punctuation only. texts: how many steps have each."""
+    """Empty instructions, and those that differ in case, space or punctuation only.
+
+    texts: how many steps, or episodes, have each.
+    """
     found = []
     total, empty = sum(texts.values()), sum(n for t, n in texts.items() if not t.strip())
     if empty:
-        found.append(f"{empty / total:.1%} of the steps have none")
+        found.append(f"{empty / total:.1%} of them are empty")
     alike: dict[str, list[str]] = {}
     for text in texts:
         alike.setdefault(" ".join(re.sub(r"[^\w\s]", " ", text.lower()).split()), []).append(text)
@@ -312,7 +316,7 @@ def swapped_channels(key: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> 
 
 def action_keys(index: FrameIndex) -> list[str]:
     """Returns the keys of numeric fields of a step that are actions."""
-    return [k for k, x in index.columns.items() if re.match(r"actions?\b", k) and x.dtype.kind == "f"]
+    return [k for k, x in index.columns.items() if re.match(r"actions?(_dict)?\b", k) and x.dtype.kind == "f"]
 
 
 def state_keys(index: FrameIndex) -> list[str]:

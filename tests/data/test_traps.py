@@ -74,6 +74,8 @@ def test_outliers(rng: np.random.Generator) -> None:
     assert traps.outliers("action", x) is None
     x[9, 1] = 0.5
     assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x))
+    x[9, 1] = -1  # a trigger
+    assert traps.outliers("action", x) is None
 
 
 @pytest.mark.parametrize(("turn", "unit"), [(2 * np.pi, "rad"), (360.0, "deg")])
@@ -168,7 +170,7 @@ def test_inverted_gripper(rng: np.random.Generator) -> None:
 def test_instructions() -> None:
     assert traps.instructions("text", {"pick it up": 3, "put it down": 5}) is None
     got = found(traps.instructions("text", {"Pick it  up.": 3, "pick it up": 5, "": 1, " ": 1}))
-    assert got == "20.0% of the steps have none; 1 are written in several ways: 'Pick it  up.' = 'pick it up'"
+    assert got == "20.0% of them are empty; 1 are written in several ways: 'Pick it  up.' = 'pick it up'"
 
 
 # ---- Cameras ---------------------------------------------------------------------------------------------------------
