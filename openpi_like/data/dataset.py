@@ -38,8 +38,8 @@ class Selection:
         published for DROID.
     idle_below: leave out steps at which nothing is commanded: no delta, velocity or relative target of at least this
         size (model units, largest dim, over one control step), and no gripper command other than at the step before.
-    skip_not_finite: leave out, and name in a warning, steps whose state or chunk has NaN or infinity, which otherwise
-        are an error.
+    skip_not_finite: leave out, and name in a warning, steps whose state or chunk has NaN, infinity, or a quaternion or
+        6-D rotation that is none (all 0), which otherwise are an error.
     """
 
     success: str | None = None
@@ -95,10 +95,18 @@ def open_dataset(
     name, low, low_percent, high, high_percent = found.groups()
     index = open_index(path, name, index_dir=index_dir, max_corrupt_fraction=max_corrupt_fraction)
 
+    beyond = [
+        f"{number}{percent}"
+        for number, percent in ((low, low_percent), (high, high_percent))
+        if number is not None and int(number) > (100 if percent else index.episodes)
+    ]
+    if beyond:
+        raise DatasetError(f"{path}: {split!r} goes to {beyond[-1]}, but {name!r} has {index.episodes} episodes (100%)")
+
     def episode(number: str | None, percent: str | None, default: int) -> int:
         if number is None:
             return default
-        return min(round(int(number) * index.episodes / 100) if percent else int(number), index.episodes)
+        return round(int(number) * index.episodes / 100) if percent else int(number)
 
     part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
@@ -133,7 +141,7 @@ class EpisodeDataset:
 
         Raises:
             DatasetError: the dataset does not have what the robot or the selection says, has values that are not
-                finite, or nothing is left of it; lists all.
+                finite or no rotation, or nothing is left of it; lists all.
         """
         self.index, self.robot, self._stride = index, robot, frame_stride
         part = range(index.episodes) if episodes is None else episodes
@@ -404,7 +412,9 @@ class EpisodeDataset:
                 *self._describe(self.robot.action, not_finite[1]),
             ]
             _log.warning(
-                "%s has values that are not finite, which are skipped:\n  %s", self.index.split, "\n  ".join(shown)
+                "%s has values that are not finite or no rotation, which are skipped:\n  %s",
+                self.index.split,
+                "\n  ".join(shown),
             )
 
     def _step_filters(
@@ -579,7 +589,7 @@ class EpisodeDataset:
             yield slice(at, min(at + _BLOCK, self._part.stop))
 
     def _not_finite(self, fields: Sequence[StateField]) -> np.ndarray:
-        """Returns the steps of the part at which a field is not finite, ascending."""
+        """Returns the steps of the part at which a field is not finite, or no rotation, ascending."""
         bad: list[np.ndarray] = []
         for field in fields:
             column = self.index.columns[field.key]
@@ -587,20 +597,21 @@ class EpisodeDataset:
                 continue
             for block in self._blocks():
                 values = column[block].reshape(block.stop - block.start, -1)
-                finite = np.isfinite(values[:, field.start : field.start + field.size]).all(axis=1)
-                bad.append(block.start + np.flatnonzero(~finite))
+                usable = field.usable(values[:, field.start : field.start + field.size])
+                bad.append(block.start + np.flatnonzero(~usable))
         return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
 
     def _describe(self, fields: Sequence[StateField], bad: np.ndarray, what: str = "") -> list[str]:
-        """Returns where and which values are not finite, for the first of some steps."""
+        """Returns where and which values are not finite, or no rotation, for the first of some steps."""
         shown = []
         for step in bad[:_SHOWN]:
             for field in fields:
                 values = np.ravel(self.index.columns[field.key][step])[field.start : field.start + field.size]
-                if not np.isfinite(values).all():
+                if not field.usable(values[None]).all():
+                    expected = "finite numbers" + (f" that are a rotation ({field.rotation})" if field.rotation else "")
                     shown.append(
                         f"{self.index.where(int(step))}: {what}{field.name!r} ({field.key}) is {values.tolist()}, "
-                        "expected finite numbers"
+                        f"expected {expected}"
                     )
         if len(bad) > _SHOWN:
             shown.append(f"... and {len(bad) - _SHOWN} more steps of {', '.join(repr(f.name) for f in fields)}")

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.robots import ActionField, Camera, Gripper, Robot
+from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.robots.oxe import BRIDGE
 from tests.data.toy import ARM, CART, LENGTHS, PROMPTS
 
@@ -382,19 +382,38 @@ def test_values_that_are_not_finite_can_be_left_out(
         EpisodeDataset(index, robot)
 
 
+@pytest.mark.parametrize(("rotation", "size"), [("quaternion_xyzw", 4), ("quaternion_wxyz", 4), ("rotation_6d", 6)])
+def test_rotations_that_are_none(dataset: EpisodeDataset, rotation: str, size: int) -> None:
+    """Zeros are found when a dataset is opened, as NaN is; they can be left out, and then all frames can be encoded."""
+    values = np.random.default_rng(0).normal(size=(STEPS, size)).astype(np.float32)
+    values[START[2] + 3] = 0
+    turn = StateField("turn", "observation/turn", size, rotation=rotation, model_rotation="rpy")
+    goal = ActionField("goal", "observation/turn", size, rotation=rotation, model_rotation="rpy", relative_to="turn")
+    robot = dataclasses.replace(ARM, state=(turn,), action=(goal,))
+    index = with_columns(dataset.index, **{"observation/turn": values})
+    selected = EpisodeDataset(index, robot, selection=Selection(skip_not_finite=True))
+    reached = by_step(lambda e, t: e == 2 and t <= 3 < t + ARM.action_horizon)
+    assert kept_steps(selected) == [s for s in range(STEPS) if s not in reached]
+    assert np.isfinite(selected.encoded(np.arange(len(selected)))[1]).all()
+    with pytest.raises(
+        DatasetError, match=rf"(?s)episode 2, step 3 .*'turn' .*\[0.0, .*a rotation \({rotation}\)"
+    ) as e:
+        EpisodeDataset(index, robot)
+    assert "action field 'goal'" in str(e.value)
+
+
 @given(cut=st.integers(0, 100))
 @settings(max_examples=25, deadline=None)
 def test_parts_by_percent_are_those_of_tfds(toy: Path, tfds: Any, cut: int) -> None:
     """Two parts hold every step once, cut where TFDS cuts."""
     sizes = []
-    for split, default in ((f"train[:{cut}%]", 0), (f"train[{cut}%:]", 0)):
+    for split in (f"train[:{cut}%]", f"train[{cut}%:]"):
         instruction = tfds.core.ReadInstruction.from_spec(split)
         (absolute,) = instruction.to_absolute({"train": _Info(len(TRAIN))})
         episodes = TRAIN[absolute.from_ : absolute.to]
         if not episodes:
             with pytest.raises(DatasetError, match=r"is empty: 'train' has 12 episodes"):
                 open_dataset(toy, ARM, split)
-            sizes.append(default)
             continue
         part = open_dataset(toy, ARM, split)
         first = START[absolute.from_ or 0]
@@ -538,6 +557,21 @@ def test_nothing_left_says_why(dataset: EpisodeDataset) -> None:
 def test_parts_that_cannot_be_read(toy: Path, split: str) -> None:
     with pytest.raises(DatasetError, match=r"expected a name, or a part like 'train\[:95%\]'"):
         open_dataset(toy, ARM, split)
+
+
+@pytest.mark.parametrize(
+    ("split", "beyond"),
+    [("train[:101%]", "101%"), ("train[101%:]", "101%"), ("train[:13]", "13"), ("train[99:]", "99")],
+)
+def test_parts_beyond_the_split(toy: Path, split: str, beyond: str) -> None:
+    """More episodes than there are must not pass for all of them."""
+    with pytest.raises(DatasetError, match=rf"goes to {beyond}, but 'train' has 12 episodes"):
+        open_dataset(toy, ARM, split)
+
+
+def test_parts_up_to_the_end(toy: Path) -> None:
+    for split in ("train[:100%]", "train[0:12]", "train[0%:]"):
+        assert len(open_dataset(toy, ARM, split)) == STEPS
 
 
 def test_a_gripper_that_is_not_as_described(dataset: EpisodeDataset, caplog: pytest.LogCaptureFixture) -> None:

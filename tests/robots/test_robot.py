@@ -385,6 +385,20 @@ def test_all_problems_are_reported_at_once():
         StateField("x", "s", 0, unit="inch", rotation="euler")
 
 
+@pytest.mark.parametrize("rotation", ["quaternion_xyzw", "rotation_6d"])
+def test_values_that_are_no_rotation_name_the_field(rotation):
+    size = ROTATIONS[rotation][0]
+    field = StateField("turn", "s", size, rotation=rotation, model_rotation="rpy")
+    x = np.ones((3, size))
+    x[0, 0] = 2.0
+    x[1], x[2, 1] = 0, np.nan
+    assert field.usable(x).tolist() == [True, False, False]
+    with pytest.raises(ValueError, match=rf"'turn' has values that are no rotation \({rotation}\): \[0.0, 0.0, "):
+        make_robot([field], [ACTION]).encode_state(x)
+    if rotation == "rotation_6d":  # two vectors of one direction
+        assert not field.usable(np.array([[1.0, 2, 3, 2, 4, 6]])).any()
+
+
 def test_wrong_sizes_name_the_fields():
     with pytest.raises(
         ValueError, match=r"state of robot 'sawyer': got shape \(3,\), expected last axis 4 \(hand:3, g"
