@@ -291,6 +291,10 @@ class ActionField(StateField):
             problems.append(f"a gripper command of kind {self.command!r}; triggers are a gripper convention")
         if self.gripper is not None and self.gripper.convention != "absolute" and self.next_step is not None:
             problems.append(f"gripper convention {self.gripper.convention!r} and next_step exclude each other")
+        if self.gripper is not None and self.gripper.convention != "absolute" and self.size != 1:
+            problems.append(
+                f"gripper convention {self.gripper.convention!r} and size {self.size}, expected a size of 1"
+            )
         return problems
 
     def change(

@@ -329,6 +329,10 @@ ACTION = ActionField("hand", "a", 3)
             lambda: ActionField("g", "s", 1, gripper=Gripper(1.0, 0.0, "trigger"), next_step="value"),
             "gripper convention 'trigger' and next_step exclude each other",
         ),
+        (
+            lambda: ActionField("g", "s", 2, gripper=Gripper(1.0, 0.0, "look_ahead")),
+            "gripper convention 'look_ahead' and size 2, expected a size of 1",
+        ),
         (lambda: make_robot([STATE], [ACTION], stride=0), "stride 0, expected at least 1"),
         (lambda: make_robot([STATE], [ACTION], language_alternatives=("language_instruction",)), "name a text twice"),
         (
