@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from openpi_like.config import from_json, to_json
 from openpi_like.data import files
@@ -19,6 +20,7 @@ from openpi_like.data.oxe import MIXTURES, OXE, mixture
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots import find_robot, policy_problems, with_channel_order
 from openpi_like.robots.oxe import DISPUTED, DROID_JOINTS, ROBOTS
+from openpi_like.robots.robot import ROTATIONS
 from tests.data.oxe_schemas import PUBLISHED, Columns, Published
 from tests.data.toy import Shapes
 
@@ -234,7 +236,7 @@ def test_droid_in_joints(tfds: Any, tmp_path: Path) -> None:
 
 def test_robots_of_mixtures_share_their_slots() -> None:
     """Dims of the hand come first and in one order; one policy has room for all."""
-    soup = Shapes(cameras=("base", "wrist"), state_dim=10, action_dim=8, action_horizon=16)
+    soup = Shapes(cameras=("base", "wrist"), state_dim=11, action_dim=10, action_horizon=16)
     for names in (MIXTURES["oxe_magic_soup"], MIXTURES["oxe_magic_soup_plus"], MIXTURES["rtx"]):
         for name in names:
             robot = ROBOTS[name]
@@ -243,6 +245,23 @@ def test_robots_of_mixtures_share_their_slots() -> None:
             fields = [f.name for f in robot.action]
             assert fields == [f for f in ("hand", "hand_rotation", "gripper") if f in fields], name
             assert robot.normalization == "quantile"
+
+
+def test_orientations_do_not_jump() -> None:
+    """A pose is shown as continuous numbers unless it is stored as others: turning on by 0.01 rad changes none by more
+    than that, also through the half turn where roll, pitch, yaw jump."""
+    angles = np.arange(0, 2 * np.pi, 0.01)
+    for name, robot in ROBOTS.items():
+        absolute = [f for f in robot.action if f.command == "absolute"]
+        for field in (*robot.state, *absolute):
+            if field.rotation in (None, "rpy") or name.startswith("libero"):
+                continue
+            for axis in "xyz":
+                path = Rotation.from_euler(axis, angles[:, None]) * Rotation.from_euler("x", 1.0)
+                stored = ROTATIONS[field.rotation][2](path)
+                shown = field.to_model(stored)
+                assert shown.shape == (len(angles), 6), name
+                assert np.abs(np.diff(shown, axis=0)).max() <= 0.01 + 1e-9, name
 
 
 def test_disputes_are_about_datasets_of_the_catalogue() -> None:
