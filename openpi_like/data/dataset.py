@@ -15,7 +15,7 @@ from openpi_like.config import near_names
 from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
+from openpi_like.robots.robot import ROTATIONS, ActionField, Camera, Robot, StateField
 
 _BLOCK = 1 << 16  # steps looked at together
 _SHOWN = 5  # places named in one message
@@ -33,13 +33,15 @@ class Selection:
         expression, must be found in.
     labelled: only steps with an instruction.
     min_length: only episodes of at least so many RLDS steps. skip_first: not the first steps of an episode.
+    skip_last: not the last steps of an episode, such as a terminal one with an action of zeros; chunks end before them.
     keep_ranges: a JSON file of {episode: [[start, end), ...]}, the steps to keep; an episode that is not in it is left
         out. Its name there is that of the texts `keep_ranges_key`, joined with "--". Defaults fit the ranges that were
         published for DROID.
     idle_below: leave out steps at which nothing is commanded: no delta, velocity or relative target of at least this
-        size (model units, largest dim, over one control step), and no gripper command other than at the step before.
-    skip_not_finite: leave out, and name in a warning, steps whose state or chunk has NaN or infinity, which otherwise
-        are an error.
+        size (model units, over one control step; of the largest dim, or the angle of a quaternion or 6-D rotation), and
+        no gripper command other than at the step before.
+    skip_not_finite: leave out, and name in a warning, steps whose state or chunk has NaN, infinity, or a quaternion or
+        6-D rotation that is none (all 0), which otherwise are an error.
     """
 
     success: str | None = None
@@ -47,6 +49,7 @@ class Selection:
     labelled: bool = False
     min_length: int = 1
     skip_first: int = 0
+    skip_last: int = 0
     keep_ranges: str | None = None
     keep_ranges_key: tuple[str, ...] = ("episode_metadata/recording_folderpath", "episode_metadata/file_path")
     idle_below: float | None = None
@@ -61,8 +64,10 @@ class Selection:
                 problems.append(f"success_pattern {self.success_pattern!r} is no regular expression: {e}")
             if self.success is None:
                 problems.append("success_pattern without success, expected the text to look in")
-        if self.min_length < 1 or self.skip_first < 0:
-            problems.append(f"min_length={self.min_length}, skip_first={self.skip_first}, expected >= 1 and >= 0")
+        if self.min_length < 1:
+            problems.append(f"min_length={self.min_length}, expected >= 1")
+        if self.skip_first < 0 or self.skip_last < 0:
+            problems.append(f"skip_first={self.skip_first}, skip_last={self.skip_last}, expected both >= 0")
         if self.idle_below is not None and not self.idle_below > 0:
             problems.append(f"idle_below={self.idle_below}, expected a number above 0")
         if not self.keep_ranges_key:
@@ -95,10 +100,18 @@ def open_dataset(
     name, low, low_percent, high, high_percent = found.groups()
     index = open_index(path, name, index_dir=index_dir, max_corrupt_fraction=max_corrupt_fraction)
 
+    beyond = [
+        f"{number}{percent}"
+        for number, percent in ((low, low_percent), (high, high_percent))
+        if number is not None and int(number) > (100 if percent else index.episodes)
+    ]
+    if beyond:
+        raise DatasetError(f"{path}: {split!r} goes to {beyond[-1]}, but {name!r} has {index.episodes} episodes (100%)")
+
     def episode(number: str | None, percent: str | None, default: int) -> int:
         if number is None:
             return default
-        return min(round(int(number) * index.episodes / 100) if percent else int(number), index.episodes)
+        return round(int(number) * index.episodes / 100) if percent else int(number)
 
     part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
@@ -133,13 +146,14 @@ class EpisodeDataset:
 
         Raises:
             DatasetError: the dataset does not have what the robot or the selection says, has values that are not
-                finite, or nothing is left of it; lists all.
+                finite or no rotation, or nothing is left of it; lists all.
         """
         self.index, self.robot, self._stride = index, robot, frame_stride
         part = range(index.episodes) if episodes is None else episodes
         self._part = range(int(index.episode_start[part.start]), int(index.episode_start[part.stop]))
         # The last step of an episode has no command where commands are derived from the step after.
         self._tail = int(any(f.next_step is not None for f in robot.action))
+        self._skip_last = selection.skip_last
         problems = self._problems(selection)
         if problems:
             raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
@@ -147,6 +161,8 @@ class EpisodeDataset:
         self._select(selection, part)
         if not len(self):
             raise DatasetError(f"{index.split}: no frame is left for robot {robot.name!r}; {self._removed_text()}")
+        if not selection.labelled:
+            self._warn_of_no_instruction()
         self.episodes = int((self.frames_per_episode() > 0).sum())
         if self.removed:
             _log.info("%s: %d frames for robot %r; %s", index.split, len(self), robot.name, self._removed_text())
@@ -178,10 +194,11 @@ class EpisodeDataset:
         """Returns the action chunks that begin at frames, in robot space, and a mask that ends with the episode.
 
         A is the robot's action horizon; entry a is for control step a, which is `Robot.stride` RLDS steps long and
-        whole inside the episode. Masked entries repeat the last one that is not.
+        whole inside the episode, without the last ones that the selection skips. Masked entries repeat the last one
+        that is not.
         """
         episode, step = self._place(frames)
-        end = self.index.episode_start[episode + 1] - self._tail
+        end = self.index.episode_start[episode + 1] - self._tail - self._skip_last
         whole = (end - step) // self.robot.stride
         a = np.arange(self.robot.action_horizon)
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
@@ -337,6 +354,12 @@ class EpisodeDataset:
             opens[lo - self._part.start : hi - self._part.start] = field.gripper.opens(values, first)
         return opens
 
+    def _whole_episodes(self, steps: np.ndarray) -> np.ndarray:
+        """Returns all steps of the episodes of some steps: what a derived gripper says depends on all of an episode."""
+        start = self.index.episode_start
+        episodes = np.unique(np.searchsorted(start, steps, side="right") - 1)
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(start[e], start[e + 1]) for e in episodes)])
+
     def _episode_blocks(self) -> Iterator[tuple[int, int]]:
         """Yields first and last step (exclusive) of blocks of whole episodes of the part, of about _BLOCK steps."""
         start, lo = self.index.episode_start, self._part.start
@@ -372,6 +395,9 @@ class EpisodeDataset:
         before = int(frames().sum())
         first += selection.skip_first
         remove(f"first {selection.skip_first} of the episode", before)
+        before = int(frames().sum())
+        end -= selection.skip_last
+        remove(f"last {selection.skip_last} of the episode", before)
         ranges = None
         if selection.keep_ranges is not None:
             ranges, known = self._read_ranges(selection, part)
@@ -382,67 +408,106 @@ class EpisodeDataset:
 
         # What concerns single steps
         not_finite = np.zeros(0, np.int64), np.zeros(0, np.int64)  # steps with such values in the state, in the action
+        shown: list[str] = []
         if selection.skip_not_finite:
-            not_finite = self._not_finite(self.robot.state), self._not_finite(self.robot.action)
+            of_state, of_action = self._not_finite(self.robot.state), self._not_finite(self.robot.action)
+            shown = self._describe(self.robot.state, of_state) + self._describe(self.robot.action, of_action)
+            derived = self._not_finite([f for f in self.robot.action if _is_derived(f)])
+            not_finite = of_state, np.union1d(of_action, self._whole_episodes(derived))
         filters = (selection.success, ranges, selection.idle_below)
         if all(f is None for f in filters) and not selection.labelled and not any(map(len, not_finite)):
             return
+        said = self._labels() if selection.labelled else {}
+        succeeded = self._success_texts(selection)
         kept = []
         for at in range(0, int(self._frame_start[-1]), _BLOCK):
             block = np.arange(at, min(at + _BLOCK, int(self._frame_start[-1])))
             episode, step = self._place(block)
             keep = np.ones(len(block), bool)
-            for reason, good in self._step_filters(selection, ranges, not_finite, episode, step):
+            for reason, good in self._step_filters(selection, said, succeeded, ranges, not_finite, episode, step):
                 if removed := int((keep & ~good).sum()):
                     self.removed[reason] = self.removed.get(reason, 0) + removed
                 keep &= good
             kept.append(block[keep].astype(np.uint32 if self._frame_start[-1] < 1 << 32 else np.int64))
         self._kept = np.concatenate(kept) if kept else np.zeros(0, np.uint32)
-        if any(map(len, not_finite)):
-            shown = [
-                *self._describe(self.robot.state, not_finite[0]),
-                *self._describe(self.robot.action, not_finite[1]),
-            ]
+        if shown:
             _log.warning(
-                "%s has values that are not finite, which are skipped:\n  %s", self.index.split, "\n  ".join(shown)
+                "%s has values that are not finite or no rotation, which are skipped:\n  %s",
+                self.index.split,
+                "\n  ".join(shown),
             )
 
     def _step_filters(
         self,
         selection: Selection,
+        said: dict[str, np.ndarray],
+        succeeded: np.ndarray | None,
         ranges: np.ndarray | None,
         not_finite: tuple[np.ndarray, np.ndarray],
         episode: np.ndarray,
         step: np.ndarray,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (reason, whether a step is kept) for steps (n,) and their episodes."""
+        """Yields (reason, whether a step is kept) for steps (n,) and their episodes.
+
+        said, succeeded: see `_labels` and `_success_texts`.
+        """
         if selection.success is not None:
-            yield f"{selection.success} says no", self._succeeded(selection, episode, step)
-        if selection.labelled and self.robot.language_key is not None:
-            labelled = np.zeros(len(step), bool)
-            for key in (self.robot.language_key, *self.robot.language_alternatives):
-                texts, ids = self._texts(key, episode, step)
-                empty = [i for i, text in enumerate(texts.table) if not text.strip()]
-                labelled |= ~np.isin(ids, empty)
-            yield "no instruction", labelled
+            yield f"{selection.success} says no", self._succeeded(selection.success, succeeded, episode, step)
+        if said:
+            yield "no instruction", self._labelled(said, episode, step)
         if ranges is not None:
             i = np.searchsorted(ranges[:, 0], step, side="right") - 1
             yield "not in keep_ranges", (i >= 0) & (step < ranges[np.maximum(i, 0), 1])
         if any(map(len, not_finite)):
             horizon = self.robot.action_horizon * self.robot.stride + self._tail
-            end = np.minimum(step + horizon, self.index.episode_start[episode + 1])
+            end = np.minimum(step + horizon, self.index.episode_start[episode + 1] - self._skip_last)
             of_state, of_action = not_finite
             good = np.searchsorted(of_state, step) == np.searchsorted(of_state, step + 1)
             yield "not finite", good & (np.searchsorted(of_action, step) == np.searchsorted(of_action, end))
         if selection.idle_below is not None:
             yield f"idle, below {selection.idle_below:g}", ~self._idle(selection.idle_below, episode, step)
 
-    def _succeeded(self, selection: Selection, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
-        key = selection.success
-        assert key is not None  # asked for
-        if selection.success_pattern is not None:
-            texts, ids = self._texts(key, episode, step)
-            return np.isin(ids, [i for i, t in enumerate(texts.table) if re.search(selection.success_pattern, t)])
+    def _labels(self) -> dict[str, np.ndarray]:
+        """Returns for every instruction field which texts of its table are not empty."""
+        if self.robot.language_key is None:
+            return {}
+        none = np.zeros(0, np.int64)
+        keys = (self.robot.language_key, *self.robot.language_alternatives)
+        return {k: np.array([bool(t.strip()) for t in self._texts(k, none, none)[0].table], bool) for k in keys}
+
+    def _labelled(self, said: dict[str, np.ndarray], episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Whether any instruction of a step is not empty."""
+        return np.any([good[self._texts(key, episode, step)[1]] for key, good in said.items()], axis=0)
+
+    def _warn_of_no_instruction(self) -> None:
+        said = self._labels()
+        if not said or any(good.all() for good in said.values()):
+            return
+        missing, first = 0, -1
+        for at in range(0, len(self), _BLOCK):
+            episode, step = self._place(np.arange(at, min(at + _BLOCK, len(self))))
+            labelled = self._labelled(said, episode, step)
+            if first < 0 and not labelled.all():
+                first = int(step[np.argmin(labelled)])
+            missing += int((~labelled).sum())
+        if missing:
+            _log.warning(
+                "%s: %d of %d frames have no instruction (%s), the first is %s; set labelled in the selection to leave "
+                "them out",
+                *(self.index.split, missing, len(self), ", ".join(map(repr, said)), self.index.where(first)),
+            )
+
+    def _success_texts(self, selection: Selection) -> np.ndarray | None:
+        """Returns which texts say that it was a success, None where a number says it."""
+        if selection.success is None or selection.success_pattern is None:
+            return None
+        none = np.zeros(0, np.int64)
+        table = self._texts(selection.success, none, none)[0].table
+        return np.array([re.search(selection.success_pattern, t) is not None for t in table], bool)
+
+    def _succeeded(self, key: str, texts: np.ndarray | None, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+        if texts is not None:
+            return texts[self._texts(key, episode, step)[1]]
         values = (
             self.index.columns[key][step] if key in self.index.columns else self.index.episode_columns[key][episode]
         )
@@ -459,6 +524,10 @@ class EpisodeDataset:
             if field.gripper is not None:
                 earlier = field.to_model(self._commands(before, [field]))
                 moves |= (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
+            elif _moves(field) and field.model_size > 3 and field.rotation is not None:
+                # The numbers of a quaternion or of 6-D are not 0 where nothing turns
+                turn = ROTATIONS[field.model_rotation or field.rotation][1](part.astype(np.float64))
+                moves |= turn.magnitude() >= below
             elif _moves(field):
                 moves |= (np.abs(part) >= below).any(axis=1)
         return ~moves
@@ -579,7 +648,7 @@ class EpisodeDataset:
             yield slice(at, min(at + _BLOCK, self._part.stop))
 
     def _not_finite(self, fields: Sequence[StateField]) -> np.ndarray:
-        """Returns the steps of the part at which a field is not finite, ascending."""
+        """Returns the steps of the part at which a field is not finite, or no rotation, ascending."""
         bad: list[np.ndarray] = []
         for field in fields:
             column = self.index.columns[field.key]
@@ -587,20 +656,21 @@ class EpisodeDataset:
                 continue
             for block in self._blocks():
                 values = column[block].reshape(block.stop - block.start, -1)
-                finite = np.isfinite(values[:, field.start : field.start + field.size]).all(axis=1)
-                bad.append(block.start + np.flatnonzero(~finite))
+                usable = field.usable(values[:, field.start : field.start + field.size])
+                bad.append(block.start + np.flatnonzero(~usable))
         return np.unique(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
 
     def _describe(self, fields: Sequence[StateField], bad: np.ndarray, what: str = "") -> list[str]:
-        """Returns where and which values are not finite, for the first of some steps."""
+        """Returns where and which values are not finite, or no rotation, for the first of some steps."""
         shown = []
         for step in bad[:_SHOWN]:
             for field in fields:
                 values = np.ravel(self.index.columns[field.key][step])[field.start : field.start + field.size]
-                if not np.isfinite(values).all():
+                if not field.usable(values[None]).all():
+                    expected = "finite numbers" + (f" that are a rotation ({field.rotation})" if field.rotation else "")
                     shown.append(
                         f"{self.index.where(int(step))}: {what}{field.name!r} ({field.key}) is {values.tolist()}, "
-                        "expected finite numbers"
+                        f"expected {expected}"
                     )
         if len(bad) > _SHOWN:
             shown.append(f"... and {len(bad) - _SHOWN} more steps of {', '.join(repr(f.name) for f in fields)}")

@@ -58,7 +58,7 @@ _HOW: dict[str, dict[str, Any]] = {
     "nyu_franka_play_dataset_converted_externally_to_rlds": {"uninformative": True, **_VAL},
     "austin_sailor_dataset_converted_externally_to_rlds": {"uninformative": True},
     "austin_sirius_dataset_converted_externally_to_rlds": {"uninformative": True},
-    "bc_z": _VAL,
+    "bc_z": {"selection": Selection(success="observation/episode_success"), **_VAL},
     "utaustin_mutex": {"uninformative": True},
     "dobbe": {"version": "0.0.1"},
     "fmb": {"version": "0.0.1", "folders": ("fmb_dataset",)},
@@ -137,6 +137,7 @@ def mixture(
     blank_language: bool = False,
     missing: str = "error",
     index_dir: str | Path | None = None,
+    max_corrupt_fraction: float = 0.0,
 ) -> tuple[MixtureEntry, ...]:
     """Returns the entries of a mixture, for `DataConfig`.
 
@@ -150,11 +151,11 @@ def mixture(
             for copies in which that has been corrected.
         blank_language: replace instructions that do not say what is done by "", as octo does.
         missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning.
-        index_dir: where indexes are kept, see `open_index`.
+        index_dir, max_corrupt_fraction: as in `DataConfig`, see `open_index`; needed where datasets are opened.
 
     Raises:
         ValueError: there is no such mixture or choice.
-        DatasetError: lists all datasets that are not there, with what is.
+        DatasetError: lists all datasets that are not there, with what is, or all that cannot be opened, with why.
     """
     choices = {
         "balance": (balance, ("transitions", "as_given")),
@@ -191,7 +192,7 @@ def mixture(
     if lacking:
         _log.warning("mixture goes on without %d of %d datasets:\n  %s", len(lacking), len(weights), listed)
     if balance == "transitions":
-        entries = [dataclasses.replace(e, weight=e.weight * _frames(e, index_dir)) for e in entries]
+        entries = _balanced(entries, index_dir, max_corrupt_fraction)
     return tuple(entries)
 
 
@@ -200,12 +201,12 @@ def _find(dataset: str, root: files.Location) -> files.Location | DatasetError:
     how = OXE[dataset]
     try:
         there = files.list_directories(root)
+        folders = [f for f in (dataset, *how.folders) if f in there]
+        if not folders:
+            return DatasetError(f"{dataset}: not there; {near_names(dataset, there)}")
+        versions = [v for v in files.list_directories(root / folders[0]) if not v.startswith(".")]
     except OSError as e:
         return DatasetError(f"{dataset}: cannot list {root}: {e}")
-    folders = [f for f in (dataset, *how.folders) if f in there]
-    if not folders:
-        return DatasetError(f"{dataset}: not there; {near_names(dataset, there)}")
-    versions = [v for v in files.list_directories(root / folders[0]) if not v.startswith(".")]
     if how.version in versions:
         return root / folders[0] / how.version
     if len(versions) != 1:
@@ -214,7 +215,26 @@ def _find(dataset: str, root: files.Location) -> files.Location | DatasetError:
     return root / folders[0] / versions[0]
 
 
-def _frames(entry: MixtureEntry, index_dir: str | Path | None) -> int:
-    dataset = open_dataset(entry.path, entry.robot, entry.split, selection=entry.selection, index_dir=index_dir)
-    dataset.close()
-    return len(dataset)
+def _balanced(
+    entries: list[MixtureEntry], index_dir: str | Path | None, max_corrupt_fraction: float
+) -> list[MixtureEntry]:
+    """Returns the entries with their weights times their numbers of training frames."""
+    balanced, wrong = [], []
+    for entry in entries:
+        try:
+            dataset = open_dataset(
+                entry.path,
+                entry.robot,
+                entry.split,
+                selection=entry.selection,
+                index_dir=index_dir,
+                max_corrupt_fraction=max_corrupt_fraction,
+            )
+        except DatasetError as e:
+            wrong.append(str(e))
+            continue
+        dataset.close()
+        balanced.append(dataclasses.replace(entry, weight=entry.weight * len(dataset)))
+    if wrong:
+        raise DatasetError(f"{len(wrong)} of {len(entries)} datasets cannot be opened:\n" + "\n".join(wrong))
+    return balanced

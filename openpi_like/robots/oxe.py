@@ -6,8 +6,12 @@ done.
 
 Robots whose actions move a hand have one order of slots: hand (3), hand_rotation (3), gripper (1), so that the dims of
 a mixture line up. One that lacks rotation or gripper has fewer dims, and what follows moves up: they are not padded
-with zeros that a policy would learn. Rotations are roll, pitch, yaw in model space, whatever is stored, except where a
-dataset stores normalised commands (unit "1"), which are no angles. Positions are in the robot's base frame.
+with zeros that a policy would learn. Positions are in the robot's base frame.
+
+Rotations in model space: changes are roll, pitch, yaw. Normalised commands (unit "1"), velocities and bc_z's
+differences of vectors are no rotations, and stay as they are stored. Orientations that are stored as roll, pitch, yaw
+stay so too, as does LIBERO's axis-angle; all others are 6-D (the first two columns of the matrix), because a hand that
+points down is about half a turn from the base frame, where angles jump.
 
 Camera slots: "base" (and "base_1") see the scene, "wrist" (and "wrist_1") ride on the hand. No image sizes are
 demanded, because copies that were resized are common.
@@ -58,7 +62,8 @@ def _pose(key: str, *, start: int = 0, rotation: str = "rpy") -> tuple[StateFiel
     """Position in metres, then orientation, one behind the other in the state."""
     size = 4 if rotation.startswith("quaternion") else 3
     unit = "1" if size == 4 else "rad"
-    turn = StateField("hand_rotation", key, size, start + 3, unit, rotation=rotation, model_rotation="rpy")
+    model = "rpy" if rotation == "rpy" else "rotation_6d"
+    turn = StateField("hand_rotation", key, size, start + 3, unit, rotation=rotation, model_rotation=model)
     return StateField("hand", key, 3, start, unit="m"), turn
 
 
@@ -138,7 +143,7 @@ BC_Z = _robot(
             3,
             unit="rad",
             rotation="axis_angle",
-            model_rotation="rpy",
+            model_rotation="rotation_6d",
         ),
         StateField("gripper", "observation/present/sensed_close", 1, gripper=_CLOSEDNESS),
     ),
@@ -287,7 +292,7 @@ AUSTIN_SAILOR = _robot(
     "language_instruction",
 )
 
-# Human interventions are marked in `action_mode` and `intv_label`.
+# Human interventions are marked in `action_mode` and `intv_label`, see `DISPUTED`.
 AUSTIN_SIRIUS = _robot(
     "austin_sirius",
     20.0,
@@ -339,7 +344,8 @@ FURNITURE_BENCH = _robot(
     "language_instruction",
 )
 
-# Actions are poses, not changes; the state has no pose that they could be made relative to.
+# Actions are poses, not changes; the state has no pose that they could be made relative to. Their orientation is 6-D,
+# so the gripper is the tenth dim.
 IAMLAB_CMU_PICKUP_INSERT = _robot(
     "iamlab_cmu_pickup_insert",
     20.0,
@@ -347,7 +353,7 @@ IAMLAB_CMU_PICKUP_INSERT = _robot(
     (_joints("observation/state"), StateField("gripper", "observation/state", 1, start=7, gripper=_OPENNESS)),
     (
         ActionField("hand", "action", 3, unit="m"),
-        ActionField("hand_rotation", "action", 4, start=3, rotation="quaternion_xyzw", model_rotation="rpy"),
+        ActionField("hand_rotation", "action", 4, start=3, rotation="quaternion_xyzw", model_rotation="rotation_6d"),
         ActionField("gripper", "action", 1, start=7, gripper=_OPENNESS),
     ),
     "language_instruction",
@@ -457,7 +463,8 @@ NYU_DOOR_OPENING = _robot(
     _world_vector(ActionField("gripper", "action/gripper_closedness_action", 1, gripper=_TRIGGER), "velocity"),
 )
 
-# robot_state: joints (6), position (3), quaternion (4), gripper closed, action blocked. The hand's images are BGR.
+# robot_state: joints (6), position (3), quaternion (4), gripper closed, action blocked. The hand's images are BGR
+# and upside down.
 BERKELEY_AUTOLAB_UR5 = _robot(
     "berkeley_autolab_ur5",
     5.0,
@@ -721,6 +728,12 @@ DISPUTED: dict[str, tuple[Dispute, ...]] = {
             "catalogue: seven joints and the gripper; octo and openvla: position and quaternion",
             "state_joint and state_gripper, which can only be read in one way",
             "needs no decision",
+        ),
+        Dispute(
+            "action_mode",
+            "it can serve as a filter of good actions; no source says which of its values are which",
+            "all steps are used",
+            "a wrong guess would drop the good ones; look at the values, then give a selection",
         ),
     ),
     "dobbe": (

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
@@ -60,6 +60,7 @@ def _from_6d(x: np.ndarray) -> Rotation:
     return Rotation.from_matrix(np.stack([a, b, np.cross(a, b)], axis=2))
 
 
+_NO_ROTATION = 1e-6  # a quaternion shorter than this has no direction
 CONVENTIONS = ("absolute", "trigger", "look_ahead")
 
 
@@ -210,8 +211,26 @@ class StateField:
     def _rotation_scale(self) -> float:
         return 1.0 if self.rotation is None or self.rotation.startswith("quaternion") else UNITS[self.unit][1]
 
+    def usable(self, x: Shaped[np.ndarray, "N size"]) -> Bool[np.ndarray, "N"]:
+        """Returns where stored values can be used: they are finite and, of a quaternion or 6-D, give a rotation."""
+        good = np.isfinite(x).all(axis=1)
+        if self.rotation == "rotation_6d":
+            with np.errstate(invalid="ignore"):  # of values that are not finite
+                length = np.linalg.norm(np.cross(x[:, :3], x[:, 3:]), axis=1)
+        elif self.rotation is not None and self.rotation.startswith("quaternion"):
+            length = np.linalg.norm(x, axis=1)
+        else:
+            return good
+        return good & (length > _NO_ROTATION)
+
     def _to_rotation(self, x: np.ndarray) -> Rotation:
-        return ROTATIONS[self.rotation or ""][1](x.reshape(-1, self.size) * self._rotation_scale)
+        x = x.reshape(-1, self.size)
+        if not (usable := self.usable(x)).all():
+            raise ValueError(
+                f"{self.name!r} has values that are no rotation ({self.rotation}): {x[~usable][0].tolist()}; "
+                "expected finite numbers, of a quaternion not all 0, of 6-D two directions"
+            )
+        return ROTATIONS[self.rotation or ""][1](x * self._rotation_scale)
 
     def _from_rotation(self, rotation: Rotation) -> np.ndarray:
         return ROTATIONS[self.rotation or ""][2](rotation) / self._rotation_scale
@@ -272,6 +291,10 @@ class ActionField(StateField):
             problems.append(f"a gripper command of kind {self.command!r}; triggers are a gripper convention")
         if self.gripper is not None and self.gripper.convention != "absolute" and self.next_step is not None:
             problems.append(f"gripper convention {self.gripper.convention!r} and next_step exclude each other")
+        if self.gripper is not None and self.gripper.convention != "absolute" and self.size != 1:
+            problems.append(
+                f"gripper convention {self.gripper.convention!r} and size {self.size}, expected a size of 1"
+            )
         return problems
 
     def change(

@@ -41,9 +41,21 @@ def stack(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate([p.reshape(len(p), math.prod(p.shape[1:])) for p in parts], axis=1)
 
 
+_KINDS: dict[str, Callable[[np.ndarray], Rotation]] = {
+    "quat": Rotation.from_quat,
+    "vector": Rotation.from_rotvec,
+    "zxy": lambda x: Rotation.from_euler("zxy", x),
+}
+
+
 def rpy(x: np.ndarray, kind: str = "quat") -> np.ndarray:
-    make = {"quat": Rotation.from_quat, "vector": Rotation.from_rotvec, "zxy": lambda x: Rotation.from_euler("zxy", x)}
-    return make[kind](x).as_euler("xyz")
+    return _KINDS[kind](x).as_euler("xyz")
+
+
+def six(x: np.ndarray, kind: str = "quat") -> np.ndarray:
+    """The first two columns of the rotation matrix."""
+    matrix = _KINDS[kind](x).as_matrix()
+    return np.concatenate([matrix[:, :, 0], matrix[:, :, 1]], axis=1)
 
 
 def trigger(x: np.ndarray) -> np.ndarray:
@@ -102,7 +114,7 @@ def _seven(open_: float, closed: float) -> Callable[[Columns], np.ndarray]:
 
 
 def _pose_gripper(pose: str, gripper: str) -> Callable[[Columns], np.ndarray]:
-    return lambda c: stack(c[pose][:, :3], rpy(c[pose][:, 3:7]), 1 - c[gripper])
+    return lambda c: stack(c[pose][:, :3], six(c[pose][:, 3:7]), 1 - c[gripper])
 
 
 def _shown(*keys: str, bgr: tuple[str, ...] = ()) -> dict[str, tuple[str, bool]]:
@@ -196,7 +208,7 @@ PUBLISHED: dict[str, Published] = {
         {"gripper_closedness_action": "f1", "terminate_episode": "i3", "world_vector": "f3"},
         lambda c: stack(
             c["observation/end_effector_cartesian_pos"][:, :3],
-            rpy(c["observation/end_effector_cartesian_pos"][:, 3:]),
+            six(c["observation/end_effector_cartesian_pos"][:, 3:]),
             c["observation/joint_pos"][:, 6:],
         ),
         lambda c: stack(c["action/world_vector"], trigger(c["action/gripper_closedness_action"])),
@@ -259,7 +271,7 @@ PUBLISHED: dict[str, Published] = {
         _google_action("gripper_closedness_action", "f"),
         lambda c: stack(
             c["observation/robot_state"][:, 6:9],
-            rpy(c["observation/robot_state"][:, 9:13]),
+            six(c["observation/robot_state"][:, 9:13]),
             1 - c["observation/robot_state"][:, 13],
         ),
         lambda c: stack(_moves(c), trigger(c["action/gripper_closedness_action"])),
@@ -327,7 +339,7 @@ PUBLISHED: dict[str, Published] = {
     "furniture_bench_dataset_converted_externally_to_rlds": Published(
         {"image": "jpeg 224x224", "state": "f35", "wrist_image": "jpeg 224x224"},
         "f8",
-        lambda c: stack(c[_S][:, :3], rpy(c[_S][:, 3:7]), c[_S][:, 34]),
+        lambda c: stack(c[_S][:, :3], six(c[_S][:, 3:7]), c[_S][:, 34]),
         lambda c: stack(c["action"][:, :3], rpy(c["action"][:, 3:7]), (1 - c["action"][:, 7]) / 2),
         _shown("base=image", "wrist=wrist_image"),
         {**_STEP, "skill_completion": "f"},
@@ -352,7 +364,7 @@ PUBLISHED: dict[str, Published] = {
             "wrist_image": "png 128x128",
         },
         "f7",
-        lambda c: stack(c[_S][:, :3], rpy(c[_S][:, 3:7]), c[_S][:, 7]),
+        lambda c: stack(c[_S][:, :3], six(c[_S][:, 3:7]), c[_S][:, 7]),
         _seven(-1, 1),
         _shown("base=image", "wrist=wrist_image"),
         _STEP,
@@ -389,7 +401,7 @@ PUBLISHED: dict[str, Published] = {
         {"future/axis_angle_residual": "f30", "future/target_close": "l10", "future/xyz_residual": "f30"},
         lambda c: stack(
             c["observation/present/xyz"],
-            rpy(c["observation/present/axis_angle"], "vector"),
+            six(c["observation/present/axis_angle"], "vector"),
             1 - c["observation/present/sensed_close"],
         ),
         lambda c: stack(
@@ -404,7 +416,7 @@ PUBLISHED: dict[str, Published] = {
     "dlr_edan_shared_control_converted_externally_to_rlds": Published(
         {"image": "png 360x640", "state": "f7"},
         "f7",
-        lambda c: stack(c[_S][:, :3], rpy(c[_S][:, 3:6], "zxy")),
+        lambda c: stack(c[_S][:, :3], six(c[_S][:, 3:6], "zxy")),
         lambda c: stack(c["action"][:, :3], rpy(c["action"][:, 3:6], "zxy"), 1 - c["action"][:, 6]),
         _shown("base=image"),
         _STEP,
@@ -414,7 +426,7 @@ PUBLISHED: dict[str, Published] = {
         {"image": "png 360x640", "state": "f20", "wrist_image": "png 240x320"},
         "f8",
         lambda c: c[_S][:, :8],
-        lambda c: stack(c["action"][:, :3], rpy(c["action"][:, 3:7]), c["action"][:, 7]),
+        lambda c: stack(c["action"][:, :3], six(c["action"][:, 3:7]), c["action"][:, 7]),
         _shown("base=image", "wrist=wrist_image"),
         _STEP,
         _FILE,
@@ -433,7 +445,7 @@ PUBLISHED: dict[str, Published] = {
         "f6",
         lambda c: stack(
             c["observation/end_effector_state"][:, :3],
-            rpy(c["observation/end_effector_state"][:, 3:]),
+            six(c["observation/end_effector_state"][:, 3:]),
             1 - c[_S][:, 6],
         ),
         lambda c: stack(c["action"][:-1], 1 - c[_S][1:, 6]),

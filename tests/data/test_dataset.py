@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.robots import ActionField, Camera, Gripper, Robot
+from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.robots.oxe import BRIDGE
 from tests.data.toy import ARM, CART, LENGTHS, PROMPTS
 
@@ -298,6 +298,34 @@ def test_a_selection_keeps_what_it_says(
     assert selected.where(0) == dataset.where(int(steps[0]))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("skip_last", [1, 3, 12])
+def test_the_last_steps_are_neither_frames_nor_in_chunks(dataset: EpisodeDataset, stride: int, skip_last: int) -> None:
+    """Everything is as if the episodes had ended earlier, also with commands from the next step; values there do not
+    count."""
+    action = np.array(dataset.index.columns["action"])
+    last = by_step(lambda e, t: t >= TRAIN[e] - skip_last)
+    action[last] = np.nan
+    move = ActionField("hand", "observation/joints", 2, unit="cm", command="delta", next_step="change")
+    for robot in (dataclasses.replace(ARM, stride=stride), acting(move, ARM.action[1], stride=stride)):
+        tail = stride - 1 + (robot.action[0] is move)
+        index = with_columns(dataset.index, action=action)
+        selection = Selection(skip_last=skip_last, skip_not_finite=True)
+        shorter = EpisodeDataset(index, robot, selection=selection)
+        assert kept_steps(shorter) == by_step(lambda e, t: t < TRAIN[e] - skip_last - tail)  # noqa: B023
+        whole = EpisodeDataset(dataset.index, robot)
+        reason = f"last {skip_last} of the episode"
+        assert shorter.removed[reason] == len(whole) - len(shorter)
+        assert "not finite" not in shorter.removed
+        chunks, mask = shorter.actions(np.arange(len(shorter)))
+        frames = np.searchsorted(whole.steps(np.arange(len(whole))), kept_steps(shorter))
+        expected, longer = whole.actions(frames)
+        np.testing.assert_array_equal(chunks[mask], expected[mask])
+        left = np.concatenate([np.arange(n)[::-1] for n in shorter.frames_per_episode()])
+        np.testing.assert_array_equal(mask.sum(axis=1), np.minimum(left // stride + 1, ARM.action_horizon))
+        assert (longer | ~mask).all()
+
+
 @pytest.mark.parametrize("stride", [2, 5])
 def test_a_thinned_selection(dataset: EpisodeDataset, stride: int) -> None:
     """Every so many-th step, from the first that is not skipped on; counts are of those."""
@@ -332,6 +360,18 @@ def test_idle_steps(dataset: EpisodeDataset) -> None:
     assert kept_steps(still) == by_step(keep)
     assert still.removed == {"idle, below 0.0001": STEPS - len(still)}
     assert 0 < len(still) < STEPS
+
+
+@pytest.mark.parametrize("model", ["quaternion_xyzw", "rotation_6d"])
+def test_idle_turns(dataset: EpisodeDataset, model: str) -> None:
+    """Of a quaternion or 6-D the angle counts: its numbers are not 0 where nothing turns."""
+    angle = np.random.default_rng(0).choice([0.0, 0.01, 0.3], STEPS)
+    axis = np.random.default_rng(1).normal(size=(STEPS, 3))
+    turns = Rotation.from_rotvec(axis / np.linalg.norm(axis, axis=1, keepdims=True) * angle[:, None])
+    turn = ActionField("turn", "turn", 4, rotation="quaternion_xyzw", model_rotation=model, command="delta")
+    index = with_columns(dataset.index, turn=turns.as_quat().astype(np.float32))
+    moving = EpisodeDataset(index, acting(turn), selection=Selection(idle_below=0.1))
+    assert kept_steps(moving) == np.flatnonzero(angle > 0.1).tolist()
 
 
 def test_ranges_to_keep(dataset: EpisodeDataset, tmp_path: Path) -> None:
@@ -382,19 +422,54 @@ def test_values_that_are_not_finite_can_be_left_out(
         EpisodeDataset(index, robot)
 
 
+@pytest.mark.parametrize("convention", ["trigger", "look_ahead"])
+def test_a_derived_gripper_depends_on_its_whole_episode(dataset: EpisodeDataset, convention: str) -> None:
+    """One value that is not finite leaves out all of the episode, because it may decide the command of any step."""
+    action = np.array(dataset.index.columns["action"])
+    action[START[6] + 4, 2] = np.nan
+    gripper = Gripper(open=-1.0, closed=1.0, convention=convention)
+    robot = acting(ARM.action[0], ActionField("gripper", "action", 1, start=2, gripper=gripper))
+    index = with_columns(dataset.index, action=action)
+    selected = EpisodeDataset(index, robot, selection=Selection(skip_not_finite=True))
+    assert kept_steps(selected) == by_step(lambda e, t: e != 6)
+    assert selected.removed == {"not finite": TRAIN[6]}
+    with pytest.raises(DatasetError, match=r"episode 6, step 4 .*'gripper' \(action\) is \[nan\]") as wrong:
+        EpisodeDataset(index, robot)
+    assert "more steps" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(("rotation", "size"), [("quaternion_xyzw", 4), ("quaternion_wxyz", 4), ("rotation_6d", 6)])
+def test_rotations_that_are_none(dataset: EpisodeDataset, rotation: str, size: int) -> None:
+    """Zeros are found when a dataset is opened, as NaN is; they can be left out, and then all frames can be encoded."""
+    values = np.random.default_rng(0).normal(size=(STEPS, size)).astype(np.float32)
+    values[START[2] + 3] = 0
+    turn = StateField("turn", "observation/turn", size, rotation=rotation, model_rotation="rpy")
+    goal = ActionField("goal", "observation/turn", size, rotation=rotation, model_rotation="rpy", relative_to="turn")
+    robot = dataclasses.replace(ARM, state=(turn,), action=(goal,))
+    index = with_columns(dataset.index, **{"observation/turn": values})
+    selected = EpisodeDataset(index, robot, selection=Selection(skip_not_finite=True))
+    reached = by_step(lambda e, t: e == 2 and t <= 3 < t + ARM.action_horizon)
+    assert kept_steps(selected) == [s for s in range(STEPS) if s not in reached]
+    assert np.isfinite(selected.encoded(np.arange(len(selected)))[1]).all()
+    with pytest.raises(
+        DatasetError, match=rf"(?s)episode 2, step 3 .*'turn' .*\[0.0, .*a rotation \({rotation}\)"
+    ) as e:
+        EpisodeDataset(index, robot)
+    assert "action field 'goal'" in str(e.value)
+
+
 @given(cut=st.integers(0, 100))
 @settings(max_examples=25, deadline=None)
 def test_parts_by_percent_are_those_of_tfds(toy: Path, tfds: Any, cut: int) -> None:
     """Two parts hold every step once, cut where TFDS cuts."""
     sizes = []
-    for split, default in ((f"train[:{cut}%]", 0), (f"train[{cut}%:]", 0)):
+    for split in (f"train[:{cut}%]", f"train[{cut}%:]"):
         instruction = tfds.core.ReadInstruction.from_spec(split)
         (absolute,) = instruction.to_absolute({"train": _Info(len(TRAIN))})
         episodes = TRAIN[absolute.from_ : absolute.to]
         if not episodes:
             with pytest.raises(DatasetError, match=r"is empty: 'train' has 12 episodes"):
                 open_dataset(toy, ARM, split)
-            sizes.append(default)
             continue
         part = open_dataset(toy, ARM, split)
         first = START[absolute.from_ or 0]
@@ -458,6 +533,29 @@ def test_paraphrases_are_drawn_among_those_that_say_something(dataset: EpisodeDa
     assert dataset.prompts(frames, np.array([0.0, 0.9, 0.0, 0.9])) == [PROMPTS[0], PROMPTS[0], "", ""]
 
 
+def test_frames_without_an_instruction_are_counted(dataset: EpisodeDataset, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with the first place; with a selection, of what is left; and not where there is nothing to say."""
+    missing = sum(TRAIN[3::4])
+    with caplog.at_level(logging.WARNING):
+        EpisodeDataset(dataset.index, ARM, selection=Selection(skip_first=1))
+    left = sum(n - 1 for n in TRAIN[3::4])
+    (said,) = [r.getMessage() for r in caplog.records if "no instruction" in r.getMessage()]
+    assert (
+        f": {left} of {STEPS - len(TRAIN)} frames have no instruction ('language_instruction'), the first is " in said
+    )
+    assert "episode 3, step 1 " in said
+    assert said.endswith("set labelled in the selection to leave them out")
+    caplog.clear()
+    spoken = dataclasses.replace(ARM, language_alternatives=("episode_metadata/file_path",))
+    with caplog.at_level(logging.WARNING):
+        assert EpisodeDataset(dataset.index, ARM, selection=Selection(labelled=True)).removed == {
+            "no instruction": missing
+        }
+        EpisodeDataset(dataset.index, spoken)
+        EpisodeDataset(dataset.index, CART)
+    assert "no instruction" not in caplog.text
+
+
 def test_a_dataset_travels_to_another_process(toy: Path) -> None:
     selection = Selection(success="episode_metadata/success")
     dataset = open_dataset(toy, ARM, "train[25%:]", selection=selection)
@@ -476,7 +574,8 @@ def test_a_dataset_travels_to_another_process(toy: Path) -> None:
     ("changes", "message"),
     [
         ({"success_pattern": "("}, r"success_pattern '\(' is no regular expression: .*without success"),
-        ({"min_length": 0, "skip_first": -1}, "min_length=0, skip_first=-1, expected >= 1 and >= 0"),
+        ({"min_length": 0, "skip_first": -1}, "min_length=0, .* skip_first=-1, skip_last=0, expected both >= 0"),
+        ({"skip_last": -2}, "skip_first=0, skip_last=-2, expected both >= 0"),
         ({"idle_below": 0.0}, "idle_below=0.0, expected a number above 0"),
         ({"keep_ranges_key": ()}, "keep_ranges_key is empty"),
     ],
@@ -538,6 +637,21 @@ def test_nothing_left_says_why(dataset: EpisodeDataset) -> None:
 def test_parts_that_cannot_be_read(toy: Path, split: str) -> None:
     with pytest.raises(DatasetError, match=r"expected a name, or a part like 'train\[:95%\]'"):
         open_dataset(toy, ARM, split)
+
+
+@pytest.mark.parametrize(
+    ("split", "beyond"),
+    [("train[:101%]", "101%"), ("train[101%:]", "101%"), ("train[:13]", "13"), ("train[99:]", "99")],
+)
+def test_parts_beyond_the_split(toy: Path, split: str, beyond: str) -> None:
+    """More episodes than there are must not pass for all of them."""
+    with pytest.raises(DatasetError, match=rf"goes to {beyond}, but 'train' has 12 episodes"):
+        open_dataset(toy, ARM, split)
+
+
+def test_parts_up_to_the_end(toy: Path) -> None:
+    for split in ("train[:100%]", "train[0:12]", "train[0%:]"):
+        assert len(open_dataset(toy, ARM, split)) == STEPS
 
 
 def test_a_gripper_that_is_not_as_described(dataset: EpisodeDataset, caplog: pytest.LogCaptureFixture) -> None:

@@ -329,6 +329,10 @@ ACTION = ActionField("hand", "a", 3)
             lambda: ActionField("g", "s", 1, gripper=Gripper(1.0, 0.0, "trigger"), next_step="value"),
             "gripper convention 'trigger' and next_step exclude each other",
         ),
+        (
+            lambda: ActionField("g", "s", 2, gripper=Gripper(1.0, 0.0, "look_ahead")),
+            "gripper convention 'look_ahead' and size 2, expected a size of 1",
+        ),
         (lambda: make_robot([STATE], [ACTION], stride=0), "stride 0, expected at least 1"),
         (lambda: make_robot([STATE], [ACTION], language_alternatives=("language_instruction",)), "name a text twice"),
         (
@@ -383,6 +387,20 @@ def test_all_problems_are_reported_at_once():
         make_robot([STATE], [ACTION], cameras=(), execute_steps=9, control_hz=-1.0)
     with pytest.raises(ValueError, match=r"(?s)unit 'inch'.*rotation 'euler'.*size 0"):
         StateField("x", "s", 0, unit="inch", rotation="euler")
+
+
+@pytest.mark.parametrize("rotation", ["quaternion_xyzw", "rotation_6d"])
+def test_values_that_are_no_rotation_name_the_field(rotation):
+    size = ROTATIONS[rotation][0]
+    field = StateField("turn", "s", size, rotation=rotation, model_rotation="rpy")
+    x = np.ones((3, size))
+    x[0, 0] = 2.0
+    x[1], x[2, 1] = 0, np.nan
+    assert field.usable(x).tolist() == [True, False, False]
+    with pytest.raises(ValueError, match=rf"'turn' has values that are no rotation \({rotation}\): \[0.0, 0.0, "):
+        make_robot([field], [ACTION]).encode_state(x)
+    if rotation == "rotation_6d":  # two vectors of one direction
+        assert not field.usable(np.array([[1.0, 2, 3, 2, 4, 6]])).any()
 
 
 def test_wrong_sizes_name_the_fields():
