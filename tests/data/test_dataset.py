@@ -19,7 +19,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots import ActionField, Camera, Gripper, Robot
 from openpi_like.robots.oxe import BRIDGE
-from tests.data.toy import ARM, CART, LENGTHS, PROMPTS
+from tests.data.toy import ARM, CART, LENGTHS, PROMPTS, change_record, shard
 
 TRAIN = LENGTHS["train"]
 START = np.cumsum([0, *TRAIN])
@@ -443,6 +443,31 @@ def test_images_that_are_too_small_are_absent(dataset: EpisodeDataset) -> None:
     present = dataset.present(np.arange(STEPS), camera)
     np.testing.assert_array_equal(present, lengths >= least)
     assert 0 < present.sum() < STEPS
+
+
+@pytest.mark.parametrize("looks_back", [False, True])
+def test_an_absent_image_need_not_be_one(copy: Path, looks_back: bool) -> None:
+    """The first image that is shown is looked at when a dataset is opened, not those that are absent."""
+    index = open_index(copy, "train")
+    step = int(index.episode_start[1]) if looks_back else 0  # episode 1 has one step, so nothing looks back to it
+    whole = index.read_image(step, "observation/image")
+    change_record(shard(copy), int(looks_back), lambda data: data.replace(whole, b"x" * len(whole)))
+    part = "train[9%:]" if looks_back else "train"
+    camera = Camera("base", "observation/image", **({"steps_back": 1} if looks_back else {"min_bytes": len(whole) + 1}))
+    robot = dataclasses.replace(ARM, cameras=(camera,))
+    dataset = open_dataset(copy, robot, part)
+    assert not dataset.present(np.zeros(1, int), camera).any()
+    with pytest.raises(
+        DatasetError, match=rf"step 0 .*: cannot decode observation/image: not an image: {len(whole)} by"
+    ):
+        open_dataset(copy, dataclasses.replace(ARM, cameras=(Camera("base", "observation/image"),)), part)
+
+
+def test_a_camera_that_is_never_there_is_told(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    camera = Camera("base", "observation/image", min_bytes=1 << 20)
+    dataset = open_dataset(toy, dataclasses.replace(ARM, cameras=(camera,)), "train")
+    assert not dataset.present(np.arange(len(dataset)), camera).any()
+    assert "camera 'base' (observation/image) is absent at every step" in caplog.text
 
 
 def test_paraphrases_are_drawn_among_those_that_say_something(dataset: EpisodeDataset) -> None:
