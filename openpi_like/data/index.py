@@ -126,7 +126,7 @@ class FrameIndex:
             else:
                 data = self._ranges.read(shard, offset, length)
         except (OSError, tfrecord.RecordError) as error:
-            raise DatasetError(f"{self.where(step)}: cannot read {key}: {error}") from error
+            raise DatasetError(f"{self.where(step)}: cannot read {key}: {error}{files.advice(error)}") from error
         if len(data) < length:
             raise DatasetError(
                 f"{self.where(step)}: read {len(data)} of {length} bytes of {key}; "
@@ -164,10 +164,28 @@ def open_index(
         DatasetError: files are missing or damaged, or do not match the dataset's own description; lists all of it.
     """
     directory = files.locate(directory)
+    if isinstance(directory, Path):
+        directory = directory.absolute()  # the index may be used in a process with another working directory
+    try:
+        return _open(directory, split, index_dir, max_corrupt_fraction, workers, progress)
+    except (OSError, DatasetError) as e:
+        if not (advice := files.advice(e)):
+            raise
+        raise DatasetError(f"{directory}: {e}{advice}") from e
+
+
+def _open(
+    directory: Location,
+    split: str,
+    index_dir: str | Path | None,
+    max_corrupt_fraction: float,
+    workers: int,
+    progress: Progress | None,
+) -> FrameIndex:
     found = read_split(directory, split, allow_missing=max_corrupt_fraction > 0)
     schema = read_schema(directory)
     fingerprint = _fingerprint(found, schema)
-    roots = [Path(index_dir)] if index_dir is not None else _default_roots(directory)
+    roots = [Path(index_dir).absolute()] if index_dir is not None else _default_roots(directory)
     name = f"{found.dataset}-{found.version}-{split}-{_digest(fingerprint)}"
     paths = [root / name for root in roots]
     path = next((p for p in paths if (p / "index.json").is_file()), None)
@@ -212,7 +230,7 @@ def _digest(value: Any) -> str:
 
 def _default_roots(directory: Location) -> list[Path]:
     beside = [directory / ".openpi_like_index"] if isinstance(directory, Path) else []
-    return [*beside, files.cache_directory() / "index"]
+    return [*beside, files.cache_directory().absolute() / "index"]
 
 
 def _writable(roots: Sequence[Path], split: Split) -> Path:
@@ -235,9 +253,10 @@ def _stale(root: Path, directory: Location, split: str) -> list[tuple[Path, dict
     """Indexes in `root` of the same directory and split, built from other files."""
     found = []
     for path in sorted(root.glob("*/index.json")):
-        meta = json.loads(path.read_text())
-        if meta["directory"] == files.absolute(directory) and meta["split"] == split:
-            found.append((path.parent, meta))
+        with contextlib.suppress(FileNotFoundError):  # another builder has just removed it
+            meta = json.loads(path.read_text())
+            if meta["directory"] == files.absolute(directory) and meta["split"] == split:
+                found.append((path.parent, meta))
     return found
 
 
