@@ -297,6 +297,26 @@ def test_text_that_is_not_utf8_is_a_located_damage(copy: Path) -> None:
         open_index(copy, "train")
 
 
+@pytest.mark.parametrize("readable", [0, 1])
+def test_text_that_is_nowhere_utf8_is_left_out(copy: Path, readable: int) -> None:
+    """Then it is no text. One record that can be decoded says that it is, and that the others are damaged."""
+    for i in range(len(LENGTHS["train"]) - readable):
+        change_record(shard(copy, i // 5), i % 5, lambda data: data.replace("é/".encode(), b"\xff\xff/"))
+    if readable:
+        with pytest.raises(DatasetError, match=r"11 of 12 records are damaged"):
+            open_index(copy, "train")
+        return
+    index = open_index(copy, "train")
+    why = r"it cannot be decoded as text in any record; in the first, the text b'\xff\xff/0' is not UTF-8"
+    assert index.left_out["episode_metadata/file_path"] == why
+    assert (index.steps, index.skipped) == (sum(LENGTHS["train"]), ())
+    assert index.episode_texts.keys() == {"episode_metadata/renderer"}
+    with_damage = shard(copy, 2)
+    with_damage.write_bytes(with_damage.read_bytes()[:-7])  # such a record counts neither way
+    again = open_index(copy, "train", max_corrupt_fraction=0.1)
+    assert (again.left_out, again.episodes) == (index.left_out, 11)
+
+
 def test_a_record_that_is_no_example(copy: Path) -> None:
     change_record(shard(copy), 0, lambda data: bytes.fromhex("0a050a030a01ff"))
     with pytest.raises(DatasetError, match=r"record 0, byte 12: not a tf.train.Example: a name in it is not UTF-8"):
