@@ -637,10 +637,20 @@ class EpisodeDataset:
                 f"camera {camera.name!r}: {camera.key!r} holds {feature.dtype} images of shape {feature.shape}, "
                 "expected uint8 with 3 channels"
             ]
-        try:
-            self._image(self._part.start, camera)
-        except DatasetError as e:
-            return [str(e)]
+        ends = self.index.episode_start[1:]
+        for block in self._blocks():
+            # As in `present`: an image is shown where it is large enough and its episode goes on for `steps_back`.
+            steps = np.arange(block.start, block.stop)
+            shown = steps + camera.steps_back < ends[np.searchsorted(ends, steps, side="right")]
+            shown &= self.index.images[camera.key][block, 1] >= camera.min_bytes
+            if not shown.any():
+                continue
+            try:
+                self._image(int(steps[np.argmax(shown)]), camera)
+            except DatasetError as e:
+                return [str(e)]
+            return []
+        _log.warning("%s: camera %r (%s) is absent at every step", self.index.split, camera.name, camera.key)
         return []
 
     def _blocks(self) -> Iterator[slice]:

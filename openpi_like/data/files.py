@@ -6,12 +6,16 @@ raises arrives here as an `OSError`.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import itertools
 import logging
 import os
+import resource
 import shutil
 import tempfile
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,40 @@ import fsspec
 
 CACHE_VARIABLE = "OPENPI_LIKE_CACHE"
 BLOCK = 16 << 20  # bytes asked of a store at once where a file is read from its beginning to its end
-OPEN_FILES = 512  # kept open per dataset; files beyond these are opened for every read
+MOST_FILES = 1 << 16  # no more files are asked of the system; some systems have no limit
 # What stores call the thing that changes with a file's content, the surest first.
 _STAMPS = ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified", "last_modified", "created")
 
 _log = logging.getLogger(__name__)
+
+
+def _raise_limit() -> int:
+    """Allows this process as many open files as it may allow itself; returns their number.
+
+    A mixture of datasets has thousands of shards, and every column of an index that is mapped holds a file open too.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # systems have other limits besides
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else soft
+
+
+# Shards that all datasets of a process keep open together, those read last; the other half is for columns and the rest.
+OPEN_FILES = min(_raise_limit() // 2, 4096)
+
+
+def advice(error: Exception) -> str:
+    """Returns what to do about an error that says that too many files are open; nothing for any other error."""
+    if os.strerror(errno.EMFILE) not in str(error):
+        return ""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"; this process may have {limit} files open, and each column of each dataset takes one: "
+        f"allow more with `ulimit -n` (now at most {hard}) before the start"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +209,67 @@ def _read_disk(fd: int, start: int, length: int) -> bytes:
     return data
 
 
+@dataclasses.dataclass(eq=False)
+class _File:
+    """A file that is open. users: threads that are reading it."""
+
+    fd: int
+    users: int = 0
+
+
+class _OpenFiles:
+    """Files that are kept open, those used last, up to `OPEN_FILES`. May be used from several threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, Path], _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @contextlib.contextmanager
+    def open(self, owner: int, path: Path) -> Iterator[int]:
+        """Yields a descriptor, which nobody closes meanwhile."""
+        key = owner, path
+        with self._lock:
+            file = self._kept.get(key)
+            if file is not None:
+                file.users += 1
+                self._kept.move_to_end(key)
+        if file is None:
+            file = _File(os.open(path, os.O_RDONLY), users=1)  # another thread may do the same: one of them is kept
+            with self._lock:
+                self._kept.setdefault(key, file)
+                while len(self._kept) > OPEN_FILES:
+                    self._drop(next(iter(self._kept)))
+        try:
+            yield file.fd
+        finally:
+            with self._lock:
+                file.users -= 1
+                if not file.users and self._kept.get(key) is not file:
+                    os.close(file.fd)
+
+    def _drop(self, key: tuple[int, Path]) -> None:
+        file = self._kept.pop(key)
+        if not file.users:  # else the last of them closes it
+            os.close(file.fd)
+
+    def close(self, owner: int) -> None:
+        with self._lock:
+            for key in [k for k in self._kept if k[0] == owner]:
+                self._drop(key)
+
+
+_open_files = _OpenFiles()
+_owners = itertools.count()
+
+
 class Ranges:
     """Reads ranges of many files, in any order. Keeps files on disk open; may be used from several threads."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._owner = next(_owners)  # each opens a file itself: it may have been replaced since another did
 
     def read(self, location: Location, start: int, length: int) -> bytes:
         """Returns `length` bytes from byte `start` on; fewer where the file ends.
@@ -191,26 +279,12 @@ class Ranges:
         """
         if isinstance(location, Url):
             return _read_store(location, start, length)
-        fd = self._files.get(location)
-        if fd is not None:
+        with _open_files.open(self._owner, location) as fd:
             return _read_disk(fd, start, length)
-        fd = os.open(location, os.O_RDONLY)
-        with self._lock:
-            keep = location not in self._files and len(self._files) < OPEN_FILES
-            if keep:
-                self._files[location] = fd
-        try:
-            return _read_disk(fd, start, length)
-        finally:
-            if not keep:
-                os.close(fd)
 
     def close(self) -> None:
         """Closes the files; reading opens them again."""
-        with self._lock:
-            found, self._files = self._files, {}
-        for fd in found.values():
-            os.close(fd)
+        _open_files.close(self._owner)
 
 
 class Forward:
@@ -266,6 +340,9 @@ def local_copy(location: Location) -> Path:
                 with _store(location) as (fs, path), fs.open(path, "rb", block_size=BLOCK) as file:
                     shutil.copyfileobj(file, part, BLOCK)
                 part.flush()
+                copied, expected = os.path.getsize(part.name), stat.size or size(location)  # not all listings have it
+                if copied != expected:
+                    raise OSError(f"{location}: got {copied} of {expected} bytes, the file changes or the store fails")
                 os.replace(part.name, kept)
             finally:
                 Path(part.name).unlink(missing_ok=True)

@@ -22,7 +22,14 @@ def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"
     swapped = channel_order == "bgr"
     if data[:3] == _JPEG:
         return simplejpeg.decode_jpeg(data, colorspace="BGR" if swapped else "RGB")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR if swapped else cv2.IMREAD_COLOR_RGB)
+    return _imdecode(data, cv2.IMREAD_COLOR if swapped else cv2.IMREAD_COLOR_RGB)
+
+
+def _imdecode(data: bytes, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # of no bytes, and of a header with an absurd size
+        image = None
     if image is None:
         raise ValueError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")
     return image
@@ -37,9 +44,7 @@ def decode_depth(data: bytes, dtype: str) -> Float32[np.ndarray, "H W"] | UInt16
     Raises:
         ValueError: these bytes are not such an image.
     """
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if image is None:
-        raise ValueError(f"not an image: {len(data)} bytes that begin with {data[:8]!r}")
+    image = _imdecode(data, cv2.IMREAD_UNCHANGED)
     if dtype == "uint16" and image.dtype == np.uint16 and image.ndim == 2:
         return image
     if dtype == "float32" and image.dtype == np.uint8 and image.shape[2:] == (4,):

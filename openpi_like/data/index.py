@@ -28,7 +28,8 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -41,7 +42,7 @@ from openpi_like.data import arrayrecord, files, tfrecord
 from openpi_like.data.files import Location, Ranges, Url
 from openpi_like.data.schema import DatasetError, Feature, Schema, Split, read_schema, read_split
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # Step fields with more values than this (sentence embeddings, point clouds) would dwarf the rest of the index.
 MAX_STEP_VALUES = 256
 SHOWN_RECORDS = 50  # damaged records listed in one message
@@ -126,7 +127,7 @@ class FrameIndex:
             else:
                 data = self._ranges.read(shard, offset, length)
         except (OSError, tfrecord.RecordError) as error:
-            raise DatasetError(f"{self.where(step)}: cannot read {key}: {error}") from error
+            raise DatasetError(f"{self.where(step)}: cannot read {key}: {error}{files.advice(error)}") from error
         if len(data) < length:
             raise DatasetError(
                 f"{self.where(step)}: read {len(data)} of {length} bytes of {key}; "
@@ -164,10 +165,28 @@ def open_index(
         DatasetError: files are missing or damaged, or do not match the dataset's own description; lists all of it.
     """
     directory = files.locate(directory)
+    if isinstance(directory, Path):
+        directory = directory.absolute()  # the index may be used in a process with another working directory
+    try:
+        return _open(directory, split, index_dir, max_corrupt_fraction, workers, progress)
+    except (OSError, DatasetError) as e:
+        if not (advice := files.advice(e)):
+            raise
+        raise DatasetError(f"{directory}: {e}{advice}") from e
+
+
+def _open(
+    directory: Location,
+    split: str,
+    index_dir: str | Path | None,
+    max_corrupt_fraction: float,
+    workers: int,
+    progress: Progress | None,
+) -> FrameIndex:
     found = read_split(directory, split, allow_missing=max_corrupt_fraction > 0)
     schema = read_schema(directory)
     fingerprint = _fingerprint(found, schema)
-    roots = [Path(index_dir)] if index_dir is not None else _default_roots(directory)
+    roots = [Path(index_dir).absolute()] if index_dir is not None else _default_roots(directory)
     name = f"{found.dataset}-{found.version}-{split}-{_digest(fingerprint)}"
     paths = [root / name for root in roots]
     path = next((p for p in paths if (p / "index.json").is_file()), None)
@@ -212,7 +231,7 @@ def _digest(value: Any) -> str:
 
 def _default_roots(directory: Location) -> list[Path]:
     beside = [directory / ".openpi_like_index"] if isinstance(directory, Path) else []
-    return [*beside, files.cache_directory() / "index"]
+    return [*beside, files.cache_directory().absolute() / "index"]
 
 
 def _writable(roots: Sequence[Path], split: Split) -> Path:
@@ -235,9 +254,10 @@ def _stale(root: Path, directory: Location, split: str) -> list[tuple[Path, dict
     """Indexes in `root` of the same directory and split, built from other files."""
     found = []
     for path in sorted(root.glob("*/index.json")):
-        meta = json.loads(path.read_text())
-        if meta["directory"] == files.absolute(directory) and meta["split"] == split:
-            found.append((path.parent, meta))
+        with contextlib.suppress(FileNotFoundError):  # another builder has just removed it
+            meta = json.loads(path.read_text())
+            if meta["directory"] == files.absolute(directory) and meta["split"] == split:
+                found.append((path.parent, meta))
     return found
 
 
@@ -380,10 +400,13 @@ class _Episodes:
         self._lengths: list[int] = []
         self._records: list[int] = []
         self._unknown: set[str] = set()
+        self._parsed = 0
+        self._undecodable: dict[str, tuple[int, str]] = {}
 
     def add(self, data: bytes, offset: int, record: int) -> None:
         """Adds one episode; adds nothing if it is malformed (RecordError)."""
         features = tfrecord.parse_example(data)
+        self._parsed += 1
         rows: dict[str, Rows] = {}
         problems = []
         for field in self._fields:
@@ -394,6 +417,9 @@ class _Episodes:
                 rows[field.column] = field.read(data, features[field.name])
             except tfrecord.RecordError as e:
                 problems.append(f"{field.name}: {e}")
+                if field.feature.kind == "text":
+                    count, first = self._undecodable.get(field.column, (0, str(e)))
+                    self._undecodable[field.column] = count + 1, first
         lengths = {f: len(rows[f.column]) for f in self._fields if f.column in rows}
         steps = {n for f, n in lengths.items() if f.folder != "episode"}
         problems += [
@@ -423,6 +449,7 @@ class _Episodes:
         # Features of several parts (ragged ones) are stored under the name of the feature and that of the part.
         unknown = sorted(u for u in self._unknown if not any(u.startswith(f"{name}/") for name in self._names))
         meta |= {"texts": {column: list(table) for column, table in self._texts.items()}, "unknown": unknown}
+        meta |= {"parsed": self._parsed, "undecodable": self._undecodable}
         arrays = {column: np.concatenate(rows) for column, rows in self._rows.items()}
         arrays |= {"place/length": np.array(self._lengths, np.int64), "place/record": np.array(self._records, np.int64)}
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
@@ -607,6 +634,33 @@ def _corrupt_message(split: Split, problems: Sequence[str], fraction: float) -> 
     )
 
 
+def _part_meta(shard: _Shard) -> dict[str, Any]:
+    with np.load(shard.part) as arrays:
+        return json.loads(arrays["meta"].tobytes())
+
+
+def _undecodable(shards: Sequence[_Shard]) -> dict[str, str]:
+    """Returns text column -> why no record's text can be decoded: such a field is no text, token ids for instance."""
+    parsed, counts, why = 0, Counter[str](), dict[str, str]()
+    for meta in map(_part_meta, shards):
+        parsed += meta["parsed"]
+        for column, (count, first) in meta["undecodable"].items():
+            counts[column] += count
+            why.setdefault(column, f"it cannot be decoded as text in any record; in the first, {first}")
+    return {column: why[column] for column, count in counts.items() if count == parsed}
+
+
+def _without(schema: Schema, columns: Collection[str]) -> Schema:
+    """Returns the schema with some columns marked as what cannot be read."""
+
+    def marked(level: str, features: dict[str, Feature]) -> dict[str, Feature]:
+        return {
+            k: dataclasses.replace(f, kind="other") if f"{level}/{k}" in columns else f for k, f in features.items()
+        }
+
+    return Schema(marked("step", schema.steps), marked("episode", schema.episode))
+
+
 def _shards(parts: Path, split: Split, schema: Schema) -> list[_Shard | None]:
     """What there is to do; None for a shard that is missing. A part is good for one shard as it is now."""
     shards: list[_Shard | None] = []
@@ -638,14 +692,19 @@ def _build(
     try:
         parts.mkdir(exist_ok=True)
         _index_shards(split, present, workers, progress)
-        left_out = _fields(schema)[1]
+        if undecodable := _undecodable(present):
+            _log.warning("%s: reading it once more, without %s", split, ", ".join(undecodable))
+            schema = _without(schema, undecodable)
+            shards = _shards(parts, split, schema)
+            present = [s for s in shards if s is not None]
+            _index_shards(split, present, workers, progress)
+        left_out = _fields(schema)[1] | {c.partition("/")[2]: why for c, why in undecodable.items()}
         damaged, surplus = [], []
         for shard, location, expected in zip(shards, split.shards, split.lengths, strict=True):
             if shard is None:
                 damaged += [f"{location.name}, record {k}: the file is missing" for k in range(expected)]
                 continue
-            with np.load(shard.part) as arrays:
-                meta = json.loads(arrays["meta"].tobytes())
+            meta = _part_meta(shard)
             damaged += meta["damaged"]
             surplus += [meta["surplus"]] if meta["surplus"] else []
             for key in meta["unknown"]:

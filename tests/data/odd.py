@@ -127,15 +127,20 @@ def episode(number: int, length: int) -> dict[str, Any]:
     }
 
 
-def write_odd(tfds: Any, directory: Path, file_format: str = "tfrecord") -> None:
-    """Writes the episodes as split "train", in shards of two."""
+def write(tfds: Any, directory: Path, features: Any, episodes: list[dict[str, Any]], file_format: str) -> None:
+    """Writes episodes as split "train", in shards of two."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         identity = tfds.core.DatasetIdentity(
             name=NAME, version=tfds.core.Version("1.0.0"), data_dir=os.fspath(directory), module_name=__name__
         )
-        info = tfds.core.DatasetInfo(builder=identity, features=_features(tfds))
+        info = tfds.core.DatasetInfo(builder=identity, features=features)
         writer = tfds.core.SequentialWriter(info, 2, file_format=file_format)
         writer.initialize_splits(["train"])
-        writer.add_examples({"train": [episode(i, n) for i, n in enumerate(LENGTHS)]})
+        writer.add_examples({"train": episodes})
         writer.close_all()
+
+
+def write_odd(tfds: Any, directory: Path, file_format: str = "tfrecord") -> None:
+    """Writes the odd dataset."""
+    write(tfds, directory, _features(tfds), [episode(i, n) for i, n in enumerate(LENGTHS)], file_format)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from openpi_like.data import files
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.robots.oxe import BRIDGE
-from tests.data.toy import ARM, CART, LENGTHS, PROMPTS
+from tests.data.toy import ARM, CART, LENGTHS, PROMPTS, change_record, shard
 
 TRAIN = LENGTHS["train"]
 START = np.cumsum([0, *TRAIN])
@@ -109,12 +111,28 @@ def test_images_are_read_from_many_threads(dataset: EpisodeDataset) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_more_shards_than_may_stay_open(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openpi_like.data.files.OPEN_FILES", 1)
-    few = EpisodeDataset(open_index(toy, "train"), ARM)
-    images = [few.image(i, ARM.cameras[0]) for i in (0, 60, 109, 0)]
-    np.testing.assert_array_equal(images[0], images[3])
-    assert len(few.index._ranges._files) == 1
+@pytest.mark.parametrize("most", [1, 2])
+def test_more_shards_than_may_stay_open(toy: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The bound is that of the process, whatever the number of datasets; threads keep what they are reading."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(files, "OPEN_FILES", most)
+    pool, camera = files._OpenFiles(), ARM.cameras[0]
+    monkeypatch.setattr(files, "_open_files", pool)
+    datasets = [EpisodeDataset(open_index(toy, split), ARM) for split in ("train", "train", "val")]
+    frames = [(d, i) for i in range(0, STEPS, 3) for d in datasets if i < len(d)] * 3
+    before = len(os.listdir("/proc/self/fd"))
+    first = datasets[0].image(0, camera)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda at: at[0].image(at[1], camera), frames))
+    assert len(pool) == most
+    assert len(os.listdir("/proc/self/fd")) - before <= most
+    for (d, i), image in zip(frames, found, strict=True):
+        np.testing.assert_array_equal(image, d.image(i, camera))
+    for d in datasets:
+        d.close()
+    assert len(pool) == 0
+    np.testing.assert_array_equal(first, datasets[0].image(0, camera))  # opens the file again
 
 
 # ---- Commands that are derived or combined ---------------------------------------------------------------------------
@@ -518,6 +536,33 @@ def test_images_that_are_too_small_are_absent(dataset: EpisodeDataset) -> None:
     present = dataset.present(np.arange(STEPS), camera)
     np.testing.assert_array_equal(present, lengths >= least)
     assert 0 < present.sum() < STEPS
+
+
+@pytest.mark.parametrize("looks_back", [False, True])
+def test_an_absent_image_need_not_be_one(copy: Path, looks_back: bool) -> None:
+    """The first image that is shown is looked at when a dataset is opened, not those that are absent."""
+    index = open_index(copy, "train")
+    step = int(index.episode_start[1]) if looks_back else 0  # episode 1 has one step, so nothing looks back to it
+    whole = index.read_image(step, "observation/image")
+    change_record(shard(copy), int(looks_back), lambda data: data.replace(whole, b"x" * len(whole)))
+    part = "train[9%:]" if looks_back else "train"
+    camera = Camera("base", "observation/image", steps_back=1)
+    if not looks_back:
+        camera = Camera("base", "observation/image", min_bytes=len(whole) + 1)
+    robot = dataclasses.replace(ARM, cameras=(camera,))
+    dataset = open_dataset(copy, robot, part)
+    assert not dataset.present(np.zeros(1, int), camera).any()
+    with pytest.raises(
+        DatasetError, match=rf"step 0 .*: cannot decode observation/image: not an image: {len(whole)} by"
+    ):
+        open_dataset(copy, dataclasses.replace(ARM, cameras=(Camera("base", "observation/image"),)), part)
+
+
+def test_a_camera_that_is_never_there_is_told(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    camera = Camera("base", "observation/image", min_bytes=1 << 20)
+    dataset = open_dataset(toy, dataclasses.replace(ARM, cameras=(camera,)), "train")
+    assert not dataset.present(np.arange(len(dataset)), camera).any()
+    assert "camera 'base' (observation/image) is absent at every step" in caplog.text
 
 
 def test_paraphrases_are_drawn_among_those_that_say_something(dataset: EpisodeDataset) -> None:

@@ -1,6 +1,7 @@
 """Datasets behind URLs are those on disk, byte for byte; stores that fail say how."""
 
 import importlib.util
+import io
 import os
 import re
 import struct
@@ -69,6 +70,25 @@ def test_an_array_record_in_a_store_is_the_one_on_disk(memory: Any, odd_arrays: 
     memory.pipe_file(changed, b"")
     with pytest.raises(DatasetError, match="2 of 5 records are damaged"):
         open_index(url, "train")
+
+
+def test_a_copy_that_is_cut_is_not_kept(
+    memory: Any, odd_arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(memory, odd_arrays, "/bucket/odd/1.0.0")
+    opened = type(memory).open
+
+    def cut(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        return io.BytesIO(opened(self, path, *args, **options).read()[:-7])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "open", cut)
+        with pytest.raises(
+            DatasetError, match=r"(?s)3 of 3 shards .* got \d+ of \d+ bytes, the file changes or the store"
+        ):
+            open_index(url, "train", max_corrupt_fraction=0.9)
+    assert list((tmp_path / "cache" / "files").iterdir()) == []
+    assert_same_index(open_index(url, "train"), open_index(odd_arrays, "train"))
 
 
 def test_a_file_is_read_from_a_store_in_few_requests(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

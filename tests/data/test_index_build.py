@@ -1,12 +1,16 @@
 """Building an index in any number of processes, stopped at any point, gives the same bytes."""
 
+import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,6 +154,80 @@ def test_pickling_shares_the_files(toy: Path, tmp_path: Path) -> None:
     assert other.read_image(50, "observation/image") == image
 
 
+_ELSEWHERE = """
+import os, pickle, sys
+os.chdir("/")
+index = pickle.load(sys.stdin.buffer)
+sys.stdout.buffer.write(index.read_image(60, "observation/image"))
+"""
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_pickling_does_not_depend_on_the_working_directory(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    index = open_index(copy.name, "train", index_dir=None if beside else "kept")
+    done = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE], input=pickle.dumps(index), capture_output=True,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == index.read_image(60, "observation/image")
+    assert index.path.parent == (copy / ".openpi_like_index" if beside else copy.parent / "kept")
+
+
+def test_a_stale_index_that_another_builder_removes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = open_index(copy, "train").path
+    os.utime(shard(copy), ns=(1, 1))
+    read_text = Path.read_text
+
+    def removed(self: Path, *args: Any, **options: Any) -> str:
+        if self == old / "index.json":
+            shutil.rmtree(old)
+        return read_text(self, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", removed)
+    assert open_index(copy, "train").steps == sum(LENGTHS["train"])
+    assert not old.exists()
+
+
+_FEW_FILES = """
+import resource, sys
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, min(hard, int(sys.argv[2]))))
+from openpi_like.data import files
+from openpi_like.data.index import DatasetError, open_index
+print(files.OPEN_FILES, *resource.getrlimit(resource.RLIMIT_NOFILE))
+kept = []
+try:
+    for _ in range(5):
+        kept.append(open_index(sys.argv[1], "train"))
+        for step in (0, 60, 109):
+            kept[-1].read_image(step, "observation/image")
+except DatasetError as e:
+    print(e)
+print(len(kept))
+"""
+
+
+@pytest.mark.parametrize("most", [60, 300])
+def test_the_limit_of_open_files_is_raised_or_told(toy: Path, most: int) -> None:
+    """Each column that is mapped takes one: twenty of each dataset."""
+    open_index(toy, "train")
+    done = subprocess.run(
+        [sys.executable, "-c", _FEW_FILES, str(toy), str(most)], capture_output=True, text=True,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    first, *rest = done.stdout.splitlines()
+    assert first == f"{most // 2} {most} {most}", done.stderr
+    if most == 300:
+        assert rest == ["5"]
+    else:
+        assert int(rest[-1]) < 5
+        assert re.search(r"Too many open files.*this process may have 60 files open, .* more with `ulimit -n`", rest[0])
+
+
 def test_images_are_read_by_many_threads(toy: Path) -> None:
     index = open_index(toy, "train")
     keys = [(step, key) for step in range(index.steps) for key in index.images] * 3
@@ -217,6 +295,26 @@ def test_text_that_is_not_utf8_is_a_located_damage(copy: Path) -> None:
     expected = r"00000.*, record 2, byte \d+: episode_metadata/file_path: the text b'\\xff\\xff/2' is not UTF-8"
     with pytest.raises(DatasetError, match=expected):
         open_index(copy, "train")
+
+
+@pytest.mark.parametrize("readable", [0, 1])
+def test_text_that_is_nowhere_utf8_is_left_out(copy: Path, readable: int) -> None:
+    """Then it is no text. One record that can be decoded says that it is, and that the others are damaged."""
+    for i in range(len(LENGTHS["train"]) - readable):
+        change_record(shard(copy, i // 5), i % 5, lambda data: data.replace("é/".encode(), b"\xff\xff/"))
+    if readable:
+        with pytest.raises(DatasetError, match=r"11 of 12 records are damaged"):
+            open_index(copy, "train")
+        return
+    index = open_index(copy, "train")
+    why = r"it cannot be decoded as text in any record; in the first, the text b'\xff\xff/0' is not UTF-8"
+    assert index.left_out["episode_metadata/file_path"] == why
+    assert (index.steps, index.skipped) == (sum(LENGTHS["train"]), ())
+    assert index.episode_texts.keys() == {"episode_metadata/renderer"}
+    with_damage = shard(copy, 2)
+    with_damage.write_bytes(with_damage.read_bytes()[:-7])  # such a record counts neither way
+    again = open_index(copy, "train", max_corrupt_fraction=0.1)
+    assert (again.left_out, again.episodes) == (index.left_out, 11)
 
 
 def test_a_record_that_is_no_example(copy: Path) -> None:

@@ -1,5 +1,6 @@
 """The program that builds indexes: what it prints is what the indexes hold."""
 
+import functools
 import io
 import runpy
 import shutil
@@ -16,7 +17,7 @@ from openpi_like.data.index import open_index
 from tests.conftest import REPOSITORY
 from tests.data.odd import INSTRUCTIONS
 from tests.data.odd import LENGTHS as ODD_LENGTHS
-from tests.data.toy import LENGTHS, shard
+from tests.data.toy import LENGTHS, change_record, shard
 
 PROGRAM = REPOSITORY / "data" / "index.py"
 
@@ -84,6 +85,36 @@ def test_damaged_records_are_told(program: SimpleNamespace, many: Path) -> None:
     text = run(program, many / "toy_arm" / "1.0.0", split=("train",), max_corrupt_fraction=0.1)
     assert f"1 damaged records are skipped, the first: {path.name}, record 4, byte" in text
     assert cells(text, "split 'train'")[1] == "11"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_all_images_of_whole_datasets_decode(program: SimpleNamespace, many: Path, workers: int) -> None:
+    program.main.__globals__["BLOCK"] = 7
+    text = run(program, many, workers=workers, decode=True)
+    for name, count in (("toy_arm/1.0.0 split 'train'", 220), ("r2d2_odd/1.0.0 split 'train'", 5 * sum(ODD_LENGTHS))):
+        assert f"{name}: 0 of {count} images cannot be decoded" in text
+
+
+def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
+def test_damaged_images_under_right_checksums_are_all_named(program: SimpleNamespace, many: Path) -> None:
+    directory = many / "toy_arm" / "1.0.0"
+    index = open_index(directory, "train")
+    for step, key, number, record in ((3, "observation/image", 0, 0), (40, "observation/wrist", 1, 1)):
+        whole = index.read_image(step, key)
+        cut = whole[:9] + bytes(len(whole) - 9)
+        change_record(shard(directory, number), record, functools.partial(replaced, old=whole, new=cut))
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as e:
+        program.main(program.Args((str(directory),), workers=2, decode=True), Console(file=out, width=200))
+    first, second, *more = str(e.value).splitlines()
+    assert more == []
+    assert "episode 0, step 3 (toy_arm-train.tfrecord-00000, record 0): cannot decode observation/image: not" in first
+    assert "episode 6, step 3 (toy_arm-train.tfrecord-00001, record 1): cannot decode observation/wrist: " in second
+    assert "toy_arm/1.0.0 split 'train': 2 of 220 images cannot be decoded" in out.getvalue()
 
 
 def test_one_dataset_that_fails_does_not_stop_the_others(program: SimpleNamespace, many: Path, tmp_path: Path) -> None:

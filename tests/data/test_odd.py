@@ -1,12 +1,16 @@
 """Each odd kind of field that published datasets have, against TFDS' own reader; and what can be wrong with them."""
 
+import dataclasses
+import importlib.util
 import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -15,13 +19,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openpi_like.data import arrayrecord, files
+from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.images import decode, decode_depth
 from openpi_like.data.index import FrameIndex, _from_code_points, open_index
 from openpi_like.data.schema import DatasetError, _is_code_points, read_schema
 from openpi_like.data.tfrecord import RecordError
 from tests.data.crosscheck import assert_same_as_tfds
-from tests.data.odd import DEPTH, DEPTH_16, FOLDER, IMAGES, INSTRUCTIONS, LEFT_OUT, LENGTHS, NAME, code_points, episode
-from tests.data.toy import change_record
+from tests.data.odd import (
+    DEPTH,
+    DEPTH_16,
+    FOLDER,
+    IMAGES,
+    INSTRUCTIONS,
+    LEFT_OUT,
+    LENGTHS,
+    NAME,
+    code_points,
+    episode,
+    write,
+)
+from tests.data.toy import CART, change_record
 
 
 @pytest.fixture
@@ -55,6 +72,55 @@ def test_it_is_read_as_tfds_reads_it(tfds: Any, odd: Path) -> None:
     assert tuple(np.diff(index.episode_start)) == LENGTHS
     assert (odd.parent.name, index.split.dataset) == (FOLDER, NAME)
     assert set(index.images) == set(IMAGES)
+
+
+def test_steps_are_those_of_the_rlds_package(
+    tfds: Any, bridge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its windows of steps, statistics, last steps and lengths of episodes, against slices of the columns."""
+    if importlib.util.find_spec("reverb") is None:
+        # The package imports it to write patterns of steps to a Reverb server, and cannot be imported without.
+        monkeypatch.setitem(sys.modules, "reverb", mock.MagicMock())
+    rlds = pytest.importorskip("rlds", reason="the cross-check needs the rlds extra")
+    index, window = open_index(bridge, "train", index_dir=tmp_path), 4
+    columns = {key: index.columns[key] for key in ("action", "observation/state", "is_first", "is_last")}
+    state, text = columns["observation/state"], index.texts["language_instruction"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        builder = tfds.builder_from_directory(os.fspath(bridge))
+        decoders = {"steps": {"observation": {k.partition("/")[2]: tfds.decode.SkipDecoding() for k in index.images}}}
+        episodes = builder.as_dataset(
+            split="train",
+            shuffle_files=False,
+            decoders=decoders,
+            read_config=tfds.ReadConfig(interleave_cycle_length=1),
+        )
+        transform, steps = rlds.transformations, lambda e: e[rlds.STEPS]
+        for e, episode in enumerate(episodes.take(5)):
+            first, end = (int(x) for x in index.episode_start[e : e + 2])
+            assert int(transform.episode_length(steps(episode))) == end - first
+            last = transform.final_step(steps(episode))
+            np.testing.assert_array_equal(last[rlds.OBSERVATION]["state"], state[end - 1])
+            total = transform.sum_dataset(steps(episode), lambda step: step[rlds.ACTION])
+            np.testing.assert_allclose(total, columns["action"][first:end].sum(axis=0), atol=1e-5)
+            windows = transform.batch(steps(episode), window, shift=1, drop_remainder=True)
+            starts = range(first, end - window + 1)
+            for at, found in zip(starts, tfds.as_numpy(windows), strict=True):
+                rows = slice(at, at + window)
+                np.testing.assert_array_equal(found[rlds.ACTION], columns["action"][rows])
+                np.testing.assert_array_equal(found[rlds.OBSERVATION]["state"], state[rows])
+                np.testing.assert_array_equal(found[rlds.IS_FIRST], columns["is_first"][rows])
+                np.testing.assert_array_equal(found[rlds.IS_LAST], columns["is_last"][rows])
+                assert [t.decode() for t in found["language_instruction"]] == [text.table[i] for i in text.ids[rows]]
+                for key in index.images:
+                    images = found[rlds.OBSERVATION][key.partition("/")[2]]
+                    assert list(images) == [index.read_image(i, key) for i in range(at, at + window)]
+        states = episodes.map(
+            lambda e: {rlds.STEPS: e[rlds.STEPS].map(lambda s: {"state": s[rlds.OBSERVATION]["state"]})}
+        )
+        mean, std = transform.mean_and_std(states, lambda step: (step, {"state": True}))
+    np.testing.assert_allclose(mean["state"], state.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(std["state"], state.std(axis=0, ddof=1), rtol=1e-4)
 
 
 def test_it_holds_what_was_written(odd: Path) -> None:
@@ -152,6 +218,43 @@ def test_a_code_point_that_is_none_is_located(odd_copy: Path) -> None:
     )
     with pytest.raises(DatasetError, match=expected):
         open_index(odd_copy, "train")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_token_ids_do_not_become_text(
+    tfds: Any, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Integers under a name of language, after whose zeros others follow; and strings that are not UTF-8."""
+    f = tfds.features
+    steps = {"language_tokens": f.Tensor(shape=(80,), dtype=np.int32), "instruction": f.Text(), "x": f.Scalar(np.int64)}
+    ids = np.array([101, 2009, 0, 102] * 20, np.int32)
+    directory = tmp_path / "tokens" / "1.0.0"
+    directory.mkdir(parents=True)
+    write(
+        tfds,
+        directory,
+        f.FeaturesDict({"steps": f.Dataset(steps), "path": f.Text()}),
+        [
+            {
+                "steps": [{"language_tokens": ids + t, "instruction": "go", "x": 10 * e + t} for t in range(e + 1)],
+                "path": b"\xff" + bytes([e]),
+            }
+            for e in range(5)
+        ],
+        "tfrecord",
+    )
+    index = open_index(directory, "train", workers=workers)
+    assert index.left_out.keys() == {"language_tokens", "path"}
+    for key, why in (
+        ("language_tokens", r"value 3 of a text is 102, expected 0, as the text ends at 2"),
+        ("path", r"the text b'\xff\x00' is not UTF-8"),
+    ):
+        assert index.left_out[key] == f"it cannot be decoded as text in any record; in the first, {why}"
+    assert index.columns["x"].tolist() == [10 * e + t for e in range(5) for t in range(e + 1)]
+    assert (index.texts.keys(), index.texts["instruction"].table, index.skipped) == ({"instruction"}, ("go",), ())
+    assert "reading it once more, without step/language_tokens, episode/path" in caplog.text
+    with pytest.raises(DatasetError, match=r"language_key: 'path' is not in the index, because it cannot be decoded"):
+        EpisodeDataset(index, dataclasses.replace(CART, language_key="path"))
 
 
 # ---- Depth -----------------------------------------------------------------------------------------------------------
