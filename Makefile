@@ -34,7 +34,7 @@ demo: setup
 	$(PY) train/demo.py --scale $${DEMO_SCALE:-demo}
 
 test: setup lint
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .

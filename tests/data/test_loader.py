@@ -172,10 +172,11 @@ def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
     episodes=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum), batch=st.integers(1, 90),
     group=st.integers(1, 70),
 )  # fmt: skip
-def test_no_grouping_beats_a_shuffle_of_all_frames(episodes: list[int], batch: int, group: int) -> None:
+def test_variety_lies_between_one_episode_and_all(episodes: list[int], batch: int, group: int) -> None:
     lengths = np.array(episodes)
     grouped, whole = (distinct_episodes(lengths, batch, group_episodes=g) for g in (group, None))
-    assert 1 - 1e-9 <= grouped <= whole + 1e-9 <= min(batch, int(np.count_nonzero(lengths))) + 1e-6
+    for variety in (grouped, whole):  # a group may by chance spread over more batches than a shuffle would
+        assert 1 - 1e-9 <= variety <= min(batch, int(np.count_nonzero(lengths))) + 1e-6
     if group >= len(episodes) or batch == 1:
         assert grouped == pytest.approx(whole)
 

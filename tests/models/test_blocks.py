@@ -237,7 +237,7 @@ def test_attention_is_that_of_jax(seed: int, kv_heads: int, tokens: int, keys: i
         expected = jax.nn.dot_product_attention(q, k, v, mask=None if seen is None else seen[:, None])
         got = attention(q.swapaxes(1, 2), k, v, seen).swapaxes(1, 2)
         rows = np.ones((2, tokens), bool) if seen is None else np.asarray(seen.any(-1))
-        np.testing.assert_allclose(got[rows], expected[rows], atol=1e-5)
+        np.testing.assert_allclose(got[rows], expected[rows], rtol=1e-5, atol=1e-5)
         mean = jnp.repeat(v.mean(1), 6 // kv_heads, axis=1)  # what a query that sees nothing gets
         for b, t in zip(*np.nonzero(~rows), strict=True):
             np.testing.assert_allclose(got[b, t], mean[b], atol=1e-5)
