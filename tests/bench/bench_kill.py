@@ -44,7 +44,8 @@ RECORD = 8 + DIGEST_BYTES
 class Args:
     """See the file's head. data: WidowX datasets, mixed with weights 1, 2, ... kills: how often it is killed.
 
-    batches: drawn between two kills, at most. save_every: batches from one saved position to the next.
+    batches: drawn between two kills, at most. save_every: batches from one saved position to the next. camera_dropout,
+    group_episodes: of the loader; no groups where it is 0.
     """
 
     data: tuple[Path, ...]
@@ -53,6 +54,12 @@ class Args:
     batches: int = 60
     save_every: int = 7
     seed: int = 0
+    camera_dropout: float = 0.3
+    group_episodes: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kills < 1:
+            raise ValueError(f"kills={self.kills}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,8 @@ def read(
     seed: int,
     batch_size: int,
     save_every: int,
+    camera_dropout: float,
+    group_episodes: int,
     until: int,
     hosts: int,
     num_workers: int,
@@ -112,7 +121,15 @@ def read(
     tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), Shapes.prompt_len)
     normalizations = {d.robot.name: compute_normalization(d) for d in datasets}
     mixture = tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, robots, strict=True)))
-    config = DataConfig(mixture, seed=seed, index_dir=str(work), num_workers=num_workers, num_threads=num_threads)
+    config = DataConfig(
+        mixture,
+        seed=seed,
+        camera_dropout=camera_dropout,
+        group_episodes=group_episodes or None,
+        index_dir=str(work),
+        num_workers=num_workers,
+        num_threads=num_threads,
+    )
     start = int((work / POSITION).read_text()) if (work / POSITION).exists() else 0
     loaders = [
         make_loader(
@@ -154,6 +171,8 @@ def spawn(args: Args, work: Path, until: int, **how: int) -> subprocess.Popen:
         "seed": args.seed,
         "batch_size": args.batch_size,
         "save_every": args.save_every,
+        "camera_dropout": args.camera_dropout,
+        "group_episodes": args.group_episodes,
         "until": until,
         **how,
     }
