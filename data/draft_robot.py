@@ -194,8 +194,9 @@ def main(args: Args, console: Console) -> None:
     console.print(text, markup=False)
     console.print(
         f'written to {args.out}: complete {text.count(UNKNOWN) - 1} "?" and three 0, then\n'  # one is explained
-        f"  PYTHONPATH={args.out.parent} python data/stats.py --robot {name}:{name.upper()} --data {args.data} "
-        f"--out stats/{name}.json",
+        f"  python data/stats.py --robot {args.out} --data {args.data} --out stats/{name}.json\n"
+        f"  python data/bench.py {args.data} --robot {args.out}\n"
+        f'and in a run\'s config: find_robot("{args.out}") of openpi_like.robots',
         markup=False,
     )
 

@@ -37,7 +37,7 @@ def many(toy: Path, odd: Path, tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
-def run(program: SimpleNamespace, *data: Path, **options: Any) -> str:
+def run(program: SimpleNamespace, *data: Path | str, **options: Any) -> str:
     out = io.StringIO()
     arguments = program.Args(tuple(map(str, data)), **{"workers": 1, **options})
     program.main(arguments, Console(file=out, width=200))
@@ -78,6 +78,27 @@ def test_it_runs_with_several_processes(many: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert cells(done.stdout, "split 'train'")[1:3] == ["12", "110"]
     assert "tensorflow" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_store_with_one_worker_or_more(
+    program: SimpleNamespace, many: Path, tmp_path: Path, workers: int, memory: Any
+) -> None:
+    """A store in memory for one process; several see one that is on disk."""
+    url = f"local://{many}"
+    if workers == 1:
+        for path in many.rglob("*"):
+            if path.is_file():
+                memory.pipe_file(f"/bucket/{path.relative_to(many)}", path.read_bytes())
+        url = "memory://bucket"
+    text = run(program, url, workers=workers, decode=True)
+    assert cells(text, "toy_arm/1.0.0 split 'train'")[1:3] == ["12", "110"]
+    assert cells(text, "r2d2_odd/1.0.0 split 'train'")[2] == str(sum(ODD_LENGTHS))
+    assert text.count("images were decoded, 0 of them are damaged") == 3
+    indexes = [p.name for p in (tmp_path / "cache" / "index").iterdir()]
+    assert sorted(name.rpartition("-")[0] for name in indexes) == [
+        "r2d2_odd-1.0.0-train", "toy_arm-1.0.0-train", "toy_arm-1.0.0-val",
+    ]  # fmt: skip
 
 
 def test_damaged_records_are_told(program: SimpleNamespace, many: Path) -> None:
