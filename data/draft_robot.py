@@ -26,6 +26,7 @@ from openpi_like.data import files
 from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError, Feature, Schema, read_schema, split_names
 from openpi_like.data.traps import Sample, bounds, gripper_dims, rows, trigger_gripper
+from openpi_like.robots.oxe import ROBOTS
 
 MAX_SIZE = 64  # longer vectors are embeddings or point clouds
 UNKNOWN = '"?"'
@@ -146,6 +147,9 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     seen, left = cameras(features)
     for slot, f in seen:
         height, width = (None if d is None else int(d) for d in f.shape[:2])
+        sizes = np.zeros(0, np.int64) if sample is None else sample.index.images[f.key][sample.steps, 1]
+        if len(sizes) > 1 and sizes.min() == sizes.max():
+            lines.append(f"        # every image has {sizes[0]:,} bytes: a camera that was absent?")
         lines.append(f'        Camera("{slot}", {quoted(f.key)}, {height}, {width}),')
     lines += [f"        # {f.key}: {f.dtype} of shape {f.shape} is not a colour image" for f in left]
     lines.append("    ),")
@@ -192,6 +196,9 @@ def main(args: Args, console: Console) -> None:
     text = draft(name, origin, schema, sample)
     args.out.write_text(text)
     console.print(text, markup=False)
+    if sample is not None and sample.index.split.dataset in ROBOTS:
+        known = sample.index.split.dataset
+        console.print(f"{known} is in openpi_like/robots/oxe.py: --robot {known} may be all you need", markup=False)
     console.print(
         f'written to {args.out}: complete {text.count(UNKNOWN) - 1} "?" and three 0, then\n'  # one is explained
         f"  python data/stats.py --robot {args.out} --data {args.data} --out stats/{name}.json\n"

@@ -31,6 +31,7 @@ from rich.table import Column, Table
 from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.traps import SAMPLE, Sample, Trap, action_keys, bounds, find_traps, rows, state_keys
+from openpi_like.robots.oxe import ROBOTS
 
 TILE = (128, 128)
 MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
@@ -289,6 +290,12 @@ def main(args: Args, console: Console) -> None:
         else:
             write_report(args, sample, summary, tables, args.out)
         console.print(f"written to {args.out}")
+    known = index.split.dataset in ROBOTS
+    console.print(
+        f"next: {f'--robot {index.split.dataset} describes it (openpi_like/robots/oxe.py), or ' if known else ''}"
+        f"python data/draft_robot.py {args.data} --out my_robot.py",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

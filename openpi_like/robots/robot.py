@@ -16,7 +16,9 @@ space too, so a policy that learned them answers with what a controller can exec
 import dataclasses
 import importlib
 import math
+import re
 import runpy
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -559,9 +561,8 @@ def find_robot(name: str) -> Robot:
 
     if name in ROBOTS:
         return ROBOTS[name]
-    path, dot_py, attribute = name.rpartition(".py")
-    if dot_py and attribute[:1] in ("", ":"):
-        return _robot_of_file(Path(path + dot_py), attribute[1:])
+    if file := re.fullmatch(r"(.*\.py|[^:]*/[^:]*)(?::(\w*))?", name):
+        return _robot_of_file(Path(file[1]), file[2] or "")
     files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
     module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
     if "." not in module and (":" not in name or module in files):
@@ -584,7 +585,12 @@ def _robot_of_file(path: Path, attribute: str) -> Robot:
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         near = near_names(path.name, beside) if beside else "no Python files"
         raise ValueError(f"no robot file {path}; in {path.parent}: {near}")
-    robots = {k: v for k, v in runpy.run_path(str(path)).items() if isinstance(v, Robot)}
+    try:
+        found = runpy.run_path(str(path))
+    except ValueError as e:  # a Robot that is not complete
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        raise ValueError(f"{path}{f', line {lines[-1]}' if lines else ''}: {e}") from e
+    robots = {k: v for k, v in found.items() if isinstance(v, Robot)}
     if not robots:
         raise ValueError(f"{path} has no robot, expected an object like MY_ROBOT = Robot(...); see data/draft_robot.py")
     if attribute and attribute not in robots:

@@ -142,10 +142,15 @@ def test_odd_schemas(program: SimpleNamespace, tmp_path: Path) -> None:
     assert "a gripper? then replace unit by" in text
 
 
-def test_gripper_of_bridge_is_cut_out(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bridge_robot.py"
-    program.main(program.Args(str(bridge), out, index_dir=tmp_path / "index"), Console(file=io.StringIO()))
-    out.write_text(completed(out.read_text()))
+def test_draft_of_bridge(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:
+    """The gripper is cut out, the camera that was absent is told, and that the dataset is known."""
+    out, shown = tmp_path / "bridge_robot.py", io.StringIO()
+    program.main(program.Args(str(bridge), out, index_dir=tmp_path / "index"), Console(file=shown, width=300))
+    text = out.read_text()
+    assert text.count("bytes: a camera that was absent?") == 1
+    assert re.search(r"# every image has 691 bytes: a camera .*\n +Camera\(.*image_3", text)
+    assert "bridge_dataset is in openpi_like/robots/oxe.py: --robot bridge_dataset may be" in shown.getvalue()
+    out.write_text(completed(text))
     assert [(f.name, f.start, f.size) for f in load(out).action] == [("action", 0, 6), ("gripper", 6, 1)]
 
 

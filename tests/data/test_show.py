@@ -95,11 +95,13 @@ def test_a_large_dataset_is_sampled_and_says_so(program: SimpleNamespace, toy: P
     assert [middle, mean] == [f"{np.median(some):.4g}", f"{some.astype(np.float64).mean():.4g}"]
     whole = run(program, toy)
     assert "evenly spaced" not in whole
+    assert whole.splitlines()[-1] == f"next: python data/draft_robot.py {toy} --out my_robot.py"
 
 
 def test_bridge_traps_are_named(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:
     text = run(program, bridge, index_dir=tmp_path)
     assert "Suspected traps: 3" in text
+    assert "next: --robot bridge_dataset describes it (openpi_like/robots/oxe.py), or python data/draft_ro" in text
     assert re.search(r"black camera +│ observation/image_3 +│ 32 of 32 sampled images are black; 100% of all", text)
     assert "zero first action" in text
     assert "False at the end of 25 of 25 episodes" in text

@@ -357,8 +357,13 @@ def test_a_file_without_a_robot(file, tmp_path):
     with pytest.raises(ValueError, match=r"mine.v2.py has no robot, expected an object like MY_ROBOT = Robot"):
         find_robot(f"{file}:MINE")
     file.write_text(FILE.replace("control_hz=10.0", "control_hz=0.0"))
-    with pytest.raises(ValueError, match=r"Robot 'mine': control_hz 0.0, expected > 0"):
+    with pytest.raises(ValueError, match=r"mine.v2.py, line \d+: Robot 'mine': control_hz 0.0, expected > 0"):
         find_robot(str(file))
+    file.write_text("int('x')\n")
+    with pytest.raises(ValueError, match=r"mine.v2.py, line 1: invalid literal for int"):
+        find_robot(str(file))
+    with pytest.raises(ValueError, match=r"no robot file .*/my-robots/mine.v2; in .*: did you mean 'mine.v2.py'"):
+        find_robot(str(file.with_suffix("")))
 
 
 def test_a_robot_stored_before_fields_were_added_is_read():
