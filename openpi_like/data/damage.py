@@ -34,7 +34,10 @@ def image_problem(index: FrameIndex, step: int, key: str) -> str | None:
     """
     data, dtype = index.read_image(step, key), index.schema.steps[key].dtype
     try:
-        decode(data) if dtype == "uint8" else decode_depth(data, dtype)
+        if dtype == "uint8":
+            decode(data)
+        else:
+            decode_depth(data, dtype)
     except ValueError as e:
         return f"{index.where(step)}: cannot decode {key}: {e}"
     return None
@@ -83,14 +86,18 @@ def _check(index: FrameIndex, workers: int, progress: Progress) -> None:
     total = sum(int(spans[:, 1].sum()) for spans in index.images.values())
     done = total - sum(map(size, todo))
     progress(done, total)
-    with notes.open("a") as file, ThreadPoolExecutor(workers) as pool:
+    with notes.open("a") as file:
         file.write("\n")  # ends a line that a killed check left unfinished
-        for start, damaged in pool.map(check, todo):
-            found[start, stop(start)] = damaged
-            file.write(json.dumps([start, stop(start), damaged]) + "\n")
-            file.flush()
-            done += size(start)
-            progress(done, total)
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for start, damaged in pool.map(check, todo):
+                found[start, stop(start)] = damaged
+                file.write(json.dumps([start, stop(start), damaged]) + "\n")
+                file.flush()
+                done += size(start)
+                progress(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)  # who interrupts it does not wait for the rest
     with tempfile.TemporaryDirectory(dir=index.path) as scratch:
         draft = Path(scratch) / DAMAGED
         draft.mkdir()

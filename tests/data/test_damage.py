@@ -225,7 +225,7 @@ def test_a_killed_check_goes_on_where_it_was(
     assert not notes.exists()
 
 
-def test_two_checks_at_once(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_checks_at_once(damaged: Path) -> None:
     """The one that is later takes what the other recorded."""
     index = open_index(damaged, "train")
     first = check_images(index)
