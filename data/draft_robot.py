@@ -23,9 +23,10 @@ import tyro
 from rich.console import Console
 
 from openpi_like.data import files
-from openpi_like.data.index import FrameIndex, open_index
+from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError, Feature, Schema, read_schema, split_names
-from openpi_like.data.traps import gripper_dims, trigger_gripper
+from openpi_like.data.traps import Sample, bounds, gripper_dims, rows, trigger_gripper
+from openpi_like.robots.oxe import ROBOTS
 
 MAX_SIZE = 64  # longer vectors are embeddings or point clouds
 UNKNOWN = '"?"'
@@ -97,20 +98,21 @@ def numeric(features: Sequence[Feature], what: str) -> tuple[list[Feature], list
     return used, [f for f in found if f not in used]
 
 
-def runs(feature: Feature, index: FrameIndex | None, taken: set[str]) -> list[Run]:
+def runs(feature: Feature, sample: Sample | None, taken: set[str]) -> list[Run]:
     """Returns the fields that one vector is cut into: before, at and behind each suspected gripper."""
     n = size(feature)
-    x = None if index is None else np.asarray(index.columns[feature.key]).reshape(-1, n)
+    x = None if sample is None else sample.rows(feature.key)
     grippers = set(range(n)) if "grip" in feature.key else set() if x is None else set(gripper_dims(x))
-    bounds = [0, *(d for d in range(1, n) if d in grippers or d - 1 in grippers), n]
+    cuts = [0, *(d for d in range(1, n) if d in grippers or d - 1 in grippers), n]
+    ends = np.empty((0, 2)) if sample is None else bounds(rows(sample.index, feature.key)).T
     found = []
-    for start, end in itertools.pairwise(bounds):
+    for start, end in itertools.pairwise(cuts):
         base = "gripper" if start in grippers else re.sub(r"\W+", "_", feature.key.rpartition("/")[2])
         name = next(c for c in (base, *(f"{base}_{i}" for i in range(2, n + 99))) if c not in taken)
         taken.add(name)
         hint = ""
-        if x is not None:
-            ranges = [f"{x[:, d].min():.3g} .. {x[:, d].max():.3g}" for d in range(start, min(end, start + SHOWN))]
+        if len(ends):
+            ranges = [f"{low:.3g} .. {high:.3g}" for low, high in ends[start:end][:SHOWN]]
             hint = "; ".join(ranges) + ("; ..." if end - start > SHOWN else "")
         if start in grippers:
             kind = "triggers" if x is not None and trigger_gripper("", x[:, start:end]) else "positions"
@@ -124,7 +126,7 @@ def language(features: Sequence[Feature]) -> str | None:
     return next((k for word in ("language_instruction", "instruction", "language") for k in texts if word in k), None)
 
 
-def draft(name: str, origin: str, schema: Schema, index: FrameIndex | None) -> str:
+def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     """Returns the Python file."""
     features = list(schema.steps.values())
     lines = [
@@ -145,6 +147,9 @@ def draft(name: str, origin: str, schema: Schema, index: FrameIndex | None) -> s
     seen, left = cameras(features)
     for slot, f in seen:
         height, width = (None if d is None else int(d) for d in f.shape[:2])
+        sizes = np.zeros(0, np.int64) if sample is None else sample.index.images[f.key][sample.steps, 1]
+        if len(sizes) > 1 and sizes.min() == sizes.max():
+            lines.append(f"        # every image has {sizes[0]:,} bytes: a camera that was absent?")
         lines.append(f'        Camera("{slot}", {quoted(f.key)}, {height}, {width}),')
     lines += [f"        # {f.key}: {f.dtype} of shape {f.shape} is not a colour image" for f in left]
     lines.append("    ),")
@@ -152,7 +157,7 @@ def draft(name: str, origin: str, schema: Schema, index: FrameIndex | None) -> s
         used, others = numeric(features, what)
         lines.append(f"    {what}=(")
         taken: set[str] = set()
-        for run in (r for f in used for r in runs(f, index, taken)):
+        for run in (r for f in used for r in runs(f, sample, taken)):
             start = f", start={run.start}" if run.start else ""
             if run.hint:
                 lines.append(f"        # {run.hint}")
@@ -178,23 +183,27 @@ def quoted(text: str) -> str:
 def main(args: Args, console: Console) -> None:
     directory = files.locate(args.data)
     schema = read_schema(directory)
-    index, name = None, args.out.stem
+    sample, name = None, args.out.stem
     try:
         split = args.split or split_names(directory)[0]
         index = open_index(directory, split, index_dir=args.index_dir)
-        origin = str(index.split)
+        sample, origin = Sample.take(index), str(index.split)
     except DatasetError as e:
         if args.split is not None:
             raise
         origin = f"the features.json of {args.data}"
         console.print(f"records cannot be read, so the draft has no numbers: {e}", markup=False)
-    text = draft(name, origin, schema, index)
+    text = draft(name, origin, schema, sample)
     args.out.write_text(text)
     console.print(text, markup=False)
+    if sample is not None and sample.index.split.dataset in ROBOTS:
+        known = sample.index.split.dataset
+        console.print(f"{known} is in openpi_like/robots/oxe.py: --robot {known} may be all you need", markup=False)
     console.print(
         f'written to {args.out}: complete {text.count(UNKNOWN) - 1} "?" and three 0, then\n'  # one is explained
-        f"  PYTHONPATH={args.out.parent} python data/stats.py --robot {name}:{name.upper()} --data {args.data} "
-        f"--out stats/{name}.json",
+        f"  python data/stats.py --robot {args.out} --data {args.data} --out stats/{name}.json\n"
+        f"  python data/bench.py {args.data} --robot {args.out}\n"
+        f'and in a run\'s config: find_robot("{args.out}") of openpi_like.robots',
         markup=False,
     )
 

@@ -5,6 +5,9 @@
 Fields, lengths of episodes, control rate, ranges of all numbers, instructions, cameras, and suspected traps, each with
 the numbers it rests on. --out writes a report as one HTML file, with histograms and a contact sheet of the cameras, or,
 if it ends in .png or .jpg, the contact sheet alone.
+
+Least and greatest values, values that are not finite, ends of episodes and texts are those of all steps. The rest is of
+whole episodes, evenly spaced, with at most --steps steps: quantiles, histograms, and what is suspected of movements.
 """
 
 import base64
@@ -27,7 +30,8 @@ from rich.table import Column, Table
 
 from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, open_index
-from openpi_like.data.traps import Trap, action_keys, find_traps, rows, state_keys
+from openpi_like.data.traps import SAMPLE, Sample, Trap, action_keys, bounds, find_traps, rows, state_keys
+from openpi_like.robots.oxe import ROBOTS
 
 TILE = (128, 128)
 MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
@@ -40,6 +44,7 @@ class Args:
 
     episodes, frames: how many of each, evenly spaced, the sheet shows, a row per episode and a block of columns per
     camera. samples: images per camera that are looked at for traps. texts: instructions listed, most frequent first.
+    steps: of which quantiles, histograms and suspicions are, 100 bytes of memory each for an arm.
     index_dir, max_corrupt_fraction: see `openpi_like.data.index.open_index`.
     """
 
@@ -50,11 +55,12 @@ class Args:
     frames: int = 5
     samples: int = 32
     texts: int = 20
+    steps: int = SAMPLE
     index_dir: Path | None = None
     max_corrupt_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {k: getattr(self, k) for k in ("episodes", "frames", "samples", "texts")}
+        least = {k: getattr(self, k) for k in ("episodes", "frames", "samples", "texts", "steps")}
         problems = [f"--{k} {n}, expected at least 1" for k, n in least.items() if n < 1]
         if self.out is not None and self.out.suffix.lower() not in (".html", *PICTURES):
             problems.append(f"--out {self.out}, expected a name that ends in .html, {', '.join(PICTURES)}")
@@ -106,16 +112,18 @@ def fields(index: FrameIndex) -> Rows:
     return Rows("Fields", ("field", "kind", "type", "shape", "range or examples"), found)
 
 
-def ranges(index: FrameIndex) -> Rows:
+def ranges(sample: Sample) -> Rows:
     """Every dim of the actions and of what is observed."""
-    found = []
+    index, found = sample.index, []
     for key in (*action_keys(index), *state_keys(index)):
-        x = rows(index, key).astype(np.float64)
-        low, q01, middle, q99, high = np.nanquantile(x, [0, 0.01, 0.5, 0.99, 1], axis=0)
+        low, high = bounds(rows(index, key)).astype(np.float64)
+        x = sample.rows(key).astype(np.float64)
+        q01, middle, q99 = np.nanquantile(x, [0.01, 0.5, 0.99], axis=0)
         for d in range(x.shape[1]):
             values = (low[d], q01[d], middle[d], q99[d], high[d], np.nanmean(x[:, d]), np.nanstd(x[:, d]))
             found.append((f"{key}[{d}]", *(f"{v:.4g}" for v in values)))
-    return Rows("Numbers", ("dim", "min", "q01", "median", "q99", "max", "mean", "std"), found)
+    title = "Numbers" if sample.whole else f"Numbers: min and max of all steps, the others of {sample}"
+    return Rows(title, ("dim", "min", "q01", "median", "q99", "max", "mean", "std"), found)
 
 
 def texts(index: FrameIndex, most: int) -> Rows:
@@ -155,23 +163,24 @@ def cameras(index: FrameIndex, samples: dict[str, tuple[np.ndarray, list[np.ndar
     return Rows("Cameras", ("camera", "format", "height x width", "bytes", "mean brightness of 255"), found)
 
 
-def control_rate(index: FrameIndex) -> str:
+def control_rate(sample: Sample) -> str:
     """The rate by a time stamp of the steps, where there is one that grows within episodes."""
-    inside = np.ones(index.steps, bool)
-    inside[index.episode_start[1:-1]] = False
-    for key, column in index.columns.items():
+    inside = np.ones(len(sample.steps), bool)
+    inside[sample.starts[1:-1]] = False
+    for key, column in sample.index.columns.items():
         if "time" not in key or column.ndim != 1:
             continue
-        gaps = np.diff(np.asarray(column, np.float64))[inside[1:]]
+        gaps = np.diff(sample.rows(key)[:, 0].astype(np.float64))[inside[1:]]
         if len(gaps) and (gaps > 0).all():
             gap = float(np.median(gaps))
             return f"{gap:g} of {key} between steps in the median ({1 / gap:.3g} Hz, if those are seconds)"
     return "not in the data (a Robot has to say it)"
 
 
-def suspicions(found: Sequence[Trap]) -> Rows:
+def suspicions(found: Sequence[Trap], sample: Sample) -> Rows:
     head = ("suspicion", "field", "found", "what to do")
-    return Rows(f"Suspected traps: {len(found)}", head, [(t.kind, t.key, t.found, t.advice) for t in found])
+    where = "" if sample.whole else f" in {sample}"
+    return Rows(f"Suspected traps{where}: {len(found)}", head, [(t.kind, t.key, t.found, t.advice) for t in found])
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
@@ -225,13 +234,14 @@ def histograms(panels: Sequence[tuple[str, np.ndarray]], columns: int = 6) -> st
     return embedded(out.getvalue(), "png")
 
 
-def write_report(args: Args, index: FrameIndex, summary: str, tables: Sequence[Rows], out: Path) -> None:
+def write_report(args: Args, sample: Sample, summary: str, tables: Sequence[Rows], out: Path) -> None:
+    index = sample.index
     sheet = io.BytesIO()
     contact_sheet(index, args.episodes, args.frames).save(sheet, format="jpeg", quality=85)
     panels = [
-        (f"{key}[{d}]", rows(index, key)[:, d].astype(np.float64))
+        (f"{key}[{d}]", values)
         for key in (*action_keys(index), *state_keys(index))
-        for d in range(rows(index, key).shape[1])
+        for d, values in enumerate(sample.rows(key).T)
     ]
     style = (
         "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
@@ -244,7 +254,7 @@ def write_report(args: Args, index: FrameIndex, summary: str, tables: Sequence[R
         *(table.html() for table in tables),
         "<h2>Steps per episode</h2>\n",
         histograms([("steps", np.diff(index.episode_start).astype(np.float64))], columns=1),
-        "<h2>Histograms</h2>\n" + histograms(panels) if panels else "",
+        f"<h2>Histograms of {html.escape(str(sample))}</h2>\n" + histograms(panels) if panels else "",
         f"<h2>Contact sheet</h2>\n<p>cameras from left to right: {html.escape(', '.join(colour_cameras(index)))}</p>\n",
         embedded(sheet.getvalue(), "jpeg"),
     ]
@@ -253,19 +263,19 @@ def write_report(args: Args, index: FrameIndex, summary: str, tables: Sequence[R
 
 def main(args: Args, console: Console) -> None:
     index = open_index(args.data, args.split, index_dir=args.index_dir, max_corrupt_fraction=args.max_corrupt_fraction)
-    lengths = np.diff(index.episode_start)
+    sample, lengths = Sample.take(index, args.steps), np.diff(index.episode_start)
     summary = (
         f"{index.episodes:,} episodes, {index.steps:,} steps; an episode has {lengths.min()} to {lengths.max()} steps, "
-        f"{np.median(lengths):g} in the median; control rate: {control_rate(index)}"
+        f"{np.median(lengths):g} in the median; control rate: {control_rate(sample)}"
     )
     steps = np.unique(np.linspace(0, index.steps - 1, args.samples).round().astype(int))
-    samples = {key: (steps, [image(index, int(s), key) for s in steps]) for key in colour_cameras(index)}
+    images = {key: (steps, [image(index, int(s), key) for s in steps]) for key in colour_cameras(index)}
     tables = [
-        suspicions(find_traps(index, samples)),
+        suspicions(find_traps(sample, images), sample),
         fields(index),
-        ranges(index),
+        ranges(sample),
         texts(index, args.texts),
-        cameras(index, samples),
+        cameras(index, images),
     ]
     console.print(f"{index.split}: {summary}")
     for table in (*tables[1:], tables[0]):  # what is suspected comes last, where a terminal stays
@@ -278,8 +288,14 @@ def main(args: Args, console: Console) -> None:
             contact_sheet(index, args.episodes, args.frames).save(args.out)
             console.print(f"cameras from left to right: {', '.join(colour_cameras(index))}")
         else:
-            write_report(args, index, summary, tables, args.out)
+            write_report(args, sample, summary, tables, args.out)
         console.print(f"written to {args.out}")
+    known = index.split.dataset in ROBOTS
+    console.print(
+        f"next: {f'--robot {index.split.dataset} describes it (openpi_like/robots/oxe.py), or ' if known else ''}"
+        f"python data/draft_robot.py {args.data} --out my_robot.py",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from openpi_like.robots import find_robot
 class Args:
     """Statistics of states and encoded action chunks.
 
-    robot: a robot of openpi_like/robots ("sawyer"), or module and object ("my_robots.arm:ARM").
+    robot: a robot of openpi_like/robots ("sawyer"), a file ("my_robot.py", or "my_robots.py:ARM" where it has several),
+        or module and object ("my_robots.arm:ARM").
     data: TFDS directories, or their URLs. out: the JSON file to write; a run looks for `<robot name>.json`.
     use: a file of statistics to measure on this data; nothing is written.
     split: which split, or a part of one, "train[:95%]". frame_stride: take every n-th frame.

@@ -76,9 +76,9 @@ class Args:
     set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
     dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
     alpha / rank. drop: regular expressions of arrays to leave out.
-    robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "module:OBJECT"), for each its
-    statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts; action_tokenizer: for
-    pi0_fast, the directory of the FAST tokenizer.
+    robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "my_robot.py", "module:OBJECT"),
+    for each its statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts;
+    action_tokenizer: for pi0_fast, the directory of the FAST tokenizer.
     verify: read back what was written, and compare outputs on the same inputs with those of the weights as read
     (rounded to dtype); fails where they differ by more than tolerance, a part of the largest output.
     """

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
@@ -251,7 +252,7 @@ class EpisodeDataset:
         return present
 
     def image(self, frame: int, camera: Camera) -> UInt8[np.ndarray, "H W 3"]:
-        """Reads and decodes one image, at the size it is stored in.
+        """Reads and decodes one image, at the size it is stored in, RGB and the right way up.
 
         Raises:
             DatasetError: it cannot be read, does not have the size that the robot's camera has, or is of a step before
@@ -332,6 +333,8 @@ class EpisodeDataset:
             image = decode(data, camera.channel_order)
         except ValueError as e:
             raise DatasetError(f"{self.index.where(step)}: cannot decode {camera.key}: {e}") from e
+        if camera.upside_down:
+            image = cv2.rotate(image, cv2.ROTATE_180)
         got, expected = image.shape[:2], (camera.height, camera.width)
         if any(b is not None and a != b for a, b in zip(got, expected, strict=True)):
             raise DatasetError(

@@ -5,7 +5,7 @@ What the numbers mean is in `openpi_like.robots.oxe`; what the sources dispute, 
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from openpi_like.data.dataset import Selection, open_dataset
 from openpi_like.data.loader import MixtureEntry
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.oxe import ROBOTS
-from openpi_like.robots.robot import Robot, with_channel_order
+from openpi_like.robots.robot import Robot, with_channel_order, with_upside_down
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def mixture(
     *,
     balance: str = "transitions",
     images: str = "published",
+    upside_down: Mapping[str, Collection[str]] | None = None,
     blank_language: bool = False,
     missing: str = "error",
     index_dir: str | Path | None = None,
@@ -149,6 +150,9 @@ def mixture(
             every dataset, and builds the indexes that are not there. With "as_given" weights are shares of samples.
         images: "published" reads channels as the datasets of the OXE bucket have them, of which four are BGR; "rgb" is
             for copies in which that has been corrected.
+        upside_down: dataset -> cameras whose pictures are stored upside down in your copy, and are turned. None turns
+            none; `robots.oxe.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the mixture may be
+            in it.
         blank_language: replace instructions that do not say what is done by "", as octo does.
         missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning.
         index_dir, max_corrupt_fraction: as in `DataConfig`, see `open_index`; needed where datasets are opened.
@@ -166,7 +170,17 @@ def mixture(
     if isinstance(name, str) and name not in MIXTURES:
         problems.append(f"no mixture {name!r}; {near_names(name, list(MIXTURES))}")
     weights = MIXTURES.get(name, {}) if isinstance(name, str) else name
-    problems += [f"no dataset {k!r} in the catalogue; {near_names(k, list(OXE))}" for k in weights if k not in OXE]
+    turned = upside_down or {}
+    robots: dict[str, Robot] = {}
+    for dataset in dict.fromkeys((*weights, *turned)):
+        if dataset not in OXE:
+            problems.append(f"no dataset {dataset!r} in the catalogue; {near_names(dataset, list(OXE))}")
+            continue
+        robot = OXE[dataset].robot if images == "published" else with_channel_order(OXE[dataset].robot, "rgb")
+        try:
+            robots[dataset] = with_upside_down(robot, turned.get(dataset, ()))
+        except ValueError as e:
+            problems.append(f"upside_down: {e}")
     if problems:
         raise ValueError("mixture: " + "; ".join(problems))
 
@@ -177,7 +191,7 @@ def mixture(
             lacking.append(str(path))
             continue
         entry = MixtureEntry(
-            robot=how.robot if images == "published" else with_channel_order(how.robot, "rgb"),
+            robot=robots[dataset],
             path=str(path),
             weight=weight,
             split=how.train,
@@ -188,7 +202,8 @@ def mixture(
         entries.append(entry)
     listed = "\n  ".join(lacking)
     if lacking and (missing == "error" or not entries):
-        raise DatasetError(f"{len(lacking)} of {len(weights)} datasets are not in {root}:\n  {listed}")
+        place = files.locate(root)
+        raise DatasetError(f"{len(lacking)} of {len(weights)} datasets are not in {place}:\n  {listed}")
     if lacking:
         _log.warning("mixture goes on without %d of %d datasets:\n  %s", len(lacking), len(weights), listed)
     if balance == "transitions":

@@ -3,6 +3,9 @@
 Every check is a function of columns (of an index, see `FrameIndex`) or of a few decoded images. It returns what it
 found, or None. Thresholds are stated where they are used; none of this changes any data.
 
+Columns may be larger than memory. What one pass can tell is counted over all steps: values that are not finite, least
+and greatest ones, ends of episodes, texts. The rest looks at a `Sample` of whole episodes.
+
 Letters: N steps, E episodes, D values of one step. `starts` is the first step of each episode and the end, (E + 1,).
 """
 
@@ -13,12 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from openpi_like.data.index import FrameIndex
+from openpi_like.data.index import FrameIndex, Texts
 
 _SHOWN = 3  # places named per trap
 _BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
+_WRAPS = 3  # jumps by a turn that are no accident
+_BLOCK = 1 << 16  # steps read together
+SAMPLE = 200_000  # steps of a sample: some 20 MB for the numbers of an arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,42 +37,111 @@ class Trap:
     advice: str
 
 
+# ---- Steps that are looked at ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Whole episodes of an index, evenly spaced; all of them where they have no more steps than asked for.
+
+    index: what they are of. steps: (n,), ascending. starts: (e + 1,), where each episode begins in `steps`.
+    """
+
+    index: FrameIndex
+    steps: Int[np.ndarray, "n"]
+    starts: Int[np.ndarray, "e1"]
+
+    @classmethod
+    def take(cls, index: FrameIndex, most: int = SAMPLE) -> "Sample":
+        """Takes every n-th episode, for the least n that gives at most `most` steps; of a longer one the beginning."""
+        every, first = -(-index.steps // most), np.asarray(index.episode_start)
+        lengths = np.diff(first)
+        while every < index.episodes and lengths[::every].sum() > most:
+            every += 1
+        chosen = np.arange(0, index.episodes, min(every, index.episodes))
+        lengths = np.minimum(lengths[chosen], most)
+        steps = np.concatenate([np.arange(first[e], first[e] + n) for e, n in zip(chosen, lengths, strict=True)])
+        return cls(index, steps, np.append(0, np.cumsum(lengths)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was left out."""
+        return len(self.steps) == self.index.steps
+
+    def __str__(self) -> str:
+        """What it is, for a report."""
+        if self.whole:
+            return f"all {self.index.steps:,} steps"
+        return (
+            f"{len(self.steps):,} of {self.index.steps:,} steps, those of {len(self.starts) - 1:,} of "
+            f"{self.index.episodes:,} episodes, evenly spaced"
+        )
+
+    def rows(self, key: str) -> Shaped[np.ndarray, "n D"]:
+        """Returns a numeric field of its steps."""
+        x = rows(self.index, key)
+        return x if self.whole else x[self.steps]
+
+
+def rows(index: FrameIndex, key: str) -> Shaped[np.ndarray, "N D"]:
+    """Returns a numeric field of all steps, memory-mapped."""
+    x = index.columns[key]
+    return np.asarray(x).reshape(len(x), -1)
+
+
+def bounds(x: Shaped[np.ndarray, "N D"]) -> Shaped[np.ndarray, "2 D"]:
+    """Returns the least and the greatest value of each dim, without NaN, in one pass that keeps nothing."""
+    return np.stack([np.fmin.reduce(x, axis=0), np.fmax.reduce(x, axis=0)])
+
+
+def count_texts(texts: Texts) -> dict[str, int]:
+    """Returns how many steps, or episodes, have each text."""
+    counts = np.zeros(len(texts.table), np.int64)
+    for at in range(0, len(texts.ids), _BLOCK):
+        counts += np.bincount(texts.ids[at : at + _BLOCK], minlength=len(texts.table))
+    return dict(zip(texts.table, counts.tolist(), strict=True))
+
+
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def not_finite(key: str, x: Shaped[np.ndarray, "N D"], where: Callable[[int], str]) -> Trap | None:
     """NaN and infinite values. where: see `FrameIndex.where`."""
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if not len(bad):
+    count, first = 0, list[int]()
+    for at in range(0, len(x), _BLOCK):
+        bad = np.flatnonzero(~np.isfinite(x[at : at + _BLOCK]).all(axis=1))
+        count += len(bad)
+        first += [at + int(i) for i in bad[: _SHOWN - len(first)]]
+    if not count:
         return None
-    places = "; ".join(where(int(i)) for i in bad[:_SHOWN]) + ("; ..." if len(bad) > _SHOWN else "")
+    places = "; ".join(map(where, first)) + ("; ..." if count > _SHOWN else "")
     return Trap(
         "not finite",
         key,
-        f"{len(bad)} of {len(x)} steps have NaN or infinite values: {places}",
+        f"{count} of {len(x)} steps have NaN or infinite values: {places}",
         "a robot that uses this field refuses the dataset; repair these episodes",
     )
 
 
-def constant_dims(key: str, x: Shaped[np.ndarray, "N D"]) -> Trap | None:
-    """Dims with one value in the whole dataset."""
-    same = np.flatnonzero((x == x[:1]).all(axis=0))
-    if not len(same) or len(x) < 2:
+def constant_dims(key: str, ends: Shaped[np.ndarray, "2 D"], count: int) -> Trap | None:
+    """Dims with one value in the whole dataset. ends: see `bounds`. count: N."""
+    same = np.flatnonzero(ends[0] == ends[1])
+    if not len(same) or count < 2:
         return None
     return Trap(
         "constant",
         key,
-        f"the same value in all {len(x)} steps: " + ", ".join(f"[{d}] = {x[0, d].item():.4g}" for d in same),
+        f"the same value in all {count} steps: " + ", ".join(f"[{d}] = {ends[0, d].item():.4g}" for d in same),
         "it carries no information, and a flag that never changes is often wrong; leave it out of the robot",
     )
 
 
-def outliers(key: str, x: Shaped[np.ndarray, "N D"]) -> Trap | None:
-    """Dims with values farther outside q01 .. q99 than 10 times the distance of these two."""
+def outliers(key: str, x: Shaped[np.ndarray, "n D"], ends: Shaped[np.ndarray, "2 D"]) -> Trap | None:
+    """Dims with values farther outside q01 .. q99 than 10 times the distance of these two. ends: see `bounds`."""
     q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-    low, high = x.min(axis=0), x.max(axis=0)
+    low, high = ends
     reach = np.maximum(high - q99, q01 - low)
-    trigger = np.isin(x, (-1, 0, 1)).all(axis=0)  # rare by nature
+    trigger = np.isin(np.concatenate([x, ends]), (-1, 0, 1)).all(axis=0)  # rare by nature
     far = np.flatnonzero((reach > 10 * (q99 - q01)) & (reach > 1e-4) & ~trigger)
     if not len(far):
         return None
@@ -80,7 +155,7 @@ def outliers(key: str, x: Shaped[np.ndarray, "N D"]) -> Trap | None:
 
 
 def angle_wraps(key: str, x: Shaped[np.ndarray, "N D"], starts: Int[np.ndarray, "E1"]) -> Trap | None:
-    """Dims that jump by one turn (2 pi or 360) between steps, stay within one turn, and rarely jump by half of that."""
+    """Dims that jump by one turn (2 pi or 360) three times or more, rarely by half of that, and stay within one."""
     inside = np.ones(len(x), bool)
     inside[starts[1:-1]] = False
     found = []
@@ -89,7 +164,7 @@ def angle_wraps(key: str, x: Shaped[np.ndarray, "N D"], starts: Int[np.ndarray, 
         for turn, unit in ((2 * np.pi, "rad"), (360.0, "deg")):
             near = int((np.abs(jumps - turn) < 0.1 * turn).sum())
             between = int(((jumps > 0.3 * turn) & (jumps < 0.9 * turn)).sum())
-            if near > between and span < 1.05 * turn:
+            if near >= max(_WRAPS, between + 1) and span < 1.05 * turn:
                 found.append(f"[{d}] {near} times by one turn ({unit})")
     if not found:
         return None
@@ -136,9 +211,8 @@ def idle_steps(key: str, x: Shaped[np.ndarray, "N D"], starts: Int[np.ndarray, "
 
 def end_flags(key: str, flags: Shaped[np.ndarray, "N"], starts: Int[np.ndarray, "E1"]) -> Trap | None:
     """A field `is_last` that is not true at exactly the last step of every episode."""
-    ends = np.zeros(len(flags), bool)
-    ends[starts[1:] - 1] = True
-    missed, wrong = int((ends & ~flags.astype(bool)).sum()), int((flags.astype(bool) & ~ends).sum())
+    at_ends = np.count_nonzero(flags[starts[1:] - 1])
+    missed, wrong = len(starts) - 1 - at_ends, np.count_nonzero(flags) - at_ends
     if not missed and not wrong:
         return None
     return Trap(
@@ -210,12 +284,12 @@ def inverted_gripper(
     Gripper states are dims that look like one, fields with "grip" in their name, and the last dim of a state of the
     action's size: arms move with grippers (grasp, then lift), so that any other dim would correlate too.
     """
-    candidates = [
-        (f"{name}[{d}]", x[:, d])
-        for name, x in states.items()
-        for d in range(x.shape[1])
-        if "grip" in name or d in gripper_dims(x) or d == action.shape[1] - 1 == x.shape[1] - 1
-    ]
+    candidates = []
+    for name, x in states.items():
+        like_one = gripper_dims(x)
+        for d in range(x.shape[1]):
+            if "grip" in name or d in like_one or d == action.shape[1] - 1 == x.shape[1] - 1:
+                candidates.append((f"{name}[{d}]", x[:, d]))
     found = []
     for d in gripper_dims(action):
         if _is_trigger(action[:, d]):
@@ -324,31 +398,26 @@ def state_keys(index: FrameIndex) -> list[str]:
     return [k for k, x in index.columns.items() if k.startswith("observation/") and x.dtype.kind == "f"]
 
 
-def rows(index: FrameIndex, key: str) -> np.ndarray:
-    """Returns a numeric field of all steps as (N, D)."""
-    x = index.columns[key]
-    return np.asarray(x).reshape(len(x), -1)
-
-
 def find_traps(
-    index: FrameIndex, samples: Mapping[str, tuple[Int[np.ndarray, "n"], Sequence[UInt8[np.ndarray, "_ _ 3"]]]]
+    sample: Sample, images: Mapping[str, tuple[Int[np.ndarray, "n"], Sequence[UInt8[np.ndarray, "_ _ 3"]]]]
 ) -> list[Trap]:
     """Returns all suspicions about one split.
 
     Args:
-        samples: camera key -> some steps, and their decoded images.
+        sample: of its steps, for the checks that cannot look at all.
+        images: camera key -> some steps, and their decoded images.
     """
-    starts = np.asarray(index.episode_start)
+    index, starts = sample.index, sample.starts
     found: list[Trap | None] = []
-    actions = {k: rows(index, k) for k in action_keys(index)}
-    states = {k: rows(index, k) for k in state_keys(index)}
-    numbers = actions | states
-    found += [not_finite(key, rows(index, key), index.where) for key in index.columns]
+    with_nan = {k: not_finite(k, rows(index, k), index.where) for k in index.columns}
+    found += with_nan.values()
     # What follows compares numbers; steps without one would make all of it NaN.
-    numbers = {k: x for k, x in numbers.items() if np.isfinite(x).all()}
-    actions, states = ({k: x for k, x in of.items() if k in numbers} for of in (actions, states))
-    for key, x in numbers.items():
-        found += [constant_dims(key, x), outliers(key, x), angle_wraps(key, x, starts)]
+    actions, states = (
+        {k: sample.rows(k) for k in keys(index) if with_nan[k] is None} for keys in (action_keys, state_keys)
+    )
+    for key, x in (actions | states).items():
+        ends = bounds(rows(index, key))
+        found += [constant_dims(key, ends, index.steps), outliers(key, x, ends), angle_wraps(key, x, starts)]
     for key, x in actions.items():
         found += [
             zero_first_action(key, x, starts),
@@ -358,13 +427,12 @@ def find_traps(
     if states:
         found.append(idle_steps(", ".join(states), np.concatenate(list(states.values()), axis=1), starts))
     if "is_last" in index.columns:
-        found.append(end_flags("is_last", np.asarray(index.columns["is_last"]), starts))
+        found.append(end_flags("is_last", index.columns["is_last"], np.asarray(index.episode_start)))
     for texts, level in ((index.texts, "step"), (index.episode_texts, "episode")):
         for key, text in texts.items():
             if "language" in key or "instruction" in key:
-                counts = np.bincount(text.ids, minlength=len(text.table))
-                found.append(instructions(f"{level}: {key}", dict(zip(text.table, counts.tolist(), strict=True))))
-    for key, (steps, images) in samples.items():
+                found.append(instructions(f"{level}: {key}", count_texts(text)))
+    for key, (steps, pictures) in images.items():
         sizes = np.asarray(index.images[key][:, 1])
-        found += [black_camera(key, images, sizes, steps), swapped_channels(key, images)]
+        found += [black_camera(key, pictures, sizes, steps), swapped_channels(key, pictures)]
     return [trap for trap in found if trap is not None]

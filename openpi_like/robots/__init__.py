@@ -9,6 +9,7 @@ from openpi_like.robots.robot import (
     find_robot,
     policy_problems,
     with_channel_order,
+    with_upside_down,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "find_robot",
     "policy_problems",
     "with_channel_order",
+    "with_upside_down",
 ]

@@ -359,7 +359,7 @@ IAMLAB_CMU_PICKUP_INSERT = _robot(
     "language_instruction",
 )
 
-# Wrist views are upside down. The state's gripper is binary, 0 open and 1 closed (the benchmark's own description).
+# The state's gripper is binary, 0 open and 1 closed (the benchmark's own description).
 FMB = _robot(
     "fmb",
     10.0,
@@ -385,8 +385,8 @@ _DROID_CAMERAS = (
 _DROID_STATE_GRIPPER = StateField("gripper", "observation/gripper_position", 1, gripper=_CLOSEDNESS)
 _DROID_GRIPPER = ActionField("gripper", "action_dict/gripper_position", 1, gripper=_CLOSEDNESS)
 
-# Velocities are normalised to the controller's limits. The wrist view is upside down. Numbers are float64. Three people
-# described most of the successful episodes; any of the three texts may be empty.
+# Velocities are normalised to the controller's limits. Numbers are float64. Three people described most of the
+# successful episodes; any of the three texts may be empty.
 DROID = dataclasses.replace(
     _robot(
         "droid",
@@ -463,8 +463,7 @@ NYU_DOOR_OPENING = _robot(
     _world_vector(ActionField("gripper", "action/gripper_closedness_action", 1, gripper=_TRIGGER), "velocity"),
 )
 
-# robot_state: joints (6), position (3), quaternion (4), gripper closed, action blocked. The hand's images are BGR
-# and upside down.
+# robot_state: joints (6), position (3), quaternion (4), gripper closed, action blocked. The hand's images are BGR.
 BERKELEY_AUTOLAB_UR5 = _robot(
     "berkeley_autolab_ur5",
     5.0,
@@ -500,7 +499,7 @@ DLR_EDAN = _robot(
     "language_instruction",
 )
 
-# The action has no gripper: its target is the state's one step later. Both cameras are BGR, the wrist's upside down.
+# The action has no gripper: its target is the state's one step later. Both cameras are BGR.
 BERKELEY_FANUC = _robot(
     "berkeley_fanuc",
     10.0,
@@ -618,7 +617,23 @@ class Dispute:
     why: str
 
 
+# TFDS name -> cameras that one source calls upside down, see `DISPUTED`; for the `upside_down` of `data.oxe.mixture`.
+UPSIDE_DOWN: dict[str, tuple[str, ...]] = {
+    "droid": ("wrist",),
+    "berkeley_fanuc_manipulation": ("wrist",),
+    "berkeley_autolab_ur5": ("wrist",),
+    "fmb": ("wrist", "wrist_1"),
+}
+_WRISTS = Dispute(
+    "which way up wrist views are",
+    "openpi-cot turns them by 180 degrees; octo, openvla and openpi, which trained on them, do not",
+    "as stored",
+    "what released policies saw; look at data/show.py's contact sheet, and turn them with `UPSIDE_DOWN`",
+)
+
 DISPUTED: dict[str, tuple[Dispute, ...]] = {
+    "droid": (_WRISTS,),
+    "berkeley_autolab_ur5": (_WRISTS,),
     "taco_play": (
         Dispute(
             "gripper command",
@@ -677,6 +692,7 @@ DISPUTED: dict[str, tuple[Dispute, ...]] = {
             "the state one step later",
             "a target that equals the state never asks for a change",
         ),
+        _WRISTS,
     ),
     "iamlab_cmu_pickup_insert_converted_externally_to_rlds": (
         Dispute(
@@ -758,5 +774,6 @@ DISPUTED: dict[str, tuple[Dispute, ...]] = {
             "RGB",
             "look at data/show.py's contact sheet",
         ),
+        _WRISTS,
     ),
 }

@@ -16,7 +16,10 @@ space too, so a policy that learned them answers with what a controller can exec
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Sequence
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +125,13 @@ def _nearest_said(said: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """One camera.
+    """One camera. The policy sees what `channel_order` and `upside_down` make of a stored picture; a client sends that.
 
     name: the slot the model sees; robots that share a slot name share its place in the prefix.
     key: path of the image in an RLDS step, e.g. "observation/image_0".
     height, width: pixels of the frames the robot delivers; None accepts any size.
     channel_order: "rgb", or "bgr" where a copy of a dataset stores the channels swapped.
+    upside_down: a copy of a dataset stores the picture turned by 180 degrees, so it is turned back when it is read.
     steps_back: shows the frame of so many RLDS steps earlier; absent where the episode had not begun. History is a
         further camera with the same key.
     min_bytes: an encoded image smaller than this is an absent camera; some datasets store a black image for it.
@@ -142,6 +146,7 @@ class Camera:
     steps_back: int = 0
     min_bytes: int = 0
     fit: str = "pad"
+    upside_down: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -503,6 +508,20 @@ def with_channel_order(robot: Robot, order: str) -> Robot:
     return dataclasses.replace(robot, cameras=tuple(dataclasses.replace(c, channel_order=order) for c in robot.cameras))
 
 
+def with_upside_down(robot: Robot, names: Collection[str]) -> Robot:
+    """Returns the robot for a copy of its dataset that stores the pictures of these cameras upside down, and no others.
+
+    Raises:
+        ValueError: it has no such camera.
+    """
+    cameras = [c.name for c in robot.cameras]
+    problems = [f"no camera {name!r}; {near_names(name, cameras)}" for name in names if name not in cameras]
+    if problems:
+        raise ValueError(f"Robot {robot.name!r}: " + "; ".join(problems))
+    turned = (dataclasses.replace(c, upside_down=c.name in names) for c in robot.cameras)
+    return dataclasses.replace(robot, cameras=tuple(turned))
+
+
 def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
     """Returns what of a robot does not fit a policy's config: cameras without a slot, more dims or steps than it has.
 
@@ -532,15 +551,18 @@ def find_robot(name: str) -> Robot:
     """Returns a robot by its name.
 
     name: "sawyer" (a file of this folder that defines SAWYER), "fractal20220817_data" (a dataset of `oxe.ROBOTS`),
-        "oxe:FRACTAL" (an object of a file of this folder) or "package.module:OBJECT".
+        "oxe:FRACTAL" (an object of a file of this folder), "package.module:OBJECT", "robots/my_robot.py" (a file with
+        one robot in it) or "robots/my_robot.py:OBJECT". A run stores the robot itself, so it needs the file no more.
 
     Raises:
-        ValueError: there is none; says what there is.
+        ValueError: there is none, or a file has several; says what there is.
     """
     from openpi_like.robots.oxe import ROBOTS  # it imports this module
 
     if name in ROBOTS:
         return ROBOTS[name]
+    if file := re.fullmatch(r"(.*\.py|[^:]*/[^:]*)(?::(\w*))?", name):
+        return _robot_of_file(Path(file[1]), file[2] or "")
     files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
     module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
     if "." not in module and (":" not in name or module in files):
@@ -549,8 +571,30 @@ def find_robot(name: str) -> Robot:
         found = vars(importlib.import_module(module))
     except ImportError as e:
         known = [*(f for f in files if f != "oxe"), *ROBOTS]
-        raise ValueError(f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT") from e
+        raise ValueError(
+            f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT, or a file like my_robot.py"
+        ) from e
     if not isinstance(found.get(attribute), Robot):
         near = near_names(attribute, [k for k, v in found.items() if isinstance(v, Robot)])
         raise ValueError(f"{module} has no robot {attribute!r}; {near}")
     return found[attribute]
+
+
+def _robot_of_file(path: Path, attribute: str) -> Robot:
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        near = near_names(path.name, beside) if beside else "no Python files"
+        raise ValueError(f"no robot file {path}; in {path.parent}: {near}")
+    try:
+        found = runpy.run_path(str(path))
+    except ValueError as e:  # a Robot that is not complete
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        raise ValueError(f"{path}{f', line {lines[-1]}' if lines else ''}: {e}") from e
+    robots = {k: v for k, v in found.items() if isinstance(v, Robot)}
+    if not robots:
+        raise ValueError(f"{path} has no robot, expected an object like MY_ROBOT = Robot(...); see data/draft_robot.py")
+    if attribute and attribute not in robots:
+        raise ValueError(f"{path} has no robot {attribute!r}; {near_names(attribute, list(robots))}")
+    if not attribute and len(robots) > 1:
+        raise ValueError(f"{path} has several robots; give one of {', '.join(f'{path}:{k}' for k in robots)}")
+    return robots[attribute or next(iter(robots))]

@@ -6,8 +6,10 @@ observation:
     {"images": {camera: uint8 (H, W, 3) RGB}, "state": float (Ds,), "prompt": str, "robot": str, "seed": int}
 
 where "prompt" may be left out if the robot has a default, "robot" if the server has only one, and "seed" always. State
-is in the robot's own units. The reply is one binary message, {"actions": float32 (A, J), "timing_ms": {...}}, ready to
-be executed; or one text message, which says why there is none. The connection stays usable after it.
+is in the robot's own units. Images are as the policy saw them in training: RGB, and turned as in its dataset after what
+`channel_order` and `upside_down` of `openpi_like.robots.Camera` correct. The reply is one binary message, {"actions":
+float32 (A, J), "timing_ms": {...}}, ready to be executed; or one text message, which says why there is none. The
+connection stays usable after it.
 """
 
 import math

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
-from openpi_like.data import tfrecord
+from openpi_like.data import files, tfrecord
 from openpi_like.data.files import Location
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from tests.data.odd import write_odd
@@ -51,6 +52,16 @@ def shards_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(tfrecord, "read_records", noted)
     return names
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty store in memory, and a cache directory of this test."""
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Drafts of robots: what they take from a dataset, that they are refused as they are, and that completed ones work."""
 
-import importlib
 import io
 import os
 import re
@@ -28,17 +27,8 @@ def program() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that robots can be imported from."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
 def load(path: Path) -> Robot:
-    importlib.invalidate_caches()
-    sys.modules.pop(path.stem, None)
-    return find_robot(f"{path.stem}:{path.stem.upper()}")
+    return find_robot(str(path))
 
 
 def completed(text: str) -> str:
@@ -47,8 +37,8 @@ def completed(text: str) -> str:
     return text.replace('unit="?"', 'unit="1"').replace('command="?"', 'command="delta"')
 
 
-def test_draft_to_statistics(program: SimpleNamespace, toy: Path, folder: Path) -> None:
-    out, shown = folder / "toy_robot.py", io.StringIO()
+def test_draft_to_statistics(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+    out, shown = tmp_path / "toy_robot.py", io.StringIO()
     program.main(program.Args(str(toy), out), Console(file=shown, width=300))
     text = out.read_text()
     assert "drafted from toy_arm/1.0.0 split 'train'" in text
@@ -66,25 +56,19 @@ def test_draft_to_statistics(program: SimpleNamespace, toy: Path, folder: Path) 
     assert [(f.key, f.start, f.size) for f in robot.state] == [("observation/state", 0, 4)]
     assert [(f.key, f.start, f.size) for f in robot.action] == [("action", 0, 3)]
     assert robot.language_key == "language_instruction"
-    stats = folder / "stats" / "toy_robot.json"
-    command = [
-        sys.executable,
-        "data/stats.py",
-        "--robot",
-        "toy_robot:TOY_ROBOT",
-        "--data",
-        str(toy),
-        "--out",
-        str(stats),
-    ]
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+    # The command that is printed is run, with another place for what it writes.
+    printed = re.findall(r"^  python (data/\w+\.py .*)$", shown.getvalue(), re.MULTILINE)
+    assert [line.split()[0] for line in printed] == ["data/stats.py", "data/bench.py"]
+    stats = tmp_path / "stats" / "toy_robot.json"
+    command = [sys.executable, *printed[0].replace("stats/toy_robot.json", str(stats)).split()]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert load_normalization(stats, robot) == compute_normalization(open_dataset(toy, robot, "train"))
 
 
-def test_uncompleted_drafts_are_refused(program: SimpleNamespace, toy: Path, folder: Path) -> None:
-    out = folder / "half_robot.py"
+def test_uncompleted_drafts_are_refused(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half_robot.py"
     program.main(program.Args(str(toy), out), Console(file=io.StringIO()))
     draft = out.read_text()
     with pytest.raises(ValueError, match=r"StateField 'state': unit '\?' is unknown"):
@@ -98,28 +82,29 @@ def test_uncompleted_drafts_are_refused(program: SimpleNamespace, toy: Path, fol
     ):
         assert change[0] in ready
         out.write_text(ready.replace(*change, 1))
-        shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # the file changes faster than its time stamp
         with pytest.raises(ValueError, match=message):
             load(out)
 
 
-def test_schema_alone_is_enough(program: SimpleNamespace, toy: Path, folder: Path) -> None:
-    (folder / "data").mkdir()
-    shutil.copy(toy / "features.json", folder / "data")
-    out, shown = folder / "bare_robot.py", io.StringIO()
-    program.main(program.Args(str(folder / "data"), out), Console(file=shown, width=300))
+def test_schema_alone_is_enough(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copy(toy / "features.json", tmp_path / "data")
+    out, shown = tmp_path / "bare_robot.py", io.StringIO()
+    program.main(program.Args(str(tmp_path / "data"), out), Console(file=shown, width=300))
     assert "records cannot be read, so the draft has no numbers: " in shown.getvalue()
     out.write_text(completed(out.read_text()))
     assert load(out).robot_state_size == 4
     with pytest.raises(DatasetError, match=r"dataset_info\.json"):  # asked for by name, it must be there
-        program.main(program.Args(str(folder / "data"), folder / "other_robot.py", split="train"), Console(file=shown))
+        program.main(
+            program.Args(str(tmp_path / "data"), tmp_path / "other_robot.py", split="train"), Console(file=shown)
+        )
 
 
 def feature(key: str, kind: str = "numeric", dtype: str = "float32", shape: tuple[int | None, ...] = ()) -> Feature:
     return Feature(key, kind, dtype, shape)
 
 
-def test_odd_schemas(program: SimpleNamespace, folder: Path) -> None:
+def test_odd_schemas(program: SimpleNamespace, tmp_path: Path) -> None:
     """Dict actions, scalars, sided wrists, depth, names with slashes and quotes, and no instruction."""
     image = (256, 256, 3)
     features = [
@@ -137,11 +122,10 @@ def test_odd_schemas(program: SimpleNamespace, folder: Path) -> None:
         feature("observation/wrist_image", "image", "uint8", image),
     ]
     text = program.draft("odd_robot", "nowhere", Schema({f.key: f for f in features}, {}), None)
-    out = folder / "odd_robot.py"
+    out = tmp_path / "odd_robot.py"
     out.write_text(completed(text))
     with pytest.raises(ValueError, match="language_key and default_prompt are both None"):
         load(out)
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     out.write_text(completed(text).replace("default_prompt=None", 'default_prompt="go"'))
     robot = load(out)
     assert [c.name for c in robot.cameras] == ["base", "base_1", "wrist_left", "wrist_right", "wrist"]
@@ -158,10 +142,15 @@ def test_odd_schemas(program: SimpleNamespace, folder: Path) -> None:
     assert "a gripper? then replace unit by" in text
 
 
-def test_gripper_of_bridge_is_cut_out(program: SimpleNamespace, bridge: Path, folder: Path) -> None:
-    out = folder / "bridge_robot.py"
-    program.main(program.Args(str(bridge), out, index_dir=folder / "index"), Console(file=io.StringIO()))
-    out.write_text(completed(out.read_text()))
+def test_draft_of_bridge(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:
+    """The gripper is cut out, the camera that was absent is told, and that the dataset is known."""
+    out, shown = tmp_path / "bridge_robot.py", io.StringIO()
+    program.main(program.Args(str(bridge), out, index_dir=tmp_path / "index"), Console(file=shown, width=300))
+    text = out.read_text()
+    assert text.count("bytes: a camera that was absent?") == 1
+    assert re.search(r"# every image has 691 bytes: a camera .*\n +Camera\(.*image_3", text)
+    assert "bridge_dataset is in openpi_like/robots/oxe.py: --robot bridge_dataset may be" in shown.getvalue()
+    out.write_text(completed(text))
     assert [(f.name, f.start, f.size) for f in load(out).action] == [("action", 0, 6), ("gripper", 6, 1)]
 
 

@@ -5,7 +5,6 @@ import io
 import os
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,6 @@ from openpi_like.data.files import Forward, Ranges, Url
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from tests.data.toy import LENGTHS, shard
-
-
-@pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty store in memory, and a cache directory of this test."""
-    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
-    fs = fsspec.filesystem("memory")
-    yield fs
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
 
 
 def upload(fs: Any, directory: Path, to: str) -> str:

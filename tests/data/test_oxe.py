@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -16,13 +17,17 @@ from scipy.spatial.transform import Rotation
 from openpi_like.config import from_json, to_json
 from openpi_like.data import files
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.images import fit
+from openpi_like.data.loader import DataConfig, make_loader
 from openpi_like.data.oxe import MIXTURES, OXE, mixture
 from openpi_like.data.schema import DatasetError
-from openpi_like.robots import find_robot, policy_problems, with_channel_order
-from openpi_like.robots.oxe import DISPUTED, DROID_JOINTS, ROBOTS
+from openpi_like.data.stats import compute_normalization
+from openpi_like.data.text import TextTokenizer
+from openpi_like.robots import find_robot, policy_problems, with_channel_order, with_upside_down
+from openpi_like.robots.oxe import DISPUTED, DROID_JOINTS, ROBOTS, UPSIDE_DOWN
 from openpi_like.robots.robot import ROTATIONS
 from tests.data.oxe_schemas import PUBLISHED, Columns, Published
-from tests.data.toy import Shapes
+from tests.data.toy import ARM, Shapes
 
 LENGTHS = (4, 1, 6)  # the second episode is a failure, where a dataset says so
 
@@ -353,6 +358,43 @@ def test_copies_and_languages_are_switches(root: Path) -> None:
     ]  # fmt: skip
 
 
+def test_cameras_are_turned_where_a_copy_has_them_upside_down(root: Path) -> None:
+    stored = mixture(HERE, root, balance="as_given")
+    turned = mixture(HERE, root, balance="as_given", upside_down=UPSIDE_DOWN, images="rgb")
+    assert not any(c.upside_down for e in stored for c in e.robot.cameras)
+    assert {c.name for e in turned for c in e.robot.cameras if c.upside_down} == {"wrist", "wrist_1"}
+    fmb = turned[2].robot
+    assert [c.name for c in fmb.cameras if c.upside_down] == ["wrist", "wrist_1"]
+    assert fmb == with_upside_down(stored[2].robot, ("wrist", "wrist_1"))
+    assert [c.channel_order for c in turned[0].robot.cameras] == ["rgb", "rgb"]
+    with pytest.raises(ValueError, match=r"Robot 'fmb': no camera 'top'; .* no dataset 'drojd' in .*'droid'"):
+        mixture(HERE, root, upside_down={"drojd": ("wrist",), "fmb": ("top",)})
+
+
+def test_a_picture_that_is_upside_down_is_turned(toy: Path) -> None:
+    """The stored pixels by 180 degrees, before they are resized, as NumPy turns them."""
+    turned = with_upside_down(ARM, ("base",))
+    assert [c.upside_down for c in turned.cameras] == [True, False]
+    as_stored, dataset = (open_dataset(toy, robot, "train") for robot in (ARM, turned))
+    for camera, other in zip(ARM.cameras, turned.cameras, strict=True):
+        expected = as_stored.image(17, camera)
+        if camera.name == "base":
+            assert (expected != np.rot90(expected, 2)).any()
+            expected = np.rot90(expected, 2)
+        np.testing.assert_array_equal(dataset.image(17, other), expected)
+        out, fitted = np.zeros((2, 20, 20, 3), np.uint8)
+        dataset.image_into(17, other, out)
+        fit(np.ascontiguousarray(expected), fitted)
+        np.testing.assert_array_equal(out, fitted)
+
+
+def test_what_is_called_upside_down_is_disputed() -> None:
+    assert UPSIDE_DOWN.keys() == {k for k, of in DISPUTED.items() if any("way up" in d.about for d in of)}
+    for name, cameras in UPSIDE_DOWN.items():
+        assert [c.name for c in with_upside_down(ROBOTS[name], cameras).cameras if c.upside_down] == [*cameras]
+    assert not any(c.upside_down for robot in ROBOTS.values() for c in robot.cameras)
+
+
 def test_all_missing_datasets_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = {**HERE, "dobbe": 1.0, "taco_play": 1.0}
     with pytest.raises(DatasetError) as e:
@@ -387,6 +429,36 @@ def test_all_datasets_that_cannot_be_opened_are_named(root: Path, tmp_path: Path
     (entry,) = mixture({"utaustin_mutex": 1.0}, tmp_path, max_corrupt_fraction=0.5, index_dir=tmp_path / "indexes")
     assert entry.weight == sum(LENGTHS[:2])
     assert list((tmp_path / "indexes").iterdir())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_mixture_of_a_store(memory: Any, root: Path, tokenizer: TextTokenizer, kind: type) -> None:
+    """The same samples as from disk, also where a URL went through `Path`; all that is not there is named."""
+    for path in root.rglob("*"):
+        if path.is_file() and ".openpi_like_index" not in path.parts:
+            memory.pipe_file(f"/bucket/oxe/{path.relative_to(root)}", path.read_bytes())
+    url = "memory://bucket/oxe"
+    entries, local = mixture(HERE, kind(url)), mixture(HERE, root)
+    assert [e.path for e in entries] == [
+        f"{url}/{name}" for name in ("utaustin_mutex/0.1.0", "cmu_stretch/0.2.0", "fmb_dataset/0.0.1")
+    ]
+    assert [dataclasses.replace(e, path="") for e in entries] == [dataclasses.replace(e, path="") for e in local]
+    policy = Shapes(cameras=("base", "wrist"), state_dim=11, action_dim=10, action_horizon=16)
+    normalizations = {e.robot.name: compute_normalization(open_dataset(e.path, e.robot, "train")) for e in local}
+    batches = []
+    for of in (entries, local):
+        config = DataConfig(of, drop_cameras=("base_1", "wrist_1"))
+        loader = make_loader(config, batch_size=16, policy=policy, tokenizer=tokenizer, normalizations=normalizations)
+        batches.append(next(loader))
+        loader.close()
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+    with pytest.raises(DatasetError) as e:
+        mixture({**HERE, "dobbe": 1.0, "taco_play": 1.0}, kind(url))
+    lines = str(e.value).splitlines()
+    assert lines[0] == f"2 of 5 datasets are not in {url}:"
+    assert [line.split(";")[0] for line in lines[1:]] == ["  dobbe: not there", "  taco_play: not there"]
+    with pytest.raises(DatasetError, match=r"(?s)3 of 3 datasets .*fmb: cannot list memory://bucket/nowhere"):
+        mixture(HERE, kind("memory://bucket/nowhere"))
 
 
 def test_a_directory_that_cannot_be_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The program that shows a dataset: what it prints and writes is what is in it."""
 
 import base64
+import dataclasses
 import io
+import itertools
 import json
 import re
 import runpy
@@ -16,7 +18,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.traps import Sample
 from tests.conftest import REPOSITORY
 
 PROGRAM = REPOSITORY / "data" / "show.py"
@@ -64,24 +68,47 @@ def test_contact_sheet_has_the_frames(program: SimpleNamespace, toy: Path, tmp_p
         assert not tile[:, :20].any()  # kept in proportion
 
 
-def test_control_rate_by_time_stamps(program: SimpleNamespace) -> None:
-    time = np.array([0.0, 0.2, 0.4, 0.6, 5.0, 5.2])
-    index = SimpleNamespace(steps=6, episode_start=np.array([0, 4, 6]), columns={"observation/timestamp": time})
-    assert program.control_rate(index).startswith("0.2 of observation/timestamp between steps in the median (5 Hz")
-    index.columns = {"observation/timestamp": time[::-1], "state": time}
-    assert program.control_rate(index).startswith("not in the data")
+def test_control_rate_by_time_stamps(program: SimpleNamespace, toy: Path) -> None:
+    toy_index, time = open_index(toy, "train"), np.array([0.0, 0.2, 0.4, 0.6, 5.0, 5.2])
+
+    def rate(**columns: np.ndarray) -> str:
+        index = dataclasses.replace(toy_index, columns=columns, episode_start=np.array([0, 4, 6]))
+        return program.control_rate(Sample.take(dataclasses.replace(index, episode_shard=np.zeros(2))))
+
+    assert rate(timestamp=time).startswith("0.2 of timestamp between steps in the median (5 Hz")
+    assert rate(timestamp=time[::-1], state=time).startswith("not in the data")
+
+
+def test_a_large_dataset_is_sampled_and_says_so(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+    """Least and greatest values are those of all steps, whatever is sampled."""
+    text = run(program, toy, steps=40, out=tmp_path / "report.html")
+    sampled = "40 of 110 steps, those of 4 of 12 episodes, evenly spaced"
+    for shown in (text, (tmp_path / "report.html").read_text()):
+        for title in ("Suspected traps in ", "Numbers: min and max of all steps, the others of "):
+            assert f"{title}{sampled}" in " ".join(shown.split())  # titles are wrapped
+    index = open_index(toy, "train")
+    episodes = [np.asarray(index.columns["action"])[a:b] for a, b in itertools.pairwise(index.episode_start)]
+    all_, some = np.concatenate(episodes)[:, 1], np.concatenate(episodes[::3])[:, 1]
+    (line,) = [line for line in text.splitlines() if "action[1]" in line and "│" in line]
+    _, _, low, _, middle, _, high, mean, _, _ = (cell.strip() for cell in line.split("│"))
+    assert [low, high] == [f"{all_.min():.4g}", f"{all_.max():.4g}"]
+    assert [middle, mean] == [f"{np.median(some):.4g}", f"{some.astype(np.float64).mean():.4g}"]
+    whole = run(program, toy)
+    assert "evenly spaced" not in whole
+    assert whole.splitlines()[-1] == f"next: python data/draft_robot.py {toy} --out my_robot.py"
 
 
 def test_bridge_traps_are_named(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:
     text = run(program, bridge, index_dir=tmp_path)
     assert "Suspected traps: 3" in text
+    assert "next: --robot bridge_dataset describes it (openpi_like/robots/oxe.py), or python data/draft_ro" in text
     assert re.search(r"black camera +│ observation/image_3 +│ 32 of 32 sampled images are black; 100% of all", text)
     assert "zero first action" in text
     assert "False at the end of 25 of 25 episodes" in text
 
 
 def test_nothing_suspicious(program: SimpleNamespace, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(program.main.__globals__, "find_traps", lambda index, samples: [])
+    monkeypatch.setitem(program.main.__globals__, "find_traps", lambda sample, images: [])
     assert "nothing suspicious found" in run(program, toy, split="val")
 
 

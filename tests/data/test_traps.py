@@ -1,6 +1,7 @@
 """Every trap: on data that has it, on data that has it not, and on real data."""
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def grippers(rng: np.random.Generator, delay: int = 3) -> tuple[np.ndarray, np.n
     return command.reshape(N), (width + rng.normal(scale=0.01, size=(E, T))).reshape(N)
 
 
+@pytest.fixture(scope="module")
+def toy_index(toy: Path) -> FrameIndex:
+    return open_index(toy, "train")
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -43,6 +49,70 @@ def found(trap: traps.Trap | None) -> str:
     assert trap is not None
     assert trap.advice
     return trap.found
+
+
+# ---- Steps that are looked at ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), most=st.integers(1, 200))
+def test_a_sample_is_whole_episodes_evenly_spaced(toy_index: FrameIndex, lengths: list[int], most: int) -> None:
+    starts = np.append(0, np.cumsum(lengths))
+    x = np.arange(starts[-1])
+    index = dataclasses.replace(toy_index, columns={"x": x}, episode_start=starts, episode_shard=np.zeros(len(lengths)))
+    sample = traps.Sample.take(index, most)
+    assert sample.whole == (len(x) <= most)
+    assert len(sample.steps) <= most
+    parts = np.split(sample.rows("x")[:, 0], sample.starts[1:-1])
+    episodes = [int(np.searchsorted(starts, part[0], side="right")) - 1 for part in parts]
+    assert episodes[0] == 0
+    assert len(set(np.diff(episodes))) <= 1
+    for e, part in zip(episodes, parts, strict=True):
+        np.testing.assert_array_equal(part, x[starts[e] : starts[e] + min(lengths[e], most)])
+    if not sample.whole:
+        assert str(sample).startswith(
+            f"{len(sample.steps):,} of {len(x):,} steps, those of {len(parts)} of {len(lengths)} "
+        )
+
+
+def test_memory_does_not_grow_with_the_dataset(toy_index: FrameIndex, tmp_path: Path) -> None:
+    """Four million steps on disk, 80 MB of numbers, a text and a flag."""
+    n, t = 4_000_000, 400
+    columns: dict[str, np.ndarray] = {
+        "action": np.memmap(tmp_path / "a", np.float32, "w+", shape=(n, 3)),
+        "observation/state": np.memmap(tmp_path / "s", np.float32, "w+", shape=(n, 2)),
+        "is_last": np.memmap(tmp_path / "l", bool, "w+", shape=(n,)),
+    }
+    columns["action"][3_000_000, 2] = np.nan
+    columns["observation/state"][3_000_001, 1] = 9
+    index = dataclasses.replace(
+        toy_index,
+        columns=columns,
+        texts={"language": Texts(np.memmap(tmp_path / "t", np.int32, "w+", shape=(n,)), ("",))},
+        episode_start=np.arange(0, n + 1, t),
+        episode_shard=np.zeros(n // t, np.int64),
+        episode_record=np.arange(n // t),
+    )
+    sample = traps.Sample.take(index, 20_000)
+    assert (len(sample.steps), len(sample.starts)) == (20_000, 51)
+    tracemalloc.start()
+    got = traps.find_traps(sample, {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
+    assert [(trap.kind, trap.key) for trap in got] == [
+        ("not finite", "action"),
+        ("constant", "observation/state"),
+        ("outliers", "observation/state"),
+        ("episode ends", "is_last"),
+        ("instructions", "step: language"),
+    ]
+    assert "1 of 4000000 steps have NaN" in got[0].found
+    assert index.where(3_000_000) in got[0].found
+    assert "the same value in all 4000000 steps: [0] = 0" in got[1].found
+    assert "[1] 0 .. 9," in got[2].found
+    assert "False at the end of 10000 of 10000 episodes" in got[3].found
+    assert "100.0% of them are empty" in got[4].found
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
@@ -59,23 +129,25 @@ def test_not_finite(rng: np.random.Generator) -> None:
 
 def test_constant_dims(rng: np.random.Generator) -> None:
     x = smooth(rng)
-    assert traps.constant_dims("state", x) is None
+    assert traps.constant_dims("state", traps.bounds(x), N) is None
     x[:, 2] = 0.25
-    assert found(traps.constant_dims("state", x)) == "the same value in all 1200 steps: [2] = 0.25"
+    assert found(traps.constant_dims("state", traps.bounds(x), N)) == "the same value in all 1200 steps: [2] = 0.25"
 
 
 def test_outliers(rng: np.random.Generator) -> None:
     x = rng.normal(size=(N, 2)).astype(np.float32)
-    assert traps.outliers("action", x) is None
+    assert traps.outliers("action", x, traps.bounds(x)) is None
     x[3, 1] = 600
-    assert found(traps.outliers("action", x)).startswith("[1] -")
+    assert found(traps.outliers("action", x, traps.bounds(x))).startswith("[1] -")
     x[:, 1] = 0  # rarely moves at all, as a constant dim with one jump
     x[9, 1] = 1e-6
-    assert traps.outliers("action", x) is None
+    assert traps.outliers("action", x, traps.bounds(x)) is None
     x[9, 1] = 0.5
-    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x))
+    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x, traps.bounds(x)))
     x[9, 1] = -1  # a trigger
-    assert traps.outliers("action", x) is None
+    assert traps.outliers("action", x, traps.bounds(x)) is None
+    x[9, 1] = 0.5  # in a step that is not in the sample: what is largest is that of all
+    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x[10:], traps.bounds(x)))
 
 
 @pytest.mark.parametrize(("turn", "unit"), [(2 * np.pi, "rad"), (360.0, "deg")])
@@ -86,6 +158,11 @@ def test_angle_wraps(rng: np.random.Generator, turn: float, unit: str) -> None:
     count = int((np.abs(np.diff(wrapped[:, 0].reshape(E, T), axis=1)) > 0.9).sum())
     assert count > 5
     assert found(traps.angle_wraps("state", wrapped * turn, STARTS)).endswith(f"[0] {count} times by one turn ({unit})")
+    twice = np.zeros((N, 1))
+    twice[100:102] = 0.99 * turn  # there and back
+    assert traps.angle_wraps("state", twice, STARTS) is None
+    twice[210:] = 0.99 * turn
+    assert found(traps.angle_wraps("state", twice, STARTS)).endswith(f"[0] 3 times by one turn ({unit})")
     # jumps at the start of an episode, and noise over the same range, are no wraps
     ends = np.repeat(np.where(np.arange(E) % 2, 0.49, -0.49), T)[:, None] * turn
     assert traps.angle_wraps("state", ends, STARTS) is None
@@ -223,13 +300,13 @@ def images_of(index: FrameIndex) -> dict:
 
 def test_real_bridge_has_its_known_traps(bridge: Path, tmp_path: Path) -> None:
     index = open_index(bridge, "train", index_dir=tmp_path)
-    got = {(t.kind, t.key) for t in traps.find_traps(index, images_of(index))}
+    got = {(t.kind, t.key) for t in traps.find_traps(traps.Sample.take(index), images_of(index))}
     assert got == {("zero first action", "action"), ("episode ends", "is_last")}
 
 
 def test_toy_has_only_what_is_put_into_it(toy: Path) -> None:
     index = open_index(toy, "train")
-    (empty,) = traps.find_traps(index, images_of(index))
+    (empty,) = traps.find_traps(traps.Sample.take(index), images_of(index))
     assert (empty.kind, empty.key) == ("instructions", "step: language_instruction")
     action = np.array(index.columns["action"])
     action[40, 0], action[:, 2] = np.nan, 1
@@ -241,7 +318,7 @@ def test_toy_has_only_what_is_put_into_it(toy: Path) -> None:
         columns=index.columns | {"action": action, "observation/state": state},
         texts={"language_instruction": texts},
     )
-    got = traps.find_traps(worse, images_of(index))
+    got = traps.find_traps(traps.Sample.take(worse), images_of(index))
     assert [(t.kind, t.key) for t in got] == [
         ("not finite", "action"),
         ("constant", "observation/state"),

@@ -74,6 +74,27 @@ def observation():
     return {"images": images, "state": np.array([100.0, 200.0, 40.0], np.float32), "prompt": "lift", "robot": "arm"}
 
 
+def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypatch):
+    """How a dataset stores them is no matter of a client."""
+    height, width = tiny_policy.image_size
+    sent = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    observation["images"] = {"base": sent, "wrist_right": sent}
+    plain = tuple(dataclasses.replace(c, height=None, width=None) for c in ARM.cameras)
+    stored = tuple(dataclasses.replace(c, channel_order="bgr", upside_down=True) for c in plain)
+    for cameras in (plain, stored):
+        policy = _policy(tiny_policy, robots=(dataclasses.replace(ARM, cameras=cameras),))
+        seen: dict[str, np.ndarray] = {}
+
+        def sample(weights, key, inputs, mask, options, seen=seen):
+            seen.update(inputs["images"])
+            return np.zeros(mask.shape, np.float32)
+
+        monkeypatch.setattr(policy, "_sample", sample)
+        policy.infer(observation)
+        for name in ("base", "wrist_right"):
+            np.testing.assert_array_equal(seen[name][0], sent)
+
+
 def test_a_temperature_is_for_policies_that_write_tokens(tiny_policy):
     with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this one is a Constant"):
         _policy(tiny_policy, temperature=0.5)
