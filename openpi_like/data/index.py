@@ -746,7 +746,8 @@ def _load(path: Path, split: Split, schema: Schema) -> FrameIndex:
     meta = json.loads((path / "index.json").read_text())
 
     def array(folder: str, key: str) -> np.ndarray:
-        return np.load(path / folder / _file_name(key), mmap_mode="r")
+        # As a plain array: `np.memmap` itself costs microseconds at every access.
+        return np.asarray(np.load(path / folder / _file_name(key), mmap_mode="r"))
 
     def numeric(level: str, features: dict[str, Feature]) -> dict[str, np.ndarray]:
         keys = [k for k, f in features.items() if f.kind == "numeric" and k not in meta["left_out"]]
