@@ -4,8 +4,9 @@
     python data/index.py gs://gresearch/robotics/bridge/0.1.0 --split train
     python data/index.py /data/open_x/fractal20220817_data --decode
 
-A directory may be one dataset or hold many. A build that was stopped goes on where it was. Building verifies checksums,
-but does not look into images: `--decode` decodes every one, and names those at which training would stop.
+A directory may be one dataset or hold many. What was stopped goes on where it was. Building verifies checksums, but
+does not look into images: `--decode` decodes every one, names those that are damaged, and records them with the index,
+so that training can leave their frames out instead of stopping at them.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,7 @@ from rich.progress import (
 from rich.table import Table
 
 from openpi_like.data import files
-from openpi_like.data.images import decode, decode_depth
+from openpi_like.data.damage import check_images, image_problem
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError, find_datasets, split_names
 
@@ -46,7 +46,7 @@ class Args:
 
     workers: processes that read; default one per core. index_dir: where indexes are kept (default: in the data, or the
     cache directory). max_corrupt_fraction: part of the records of a split that may be damaged or missing. decode: look
-    into every image and list those that are damaged, as a failure.
+    into every image, unless that was done before; it is a failure if a larger part than that of the steps is damaged.
     """
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -57,7 +57,7 @@ class Args:
     decode: bool = False
 
 
-BLOCK = 256  # steps whose images one thread decodes at a time
+SHOWN = 20  # damaged images listed of one split
 
 
 def row(index: FrameIndex, seconds: float, built: bool) -> list[str]:
@@ -81,39 +81,32 @@ def remarks(index: FrameIndex) -> list[str]:
     return lines
 
 
-def damaged_images(index: FrameIndex, workers: int, report: Callable[[int, int], None]) -> list[str]:
-    """Decodes every image in threads; returns where one cannot be, and why. report: bytes that are done, and of all."""
-
-    def damaged(step: int, key: str) -> str | None:
-        dtype = index.schema.steps[key].dtype
-        try:
-            data = index.read_image(step, key)
-            if dtype == "uint8":
-                decode(data)
-            else:
-                decode_depth(data, dtype)
-        except DatasetError as e:
-            return str(e)
-        except ValueError as e:
-            return f"{index.where(step)}: cannot decode {key}: {e}"
-        return None
-
-    def check(start: int) -> tuple[int, list[str]]:
-        steps = range(start, min(start + BLOCK, index.steps))
-        found = [damaged(step, key) for step in steps for key in index.images]
-        size = sum(int(spans[start : steps.stop, 1].sum()) for spans in index.images.values())
-        return size, [problem for problem in found if problem is not None]
-
-    problems, done = [], 0
-    total = sum(int(spans[:, 1].sum()) for spans in index.images.values())
-    report(done, total)
-    with ThreadPoolExecutor(workers) as pool:
-        for size, found in pool.map(check, range(0, index.steps, BLOCK)):
-            problems += found
-            done += size
-            report(done, total)
+def decode(index: FrameIndex, args: Args, report: Callable[[int, int], None]) -> tuple[list[str], list[str]]:
+    """Decodes all images; returns what a user should know, and what is wrong. report: see `check_images`."""
+    before = " before" if index.checked else ""
+    index = check_images(index, workers=args.workers, progress=report)
+    count, damaged = index.steps * len(index.images), sum(map(len, index.damaged.values()))
+    summary = f"{index.split}: all {count:,} images were decoded{before}, {damaged:,} of them are damaged"
+    if not damaged:
+        return [summary], []
+    lines = []
+    for key, steps in index.damaged.items():
+        empty = int((index.images[key][:, 1][steps] == 0).sum())
+        lines.append(f"  {key}: {len(steps):,} of {index.steps:,} are damaged, {empty:,} of these are empty")
+        if empty:
+            lines.append("    (a Camera with min_bytes=1 takes an empty image for that of an absent camera)")
+    first = sorted((int(step), key) for key, steps in index.damaged.items() for step in steps[:SHOWN])[:SHOWN]
+    lines += [f"  {image_problem(index, step, key)}" for step, key in first]
+    lines += [f"  ... and {damaged - len(first):,} more"] * (damaged > len(first))
     index.close()
-    return problems
+    lost = len(np.unique(np.concatenate(list(index.damaged.values()))))
+    if lost <= args.max_corrupt_fraction * index.steps:
+        return [summary, *lines], []
+    wrong = (
+        f"{index.split}: {lost:,} of {index.steps:,} steps have a damaged image, tolerated are "
+        f"{args.max_corrupt_fraction:g} of them (max_corrupt_fraction); copy these files again, or tolerate them:"
+    )
+    return [summary], [wrong, *lines]
 
 
 def show(progress: Progress, task: TaskID, done: int, total: int) -> None:
@@ -157,11 +150,13 @@ def main(args: Args, console: Console) -> None:
             notes += [f"{index.split}: {line}" for line in remarks(index)]
             if args.decode:
                 task = progress.add_task(f"{directory} {split}, images", total=None)
-                damaged = damaged_images(index, args.workers, functools.partial(show, progress, task))
+                try:
+                    told, wrong = decode(index, args, functools.partial(show, progress, task))
+                except DatasetError as e:
+                    told, wrong = [], [str(e)]
                 progress.update(task, visible=False)
-                problems += damaged
-                count = index.steps * len(index.images)
-                notes.append(f"{index.split}: {len(damaged):,} of {count:,} images cannot be decoded")
+                notes += told
+                problems += wrong
     console.print(table)
     for line in notes:
         console.print(line, markup=False, highlight=False)

@@ -9,6 +9,7 @@ processes share it. It is kept in a directory whose name carries a fingerprint o
                                 the beginning of the shard file, for ArrayRecord of the record
     episode/<column>.npy        fields of whole episodes (E, *shape)
     place/<column>.npy          start (E + 1,), shard (E,) and record (E,) of the episodes
+    damaged/<column>.npy        steps whose image does not decode, ascending; only where that was checked, see `damage`
 
 While it is built there is one file per finished shard in `.parts-*`. A build that was stopped goes on from these, also
 when other shards have changed in between. The result does not depend on the number of processes.
@@ -46,6 +47,7 @@ INDEX_VERSION = 3
 # Step fields with more values than this (sentence embeddings, point clouds) would dwarf the rest of the index.
 MAX_STEP_VALUES = 256
 SHOWN_RECORDS = 50  # damaged records listed in one message
+DAMAGED = "damaged"  # the directory of an index that says which images do not decode
 
 Progress = Callable[[int, int], None]  # bytes that are done, bytes of all shards
 
@@ -68,6 +70,8 @@ class FrameIndex:
     episode_columns, episode_texts: the same for fields of whole episodes, first axis E.
     episode_start: (E + 1,), first step of each episode. episode_shard, episode_record: (E,), where it is stored.
     left_out: key -> why a field is not in the index. skipped: damaged records, when some are tolerated.
+    checked: whether every image was decoded once, see `openpi_like.data.damage`. damaged: key -> ascending steps whose
+    image cannot be; without keys that have none, and empty while nothing was checked. `where` says file and record.
     path: the directory it is memory-mapped from; pickling takes only this, so other processes share the memory.
     """
 
@@ -83,6 +87,8 @@ class FrameIndex:
     episode_record: np.ndarray
     left_out: dict[str, str]
     skipped: tuple[str, ...]
+    checked: bool
+    damaged: dict[str, np.ndarray]
     path: Path
     _ranges: Ranges = dataclasses.field(default_factory=Ranges, init=False, repr=False, compare=False)
     _records: arrayrecord.Records = dataclasses.field(
@@ -90,7 +96,7 @@ class FrameIndex:
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load, (self.path, self.split, self.schema)
+        return load_index, (self.path, self.split, self.schema)
 
     @property
     def steps(self) -> int:
@@ -110,7 +116,7 @@ class FrameIndex:
         return f"{self.split}, episode {e}, step {at} ({shard}, record {self.episode_record[e]})"
 
     def _episode(self, step: int) -> int:
-        return int(np.searchsorted(self.episode_start, step, side="right")) - 1
+        return int(self.episode_start.searchsorted(step, side="right")) - 1
 
     def read_image(self, step: int, key: str) -> bytes:
         """Returns the encoded image of one step. May be called from several threads.
@@ -120,7 +126,7 @@ class FrameIndex:
         """
         e = self._episode(step)
         shard = self.split.shards[self.episode_shard[e]]
-        offset, length = (int(x) for x in self.images[key][step])
+        offset, length = self.images[key][step].tolist()
         try:
             if self.split.file_format == "array_record":
                 data = self._records.read(shard, int(self.episode_record[e]))[offset : offset + length]
@@ -200,7 +206,7 @@ def _open(
         _build(path, directory, found, schema, fingerprint, max_corrupt_fraction, workers, progress)
         for other, _ in stale:
             shutil.rmtree(other, ignore_errors=True)
-    index = _load(path, found, schema)
+    index = load_index(path, found, schema)
     total = sum(found.lengths)
     if len(index.skipped) > max_corrupt_fraction * total:
         raise DatasetError(_corrupt_message(found, index.skipped, max_corrupt_fraction))
@@ -582,7 +588,8 @@ class _Column:
         self._file.close()
 
 
-def _file_name(key: str) -> str:
+def file_name(key: str) -> str:
+    """Returns the name of a column's file."""
     return key.replace("%", "%25").replace("/", "%2F") + ".npy"
 
 
@@ -593,7 +600,7 @@ def _merge(root: Path, schema: Schema, parts: Sequence[Path | None]) -> dict[str
     with contextlib.ExitStack() as stack:
 
         def column(folder: str, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> _Column:
-            return stack.enter_context(contextlib.closing(_Column(root / folder / _file_name(key), dtype, shape)))
+            return stack.enter_context(contextlib.closing(_Column(root / folder / file_name(key), dtype, shape)))
 
         columns = {f.column: column(f.folder, f.feature.key, f.dtype, f.shape) for f in fields}
         start, shard, record = (column("place", key, np.dtype(np.int64), ()) for key in ("start", "shard", "record"))
@@ -742,16 +749,21 @@ def _build(
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path, split: Split, schema: Schema) -> FrameIndex:
+def load_index(path: Path, split: Split, schema: Schema) -> FrameIndex:
+    """Returns the index in a directory that `open_index` made for these files."""
     meta = json.loads((path / "index.json").read_text())
 
     def array(folder: str, key: str) -> np.ndarray:
         # As a plain array: `np.memmap` itself costs microseconds at every access.
-        return np.asarray(np.load(path / folder / _file_name(key), mmap_mode="r"))
+        return np.asarray(np.load(path / folder / file_name(key), mmap_mode="r"))
 
     def numeric(level: str, features: dict[str, Feature]) -> dict[str, np.ndarray]:
         keys = [k for k, f in features.items() if f.kind == "numeric" and k not in meta["left_out"]]
         return {k: array(level, k) for k in keys}
+
+    def damaged() -> dict[str, np.ndarray]:
+        found = {k: array(DAMAGED, k) for k, f in schema.steps.items() if (path / DAMAGED / file_name(k)).is_file()}
+        return {k: steps for k, steps in found.items() if len(steps)}
 
     def texts(level: str) -> dict[str, Texts]:
         return {k: Texts(array(level, k), tuple(table)) for k, table in meta["texts"][level].items()}
@@ -769,5 +781,7 @@ def _load(path: Path, split: Split, schema: Schema) -> FrameIndex:
         episode_record=array("place", "record"),
         left_out=meta["left_out"],
         skipped=tuple(meta["skipped"]),
+        checked=(path / DAMAGED).is_dir(),
+        damaged=damaged(),
         path=path,
     )

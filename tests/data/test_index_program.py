@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from openpi_like.data.index import open_index
+from openpi_like.data.index import FrameIndex, open_index
+from openpi_like.data.schema import DatasetError
 from tests.conftest import REPOSITORY
 from tests.data.odd import INSTRUCTIONS
 from tests.data.odd import LENGTHS as ODD_LENGTHS
@@ -89,10 +90,11 @@ def test_damaged_records_are_told(program: SimpleNamespace, many: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_all_images_of_whole_datasets_decode(program: SimpleNamespace, many: Path, workers: int) -> None:
-    program.main.__globals__["BLOCK"] = 7
-    text = run(program, many, workers=workers, decode=True)
-    for name, count in (("toy_arm/1.0.0 split 'train'", 220), ("r2d2_odd/1.0.0 split 'train'", 5 * sum(ODD_LENGTHS))):
-        assert f"{name}: 0 of {count} images cannot be decoded" in text
+    counts = [("toy_arm/1.0.0 split 'train'", 220), ("r2d2_odd/1.0.0 split 'train'", 5 * sum(ODD_LENGTHS))]
+    for before in ("", " before"):
+        text = run(program, many, workers=workers, decode=True)
+        for name, count in counts:
+            assert f"{name}: all {count} images were decoded{before}, 0 of them are damaged" in text
 
 
 def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
@@ -100,21 +102,59 @@ def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
     return data.replace(old, new)
 
 
-def test_damaged_images_under_right_checksums_are_all_named(program: SimpleNamespace, many: Path) -> None:
+@pytest.fixture
+def damaged(many: Path) -> Path:
+    """The toy dataset with damaged images, one of each camera, under checksums that are right."""
     directory = many / "toy_arm" / "1.0.0"
     index = open_index(directory, "train")
     for step, key, number, record in ((3, "observation/image", 0, 0), (40, "observation/wrist", 1, 1)):
         whole = index.read_image(step, key)
         cut = whole[:9] + bytes(len(whole) - 9)
         change_record(shard(directory, number), record, functools.partial(replaced, old=whole, new=cut))
+    return directory
+
+
+def test_damaged_images_under_right_checksums_are_all_named(program: SimpleNamespace, damaged: Path) -> None:
+    for before in ("", " before"):  # the second time without decoding all again
+        out = io.StringIO()
+        with pytest.raises(SystemExit) as e:
+            program.main(program.Args((str(damaged),), workers=2, decode=True), Console(file=out, width=200))
+        head, first_key, second_key, first, second, *more = str(e.value).splitlines()
+        assert more == []
+        assert "2 of 110 steps have a damaged image, tolerated are 0 of them (max_corrupt_fraction); copy" in head
+        assert first_key == "  observation/image: 1 of 110 are damaged, 0 of these are empty"
+        assert second_key == "  observation/wrist: 1 of 110 are damaged, 0 of these are empty"
+        place = "episode 0, step 3 (toy_arm-train.tfrecord-00000, record 0): cannot decode observation/image: not"
+        assert place in first
+        assert "episode 6, step 3 (toy_arm-train.tfrecord-00001, record 1): cannot decode observation/wrist: " in second
+        assert f"split 'train': all 220 images were decoded{before}, 2 of them are damaged" in out.getvalue()
+
+
+def test_damaged_images_may_be_tolerated(program: SimpleNamespace, damaged: Path) -> None:
+    program.decode.__globals__["SHOWN"] = 1
+    text = run(program, damaged, split=("train",), decode=True, max_corrupt_fraction=0.02)
+    assert "step 3 (toy_arm-train.tfrecord-00000, record 0): cannot decode observation/image: not" in text
+    assert "  ... and 1 more" in text
+    assert "record 1" not in text
+    with pytest.raises(SystemExit, match=r"2 of 110 steps have a damaged image, tolerated are 0\.01"):
+        run(program, damaged, split=("train",), decode=True, max_corrupt_fraction=0.01)
+
+
+def test_images_that_cannot_be_read_do_not_stop_the_others(
+    program: SimpleNamespace, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = program.decode.__globals__["check_images"]
+
+    def refuse(index: FrameIndex, **options: Any) -> FrameIndex:
+        if index.split.name == "val":
+            raise DatasetError("the disk is gone")
+        return check(index, **options)
+
+    monkeypatch.setitem(program.decode.__globals__, "check_images", refuse)
     out = io.StringIO()
-    with pytest.raises(SystemExit) as e:
-        program.main(program.Args((str(directory),), workers=2, decode=True), Console(file=out, width=200))
-    first, second, *more = str(e.value).splitlines()
-    assert more == []
-    assert "episode 0, step 3 (toy_arm-train.tfrecord-00000, record 0): cannot decode observation/image: not" in first
-    assert "episode 6, step 3 (toy_arm-train.tfrecord-00001, record 1): cannot decode observation/wrist: " in second
-    assert "toy_arm/1.0.0 split 'train': 2 of 220 images cannot be decoded" in out.getvalue()
+    with pytest.raises(SystemExit, match=r"^the disk is gone$"):
+        program.main(program.Args((str(many),), workers=1, decode=True), Console(file=out, width=200))
+    assert out.getvalue().count("images were decoded, 0 of them are damaged") == 2
 
 
 def test_one_dataset_that_fails_does_not_stop_the_others(program: SimpleNamespace, many: Path, tmp_path: Path) -> None:
