@@ -356,8 +356,8 @@ class _Assembler:
             seen = self._seen(dataset, cameras, frames[rows], None if positions is None else positions[rows])
             for camera, mask in zip(cameras, seen, strict=True):
                 image_mask[camera.name][rows] = mask
-                for row in rows[mask]:
-                    dataset.image_into(int(frames[row]), camera, images[camera.name][row], resize=policy.resize)
+                at = rows[mask]
+                dataset.images_into(frames[at], camera, [images[camera.name][row] for row in at], resize=policy.resize)
         for name, mask in image_mask.items():
             images[name][~mask] = 0
         if policy.action_tokens is None:
