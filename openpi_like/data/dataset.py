@@ -118,14 +118,18 @@ def open_dataset(
     part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
         raise DatasetError(f"{path}: {split!r} is empty: {name!r} has {index.episodes} episodes")
-    return EpisodeDataset(
-        index,
-        robot,
-        frame_stride=frame_stride,
-        selection=selection,
-        episodes=part,
-        max_corrupt_fraction=max_corrupt_fraction,
-    )
+    try:
+        return EpisodeDataset(
+            index,
+            robot,
+            frame_stride=frame_stride,
+            selection=selection,
+            episodes=part,
+            max_corrupt_fraction=max_corrupt_fraction,
+        )
+    except DatasetError:
+        index.close()
+        raise
 
 
 class EpisodeDataset:
@@ -560,22 +564,26 @@ class EpisodeDataset:
 
     def _idle(self, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Whether nothing is commanded in the control step that begins at a step."""
-        encoded = self.robot.encode_actions(self._commands(step, self.robot.action)[:, None], self._state(step))[:, 0]
         before = np.maximum(step - 1, self.index.episode_start[episode])
-        moves, at = np.zeros(len(step), bool), 0
-        for field in self.robot.action:
-            part = encoded[:, at : at + field.model_size]
-            at += field.model_size
+        still = np.arange(len(step))  # where nothing has moved so far; turns, which cost the most, come last
+        for field in sorted(self.robot.action, key=lambda f: f.rotation is not None):
+            if not len(still) or not (_moves(field) or field.gripper is not None):
+                continue
+            alone, at = dataclasses.replace(self.robot, action=(field,)), step[still]
+            part = alone.encode_actions(self._commands(at, [field])[:, None], self._state(at))[:, 0]
             if field.gripper is not None:
-                earlier = field.to_model(self._commands(before, [field]))
-                moves |= (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
-            elif _moves(field) and field.model_size > 3 and field.rotation is not None:
+                earlier = field.to_model(self._commands(before[still], [field]))
+                moves = (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
+            elif field.model_size > 3 and field.rotation is not None:
                 # The numbers of a quaternion or of 6-D are not 0 where nothing turns
                 turn = ROTATIONS[field.model_rotation or field.rotation][1](part.astype(np.float64))
-                moves |= turn.magnitude() >= below
-            elif _moves(field):
-                moves |= (np.abs(part) >= below).any(axis=1)
-        return ~moves
+                moves = turn.magnitude() >= below
+            else:
+                moves = (np.abs(part) >= below).any(axis=1)
+            still = still[~moves]
+        idle = np.zeros(len(step), bool)
+        idle[still] = True
+        return idle
 
     def _read_ranges(self, selection: Selection, part: range) -> tuple[np.ndarray, np.ndarray]:
         """Returns the steps [start, end) of all ranges, (R, 2), and per episode whether it has any entry."""

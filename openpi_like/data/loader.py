@@ -6,6 +6,7 @@ loader that starts at s holds the samples s + k * batch_size ... s + (k + 1) * b
 H-th of them, from the h-th on.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -176,6 +177,7 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
         DatasetError: lists what is wrong with all of the datasets.
     """
     datasets: list[EpisodeDataset | None] = []
+    opened = contextlib.ExitStack()
     problems = []
     for entry in config.entries:
         split = entry.val_split if validation else entry.split
@@ -192,12 +194,14 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
                 index_dir=config.index_dir,
                 max_corrupt_fraction=config.max_corrupt_fraction,
             )
+            opened.callback(dataset.close)
+            datasets.append(dataset)
             if entry.text_key is not None:
                 dataset.check_text(entry.text_key)
-            datasets.append(dataset)
         except DatasetError as e:
             problems.append(str(e))
     if problems:
+        opened.close()
         raise DatasetError("\n".join(problems))
     return datasets
 
@@ -642,28 +646,33 @@ def make_loader(
             "batch_size that the number of hosts divides, a host number below it, and start >= 0"
         )
     datasets = [d for d in open_datasets(config) if d is not None]
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
-    local = batch_size // process_count
-    episodes = [d.frames_per_episode() for d in datasets]
-    for line in _announce(config, datasets, episodes, policy, batch_size, local):
-        print(line)
-    order = sample_order(
-        [len(d) for d in datasets],
-        [e.weight for e in config.entries],
-        config.seed,
-        episodes=episodes,
-        group_episodes=config.group_episodes,
-    )
-    mine = order.slice(slice(start + process_index, None, process_count))
-    batches = mine.batch(local, batch_fn=list).map(assemble.samples)
-    ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
-    stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
-    _one_thread_per_image()
-    if config.num_workers:
-        if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
-            flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
-    return Loader(iter(stream), datasets, batch_size, start)
+    with contextlib.ExitStack() as opened:  # closes them if anything raises
+        for dataset in datasets:
+            opened.callback(dataset.close)
+        assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
+        local = batch_size // process_count
+        episodes = [d.frames_per_episode() for d in datasets]
+        for line in _announce(config, datasets, episodes, policy, batch_size, local):
+            print(line)
+        order = sample_order(
+            [len(d) for d in datasets],
+            [e.weight for e in config.entries],
+            config.seed,
+            episodes=episodes,
+            group_episodes=config.group_episodes,
+        )
+        mine = order.slice(slice(start + process_index, None, process_count))
+        batches = mine.batch(local, batch_fn=list).map(assemble.samples)
+        ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
+        stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
+        _one_thread_per_image()
+        if config.num_workers:
+            if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
+        loader = Loader(iter(stream), datasets, batch_size, start)
+        opened.pop_all()
+    return loader
 
 
 def _one_thread_per_image() -> None:
@@ -770,22 +779,25 @@ def validation_batches(
         DatasetError, ValueError: as `make_loader`.
     """
     datasets = open_datasets(config, validation=True)
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
-    for i, dataset in enumerate(datasets):
-        if dataset is None:
-            continue
-        chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
-        for frames in chosen.reshape(count, batch_size):
-            mine = frames[process_index::process_count]
-            actions, mask = dataset.actions(mine)
-            batch, saturated = assemble(np.full(len(mine), i), mine, None)
-            yield ValidationBatch(
-                batch=batch,
-                acts=config.entries[i].actions,
-                saturated=saturated,
-                robot=dataset.robot,
-                state=dataset.state(mine),
-                actions=actions,
-                action_mask=mask,
-            )
-        dataset.close()
+    with contextlib.ExitStack() as opened:
+        for dataset in datasets:
+            if dataset is not None:
+                opened.callback(dataset.close)
+        assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
+        for i, dataset in enumerate(datasets):
+            if dataset is None:
+                continue
+            chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
+            for frames in chosen.reshape(count, batch_size):
+                mine = frames[process_index::process_count]
+                actions, mask = dataset.actions(mine)
+                batch, saturated = assemble(np.full(len(mine), i), mine, None)
+                yield ValidationBatch(
+                    batch=batch,
+                    acts=config.entries[i].actions,
+                    saturated=saturated,
+                    robot=dataset.robot,
+                    state=dataset.state(mine),
+                    actions=actions,
+                    action_mask=mask,
+                )

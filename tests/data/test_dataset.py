@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -518,7 +518,7 @@ def test_a_part_by_number_with_a_selection(toy: Path, dataset: EpisodeDataset) -
 PAST = dataclasses.replace(ARM, cameras=(*ARM.cameras, Camera("past", "observation/image", steps_back=2)))
 
 
-def with_damage(index: FrameIndex, **damaged: Sequence[int]) -> FrameIndex:
+def with_damage(index: FrameIndex, **damaged: Iterable[int]) -> FrameIndex:
     steps = {f"observation/{key}": np.array(sorted(at), np.int64) for key, at in damaged.items()}
     return dataclasses.replace(index, damaged=steps)
 
