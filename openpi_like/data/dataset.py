@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -170,6 +171,7 @@ class EpisodeDataset:
         # The last step of an episode has no command where commands are derived from the step after.
         self._tail = int(any(f.next_step is not None for f in robot.action))
         self._skip_last = selection.skip_last
+        self._first_image = {c.name: 0 for c in robot.cameras}  # bytes of pixels
         problems = self._problems(selection, max_corrupt_fraction)
         if problems:
             raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
@@ -292,6 +294,29 @@ class EpisodeDataset:
         """
         for step, image in zip(self._image_steps(frames, camera).tolist(), out, strict=True):
             fit(self._image(step, camera), image, resize=resize, fit=camera.fit)
+
+    def held_bytes(self) -> int:
+        """Returns what this takes in the memory of a process: its own arrays and all texts. Columns are mapped."""
+        own = [*self._opens.values(), self._frame_first, self._frame_start]
+        if self._kept is not None:
+            own.append(self._kept)
+        tables = [t.table for t in (*self.index.texts.values(), *self.index.episode_texts.values())]
+        return sum(x.nbytes for x in own) + sum(sys.getsizeof(x) for table in tables for x in (table, *table))
+
+    def image_bytes(self, camera: Camera) -> tuple[int, int]:
+        """Returns the most that an image takes while it is read: what is read for it, and its pixels.
+
+        Those are those of the camera's size, or of the larger of the size that features.json states and that of the
+        first image that is shown, where images may be of any size.
+        """
+        images, read = self.index.images, 0
+        for block in self._blocks():
+            if self.index.split.file_format == "array_record":  # a whole record, compressed and not; most is images
+                read = max(read, *(2 * int(of[block].sum(axis=1).max()) for of in images.values()))
+            else:
+                read = max(read, int(images[camera.key][block, 1].max()))
+        declared = [side or 0 for side in self.index.schema.steps[camera.key].shape]
+        return read, max(self._first_image[camera.name], math.prod(declared))
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
@@ -707,7 +732,7 @@ class EpisodeDataset:
             if not shown.any():
                 continue
             try:
-                self._image(int(steps[np.argmax(shown)]), camera)
+                self._first_image[camera.name] = self._image(int(steps[np.argmax(shown)]), camera).nbytes
             except DatasetError as e:
                 return [str(e)]
             return []
