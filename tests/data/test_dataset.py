@@ -394,6 +394,40 @@ def test_idle_turns(dataset: EpisodeDataset, model: str) -> None:
     assert kept_steps(moving) == np.flatnonzero(angle > 0.1).tolist()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_step_is_idle_where_every_field_is(dataset: EpisodeDataset, relative: bool) -> None:
+    """Fields are looked at one after another, each at what the ones before it left."""
+    rng = np.random.default_rng(3)
+    moves = rng.random((3, STEPS)) < 0.3
+    axis = rng.normal(size=(STEPS, 3))
+    turns = Rotation.from_rotvec(
+        axis / np.linalg.norm(axis, axis=1, keepdims=True) * np.where(moves[0], 0.3, 0.01)[:, None]
+    )
+    here = Rotation.random(STEPS, rng=rng)
+    action = np.stack([np.where(moves[1], 5.0, 0.0), np.zeros(STEPS), np.cumsum(moves[2]) % 2 * 2 - 1], axis=1)
+    index = with_columns(
+        dataset.index,
+        action=action.astype(np.float32),
+        turn=(here * turns if relative else turns).as_quat().astype(np.float32),
+        here=here.as_quat().astype(np.float32),
+    )
+    turn = ActionField("turn", "turn", 4, rotation="quaternion_xyzw", model_rotation="rotation_6d", command="delta")
+    if relative:
+        turn = dataclasses.replace(turn, command="absolute", relative_to="here")
+    fields = (turn, ActionField("hand", "action", 2, unit="cm", command="delta"), ARM.action[1])
+
+    def kept(*action: ActionField) -> set[int]:
+        state = (*ARM.state, StateField("here", "here", 4, rotation="quaternion_xyzw"))
+        robot = dataclasses.replace(ARM, state=state, action=action)
+        return set(kept_steps(EpisodeDataset(index, robot, selection=Selection(idle_below=0.04))))
+
+    together = kept(*fields)
+    assert together == kept(fields[0]) | kept(fields[1]) | kept(fields[1], fields[2])
+    first = set(START[:-1].tolist())
+    assert together == set(np.flatnonzero(moves[0] | moves[1]).tolist()) | (set(np.flatnonzero(moves[2])) - first)
+    assert 0 < len(together) < STEPS
+
+
 def test_ranges_to_keep(dataset: EpisodeDataset, tmp_path: Path) -> None:
     """Ranges may overlap, be empty, or reach beyond the episode; episodes without an entry are left out."""
     ranges = {"é/0--ray": [[1, 3], [2, 5], [5, 5]], "é/6--ray": [[18, 99]], "é/9--ray": [], "of another": [[0, 1]]}
