@@ -104,7 +104,7 @@ class DataConfig:
     camera_dropout: probability that a camera is masked in a training sample, as if the robot did not have it; one
         camera of each sample always remains.
     num_threads: each decodes a batch at a time. num_workers: processes with so many threads each; 0 decodes in this
-        one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+        one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_dataset`.
     memory_budget_mib: MiB that loading may take on one host, all its processes together; None sets no limit.
     saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
         it, such a chunk is an error. Held-out chunks, which no tokenizer was fitted to, are always treated so.
