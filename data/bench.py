@@ -38,7 +38,7 @@ class Args:
 
     data, robot, split: TFDS directory, and the robot as data/stats.py takes it. cameras: of the robot, how many of its
     first ones are read (0: all). size: pixels, height and width, that images are brought to. num_threads, num_workers,
-    prefetch: see `DataConfig`. index_dir: where indexes are kept (default: in the data).
+    prefetch, max_corrupt_fraction: see `DataConfig`. index_dir: where indexes are kept (default: in the data).
     config, set: a run, and overrides of it, key=value. The options above do not apply to it.
     batch_size: 0 takes that of the run, or 32. step_ms: how long a training step is taken to last.
     seconds: how long to measure, after `warm_up` batches.
@@ -53,6 +53,7 @@ class Args:
     num_workers: int = 0
     prefetch: int = 4
     index_dir: Path | None = None
+    max_corrupt_fraction: float = 0.0
     config: Path | None = None
     set: tuple[str, ...] = ()
     batch_size: int = 0
@@ -88,7 +89,9 @@ def open_one(args: Args, console: Console) -> Loader:
     robot = find_robot(args.robot)
     robot = dataclasses.replace(robot, cameras=robot.cameras[: args.cameras or None])
     started = time.perf_counter()
-    dataset = open_dataset(args.data, robot, args.split, index_dir=args.index_dir)
+    dataset = open_dataset(
+        args.data, robot, args.split, index_dir=args.index_dir, max_corrupt_fraction=args.max_corrupt_fraction
+    )
     index = dataset.index
     console.print(f"index: {index.steps:,} steps of {index.episodes:,} episodes, {time.perf_counter() - started:.2f} s")
     started = time.perf_counter()
@@ -114,6 +117,7 @@ def open_one(args: Args, console: Console) -> Loader:
         num_workers=args.num_workers,
         prefetch=args.prefetch,
         index_dir=None if args.index_dir is None else str(args.index_dir),
+        max_corrupt_fraction=args.max_corrupt_fraction,
     )
     dataset.close()
     return make_loader(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def open_dataset(
     """Opens a split, or a part of one, as a robot sees it.
 
     split: "train"; or a part of its episodes, by percent ("train[:95%]") or number ("train[200:]"), as TFDS has it.
-    selection, frame_stride: see `EpisodeDataset`. index_dir, max_corrupt_fraction: see `open_index`.
+    selection, frame_stride: see `EpisodeDataset`. index_dir: see `open_index`.
+    max_corrupt_fraction: part of the records that may be damaged, see `open_index`, and of the steps that may have a
+        damaged image, see `EpisodeDataset`.
 
     Raises:
         DatasetError: as `open_index` and `EpisodeDataset`; or there is no such part.
@@ -117,7 +120,18 @@ def open_dataset(
     part = range(episode(low, low_percent, 0), episode(high, high_percent, index.episodes))
     if not part:
         raise DatasetError(f"{path}: {split!r} is empty: {name!r} has {index.episodes} episodes")
-    return EpisodeDataset(index, robot, frame_stride=frame_stride, selection=selection, episodes=part)
+    try:
+        return EpisodeDataset(
+            index,
+            robot,
+            frame_stride=frame_stride,
+            selection=selection,
+            episodes=part,
+            max_corrupt_fraction=max_corrupt_fraction,
+        )
+    except DatasetError:
+        index.close()
+        raise
 
 
 class EpisodeDataset:
@@ -137,6 +151,7 @@ class EpisodeDataset:
         frame_stride: int = 1,
         selection: Selection = Selection(),
         episodes: range | None = None,
+        max_corrupt_fraction: float = 0.0,
     ) -> None:
         """
         Args:
@@ -144,10 +159,12 @@ class EpisodeDataset:
                 is not skipped) on. Action chunks are at the full rate whatever this is.
             selection: which steps may be frames.
             episodes: of the split, None for all.
+            max_corrupt_fraction: part of the steps at which an image of the robot's cameras may be damaged. These are
+                no frames. The index knows them where all images were decoded once, see `FrameIndex.damaged`.
 
         Raises:
             DatasetError: the dataset does not have what the robot or the selection says, has values that are not
-                finite or no rotation, or nothing is left of it; lists all.
+                finite or no rotation, or more damaged images than may be, or nothing is left of it; lists all.
         """
         self.index, self.robot, self._stride = index, robot, frame_stride
         part = range(index.episodes) if episodes is None else episodes
@@ -155,7 +172,8 @@ class EpisodeDataset:
         # The last step of an episode has no command where commands are derived from the step after.
         self._tail = int(any(f.next_step is not None for f in robot.action))
         self._skip_last = selection.skip_last
-        problems = self._problems(selection)
+        self._first_image = {c.name: 0 for c in robot.cameras}  # bytes of pixels
+        problems = self._problems(selection, max_corrupt_fraction)
         if problems:
             raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
         self._opens = {f.name: self._derive_gripper(f) for f in robot.action if _is_derived(f)}
@@ -258,18 +276,48 @@ class EpisodeDataset:
             DatasetError: it cannot be read, does not have the size that the robot's camera has, or is of a step before
                 the episode began (see `present`).
         """
-        episode, step = (int(x[0]) for x in self._place(np.array([frame])))
-        at = step - camera.steps_back
-        if at < self.index.episode_start[episode]:
-            raise DatasetError(
-                f"{self.index.where(step)}: camera {camera.name!r} shows {camera.steps_back} steps before, when the "
-                "episode had not begun; ask `present` first"
-            )
-        return self._image(at, camera)
+        return self._image(int(self._image_steps(np.array([frame]), camera)[0]), camera)
 
-    def image_into(self, frame: int, camera: Camera, out: UInt8[np.ndarray, "h w 3"], *, resize: str = "cubic") -> None:
-        """Writes one image into `out`, resized to its size where that differs; resize: see `images.fit`."""
-        fit(self.image(frame, camera), out, resize=resize, fit=camera.fit)
+    def images_into(
+        self,
+        frames: Int[np.ndarray, "B"],
+        camera: Camera,
+        out: Sequence[UInt8[np.ndarray, "h w 3"]],
+        *,
+        resize: str = "cubic",
+    ) -> None:
+        """Writes images into `out`, each resized to the size it has there where that differs.
+
+        resize: see `images.fit`.
+
+        Raises:
+            DatasetError: as `image`.
+        """
+        for step, image in zip(self._image_steps(frames, camera).tolist(), out, strict=True):
+            fit(self._image(step, camera), image, resize=resize, fit=camera.fit)
+
+    def held_bytes(self) -> int:
+        """Returns what this takes in the memory of a process: its own arrays and all texts. Columns are mapped."""
+        own = [*self._opens.values(), self._frame_first, self._frame_start]
+        if self._kept is not None:
+            own.append(self._kept)
+        tables = [t.table for t in (*self.index.texts.values(), *self.index.episode_texts.values())]
+        return sum(x.nbytes for x in own) + sum(sys.getsizeof(x) for table in tables for x in (table, *table))
+
+    def image_bytes(self, camera: Camera) -> tuple[int, int]:
+        """Returns the most that an image takes while it is read: what is read for it, and its pixels.
+
+        Those are those of the camera's size, or of the larger of the size that features.json states and that of the
+        first image that is shown, where images may be of any size; and once more where they are turned.
+        """
+        images, read = self.index.images, 0
+        for block in self._blocks():
+            if self.index.split.file_format == "array_record":  # a whole record, compressed and not; most is images
+                read = max(read, *(2 * int(of[block].sum(axis=1).max()) for of in images.values()))
+            else:
+                read = max(read, int(images[camera.key][block, 1].max()))
+        declared = [side or 0 for side in self.index.schema.steps[camera.key].shape]
+        return read, (1 + camera.upside_down) * max(self._first_image[camera.name], math.prod(declared))
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
@@ -327,12 +375,26 @@ class EpisodeDataset:
             return self.index.texts[key], self.index.texts[key].ids[step]
         return self.index.episode_texts[key], self.index.episode_texts[key].ids[episode]
 
+    def _image_steps(self, frames: np.ndarray, camera: Camera) -> np.ndarray:
+        """Returns the steps whose images a camera shows at frames."""
+        episode, step = self._place(frames)
+        at = step - camera.steps_back
+        if (before := at < self.index.episode_start[episode]).any():
+            raise DatasetError(
+                f"{self.index.where(int(step[before][0]))}: camera {camera.name!r} shows {camera.steps_back} steps "
+                "before, when the episode had not begun; ask `present` first"
+            )
+        return at
+
     def _image(self, step: int, camera: Camera) -> np.ndarray:
         data = self.index.read_image(step, camera.key)
         try:
             image = decode(data, camera.channel_order)
         except ValueError as e:
-            raise DatasetError(f"{self.index.where(step)}: cannot decode {camera.key}: {e}") from e
+            raise DatasetError(
+                f"{self.index.where(step)}: cannot decode {camera.key}: {e} (camera {camera.name!r}); data/index.py "
+                "--decode finds all such images, and with max_corrupt_fraction they are then left out"
+            ) from e
         if camera.upside_down:
             image = cv2.rotate(image, cv2.ROTATE_180)
         got, expected = image.shape[:2], (camera.height, camera.width)
@@ -417,8 +479,9 @@ class EpisodeDataset:
             shown = self._describe(self.robot.state, of_state) + self._describe(self.robot.action, of_action)
             derived = self._not_finite([f for f in self.robot.action if _is_derived(f)])
             not_finite = of_state, np.union1d(of_action, self._whole_episodes(derived))
+        blind = self._blind()
         filters = (selection.success, ranges, selection.idle_below)
-        if all(f is None for f in filters) and not selection.labelled and not any(map(len, not_finite)):
+        if all(f is None for f in filters) and not selection.labelled and not any(map(len, (*not_finite, blind))):
             return
         said = self._labels() if selection.labelled else {}
         succeeded = self._success_texts(selection)
@@ -427,7 +490,9 @@ class EpisodeDataset:
             block = np.arange(at, min(at + _BLOCK, int(self._frame_start[-1])))
             episode, step = self._place(block)
             keep = np.ones(len(block), bool)
-            for reason, good in self._step_filters(selection, said, succeeded, ranges, not_finite, episode, step):
+            for reason, good in self._step_filters(
+                selection, said, succeeded, ranges, not_finite, blind, episode, step
+            ):
                 if removed := int((keep & ~good).sum()):
                     self.removed[reason] = self.removed.get(reason, 0) + removed
                 keep &= good
@@ -439,6 +504,12 @@ class EpisodeDataset:
                 self.index.split,
                 "\n  ".join(shown),
             )
+        if len(blind):
+            _log.warning(
+                "%s: at %d of %d steps an image of robot %r is damaged; they are left out:\n  %s",
+                *(self.index.split, len(blind), len(self._part), self.robot.name),
+                "\n  ".join(self._describe_damage()),
+            )
 
     def _step_filters(
         self,
@@ -447,12 +518,13 @@ class EpisodeDataset:
         succeeded: np.ndarray | None,
         ranges: np.ndarray | None,
         not_finite: tuple[np.ndarray, np.ndarray],
+        blind: np.ndarray,
         episode: np.ndarray,
         step: np.ndarray,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (reason, whether a step is kept) for steps (n,) and their episodes.
 
-        said, succeeded: see `_labels` and `_success_texts`.
+        said, succeeded, blind: see `_labels`, `_success_texts` and `_blind`.
         """
         if selection.success is not None:
             yield f"{selection.success} says no", self._succeeded(selection.success, succeeded, episode, step)
@@ -467,6 +539,8 @@ class EpisodeDataset:
             of_state, of_action = not_finite
             good = np.searchsorted(of_state, step) == np.searchsorted(of_state, step + 1)
             yield "not finite", good & (np.searchsorted(of_action, step) == np.searchsorted(of_action, end))
+        if len(blind):
+            yield "damaged image", ~np.isin(step, blind)
         if selection.idle_below is not None:
             yield f"idle, below {selection.idle_below:g}", ~self._idle(selection.idle_below, episode, step)
 
@@ -518,22 +592,26 @@ class EpisodeDataset:
 
     def _idle(self, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
         """Whether nothing is commanded in the control step that begins at a step."""
-        encoded = self.robot.encode_actions(self._commands(step, self.robot.action)[:, None], self._state(step))[:, 0]
         before = np.maximum(step - 1, self.index.episode_start[episode])
-        moves, at = np.zeros(len(step), bool), 0
-        for field in self.robot.action:
-            part = encoded[:, at : at + field.model_size]
-            at += field.model_size
+        still = np.arange(len(step))  # where nothing has moved so far; turns, which cost the most, come last
+        for field in sorted(self.robot.action, key=lambda f: f.rotation is not None):
+            if not len(still) or not (_moves(field) or field.gripper is not None):
+                continue
+            alone, at = dataclasses.replace(self.robot, action=(field,)), step[still]
+            part = alone.encode_actions(self._commands(at, [field])[:, None], self._state(at))[:, 0]
             if field.gripper is not None:
-                earlier = field.to_model(self._commands(before, [field]))
-                moves |= (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
-            elif _moves(field) and field.model_size > 3 and field.rotation is not None:
+                earlier = field.to_model(self._commands(before[still], [field]))
+                moves = (np.abs(part - earlier) >= _GRIPPER_MOVES).any(axis=1)
+            elif field.model_size > 3 and field.rotation is not None:
                 # The numbers of a quaternion or of 6-D are not 0 where nothing turns
                 turn = ROTATIONS[field.model_rotation or field.rotation][1](part.astype(np.float64))
-                moves |= turn.magnitude() >= below
-            elif _moves(field):
-                moves |= (np.abs(part) >= below).any(axis=1)
-        return ~moves
+                moves = turn.magnitude() >= below
+            else:
+                moves = (np.abs(part) >= below).any(axis=1)
+            still = still[~moves]
+        idle = np.zeros(len(step), bool)
+        idle[still] = True
+        return idle
 
     def _read_ranges(self, selection: Selection, part: range) -> tuple[np.ndarray, np.ndarray]:
         """Returns the steps [start, end) of all ranges, (R, 2), and per episode whether it has any entry."""
@@ -567,10 +645,17 @@ class EpisodeDataset:
 
     # ---- Does the dataset have what the robot and the selection say? -------------------------------------------------
 
-    def _problems(self, selection: Selection) -> list[str]:
+    def _problems(self, selection: Selection, max_corrupt_fraction: float) -> list[str]:
         problems = []
         for camera in self.robot.cameras:
             problems += self._camera_problems(camera)
+        blind = len(self._blind())
+        if blind > max_corrupt_fraction * len(self._part):
+            problems.append(
+                f"at {blind} of {len(self._part)} steps an image of its cameras is damaged, tolerated are "
+                f"{max_corrupt_fraction:g} of them (max_corrupt_fraction); copy these files again, or tolerate them:\n"
+                + "\n".join(f"    {line}" for line in self._describe_damage())
+            )
         usable: list[tuple[str, StateField]] = []
         for what, fields in (("state", self.robot.state), ("action", self.robot.action)):
             for field in fields:
@@ -640,21 +725,48 @@ class EpisodeDataset:
                 f"camera {camera.name!r}: {camera.key!r} holds {feature.dtype} images of shape {feature.shape}, "
                 "expected uint8 with 3 channels"
             ]
-        ends = self.index.episode_start[1:]
+        ends, damaged = self.index.episode_start[1:], self._damaged(camera)
         for block in self._blocks():
             # As in `present`: an image is shown where it is large enough and its episode goes on for `steps_back`.
             steps = np.arange(block.start, block.stop)
             shown = steps + camera.steps_back < ends[np.searchsorted(ends, steps, side="right")]
             shown &= self.index.images[camera.key][block, 1] >= camera.min_bytes
+            shown &= ~np.isin(steps, damaged)
             if not shown.any():
                 continue
             try:
-                self._image(int(steps[np.argmax(shown)]), camera)
+                self._first_image[camera.name] = self._image(int(steps[np.argmax(shown)]), camera).nbytes
             except DatasetError as e:
                 return [str(e)]
             return []
         _log.warning("%s: camera %r (%s) is absent at every step", self.index.split, camera.name, camera.key)
         return []
+
+    def _damaged(self, camera: Camera) -> np.ndarray:
+        """Returns the steps of the part whose image, as a camera of the robot has it, is damaged; ascending."""
+        steps = self.index.damaged.get(camera.key, np.zeros(0, np.int64))
+        steps = steps[np.searchsorted(steps, self._part.start) : np.searchsorted(steps, self._part.stop)]
+        return steps[self.index.images[camera.key][steps, 1] >= camera.min_bytes]
+
+    def _blind(self) -> np.ndarray:
+        """Returns the steps of the part at which some camera shows a damaged image, ascending; see `present`."""
+        ends, found = self.index.episode_start[1:], [np.zeros(0, np.int64)]
+        for camera in self.robot.cameras:
+            if camera.key in self.index.images:
+                steps = self._damaged(camera)
+                end = ends[np.searchsorted(ends, steps, side="right")]
+                found.append((steps + camera.steps_back)[steps + camera.steps_back < end])
+        return np.unique(np.concatenate(found))
+
+    def _describe_damage(self) -> list[str]:
+        """Returns where the first damaged images of each of the robot's cameras lie."""
+        shown = []
+        for camera in self.robot.cameras:
+            steps = self._damaged(camera) if camera.key in self.index.images else np.zeros(0, np.int64)
+            shown += [f"{self.index.where(int(step))}: {camera.key}" for step in steps[:_SHOWN]]
+            if len(steps) > _SHOWN:
+                shown.append(f"... and {len(steps) - _SHOWN} more images of {camera.key}")
+        return shown
 
     def _blocks(self) -> Iterator[slice]:
         for at in range(self._part.start, self._part.stop, _BLOCK):

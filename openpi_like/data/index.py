@@ -116,7 +116,7 @@ class FrameIndex:
         return f"{self.split}, episode {e}, step {at} ({shard}, record {self.episode_record[e]})"
 
     def _episode(self, step: int) -> int:
-        return int(np.searchsorted(self.episode_start, step, side="right")) - 1
+        return int(self.episode_start.searchsorted(step, side="right")) - 1
 
     def read_image(self, step: int, key: str) -> bytes:
         """Returns the encoded image of one step. May be called from several threads.
@@ -126,7 +126,7 @@ class FrameIndex:
         """
         e = self._episode(step)
         shard = self.split.shards[self.episode_shard[e]]
-        offset, length = (int(x) for x in self.images[key][step])
+        offset, length = self.images[key][step].tolist()
         try:
             if self.split.file_format == "array_record":
                 data = self._records.read(shard, int(self.episode_record[e]))[offset : offset + length]
@@ -754,7 +754,8 @@ def load_index(path: Path, split: Split, schema: Schema) -> FrameIndex:
     meta = json.loads((path / "index.json").read_text())
 
     def array(folder: str, key: str) -> np.ndarray:
-        return np.load(path / folder / file_name(key), mmap_mode="r")
+        # As a plain array: `np.memmap` itself costs microseconds at every access.
+        return np.asarray(np.load(path / folder / file_name(key), mmap_mode="r"))
 
     def numeric(level: str, features: dict[str, Feature]) -> dict[str, np.ndarray]:
         keys = [k for k, f in features.items() if f.kind == "numeric" and k not in meta["left_out"]]

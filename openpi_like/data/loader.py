@@ -6,6 +6,7 @@ loader that starts at s holds the samples s + k * batch_size ... s + (k + 1) * b
 H-th of them, from the h-th on.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -24,6 +25,7 @@ from scipy.special import gammaln
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import near_names
+from openpi_like.data import arrayrecord
 from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.fast import FastError, FastTokenizer
@@ -34,6 +36,8 @@ from openpi_like.robots.robot import Camera, Robot, policy_problems
 
 RENDERER_KEY = "episode_metadata/renderer"
 WORKER_BYTES = 260 << 20  # resident memory of a worker process that has read nothing yet: Python and its libraries
+_PILLOW_COPIES = 5  # sizes of an image that resizing it with Pillow holds: itself, a copy, 4 bytes a pixel twice
+_CHUNK_STAGES = 8
 # What a draw is for; cameras take the streams from _CAMERA_STREAM on, in the policy's order.
 _PROMPT_STREAM, _CAMERA_STREAM = 0, 1
 
@@ -100,7 +104,7 @@ class DataConfig:
     camera_dropout: probability that a camera is masked in a training sample, as if the robot did not have it; one
         camera of each sample always remains.
     num_threads: each decodes a batch at a time. num_workers: processes with so many threads each; 0 decodes in this
-        one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_index`.
+        one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_dataset`.
     memory_budget_mib: MiB that loading may take on one host, all its processes together; None sets no limit.
     saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
         it, such a chunk is an error. Held-out chunks, which no tokenizer was fitted to, are always treated so.
@@ -176,6 +180,7 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
         DatasetError: lists what is wrong with all of the datasets.
     """
     datasets: list[EpisodeDataset | None] = []
+    opened = contextlib.ExitStack()
     problems = []
     for entry in config.entries:
         split = entry.val_split if validation else entry.split
@@ -192,12 +197,14 @@ def open_datasets(config: DataConfig, *, validation: bool = False) -> list[Episo
                 index_dir=config.index_dir,
                 max_corrupt_fraction=config.max_corrupt_fraction,
             )
+            opened.callback(dataset.close)
+            datasets.append(dataset)
             if entry.text_key is not None:
                 dataset.check_text(entry.text_key)
-            datasets.append(dataset)
         except DatasetError as e:
             problems.append(str(e))
     if problems:
+        opened.close()
         raise DatasetError("\n".join(problems))
     return datasets
 
@@ -252,6 +259,32 @@ def keep_cameras(
     return kept
 
 
+class _UnderWay:
+    """Counts the calls under way in this process, so that closing can wait for them. A pickled copy has none."""
+
+    def __init__(self) -> None:
+        self._count, self._closed, self._changed = 0, False, threading.Condition()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _UnderWay, ()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the loader is closed")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: not self._count)
+
+
 class _Assembler:
     """Turns (dataset, frame) pairs into batches of the policy's shape. Safe to use from several threads; picklable."""
 
@@ -266,6 +299,7 @@ class _Assembler:
     ) -> None:
         self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
         self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
+        self._under_way = _UnderWay()
         problems = action_token_problems(policy, tokenizer, action_tokenizer)
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
@@ -303,7 +337,12 @@ class _Assembler:
     def samples(self, samples: Sequence[tuple[int, int, int]]) -> tuple[Batch, int]:
         """Returns the batch of elements of `sample_order`; see `__call__`."""
         positions, ids, frames = np.array(samples, np.int64).T
-        return self(ids, frames, positions)
+        with self._under_way:
+            return self(ids, frames, positions)
+
+    def close(self) -> None:
+        """Waits for batches under way in this process; none is begun any more."""
+        self._under_way.close()
 
     def __call__(self, ids: np.ndarray, frames: np.ndarray, positions: np.ndarray | None) -> tuple[Batch, int]:
         """Returns a batch, and how many coefficients its action tokens could not write, see `saturate_actions`.
@@ -356,8 +395,8 @@ class _Assembler:
             seen = self._seen(dataset, cameras, frames[rows], None if positions is None else positions[rows])
             for camera, mask in zip(cameras, seen, strict=True):
                 image_mask[camera.name][rows] = mask
-                for row in rows[mask]:
-                    dataset.image_into(int(frames[row]), camera, images[camera.name][row], resize=policy.resize)
+                at = rows[mask]
+                dataset.images_into(frames[at], camera, [images[camera.name][row] for row in at], resize=policy.resize)
         for name, mask in image_mask.items():
             images[name][~mask] = 0
         if policy.action_tokens is None:
@@ -469,6 +508,13 @@ class _GroupedOrder:
         # Replaced whole, so that threads need no lock; at the border of two passes or groups they use both.
         self._passes: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
         self._groups: tuple[tuple[tuple[int, int], np.ndarray], ...] = ()
+
+    @staticmethod
+    def most_bytes(episodes: np.ndarray, group: int, num_threads: int) -> int:
+        """Returns what such an order takes at most while so many threads ask it."""
+        frames = int(np.sort(episodes)[-group:].sum())  # of a group
+        # Sorting random words holds these, their order, and as much again; then the order is kept.
+        return 8 * (2 + 2 * 2) * (len(episodes) + 1) + 8 * 4 * frames + 3 * 8 * num_threads * max(len(episodes), frames)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -585,9 +631,10 @@ class Loader:
     """
 
     def __init__(
-        self, batches: Iterator[tuple[Batch, int]], datasets: list[EpisodeDataset], batch_size: int, start: int
+        self, batches: Iterator[tuple[Batch, int]], opened: contextlib.ExitStack, batch_size: int, start: int
     ) -> None:
-        self._batches, self._datasets, self._batch_size = batches, datasets, batch_size
+        """opened: what is to be closed when `batches` is."""
+        self._batches, self._opened, self._batch_size = batches, opened, batch_size
         self.position = start
         self.wait_seconds = 0.0
         self.saturated = 0
@@ -605,9 +652,8 @@ class Loader:
 
     def close(self) -> None:
         """Stops threads and processes and closes files."""
-        self._batches.close()  # type: ignore[attr-defined]
-        for dataset in self._datasets:
-            dataset.close()
+        self._batches.close()  # type: ignore[attr-defined]  # leaves its threads to end what they have begun
+        self._opened.close()
 
 
 def make_loader(
@@ -642,28 +688,32 @@ def make_loader(
             "batch_size that the number of hosts divides, a host number below it, and start >= 0"
         )
     datasets = [d for d in open_datasets(config) if d is not None]
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
-    local = batch_size // process_count
-    episodes = [d.frames_per_episode() for d in datasets]
-    for line in _announce(config, datasets, episodes, policy, batch_size, local):
-        print(line)
-    order = sample_order(
-        [len(d) for d in datasets],
-        [e.weight for e in config.entries],
-        config.seed,
-        episodes=episodes,
-        group_episodes=config.group_episodes,
-    )
-    mine = order.slice(slice(start + process_index, None, process_count))
-    batches = mine.batch(local, batch_fn=list).map(assemble.samples)
-    ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
-    stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
-    _one_thread_per_image()
-    if config.num_workers:
-        if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
-            flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
-    return Loader(iter(stream), datasets, batch_size, start)
+    with contextlib.ExitStack() as opened:  # closes them if anything raises
+        for dataset in datasets:
+            opened.callback(dataset.close)
+        assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
+        local = batch_size // process_count
+        episodes = [d.frames_per_episode() for d in datasets]
+        for line in _announce(config, datasets, episodes, policy, batch_size, local):
+            print(line)
+        order = sample_order(
+            [len(d) for d in datasets],
+            [e.weight for e in config.entries],
+            config.seed,
+            episodes=episodes,
+            group_episodes=config.group_episodes,
+        )
+        mine = order.slice(slice(start + process_index, None, process_count))
+        batches = mine.batch(local, batch_fn=list).map(assemble.samples)
+        ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
+        stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))
+        _one_thread_per_image()
+        if config.num_workers:
+            if not flags.FLAGS.is_parsed():  # grain asks for its flags; our programs have none of that kind
+                flags.FLAGS.mark_as_parsed()
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
+        opened.callback(assemble.close)
+        return Loader(iter(stream), opened.pop_all(), batch_size, start)
 
 
 def _one_thread_per_image() -> None:
@@ -692,24 +742,35 @@ def memory_needed(
     local_batch: samples of a batch on one host.
     """
     height, width = policy.image_size
-    rows = 5 * policy.action_horizon * policy.action_dim + 5 * policy.state_dim + 5 * policy.prompt_len
-    batch = local_batch * (len(policy.cameras) * height * width * 3 + rows)
+    chunk = policy.action_horizon * policy.action_dim
+    tokens = policy.prompt_len + (0 if policy.action_tokens is None else policy.action_tokens.max_len)
+    # Numbers of 4 bytes with their masks; texts have up to four of these.
+    row = 5 * chunk + 5 * policy.state_dim + 8 * tokens + len(policy.cameras) + 12
+    batch = local_batch * (len(policy.cameras) * height * width * 3 + row)
     processes = max(config.num_workers, 1)
+    threads = processes * config.num_threads
     # Being decoded or ready in a process; with workers also copied, sent, and received twice (grain's buffers).
     held = -(-config.prefetch // processes) + config.num_threads + (4 if config.num_workers else 1)
-    encoded, columns = 0, 0
+    image = 0
     for dataset in datasets:
-        some = np.linspace(0, dataset.index.steps - 1, 1024).astype(np.int64)
-        encoded = max(encoded, *(int(dataset.index.images[c.key][some, 1].max()) for c in dataset.robot.cameras))
-        values = [x for v in vars(dataset).values() for x in (v.values() if isinstance(v, dict) else (v,))]
-        own = [x for x in values if isinstance(x, np.ndarray) and not isinstance(x, np.memmap)]
-        columns += sum(x.nbytes for x in own) + 40 * dataset.index.episodes
-    return {
+        for camera in dataset.robot.cameras:
+            read, pixels = dataset.image_bytes(camera)
+            image = max(image, read + (_PILLOW_COPIES if policy.resize == "pillow" else 1) * pixels)
+    needed = {
         f"{processes * held} batches of {batch / 2**20:.1f} MiB": processes * held * batch,
-        f"{processes * config.num_threads} encoded images": processes * config.num_threads * encoded,
-        "places of frames": (1 + config.num_workers) * columns,
-        **({f"{config.num_workers} processes": config.num_workers * WORKER_BYTES} if config.num_workers else {}),
+        # Chunks are float64 until they are encoded, and are there in several stages at once.
+        f"{threads} images and chunks being read": threads * (image + _CHUNK_STAGES * 8 * local_batch * chunk),
+        # Workers get them through a pipe.
+        "places of frames and texts": (1 + 2 * config.num_workers) * sum(d.held_bytes() for d in datasets),
     }
+    if config.group_episodes is not None:
+        of = [(d.frames_per_episode(), config.group_episodes, config.num_threads) for d in datasets]
+        needed["order of groups"] = processes * sum(_GroupedOrder.most_bytes(*x) for x in of)
+    if any(d.index.split.file_format == "array_record" for d in datasets):
+        needed["records that were read last"] = (1 + config.num_workers) * arrayrecord.CACHE_BYTES
+    if config.num_workers:
+        needed[f"{config.num_workers} processes"] = config.num_workers * WORKER_BYTES
+    return needed
 
 
 def _announce(
@@ -770,22 +831,25 @@ def validation_batches(
         DatasetError, ValueError: as `make_loader`.
     """
     datasets = open_datasets(config, validation=True)
-    assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
-    for i, dataset in enumerate(datasets):
-        if dataset is None:
-            continue
-        chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
-        for frames in chosen.reshape(count, batch_size):
-            mine = frames[process_index::process_count]
-            actions, mask = dataset.actions(mine)
-            batch, saturated = assemble(np.full(len(mine), i), mine, None)
-            yield ValidationBatch(
-                batch=batch,
-                acts=config.entries[i].actions,
-                saturated=saturated,
-                robot=dataset.robot,
-                state=dataset.state(mine),
-                actions=actions,
-                action_mask=mask,
-            )
-        dataset.close()
+    with contextlib.ExitStack() as opened:
+        for dataset in datasets:
+            if dataset is not None:
+                opened.callback(dataset.close)
+        assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
+        for i, dataset in enumerate(datasets):
+            if dataset is None:
+                continue
+            chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
+            for frames in chosen.reshape(count, batch_size):
+                mine = frames[process_index::process_count]
+                actions, mask = dataset.actions(mine)
+                batch, saturated = assemble(np.full(len(mine), i), mine, None)
+                yield ValidationBatch(
+                    batch=batch,
+                    acts=config.entries[i].actions,
+                    saturated=saturated,
+                    robot=dataset.robot,
+                    state=dataset.state(mine),
+                    actions=actions,
+                    action_mask=mask,
+                )

@@ -105,7 +105,12 @@ def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
     sources = [str(p.resolve()) for p in (args.octo, args.dlimp, args.openpi) if peer and p is not None]
     spec = {"buffer": args.buffer, "seconds": args.seconds, **spec, "pipeline": pipeline, "sources": sources}
     python = os.fspath(args.peer_python) if peer else sys.executable
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONDONTWRITEBYTECODE": "",  # modules are compiled once, as where a package is installed
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with tempfile.TemporaryFile("w+") as errors:
         spawned = time.perf_counter()
         child = subprocess.Popen(

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
-from tests.data.toy import ARM, CART, Shapes
+from tests.data.toy import ARM, CART, Shapes, change_record, shard
 
 CONFIG = """
 from types import SimpleNamespace
@@ -68,6 +70,16 @@ def test_a_dataset_is_read_with_statistics_of_its_own(program, toy):
     assert "index: 110 steps of 12 episodes" in out
     for row in ("first batch", "samples/s", "CPU per sample", "waited for data", "resident"):
         assert row in out
+
+
+def test_damaged_images_are_tolerated_when_asked(program, copy):
+    whole = open_index(copy, "train").read_image(5, "observation/image")
+    change_record(shard(copy), 0, lambda data: data.replace(whole, b"x" * len(whole)))
+    check_images(open_index(copy, "train"))
+    options = dict(data=copy, robot="tests.data.toy:ARM", batch_size=110, size=32)
+    with pytest.raises(DatasetError, match="at 1 of 110 steps an image of its cameras is damaged"):
+        bench(program, **options)
+    assert "samples/s" in bench(program, **options, max_corrupt_fraction=0.01)  # every frame is drawn
 
 
 def test_a_robot_without_language_can_be_read(program, toy):

@@ -139,7 +139,7 @@ def test_all_damaged_images_and_only_they_are_recorded(
     assert seen == sorted(seen)
     for again in (open_index(damaged, "train"), pickle.loads(pickle.dumps(index))):
         assert (again.checked, found(again)) == (True, found(index))
-        assert isinstance(again.damaged[KEY], np.memmap)
+        assert isinstance(again.damaged[KEY].base, np.memmap)
     assert {p.name for p in index.path.iterdir()} == {
         "damaged", "episode", "image", "index.json", "place", "step",
     }  # fmt: skip

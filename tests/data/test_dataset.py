@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from openpi_like.data import files
+from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
@@ -392,6 +394,40 @@ def test_idle_turns(dataset: EpisodeDataset, model: str) -> None:
     assert kept_steps(moving) == np.flatnonzero(angle > 0.1).tolist()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_step_is_idle_where_every_field_is(dataset: EpisodeDataset, relative: bool) -> None:
+    """Fields are looked at one after another, each at what the ones before it left."""
+    rng = np.random.default_rng(3)
+    moves = rng.random((3, STEPS)) < 0.3
+    axis = rng.normal(size=(STEPS, 3))
+    turns = Rotation.from_rotvec(
+        axis / np.linalg.norm(axis, axis=1, keepdims=True) * np.where(moves[0], 0.3, 0.01)[:, None]
+    )
+    here = Rotation.random(STEPS, rng=rng)
+    action = np.stack([np.where(moves[1], 5.0, 0.0), np.zeros(STEPS), np.cumsum(moves[2]) % 2 * 2 - 1], axis=1)
+    index = with_columns(
+        dataset.index,
+        action=action.astype(np.float32),
+        turn=(here * turns if relative else turns).as_quat().astype(np.float32),
+        here=here.as_quat().astype(np.float32),
+    )
+    turn = ActionField("turn", "turn", 4, rotation="quaternion_xyzw", model_rotation="rotation_6d", command="delta")
+    if relative:
+        turn = dataclasses.replace(turn, command="absolute", relative_to="here")
+    fields = (turn, ActionField("hand", "action", 2, unit="cm", command="delta"), ARM.action[1])
+
+    def kept(*action: ActionField) -> set[int]:
+        state = (*ARM.state, StateField("here", "here", 4, rotation="quaternion_xyzw"))
+        robot = dataclasses.replace(ARM, state=state, action=action)
+        return set(kept_steps(EpisodeDataset(index, robot, selection=Selection(idle_below=0.04))))
+
+    together = kept(*fields)
+    assert together == kept(fields[0]) | kept(fields[1]) | kept(fields[1], fields[2])
+    first = set(START[:-1].tolist())
+    assert together == set(np.flatnonzero(moves[0] | moves[1]).tolist()) | (set(np.flatnonzero(moves[2])) - first)
+    assert 0 < len(together) < STEPS
+
+
 def test_ranges_to_keep(dataset: EpisodeDataset, tmp_path: Path) -> None:
     """Ranges may overlap, be empty, or reach beyond the episode; episodes without an entry are left out."""
     ranges = {"é/0--ray": [[1, 3], [2, 5], [5, 5]], "é/6--ray": [[18, 99]], "é/9--ray": [], "of another": [[0, 1]]}
@@ -509,6 +545,105 @@ def test_a_part_by_number_with_a_selection(toy: Path, dataset: EpisodeDataset) -
     assert part.frames_per_episode()[6] == TRAIN[6] - 3
     assert part.prompts(np.array([0, len(part) - 1])) == [PROMPTS[2], PROMPTS[2]]
     np.testing.assert_array_equal(part.actions(np.array([0]))[0], dataset.actions(np.array([START[2] + 3]))[0])
+
+
+# ---- Damaged images --------------------------------------------------------------------------------------------------
+
+PAST = dataclasses.replace(ARM, cameras=(*ARM.cameras, Camera("past", "observation/image", steps_back=2)))
+
+
+def with_damage(index: FrameIndex, **damaged: Iterable[int]) -> FrameIndex:
+    steps = {f"observation/{key}": np.array(sorted(at), np.int64) for key, at in damaged.items()}
+    return dataclasses.replace(index, damaged=steps)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sets(st.integers(0, STEPS - 1), max_size=40),
+    st.sets(st.integers(0, STEPS - 1), max_size=40),
+    st.sampled_from([1, 3]),
+    st.sampled_from([7, 1 << 16]),
+)
+def test_frames_show_no_damaged_image(
+    dataset: EpisodeDataset, image: set[int], wrist: set[int], stride: int, block: int
+) -> None:
+    """Neither now nor in the past; what no camera shows is no matter, nor are images of other keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openpi_like.data.dataset._BLOCK", block)
+        index = with_damage(dataset.index, image=image, wrist=wrist, other={0})
+        seeing = EpisodeDataset(index, PAST, frame_stride=stride, max_corrupt_fraction=0.99)
+    frames = EpisodeDataset(dataset.index, PAST, frame_stride=stride)
+    episode = np.searchsorted(START, np.arange(STEPS), side="right") - 1
+    expected = [
+        s
+        for s in kept_steps(frames)
+        if s not in image | wrist and not (s - 2 in image and episode[s - 2] == episode[s])
+    ]
+    assert kept_steps(seeing) == expected
+    lost = len(frames) - len(expected)
+    assert seeing.removed == ({"damaged image": lost} if lost else {})
+    for camera in PAST.cameras:
+        shown = seeing.present(np.arange(len(seeing)), camera)
+        at = seeing.steps(np.arange(len(seeing)))[shown] - camera.steps_back
+        assert not set(at.tolist()) & (wrist if camera.name == "wrist" else image)
+
+
+def test_damaged_images_are_told(dataset: EpisodeDataset, caplog: pytest.LogCaptureFixture) -> None:
+    index = with_damage(dataset.index, image=range(8, 15), wrist={9, 40})
+    seeing = EpisodeDataset(index, ARM, max_corrupt_fraction=0.08)
+    assert seeing.removed == {"damaged image": 8}
+    warning = next(r.getMessage() for r in caplog.records if "damaged" in r.getMessage())
+    assert "at 8 of 110 steps an image of robot 'arm' is damaged; they are left out:" in warning
+    assert "episode 2, step 4 (toy_arm-train.tfrecord-00000, record 2): observation/image\n" in warning
+    assert "... and 2 more images of observation/image\n" in warning
+    assert "episode 6, step 3 (toy_arm-train.tfrecord-00001, record 1): observation/wrist" in warning
+
+
+def test_more_damaged_images_than_tolerated(dataset: EpisodeDataset) -> None:
+    index = with_damage(dataset.index, image=range(8, 15), wrist={9, 40})
+    for tolerated in (0.0, 0.07):
+        with pytest.raises(DatasetError) as error:
+            EpisodeDataset(index, ARM, max_corrupt_fraction=tolerated)
+        for part in (
+            f"at 8 of 110 steps an image of its cameras is damaged, tolerated are {tolerated:g} of them",
+            "(max_corrupt_fraction); copy these files again, or tolerate them:",
+            "episode 2, step 0 (toy_arm-train.tfrecord-00000, record 2): observation/image",
+            "... and 2 more images of observation/image",
+        ):
+            assert part in str(error.value)
+    one = dataclasses.replace(ARM, cameras=ARM.cameras[1:])
+    assert EpisodeDataset(index, one, max_corrupt_fraction=0.02).removed == {"damaged image": 2}
+    start = EpisodeDataset(index, ARM, episodes=range(2))  # steps 0 to 7, where all is well
+    assert (len(start), start.removed) == (8, {})
+
+
+def test_damaged_images_of_an_absent_camera_are_no_matter(dataset: EpisodeDataset) -> None:
+    lengths = dataset.index.images["observation/wrist"][:, 1]
+    camera = Camera("wrist", "observation/wrist", min_bytes=int(np.median(lengths)) + 1)
+    absent = np.flatnonzero(lengths < camera.min_bytes).tolist()
+    robot = dataclasses.replace(ARM, cameras=(ARM.cameras[0], camera))
+    assert len(EpisodeDataset(with_damage(dataset.index, wrist=absent), robot)) == STEPS
+    one = int(np.argmax(lengths))
+    assert len(EpisodeDataset(with_damage(dataset.index, wrist=[one]), robot, max_corrupt_fraction=0.01)) == STEPS - 1
+
+
+def test_a_checked_dataset_opens_and_is_read_without_its_damaged_images(copy: Path) -> None:
+    """Before it is checked, opening stops at its first image and says what to do."""
+    index = open_index(copy, "train")
+    whole = index.read_image(0, "observation/image")
+    change_record(shard(copy), 0, lambda data: data.replace(whole, b"x" * len(whole)))
+    with pytest.raises(
+        DatasetError, match=r"step 0 .*cannot decode .*camera 'base'.*data/index\.py --decode finds all"
+    ):
+        open_dataset(copy, ARM, "train", max_corrupt_fraction=0.01)
+    check_images(open_index(copy, "train"))
+    with pytest.raises(DatasetError, match=r"(?s)at 1 of 110 steps .*record 0\): observation/image"):
+        open_dataset(copy, ARM, "train")
+    dataset = open_dataset(copy, ARM, "train", max_corrupt_fraction=0.01)
+    assert kept_steps(dataset) == list(range(1, STEPS))
+    out = np.empty((STEPS - 1, 12, 16, 3), np.uint8)
+    dataset.images_into(np.arange(STEPS - 1), ARM.cameras[0], list(out))
+    np.testing.assert_array_equal(out, [dataset.image(i, ARM.cameras[0]) for i in range(STEPS - 1)])
 
 
 # ---- Cameras and texts -----------------------------------------------------------------------------------------------

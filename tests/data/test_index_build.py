@@ -147,7 +147,7 @@ def test_pickling_shares_the_files(toy: Path, tmp_path: Path) -> None:
     data = pickle.dumps(index)
     assert len(data) < 5000  # no columns in it
     other = pickle.loads(data)
-    assert isinstance(other.columns["action"], np.memmap)
+    assert isinstance(other.columns["action"].base, np.memmap)
     for key, column in index.columns.items():
         np.testing.assert_array_equal(column, other.columns[key])
     index.close()

@@ -521,7 +521,7 @@ def test_waiting_is_counted_and_memory_is_announced(load: Any, capsys: pytest.Ca
     next(loader)
     assert loader.wait_seconds > 0
     # 3 ready, 2 being decoded and 1 handed out, of 8 samples with 3 cameras: 8 * 3 * 224 * 224 * 3 / 2^20 = 3.45
-    expected = "129 frames in 2 datasets; at most 21 MiB on this host: 6 batches of 3.4 MiB = 21 MiB, 2 encoded images"
+    expected = "129 frames in 2 datasets; at most 21 MiB on this host: 6 batches of 3.4 MiB = 21 MiB, 2 images and"
     assert expected in capsys.readouterr().out
 
 
