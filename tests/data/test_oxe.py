@@ -383,7 +383,7 @@ def test_a_picture_that_is_upside_down_is_turned(toy: Path) -> None:
             expected = np.rot90(expected, 2)
         np.testing.assert_array_equal(dataset.image(17, other), expected)
         out, fitted = np.zeros((2, 20, 20, 3), np.uint8)
-        dataset.image_into(17, other, out)
+        dataset.images_into(np.array([17]), other, [out])
         fit(np.ascontiguousarray(expected), fitted)
         np.testing.assert_array_equal(out, fitted)
 
