@@ -5,7 +5,7 @@ with another number of hosts, sees the same images. Letters: B batch, H, W pixel
 """
 
 import dataclasses
-import zlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Key, UInt8
 
 from openpi_like.batch import Batch
-
-_STREAM = 0xA060_0000  # keeps these draws apart from those of the loss, which are keyed by the step, an int32
+from openpi_like.draws import named_key, sample_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +77,12 @@ class Augment:
 
 def augment_batch(batch: Batch, config: Augment, seed: int) -> Batch:
     """Returns the batch with changed images, float32 in [-1, 1]; those of masked cameras stay black."""
-    root = jax.random.fold_in(jax.random.key(seed), _STREAM)
+    root = named_key(jax.random.key(seed), "augment")
     images = {}
     for name, image in batch["images"].items():
-        camera = jax.random.fold_in(root, zlib.crc32(name.encode()))  # whatever other cameras there are
-        warp = name not in config.wrist_cameras
-
-        def one(image: jax.Array, position: jax.Array, key: jax.Array = camera, warp: bool = warp) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(key, position[0]), position[1])
-            return augment_image(key, image, config, warp=warp)
-
-        changed = jax.vmap(one)(image, batch["position"])
+        keys = sample_keys(named_key(root, name), batch["position"])  # whatever other cameras there are
+        one = functools.partial(augment_image, config=config, warp=name not in config.wrist_cameras)
+        changed = jax.vmap(one)(keys, image)
         images[name] = jnp.where(batch["image_mask"][name][:, None, None, None], changed, -1.0)
     return {**batch, "images": images}
 

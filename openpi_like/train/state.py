@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.augment import Augment, augment_batch
+from openpi_like.draws import named_key
 from openpi_like.models.weights import flatten
 from openpi_like.train.sharding import ShardingRules, batch_sharding, replicated, weight_shardings
 
@@ -130,10 +131,10 @@ class Trainer:
         return self._from_params(params)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step. Draws depend on (seed, step) and the row, those of images on (seed, position) alone."""
+        """One optimiser step. What is drawn for a sample depends on (seed, position) alone."""
         if self.augment is not None:
             batch = augment_batch(batch, self.augment, self.seed)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        key = named_key(jax.random.key(self.seed), "loss")
 
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self.model.bind(params).loss(key, batch)

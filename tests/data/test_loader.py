@@ -588,7 +588,12 @@ def test_validation_frames_are_held_out_evenly_spaced_and_the_same_every_time(
     np.testing.assert_array_equal(np.concatenate([b.action_mask for b in first]), mask)
     assert rows([b.batch for b in first]) == rows([b.batch for b in again])
     parts = [rows([b.batch for b in batches(process_index=h, process_count=2)]) for h in range(2)]
-    assert [r for pair in zip(*parts, strict=True) for r in pair] == rows([b.batch for b in first])
+    # Host after host in each batch of four, as the global batch has them.
+    whole = rows([b.batch for b in first])
+    assert [[part[i] for part in parts for i in at] for at in ((0, 1), (2, 3))] == [whole[:4], whole[4:]]
+    np.testing.assert_array_equal([b.batch["position"][:, 1] for b in first], np.arange(8).reshape(2, 4))
+    with pytest.raises(ValueError, match=r"batch_size=4 on 3 hosts, host 0, .*; expected a batch_size that"):
+        batches(process_index=0, process_count=3)
     # the physical actions come back from the normalised ones
     norm, batch = normalizations["arm"], first[0].batch
     model_space = norm.invert_actions(batch["actions"][:, :5, :3])
