@@ -132,7 +132,7 @@ def test_draws_belong_to_the_sample(model: Pi0, tiny_batch: Any) -> None:
         part = loss(model, KEY, rows(tiny_batch, order))[1]["loss"]
         np.testing.assert_allclose(part, whole[order], rtol=1e-4)
     np.testing.assert_array_equal(whole, loss(model, KEY, tiny_batch)[1]["loss"])
-    elsewhere = tiny_batch | {"position": tiny_batch["position"] + np.uint32([1, 0])}
+    elsewhere = tiny_batch | {"position": tiny_batch["position"] + np.array([1, 0], np.uint32)}
     for key, of in ((jax.random.key(8), tiny_batch), (KEY, elsewhere)):
         assert (np.abs(whole - loss(model, key, of)[1]["loss"]) > 1e-3).all()
 
