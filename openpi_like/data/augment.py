@@ -75,12 +75,11 @@ class Augment:
         )  # fmt: skip
 
 
-def augment_batch(batch: Batch, config: Augment, seed: int) -> Batch:
+def augment_batch(key: Key[Array, ""], batch: Batch, config: Augment) -> Batch:
     """Returns the batch with changed images, float32 in [-1, 1]; those of masked cameras stay black."""
-    root = named_key(jax.random.key(seed), "augment")
     images = {}
     for name, image in batch["images"].items():
-        keys = sample_keys(named_key(root, name), batch["position"])  # whatever other cameras there are
+        keys = sample_keys(named_key(key, name), batch["position"])  # whatever other cameras there are
         one = functools.partial(augment_image, config=config, warp=name not in config.wrist_cameras)
         changed = jax.vmap(one)(keys, image)
         images[name] = jnp.where(batch["image_mask"][name][:, None, None, None], changed, -1.0)

@@ -132,12 +132,12 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimiser step. What is drawn for a sample depends on (seed, position) alone."""
+        of_images, of_loss = (named_key(jax.random.key(self.seed), name) for name in ("augment", "loss"))
         if self.augment is not None:
-            batch = augment_batch(batch, self.augment, self.seed)
-        key = named_key(jax.random.key(self.seed), "loss")
+            batch = augment_batch(of_images, batch, self.augment)
 
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.model.bind(params).loss(key, batch)
+            return self.model.bind(params).loss(of_loss, batch)
 
         (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

@@ -127,8 +127,8 @@ def test_images_are_changed_in_the_step_by_their_position(tiny_batch):
     """A step with augmentation on four devices is a step without it on images that were changed before, on one."""
     policy = types.SimpleNamespace(create=lambda key: Brightness())
     config = Augment.octo()
-    batch = tiny_batch | {"position": np.stack([np.zeros(8), 100 + np.arange(8)], axis=1).astype(np.uint32)}
-    changed = jax.device_get(jax.jit(lambda batch: augment_batch(batch, config, 3))(batch))
+    key, batch = named_key(jax.random.key(3), "augment"), tiny_batch
+    changed = jax.device_get(jax.jit(lambda key, batch: augment_batch(key, batch, config))(key, batch))
     plain = _run(_trainer(policy, MeshConfig(data=1, fsdp=1, tensor=4)), tiny_batch, 1)[1]
     expected = _run(_trainer(policy, MeshConfig(data=1, fsdp=1, tensor=4)), changed, 1)[1]
     got = _run(_trainer(policy, MeshConfig(data=4), augment=config), batch, 1)[1]
