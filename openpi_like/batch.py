@@ -68,9 +68,9 @@ class Batch(Observation):
     actions: Array  # float32 (B, A, J), normalised, zeros where action_mask is False
     action_mask: Array  # bool (B, A, J), False past the end of the episode and in padded dims
     dataset_id: Array  # int32 (B,), index into the mixture's entries
-    # In training, what random changes of the images are drawn by: the global sample index, as words of 32 bits, because
-    # integers of 64 are off in jax.
-    position: NotRequired[Array]  # uint32 (B, 2), high word first
+    # By what all is drawn that is drawn for a sample: its index in the run; in validation, among the frames of its
+    # dataset that are looked at. As words of 32 bits, because integers of 64 are off in jax.
+    position: Array  # uint32 (B, 2), high word first
     # Where the policy writes action tokens, its prompt is longer by them, (B, S + T), and these say what is what:
     prompt_causal: NotRequired[Array]  # as in TextBatch
     prompt_loss: NotRequired[Array]

@@ -75,6 +75,7 @@ def tiny_batch(tiny_policy):
     rng = np.random.default_rng(0)
     p, B = tiny_policy, 8
     dataset = np.arange(B, dtype=np.int32) % 2
+    position = 2**32 - 3 + np.arange(B)  # across the border of the words
     action_mask = np.ones((B, p.action_horizon, p.action_dim), bool)
     action_mask[dataset == 1, :, 3:] = False
     action_mask[3, 2:] = False
@@ -91,6 +92,7 @@ def tiny_batch(tiny_policy):
         "actions": np.where(action_mask, draw(*action_mask.shape), 0).astype(np.float32),
         "action_mask": action_mask,
         "dataset_id": dataset,
+        "position": np.stack([position >> 32, position & 0xFFFFFFFF], axis=1).astype(np.uint32),
     }
 
 

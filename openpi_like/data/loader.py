@@ -344,11 +344,13 @@ class _Assembler:
         """Waits for batches under way in this process; none is begun any more."""
         self._under_way.close()
 
-    def __call__(self, ids: np.ndarray, frames: np.ndarray, positions: np.ndarray | None) -> tuple[Batch, int]:
+    def __call__(
+        self, ids: np.ndarray, frames: np.ndarray, positions: np.ndarray, *, held_out: bool = False
+    ) -> tuple[Batch, int]:
         """Returns a batch, and how many coefficients its action tokens could not write, see `saturate_actions`.
 
-        ids, frames: (B,) dataset and frame of each sample. positions: (B,) in the run, which decide all draws; None
-        draws nothing.
+        ids, frames: (B,) dataset and frame of each sample. positions: (B,), which decide all draws; nothing is drawn
+        here for held-out samples.
         """
         policy, size = self.policy, len(ids)
         saturated = 0
@@ -363,7 +365,7 @@ class _Assembler:
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
         written: list[np.ndarray | None] = [None] * size
-        draws = None if positions is None else uniform_draws(self.config.seed, _PROMPT_STREAM, positions)
+        draws = None if held_out else uniform_draws(self.config.seed, _PROMPT_STREAM, positions)
         for i in np.unique(ids):
             dataset = self.datasets[i]
             assert dataset is not None  # ids are of open datasets
@@ -385,14 +387,14 @@ class _Assembler:
                 chunks = normalization.apply_actions(chunks)
                 if self.action_tokenizer is not None:
                     # Past the end of the episode its last action is repeated: tokens are of whole chunks.
-                    tokens, outside = self._action_ids(dataset, chunks, frames[rows], positions is None)
+                    tokens, outside = self._action_ids(dataset, chunks, frames[rows], held_out)
                     saturated += outside
                     for row, of in zip(rows, tokens, strict=True):
                         written[row] = of
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
                 action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
             cameras = [camera for camera in robot.cameras if camera.name in images]
-            seen = self._seen(dataset, cameras, frames[rows], None if positions is None else positions[rows])
+            seen = self._seen(dataset, cameras, frames[rows], None if held_out else positions[rows])
             for camera, mask in zip(cameras, seen, strict=True):
                 image_mask[camera.name][rows] = mask
                 at = rows[mask]
@@ -412,8 +414,6 @@ class _Assembler:
                     assert dataset is not None  # as above
                     raise DatasetError(f"{dataset.where(int(frame))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
-        if positions is not None:
-            text["position"] = np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32)
         batch = Batch(  # type: ignore[typeddict-item]  # text
             images=images,
             image_mask=image_mask,
@@ -422,6 +422,7 @@ class _Assembler:
             actions=actions,
             action_mask=action_mask,
             dataset_id=ids.astype(np.int32),
+            position=np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32),
             **text,
         )
         return batch, saturated
@@ -682,17 +683,12 @@ def make_loader(
         ValueError: robots do not fit the policy or the statistics (lists all), sizes do not divide, or loading would
             take more memory than `memory_budget_mib`.
     """
-    if batch_size % process_count or not 0 <= process_index < process_count or start < 0:
-        raise ValueError(
-            f"batch_size={batch_size} on {process_count} hosts, host {process_index}, start={start}; expected a "
-            "batch_size that the number of hosts divides, a host number below it, and start >= 0"
-        )
+    local = _rows_per_host(batch_size, process_index, process_count, start)
     datasets = [d for d in open_datasets(config) if d is not None]
     with contextlib.ExitStack() as opened:  # closes them if anything raises
         for dataset in datasets:
             opened.callback(dataset.close)
         assemble = _Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
-        local = batch_size // process_count
         episodes = [d.frames_per_episode() for d in datasets]
         for line in _announce(config, datasets, episodes, policy, batch_size, local):
             print(line)
@@ -714,6 +710,15 @@ def make_loader(
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
         opened.callback(assemble.close)
         return Loader(iter(stream), opened.pop_all(), batch_size, start)
+
+
+def _rows_per_host(batch_size: int, process_index: int, process_count: int, start: int = 0) -> int:
+    if batch_size % process_count or not 0 <= process_index < process_count or start < 0:
+        raise ValueError(
+            f"batch_size={batch_size} on {process_count} hosts, host {process_index}, start={start}; expected a "
+            "batch_size that the number of hosts divides, a host number below it, and start >= 0"
+        )
+    return batch_size // process_count
 
 
 def _one_thread_per_image() -> None:
@@ -824,12 +829,14 @@ def validation_batches(
 ) -> Iterator[ValidationBatch]:
     """Yields `count` batches of each dataset with a validation split: the same evenly spaced frames every time.
 
-    `batch_size` is over all hosts; each gets every `process_count`-th row. A split with fewer frames than asked for
-    repeats some of them. Nothing is drawn: no camera is dropped.
+    `batch_size` is over all hosts; each gets a run of rows, so that a row of the global batch, by which actions are
+    sampled, is the same frame with any number of hosts. A split with fewer frames than asked for repeats some of them.
+    Nothing is drawn: no camera is dropped. Positions count the frames of a dataset that are yielded.
 
     Raises:
         DatasetError, ValueError: as `make_loader`.
     """
+    local = _rows_per_host(batch_size, process_index, process_count)
     datasets = open_datasets(config, validation=True)
     with contextlib.ExitStack() as opened:
         for dataset in datasets:
@@ -840,10 +847,11 @@ def validation_batches(
             if dataset is None:
                 continue
             chosen = np.linspace(0, len(dataset) - 1, count * batch_size).round().astype(np.int64)
-            for frames in chosen.reshape(count, batch_size):
-                mine = frames[process_index::process_count]
+            for first in range(process_index * local, count * batch_size, batch_size):
+                mine = chosen[first : first + local]
                 actions, mask = dataset.actions(mine)
-                batch, saturated = assemble(np.full(len(mine), i), mine, None)
+                positions = first + np.arange(local)
+                batch, saturated = assemble(np.full(local, i), mine, positions, held_out=True)
                 yield ValidationBatch(
                     batch=batch,
                     acts=config.entries[i].actions,

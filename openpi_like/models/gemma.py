@@ -19,8 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
+from openpi_like.draws import named_key
 from openpi_like.models.cross_entropy import cross_entropy
-from openpi_like.models.param import Linear, fan_in, named_key, weight, zeros
+from openpi_like.models.param import Linear, fan_in, weight, zeros
 
 MASKED = -2.3819763e38  # as in the references
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import PROMPT_FORMATS, ActionTokens, Batch, Observation, TextBatch
 from openpi_like.batch import Array as Leaf
 from openpi_like.config import near_names
+from openpi_like.draws import named_key, row_keys
 from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, KVCache, attention_mask, token_positions
-from openpi_like.models.param import named_key
 from openpi_like.models.siglip import Siglip, SiglipConfig
 
 EOS = 1
@@ -203,7 +203,7 @@ class PolicyConfig(VisionLanguageConfig):
             "state_mask": ((self.state_dim,), "bool"),
         }
         if actions:
-            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool")}
+            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool"), "position": ((2,), "uint32")}
         answers = actions and self.action_tokens is not None
         if answers:
             rows["prompt_action"] = ((self.prompt_len + self.answer_len,), "bool")
@@ -435,10 +435,10 @@ def choose_token(
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
-    def draw(i: jax.Array, logits: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, i), step), logits / temperature)
+    def draw(row_key: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(row_key, step), logits / temperature)
 
-    return jax.vmap(draw)(jnp.arange(logits_BV.shape[0]), logits_BV).astype(jnp.int32)
+    return jax.vmap(draw)(row_keys(key, logits_BV.shape[0]), logits_BV).astype(jnp.int32)
 
 
 class PaliGemma(VisionLanguageModel):

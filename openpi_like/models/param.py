@@ -5,7 +5,6 @@ Every weight is an `nnx.Param` in float32 with the metadata `axes`, one logical 
 """
 
 import math
-import zlib
 from collections.abc import Callable
 
 import jax
@@ -13,13 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from openpi_like.draws import named_key
+
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 Axes = tuple[str | None, ...]
-
-
-def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """Returns the key of a named part: adding or reordering parts leaves the draws of all others unchanged."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def weight(key: Key[Array, ""], name: str, shape: tuple[int, ...], axes: Axes, init: Initializer) -> nnx.Param:

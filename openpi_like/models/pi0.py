@@ -24,9 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
+from openpi_like.draws import named_key, row_keys, sample_keys
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
 from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, masked_means
-from openpi_like.models.param import Linear, named_key
+from openpi_like.models.param import Linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,22 +304,25 @@ class Pi0(VisionLanguageModel):
         (see `text_loss`), each of the two averaged over the samples that have it.
         Metrics: "loss", and "valid" (1.0, or 0.0 for a sample that counts in no loss, whose loss is 0); with action
         tokens also "flow_loss" and "text_loss", each with its own "..._valid".
-        Row i draws from `fold_in(key, i)`, so its draws do not depend on the number of rows.
+        A sample's draws depend on `key` and its position alone, see `sample_keys`.
         """
-        rows, shape = batch["state"].shape[0], (self.config.action_horizon, self.config.action_dim)
+        self.config.check_inputs(batch, actions=True)
+        shape = (self.config.action_horizon, self.config.action_dim)
 
         def draw(draw_key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return draw_noise(draw_key, rows, shape), draw_time(draw_key, rows)
+            keys = sample_keys(draw_key, batch["position"])
+            return draw_noise(keys, shape), draw_time(keys)
 
         keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
         return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)))
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns losses that move only when the weights do: flow times on a fixed grid, noise from `key`.
+        """Returns losses that move only when the weights do: flow times on a fixed grid, noise by `key` and position.
 
         "loss", and with action tokens "flow_loss" and "text_loss", NaN where no sample of the batch has it.
         """
-        noise = draw_noise(key, batch["state"].shape[0], batch["actions"].shape[1:])
+        self.config.check_inputs(batch, actions=True)
+        noise = draw_noise(sample_keys(key, batch["position"]), batch["actions"].shape[1:])
         times = jnp.broadcast_to(jnp.asarray(VALIDATION_TIMES)[:, None], (len(VALIDATION_TIMES), noise.shape[0]))
         every = jnp.broadcast_to(noise, (len(VALIDATION_TIMES), *noise.shape))
         loss, metrics = self._losses(batch, every, times, one_by_one=True)
@@ -334,7 +338,6 @@ class Pi0(VisionLanguageModel):
         one_by_one: bool = False,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """As `loss`, at R given draws; one by one in less memory."""
-        self.config.check_inputs(batch, actions=True)
         prefix, out = self.training_prefix(batch)
         at = lambda draw: self._flow_errors(prefix, batch, *draw)  # noqa: E731
         errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
@@ -388,7 +391,8 @@ class Pi0(VisionLanguageModel):
         self.config.check_inputs(observation, actions=False)
         B = observation["state"].shape[0]
         steps = self.config.sample_steps if num_steps is None else num_steps
-        start = draw_noise(key, B, (self.config.action_horizon, self.config.action_dim)) if noise is None else noise
+        shape = (self.config.action_horizon, self.config.action_dim)
+        start = draw_noise(row_keys(key, B), shape) if noise is None else noise
         prefix = self.prefix(observation, differentiable=False)
         policy = self.packed()
         if not self.config.pi05:
@@ -412,17 +416,12 @@ def _vmap(function: Any, xs: Any) -> Any:
     return jax.vmap(function)(xs)
 
 
-def _row_keys(key: jax.Array, rows: int, name: str) -> jax.Array:
-    fold = lambda i: named_key(jax.random.fold_in(key, i), name)  # noqa: E731
-    return jax.vmap(fold)(jnp.arange(rows))
+def draw_noise(keys_B: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    """Returns normal noise (B, *shape), each sample's from its own key."""
+    return jax.vmap(lambda key: jax.random.normal(named_key(key, "noise"), shape))(keys_B)
 
 
-def draw_noise(key: Key[Array, ""], rows: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Returns normal noise (rows, *shape); row i depends on `key` and i only."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(_row_keys(key, rows, "noise"))
-
-
-def draw_time(key: Key[Array, ""], rows: int) -> Float[Array, "B"]:
-    """Returns flow times 0.001 + 0.999 * Beta(1.5, 1) (pi0 paper, section B); row i depends on `key` and i only."""
-    uniform = jax.vmap(jax.random.uniform)(_row_keys(key, rows, "time"))
+def draw_time(keys_B: Key[Array, "B"]) -> Float[Array, "B"]:
+    """Returns flow times 0.001 + 0.999 * Beta(1.5, 1) (pi0 paper, section B), each sample's from its own key."""
+    uniform = jax.vmap(lambda key: jax.random.uniform(named_key(key, "time")))(keys_B)
     return 0.001 + 0.999 * uniform ** (1 / 1.5)  # Beta(a, 1) has the distribution function x^a

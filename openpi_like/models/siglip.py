@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from openpi_like.draws import named_key
 from openpi_like.models.gemma import attention, run_layers
-from openpi_like.models.param import Linear, named_key, normal, ones, weight, zeros
+from openpi_like.models.param import Linear, normal, ones, weight, zeros
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.augment import Augment, augment_batch
+from openpi_like.draws import named_key
 from openpi_like.models.weights import flatten
 from openpi_like.train.sharding import ShardingRules, batch_sharding, replicated, weight_shardings
 
@@ -130,13 +131,13 @@ class Trainer:
         return self._from_params(params)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step. Draws depend on (seed, step) and the row, those of images on (seed, position) alone."""
+        """One optimiser step. What is drawn for a sample depends on (seed, position) alone."""
+        of_images, of_loss = (named_key(jax.random.key(self.seed), name) for name in ("augment", "loss"))
         if self.augment is not None:
-            batch = augment_batch(batch, self.augment, self.seed)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+            batch = augment_batch(of_images, batch, self.augment)
 
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.model.bind(params).loss(key, batch)
+            return self.model.bind(params).loss(of_loss, batch)
 
         (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

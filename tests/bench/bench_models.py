@@ -137,6 +137,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
             "actions": a["actions"],
             "action_mask": np.ones(a["actions"].shape, bool),
             "dataset_id": np.zeros(B, np.int32),
+            "position": np.stack([np.zeros(B), np.arange(B)], axis=1).astype(np.uint32),
         }
 
     mesh = MeshConfig().create()
@@ -162,7 +163,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     for B in (1, 8):
         a, observation = (
             inputs(size, B),
-            {k: v for k, v in batch_of(B).items() if "action" not in k and k != "dataset_id"},
+            {k: v for k, v in batch_of(B).items() if "action" not in k and k not in ("dataset_id", "position")},
         )
 
         def sample(params: Any, observation: Any, noise: Any) -> Any:

@@ -121,6 +121,7 @@ def main(args: Args) -> None:
             "actions": spec(chunk, "float32", rows),
             "action_mask": spec(chunk, "bool", rows),
             "dataset_id": spec((args.batch,), "int32", rows),
+            "position": spec((args.batch, 2), "uint32", rows),
         }
         if config.action_tokens is not None:
             text = (args.batch, config.prompt_len + config.answer_len)

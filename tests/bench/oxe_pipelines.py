@@ -180,7 +180,7 @@ def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: 
 
         from openpi_like.data.augment import Augment, augment_batch
 
-        change = jax.jit(lambda batch: augment_batch(batch, Augment.octo(), 0)["images"])
+        change = jax.jit(lambda batch: augment_batch(jax.random.key(0), batch, Augment.octo())["images"])
         keys = ("images", "image_mask", "position")
         batches = (b | {"images": jax.block_until_ready(change({k: b[k] for k in keys}))} for b in batches)
     run(spec, batches, state, released)

@@ -71,6 +71,7 @@ class Golden:
             "actions": a["actions"],
             "action_mask": jnp.ones(a["actions"].shape, bool),
             "dataset_id": jnp.zeros(a["actions"].shape[0], jnp.int32),
+            "position": jnp.zeros((a["actions"].shape[0], 2), jnp.uint32),
         }
 
     def with_dtype(self, dtype: str) -> Pi0:

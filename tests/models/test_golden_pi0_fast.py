@@ -85,6 +85,7 @@ def batch_of(arrays: dict[str, Any], config: Pi0FastConfig, case: str) -> Any:
         "actions": actions,
         "action_mask": jnp.ones(actions.shape, bool),
         "dataset_id": jnp.zeros(len(actions), jnp.int32),
+        "position": jnp.zeros((len(actions), 2), jnp.uint32),
     }
 
 

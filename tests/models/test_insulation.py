@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import ActionTokens
+from openpi_like.draws import row_keys
 from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
 from openpi_like.models.weights import bind, flat_weights, flatten, unflatten
 
@@ -62,8 +63,8 @@ def batch(tiny_batch: Any, config: Pi0Config) -> Any:
 
 @pytest.fixture(scope="module")
 def draws(config: Pi0Config) -> Any:
-    shape = (config.action_horizon, config.action_dim)
-    return draw_noise(KEY, 8, shape)[None], draw_time(KEY, 8)[None]
+    keys = row_keys(KEY, 8)
+    return draw_noise(keys, (config.action_horizon, config.action_dim))[None], draw_time(keys)[None]
 
 
 losses = nnx.jit(Pi0._losses)
@@ -181,6 +182,18 @@ def test_losses_add_up_each_over_its_own_samples(config: Pi0Config, model: Pi0, 
     check = nnx.jit(Pi0.validation_losses)(model, KEY, batch)
     assert set(check) == {"loss", "flow_loss", "text_loss"}
     np.testing.assert_allclose(check["text_loss"], losses(model, batch, *draws)[1]["text_loss"].mean(), rtol=1e-5)
+
+
+def test_draws_belong_to_the_sample(config: Pi0Config, model: Pi0, batch: Any) -> None:
+    """Two draws of each, in reversed order, and the losses of validation too."""
+    several = bind(dataclasses.replace(config, flow_draws=2), unflatten(flat_weights(model)))
+    turned = jax.tree.map(lambda x: x[::-1], batch)
+    for call in (nnx.jit(lambda *inputs: Pi0.loss(*inputs)[1]), nnx.jit(Pi0.validation_losses)):
+        expected, got = call(several, KEY, batch), call(several, KEY, turned)
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name][::-1] if value.ndim else got[name], value, rtol=1e-4, err_msg=name)
+    elsewhere = call(several, KEY, with_leaves(batch, position=batch["position"] + 8))
+    assert abs(elsewhere["flow_loss"] - expected["flow_loss"]) > 1e-3
 
 
 def test_options_without_meaning_are_refused(config: Pi0Config, tiny_policy: Pi0Config) -> None:

@@ -14,9 +14,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openpi_like.draws import named_key, row_keys, sample_keys
 from openpi_like.models.gemma import REMAT, rope, rotate
 from openpi_like.models.paligemma import masked_means
-from openpi_like.models.param import named_key
 from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
 from openpi_like.models.weights import flat_weights
 
@@ -29,10 +29,14 @@ def model(tiny_policy: Pi0Config) -> Pi0:
 
 
 @pytest.fixture(scope="module")
-def draws(tiny_policy: Pi0Config) -> tuple[jax.Array, jax.Array]:
-    """Noise and flow times for eight rows."""
-    shape = (tiny_policy.action_horizon, tiny_policy.action_dim)
-    return draw_noise(KEY, 8, shape), draw_time(KEY, 8)
+def draws(tiny_policy: Pi0Config, tiny_batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Noise and flow times of the samples."""
+    return drawn(KEY, tiny_policy, tiny_batch)
+
+
+def drawn(key: jax.Array, policy: Pi0Config, batch: Any) -> tuple[jax.Array, jax.Array]:
+    keys = sample_keys(key, jnp.asarray(batch["position"]))
+    return draw_noise(keys, (policy.action_horizon, policy.action_dim)), draw_time(keys)
 
 
 flow_loss = nnx.jit(Pi0.flow_loss)
@@ -41,7 +45,7 @@ sample = nnx.jit(Pi0.sample_actions, static_argnames="num_steps")
 
 
 def observation_of(batch: Any) -> Any:
-    return {k: v for k, v in batch.items() if k not in ("actions", "action_mask", "dataset_id")}
+    return {k: v for k, v in batch.items() if k not in ("actions", "action_mask", "dataset_id", "position")}
 
 
 def rows(batch: Any, index: Any) -> Any:
@@ -106,8 +110,8 @@ def test_several_draws_are_averaged(model: Pi0, tiny_policy: Pi0Config, tiny_bat
     graph, state = nnx.split(model, nnx.Param)
     several = nnx.merge(graph, state)
     several.config = dataclasses.replace(tiny_policy, flow_draws=2)
-    key, shape = named_key(KEY, "draw 1"), (tiny_policy.action_horizon, tiny_policy.action_dim)
-    errors = [flow_loss(model, tiny_batch, *d) for d in (draws, (draw_noise(key, 8, shape), draw_time(key, 8)))]
+    other = drawn(named_key(KEY, "draw 1"), tiny_policy, tiny_batch)
+    errors = [flow_loss(model, tiny_batch, *d) for d in (draws, other)]
     expected = [masked_means(error, jnp.asarray(tiny_batch["action_mask"]))[0] for error in errors]
     assert abs(expected[0] - expected[1]) > 1e-3
     np.testing.assert_allclose(loss(several, KEY, tiny_batch)[0], np.mean(expected), rtol=1e-4)
@@ -121,25 +125,28 @@ def test_compatible_loss_counts_padding(model: Pi0, tiny_policy: Pi0Config, tiny
     np.testing.assert_allclose(scalar, flow_loss(model, tiny_batch, *draws).mean(), rtol=1e-4)
 
 
-def test_draws_of_a_row_do_not_depend_on_the_other_rows(model: Pi0, tiny_batch: Any) -> None:
-    _, eight = loss(model, KEY, tiny_batch)
-    _, four = loss(model, KEY, rows(tiny_batch, np.s_[:4]))
-    np.testing.assert_allclose(eight["loss"][:4], four["loss"], rtol=1e-4)
-    _, again = loss(model, KEY, tiny_batch)
-    np.testing.assert_array_equal(eight["loss"], again["loss"])
-    _, other = loss(model, jax.random.key(8), tiny_batch)
-    assert (np.abs(eight["loss"] - other["loss"]) > 1e-3).all()
+def test_draws_belong_to_the_sample(model: Pi0, tiny_batch: Any) -> None:
+    """Whatever its row and whatever else is in the batch; other keys and positions draw others."""
+    whole = loss(model, KEY, tiny_batch)[1]["loss"]
+    for order in (np.array([5, 2, 7, 0, 1, 6, 3, 4]), np.arange(4), np.arange(4, 8)):
+        part = loss(model, KEY, rows(tiny_batch, order))[1]["loss"]
+        np.testing.assert_allclose(part, whole[order], rtol=1e-4)
+    np.testing.assert_array_equal(whole, loss(model, KEY, tiny_batch)[1]["loss"])
+    elsewhere = tiny_batch | {"position": tiny_batch["position"] + np.array([1, 0], np.uint32)}
+    for key, of in ((jax.random.key(8), tiny_batch), (KEY, elsewhere)):
+        assert (np.abs(whole - loss(model, key, of)[1]["loss"]) > 1e-3).all()
 
 
 def test_flow_times_follow_the_beta_distribution() -> None:
-    time = np.asarray(jax.jit(draw_time, static_argnums=1)(KEY, 20_000))
+    time = np.asarray(jax.jit(draw_time)(row_keys(KEY, 20_000)))
     assert time.min() >= 0.001
     assert time.max() <= 1.0
     assert scipy.stats.kstest((time - 0.001) / 0.999, scipy.stats.beta(1.5, 1).cdf).statistic < 0.015
 
 
 def test_noise_is_standard_normal_and_independent_of_times() -> None:
-    noise, time = np.asarray(draw_noise(KEY, 4000, (3, 2))), np.asarray(draw_time(KEY, 4000))
+    keys = row_keys(KEY, 4000)
+    noise, time = np.asarray(draw_noise(keys, (3, 2))), np.asarray(draw_time(keys))
     assert scipy.stats.kstest(noise.ravel(), "norm").statistic < 0.015
     assert abs(np.corrcoef(noise[:, 0, 0], time)[0, 1]) < 0.05
     assert abs(np.corrcoef(noise[:-1, 0, 0], noise[1:, 0, 0])[0, 1]) < 0.05
@@ -291,7 +298,7 @@ def test_every_misfit_of_a_batch_is_in_one_error(model: Pi0, tiny_batch: Any) ->
     bad["state"] = bad["state"][:, :3]
     bad["prompt"] = np.zeros((8, 9), np.int32)
     bad["actions"] = bad["actions"][:, :2]
-    del bad["state_mask"]
+    del bad["state_mask"], bad["position"]
     with pytest.raises(ValueError, match="inputs do not fit") as caught:
         model.loss(KEY, bad)
     expected = [
@@ -301,6 +308,7 @@ def test_every_misfit_of_a_batch_is_in_one_error(model: Pi0, tiny_batch: Any) ->
         "image_mask['base']: got float32 (8,), expected bool (8,)",
         "state: got float32 (8, 3), expected float32 (8, 4)",
         "state_mask: missing",
+        "position: missing",
         "prompt: got int32 (8, 9), expected int32 (8, 8)",
         "actions: got float32 (8, 2, 4), expected float32 (8, 4, 4)",
     ]

@@ -131,7 +131,7 @@ def test_serving_needs_the_directory_alone(saved, tiny_batch):
     assert (parts.robots, parts.normalizations) == (contract.robots, contract.normalizations)
     assert parts.renderer == {"sawyer": "raycast"}
     assert parts.tokenizer.encode("press the button")[1].sum() > 2
-    observation = {k: v for k, v in tiny_batch.items() if k not in ("actions", "action_mask", "dataset_id")}
+    observation = {k: v for k, v in tiny_batch.items() if k not in ("actions", "action_mask", "dataset_id", "position")}
     sample = jax.jit(lambda model, obs: model.sample_actions(jax.random.key(0), obs, num_steps=1))
     served = sample(parts.model, observation)
     np.testing.assert_array_equal(served, sample(trainer.model.bind(state.ema), observation))

@@ -1,5 +1,6 @@
 """One training step against the same step written out by hand, on one device and on four."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from openpi_like.data.augment import Augment, augment_batch
+from openpi_like.draws import named_key
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, ShardingRules, put_batch
 from openpi_like.train.state import ModelDef, Trainer
@@ -45,7 +47,7 @@ def _run(trainer, batch, steps):
 def test_a_step_is_what_it_says(trainer, tiny_batch):
     state, values = _run(trainer, tiny_batch, 1)
     params = jax.device_get(trainer.init().params)
-    key = jax.random.fold_in(jax.random.key(3), 0)
+    key = named_key(jax.random.key(3), "loss")
     loss_fn = lambda p, batch: trainer.model.bind(p).loss(key, batch)  # noqa: E731
     (loss, per_sample), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, tiny_batch)
     norm = float(optax.tree.norm(grads))
@@ -83,10 +85,23 @@ def test_the_state_is_sharded_like_its_weights(trainer):
         assert {s.data.shape for s in x.addressable_shards} == {(150, 8)}  # vocab over tensor, embed over fsdp
 
 
-def test_draws_depend_on_the_step_and_the_seed_alone(trainer, tiny_batch):
-    first, second = _run(trainer, tiny_batch, 2)[1]["loss"], _run(trainer, tiny_batch, 2)[1]["loss"]
-    assert first == second
-    assert first != _run(trainer, tiny_batch, 1)[1]["loss"]
+def test_draws_belong_to_the_sample_and_not_to_the_step_or_the_row(trainer, tiny_batch):
+    """Rows in another order, as another number of hosts gives them, make the same step."""
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # those of two hosts
+    turned = jax.tree.map(lambda x: x[order], tiny_batch)
+    state, values = _run(trainer, tiny_batch, 1)
+    other, got = _run(trainer, turned, 1)
+    for name, value in values.items():
+        assert got[name] == pytest.approx(float(value), rel=1e-4)
+    # The optimiser's first moments are the gradients, but for a factor.
+    gradients, others = ([x for x in jax.tree.leaves(s.opt_state) if x.ndim] for s in (state, other))
+    scale = max(np.abs(g).max() for g in gradients)
+    for g, same in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(same, g, rtol=1e-3, atol=1e-5 * scale)
+    later = dataclasses.replace(trainer.init(), step=jnp.int32(7))
+    assert trainer.train_step(later, put_batch(tiny_batch, trainer.mesh))[1]["loss"] == values["loss"]
+    elsewhere = tiny_batch | {"position": tiny_batch["position"] + np.uint32(1)}
+    assert abs(_run(trainer, elsewhere, 1)[1]["loss"] - values["loss"]) > 1e-3
 
 
 def test_without_average_none_is_kept(tiny_policy):
@@ -112,8 +127,8 @@ def test_images_are_changed_in_the_step_by_their_position(tiny_batch):
     """A step with augmentation on four devices is a step without it on images that were changed before, on one."""
     policy = types.SimpleNamespace(create=lambda key: Brightness())
     config = Augment.octo()
-    batch = tiny_batch | {"position": np.stack([np.zeros(8), 100 + np.arange(8)], axis=1).astype(np.uint32)}
-    changed = jax.device_get(jax.jit(lambda batch: augment_batch(batch, config, 3))(batch))
+    key, batch = named_key(jax.random.key(3), "augment"), tiny_batch
+    changed = jax.device_get(jax.jit(lambda key, batch: augment_batch(key, batch, config))(key, batch))
     plain = _run(_trainer(policy, MeshConfig(data=1, fsdp=1, tensor=4)), tiny_batch, 1)[1]
     expected = _run(_trainer(policy, MeshConfig(data=1, fsdp=1, tensor=4)), changed, 1)[1]
     got = _run(_trainer(policy, MeshConfig(data=4), augment=config), batch, 1)[1]
