@@ -10,7 +10,7 @@ BEAM = ("--runner=DirectRunner", "--prism_location=none")
 
 def import_beam() -> ModuleType:
     """Returns our pipelines; skips the test where Beam is not installed."""
-    pytest.importorskip("apache_beam", reason="Apache Beam is not installed; the beam extra has it for Python 3.11")
+    pytest.importorskip("apache_beam", reason="Apache Beam (apache-beam) is not installed here")
     from openpi_like.data import beam
 
     return beam
