@@ -147,6 +147,16 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     steps = [line["step"] for line in read_metrics(metrics) if line["split"] == "train"]
     assert steps == list(range(1, 61))
 
+    # In groups of three episodes a position stands for another sample.
+    changed = _program(*_train(demo, "killed", config=str(config)), "data.group_episodes=3")
+    assert changed.returncode != 0
+    assert "group_episodes: 2 -> 3" in changed.stderr
+    accepted = _program(
+        *_train(demo, "killed", config=str(config)), "data.group_episodes=3", "accept_changed_data=true"
+    )
+    assert accepted.returncode == 0, accepted.stdout[-2000:] + accepted.stderr[-2000:]
+    assert "the order of samples has changed: group_episodes: 2 -> 3" in accepted.stdout
+
 
 @pytest.mark.slow
 def test_a_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_batch(demo):

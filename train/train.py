@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
 from openpi_like.data.fast import FastTokenizer
-from openpi_like.data.loader import describe, make_loader
+from openpi_like.data.loader import describe, make_loader, order_changes
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import flatten, print_load_report
 from openpi_like.train.checkpoint import (
@@ -101,9 +101,9 @@ def main(config: TrainConfig, console: Console) -> None:
         augment=config.data.augment,
     )
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
-    position = 0
+    position, order = 0, None
     if checkpointer.latest_step() is not None:
-        state, position = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+        state, position, order = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
         console.print(f"resumed at step {int(state.step)}, sample {position}")
     elif config.warm_start is not None:
         params, plan = warm_start(config.warm_start, config.model, trainer.shardings.params, trainer.fresh_weights)
@@ -129,6 +129,16 @@ def main(config: TrainConfig, console: Console) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    changes = [] if order is None else order_changes(order, loader.order)
+    if changes and not config.accept_changed_data:
+        loader.close()
+        raise CheckpointError(
+            f"{run_dir} was trained on other data, of which sample {position} is not where this order goes on:\n  "
+            + "\n  ".join(changes)
+            + "\nrestore the data or its options; or set accept_changed_data to go on in the new order from there"
+        )
+    for change in changes:
+        console.print(f"the order of samples has changed: {change}")
     validator = Validator(config, contract, model, mesh)
     metrics = MetricsWriter(run_dir, resume_step=step, tensorboard=config.tensorboard) if lead else None
 
@@ -198,11 +208,11 @@ def main(config: TrainConfig, console: Console) -> None:
                 logged_at, logged_wait = time.perf_counter(), loader.wait_seconds
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
             if saving:
-                checkpointer.save(state, position=loader.position, contract=contract, config=config)
+                checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
             progress.update(bar, completed=step)
     # Not yet saved: a run of no steps, or a signal that came after this step's turn to save.
     if checkpointer.latest_step() != step:
-        checkpointer.save(state, position=loader.position, contract=contract, config=config)
+        checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
     loader.close()
     checkpointer.close()
     if metrics:

@@ -8,6 +8,7 @@ H-th of them, from the h-th on.
 
 import contextlib
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -583,6 +584,37 @@ def sample_order(
     return mixed.map_with_index(lambda p, element: (p, *element))
 
 
+def order_record(config: DataConfig, episodes: Sequence[Int[np.ndarray, "_"]]) -> dict[str, Any]:
+    """Returns, as JSON, all that decides which sample a position stands for: where two are equal, so are the orders.
+
+    episodes: frames of each episode of each dataset, see `EpisodeDataset.frames_per_episode`.
+    """
+    entries = [
+        {
+            "robot": entry.robot.name,
+            "split": entry.split,
+            "weight": entry.weight,
+            "frames": int(of.sum()),
+            "episodes": int((of > 0).sum()),
+            "lengths": hashlib.sha256(np.asarray(of, "<i8").tobytes()).hexdigest()[:16],
+        }
+        for entry, of in zip(config.entries, episodes, strict=True)
+    ]
+    return {"seed": config.seed, "group_episodes": config.group_episodes, "entries": entries}
+
+
+def order_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns in what two orders differ, see `order_record`."""
+    changes = [f"{k}: {before[k]} -> {now[k]}" for k in ("seed", "group_episodes") if before[k] != now[k]]
+    if len(before["entries"]) != len(now["entries"]):
+        changes.append(f"datasets: {len(before['entries'])} -> {len(now['entries'])}")
+    for i, (old, new) in enumerate(zip(before["entries"], now["entries"], strict=False)):
+        differ = [f"{k} {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]
+        if differ:
+            changes.append(f"dataset {i} ({new['robot']}): {', '.join(differ)}")
+    return changes
+
+
 def distinct_episodes(
     episodes: Int[np.ndarray, "E"], batch_size: int, *, group_episodes: int | None = None, seed: int = 0
 ) -> float:
@@ -629,14 +661,20 @@ class Loader:
     position: global sample index of the next batch; a loader made with `start=position` goes on from there.
     wait_seconds: time spent waiting for batches so far.
     saturated: DCT coefficients of this host that action tokens could not write as they were, see `saturate_actions`.
+    order: see `order_record`.
     """
 
     def __init__(
-        self, batches: Iterator[tuple[Batch, int]], opened: contextlib.ExitStack, batch_size: int, start: int
+        self,
+        batches: Iterator[tuple[Batch, int]],
+        opened: contextlib.ExitStack,
+        batch_size: int,
+        start: int,
+        order: dict[str, Any],
     ) -> None:
         """opened: what is to be closed when `batches` is."""
         self._batches, self._opened, self._batch_size = batches, opened, batch_size
-        self.position = start
+        self.position, self.order = start, order
         self.wait_seconds = 0.0
         self.saturated = 0
 
@@ -709,7 +747,7 @@ def make_loader(
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
         opened.callback(assemble.close)
-        return Loader(iter(stream), opened.pop_all(), batch_size, start)
+        return Loader(iter(stream), opened.pop_all(), batch_size, start, order_record(config, episodes))
 
 
 def _rows_per_host(batch_size: int, process_index: int, process_count: int, start: int = 0) -> int:

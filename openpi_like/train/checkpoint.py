@@ -122,16 +122,18 @@ class Checkpointer:
         """Returns the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, position: int, contract: Contract, config: Any) -> None:
+    def save(self, state: TrainState, *, position: int, order: dict[str, Any], contract: Contract, config: Any) -> None:
         """Starts saving; returns once the arrays are copied, before they are written.
 
-        position: global sample index of the next batch. config: the run's, for the record.
+        position: global sample index of the next batch. order: what positions stand for, `Loader.order`. config: the
+        run's, for the record.
         """
         step = int(state.step)
         record = {
             "format": FORMAT,
             "step": step,
             "position": position,
+            "order": order,
             "config": to_json(config),
             **_contract_record(contract),
         }
@@ -144,8 +146,12 @@ class Checkpointer:
             items["ema"] = ocp.args.StandardSave(state.ema)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract: TrainState, shardings: TrainState, *, contract: Contract) -> tuple[TrainState, int]:
-        """Returns the newest state, placed as `shardings` say, and the data position that belongs to it.
+    def restore(
+        self, abstract: TrainState, shardings: TrainState, *, contract: Contract
+    ) -> tuple[TrainState, int, dict[str, Any] | None]:
+        """Returns the newest state, placed as `shardings` say, and the data position and order that belong to it.
+
+        The order is None where nothing was trained, as in the weights that `save_policy` writes.
 
         Raises:
             CheckpointError: no step, or its contract is not `contract` (other robots, statistics, model ...).
@@ -177,7 +183,7 @@ class Checkpointer:
             ema=restored["ema"] if abstract.ema is not None else None,
             opt_state=restored["opt_state"],
         )
-        return state, int(record["position"])
+        return state, int(record["position"]), record.get("order")
 
     def close(self) -> None:
         """Waits until everything is on disk."""

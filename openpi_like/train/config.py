@@ -21,6 +21,8 @@ class TrainConfig:
         one of the `warm_start` checkpoint.
     batch_size: samples per step over all hosts. ema_decay: None keeps no average.
     log_every, validate_every, save_every: steps. keep: newest checkpoints kept.
+    accept_changed_data: resume a run although its data or their order are no longer those that it was trained on;
+        without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
     """
 
@@ -43,6 +45,7 @@ class TrainConfig:
     validate_every: int = 1_000
     save_every: int = 1_000
     keep: int = 2
+    accept_changed_data: bool = False
     validation_batches: int = 4
     validation_batch_size: int = 64
     tensorboard: bool = False

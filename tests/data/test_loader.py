@@ -32,6 +32,8 @@ from openpi_like.data.loader import (
     distinct_episodes,
     keep_cameras,
     make_loader,
+    order_changes,
+    order_record,
     sample_order,
     uniform_draws,
     validation_batches,
@@ -165,6 +167,51 @@ def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
     passes = {a_pass(seed, number, dataset) for seed in (0, 1) for number in (0, 1) for dataset in (0, 1)}
     assert len(passes) == 8
     assert all(sorted(of) == list(range(100)) for of in passes)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_orders_with_equal_records_are_equal_and_other_records_say_in_what(data: st.DataObject) -> None:
+    lengths = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), min_size=1, max_size=2)
+    options = st.tuples(lengths, st.sampled_from([1.0, 3.0]), st.integers(0, 1), st.sampled_from([None, 1, 2]))
+
+    def draw() -> tuple[dict[str, Any], list[Any]]:
+        episodes, weight, seed, group = data.draw(options)
+        entries = tuple(MixtureEntry(ARM, f"any{i}", weight=weight if i else 1.0) for i in range(len(episodes)))
+        arrays = [np.array(of) for of in episodes]
+        order = sample_order(
+            [sum(of) for of in episodes],
+            [e.weight for e in entries],
+            seed,
+            episodes=arrays,
+            group_episodes=group,
+        )
+        record = order_record(DataConfig(entries, seed=seed, group_episodes=group), arrays)
+        assert json.loads(json.dumps(record)) == record
+        return record, [order[p] for p in range(40)]
+
+    (one, samples), (other, others) = draw(), draw()
+    changes = order_changes(one, other)
+    assert bool(changes) == (one != other)
+    if samples != others:
+        assert changes
+    for key in ("seed", "group_episodes"):
+        assert any(c.startswith(f"{key}: ") for c in changes) == (one[key] != other[key])
+
+
+def test_a_change_of_the_data_is_told_by_dataset() -> None:
+    entries = (MixtureEntry(ARM, "a"), MixtureEntry(CART, "b", weight=2.0))
+    config = DataConfig(entries)
+    before = order_record(config, [np.array([3, 4]), np.array([5])])
+    assert order_changes(before, order_record(config, [np.array([3, 4]), np.array([5])])) == []
+    # An episode lost a frame, and another got one: as many frames, in other places.
+    (moved,) = order_changes(before, order_record(config, [np.array([4, 3]), np.array([5])]))
+    assert moved.startswith("dataset 0 (arm): lengths ")
+    heavier = dataclasses.replace(config, entries=(entries[0], dataclasses.replace(entries[1], weight=3.0)))
+    changes = order_changes(before, order_record(heavier, [np.array([3, 3]), np.array([5])]))
+    assert changes[0].startswith("dataset 0 (arm): frames 7 -> 6, lengths ")
+    assert changes[1:] == ["dataset 1 (cart): weight 2.0 -> 3.0"]
+    assert "datasets: 2 -> 1" in order_changes(before, order_record(DataConfig(entries[:1]), [np.array([3, 4])]))
 
 
 @settings(max_examples=60, deadline=None)

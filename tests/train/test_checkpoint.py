@@ -64,6 +64,9 @@ def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
     )
 
 
+ORDER = {"seed": 3, "group_episodes": None, "entries": [{"robot": "sawyer_sim", "frames": 7}]}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_policy, tiny_batch):
     """A run of two steps on four devices, saved: (directory, trainer, state, contract)."""
@@ -74,7 +77,7 @@ def saved(tmp_path_factory, tiny_policy, tiny_batch):
         state, _ = trainer.train_step(state, put_batch(tiny_batch, trainer.mesh))
     contract = _contract(tiny_policy)
     checkpointer = Checkpointer(directory)
-    checkpointer.save(state, position=16, contract=contract, config=OptimizerConfig())
+    checkpointer.save(state, position=16, order=ORDER, contract=contract, config=OptimizerConfig())
     checkpointer.close()
     return directory, trainer, jax.device_get(state), contract
 
@@ -90,9 +93,10 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(saved, tiny_policy):
     directory, _, state, contract = saved
     other = _trainer(tiny_policy, MeshConfig(data=4))
     checkpointer = Checkpointer(directory)
-    restored, position = checkpointer.restore(other.abstract, other.shardings, contract=contract)
+    restored, position, order = checkpointer.restore(other.abstract, other.shardings, contract=contract)
     checkpointer.close()
     assert position == 16
+    assert order == ORDER
     assert int(restored.step) == 2
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state)
     placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, other.shardings)
@@ -172,7 +176,9 @@ def test_an_unfinished_step_does_not_count(copy, saved):
     checkpointer = Checkpointer(copy)
     assert checkpointer.latest_step() == 2
     later = dataclasses.replace(state, step=np.int32(3))
-    checkpointer.save(later, position=24, contract=contract, config=OptimizerConfig())  # waits for the cleaning
+    checkpointer.save(
+        later, position=24, order=ORDER, contract=contract, config=OptimizerConfig()
+    )  # waits for the cleaning
     checkpointer.close()
     assert find_step(copy).name == "3"
     assert not (copy / "9.orbax-checkpoint-tmp").exists()
