@@ -10,11 +10,13 @@ Several directories after --data are counted as one dataset. Statistics that exi
 can be measured on a dataset instead: --use stats.json in place of --out. --beam runs on Apache Beam (apache-beam).
 """
 
+import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -92,37 +94,60 @@ def table(what: str, stats: FieldStats, degenerate: tuple[str, ...], coverage: C
     return shown
 
 
-def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: Console) -> Normalization:
-    """Writes the statistics of one robot's datasets to `out`, and returns them."""
-    robot = datasets[0].robot
+def beam() -> Any:
+    """Returns our pipelines."""
+    try:
+        from openpi_like.data import beam
+    except ImportError as e:
+        sys.exit(f"--beam needs Apache Beam ({e}); pip install 'openpi-like[beam]', then --no-deps apache-beam")
+    return beam
+
+
+def compute(args: Args, datasets: Sequence[EpisodeDataset], out: Path, console: Console) -> None:
+    """Writes the statistics of one robot's datasets to `out`, and reports them."""
     if args.beam:
-        try:
-            from openpi_like.data.beam import write_normalization
-        except ImportError as e:
-            sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_normalization(datasets, str(out), [f"--{option}" for option in args.beam])
-        return load_normalization(out, robot)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"statistics of {robot.name}", total=None)
-        normalization = compute_normalization(
-            *datasets,
-            workers=args.workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    save_normalization(normalization, out)
-    return normalization
+        normalization, coverage = beam().write_normalization(datasets, str(out), options(args))
+        report(normalization, coverage, datasets, console)
+    else:
+        with bar(f"statistics of {datasets[0].robot.name}", console) as progress:
+            normalization = compute_normalization(*datasets, workers=args.workers, progress=progress)
+        save_normalization(normalization, out)
+        measure(args, normalization, datasets, out, console)
+    console.print(f"written to {out}")
 
 
-def report(args: Args, normalization: Normalization, datasets: Sequence[EpisodeDataset], console: Console) -> None:
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"coverage of {normalization.robot}", total=None)
-        covered = compute_coverage(
-            normalization,
-            *datasets,
-            workers=args.workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+def measure(
+    args: Args, normalization: Normalization, datasets: Sequence[EpisodeDataset], path: Path, console: Console
+) -> None:
+    """Reports how statistics, those of the file `path`, suit datasets."""
+    if args.beam:
+        coverage = beam().compute_coverage(normalization, datasets, str(path), options(args))
+    else:
+        with bar(f"coverage of {normalization.robot}", console) as progress:
+            coverage = compute_coverage(normalization, *datasets, workers=args.workers, progress=progress)
+    report(normalization, coverage, datasets, console)
+
+
+def options(args: Args) -> list[str]:
+    """Returns the pipeline's options as Beam wants them."""
+    return [f"--{option}" for option in args.beam]
+
+
+@contextlib.contextmanager
+def bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Shows a progress bar; gives what moves it."""
+    with Progress(console=console, transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def report(
+    normalization: Normalization,
+    covered: tuple[Coverage, Coverage],
+    datasets: Sequence[EpisodeDataset],
+    console: Console,
+) -> None:
     frames, episodes = sum(map(len, datasets)), sum(d.episodes for d in datasets)
     console.print(f"robot {normalization.robot}: {frames:,} frames of {episodes:,} episodes, mode {normalization.mode}")
     fields = (normalization.state, normalization.action)
@@ -139,11 +164,10 @@ def main(args: Args, console: Console) -> None:
             for path in args.data
         ]
         if args.use is not None:
-            report(args, load_normalization(args.use, robot), datasets, console)
+            measure(args, load_normalization(args.use, robot), datasets, args.use, console)
         else:
             assert args.out is not None
-            report(args, compute(args, datasets, args.out, console), datasets, console)
-            console.print(f"written to {args.out}")
+            compute(args, datasets, args.out, console)
         return
     run = override(load_run(args.config), args.set)
     missing = {}
@@ -167,8 +191,7 @@ def main(args: Args, console: Console) -> None:
                 if dataset is not None and entry.robot.name == name and frames not in counted:
                     counted.append(frames)
                     datasets.append(dataset)
-            report(args, compute(args, datasets, out, console), datasets, console)
-            console.print(f"written to {out}")
+            compute(args, datasets, out, console)
 
 
 if __name__ == "__main__":

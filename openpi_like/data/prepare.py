@@ -8,11 +8,13 @@ One shard is one task: it is written beside, then renamed, and a small file next
 goes on with what is missing. `dataset_info.json` comes last, so a directory that has one is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import struct
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -30,6 +32,7 @@ from openpi_like.data.schema import DatasetError, Feature, read_schema, read_spl
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG"}
 _DONE = ".prepared"  # what is done, in the directory that is written
+_PART = ".part-"  # begins the names of files that are not complete
 _SHOWN = 20
 
 Progress = Callable[[int, int], None]
@@ -178,9 +181,9 @@ class _TFRecordWriter:
         self._file.write(length + next(crcs) + payload + next(crcs))
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def _writer(path: Path, file_format: str) -> Any:
@@ -192,34 +195,36 @@ def _writer(path: Path, file_format: str) -> Any:
 
 
 def prepare_shard(task: Task) -> list[str]:
-    """Writes one shard, unless it is done; returns what is wrong with the source, in which case nothing is written."""
+    """Writes one shard, unless it is done; returns what is wrong, in which case nothing is written."""
     if _load_done(task) is not None:
         return []
-    part = task.target.with_name(f".part-{task.target.name}")
-    writer, problems = _writer(part, task.config.file_format), []
+    attempt = uuid.uuid4().hex  # Beam may make a second one while the first still runs
+    part, done = (path.with_name(f"{_PART}{attempt}-{path.name}") for path in (task.target, task.done))
+    problems: list[str] = []
     number = total = before = after = 0
-    for number, record in enumerate(_records(task), 1):
-        try:
-            if isinstance(record, tfrecord.RecordError):
-                raise record
-            payload, old, new = rewrite_example(record, task.images, task.config.image)
-        except ValueError as e:
-            problems.append(f"{task.source.name}, record {number - 1}: {e}")
-            continue
-        writer.write(payload)
-        total, before, after = total + len(payload), before + old, after + new
-    writer.close()
-    if number != task.expected:
-        problems.append(f"{task.source.name} holds {number} records, dataset_info.json says {task.expected}")
-    if problems:
-        part.unlink()
-        return problems
-    part.rename(task.target)
-    done = Done(number, total, before, after, task.stamp)
-    told = task.done.with_suffix(".part")
-    told.write_text(json.dumps(dataclasses.asdict(done)))
-    told.rename(task.done)
-    return []
+    try:
+        with contextlib.closing(_writer(part, task.config.file_format)) as writer:
+            for number, record in enumerate(_records(task), 1):
+                try:
+                    if isinstance(record, tfrecord.RecordError):
+                        raise record
+                    payload, old, new = rewrite_example(record, task.images, task.config.image)
+                except ValueError as e:
+                    problems.append(f"{task.source.name}, record {number - 1}: {e}")
+                    continue
+                writer.write(payload)
+                total, before, after = total + len(payload), before + old, after + new
+        if number != task.expected:
+            problems.append(f"{task.source.name} holds {number} records, dataset_info.json says {task.expected}")
+        if not problems:
+            part.rename(task.target)
+            done.write_text(json.dumps(dataclasses.asdict(Done(number, total, before, after, task.stamp))))
+            done.rename(task.done)
+    except OSError as e:  # a store that does not answer, a disk that is full
+        problems.append(f"{task.source.name}, after {number} records: {e}")
+    for rest in (part, done):
+        rest.unlink(missing_ok=True)
+    return problems
 
 
 def _load_done(task: Task) -> Done | None:
@@ -264,6 +269,8 @@ def plan(source: str | Path, out: Path, config: Prepare, splits: Sequence[str] =
                 text = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in changed.items())
                 raise DatasetError(f"{out} was begun in another way ({text}); give another directory, or delete it")
         told.write_text(json.dumps(recipe, indent=1))
+        for part in (*out.glob(f"{_PART}*"), *told.parent.glob(f"{_PART}*")):
+            part.unlink()  # of a run that was killed
     except OSError as e:
         raise DatasetError(f"cannot write {out}: {e}; give another directory") from e
     return [
@@ -287,7 +294,7 @@ def write_shards(tasks: Sequence[Task], *, workers: int = 1, progress: Progress 
     progress: called with the shards that are done, and all of them.
 
     Raises:
-        DatasetError: records are damaged or missing; lists those of all shards. The others are done.
+        DatasetError: shards could not be read or written; lists what is wrong with each. The others are done.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}, expected at least 1")
@@ -313,7 +320,10 @@ def raise_problems(problems: Sequence[str]) -> None:
     if problems:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         text = "\n  ".join([*sorted(problems)[:_SHOWN], *more])
-        raise DatasetError(f"{len(problems)} problems; these shards are not written:\n  {text}\ncopy them again")
+        raise DatasetError(
+            f"{len(problems)} problems; these shards are not written:\n  {text}\n"
+            "copy those that are damaged again, then run this again"
+        )
 
 
 def write_info(source: str | Path, out: Path, config: Prepare, tasks: Sequence[Task]) -> list[Done]:
@@ -341,7 +351,7 @@ def write_info(source: str | Path, out: Path, config: Prepare, tasks: Sequence[T
         size = sum(d.bytes for task, d in zip(tasks, done, strict=True) if task.target.name.startswith(stem))
         split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         split["numBytes"] = str(size)
-    part = out / ".part-dataset_info.json"
+    part = out / f"{_PART}dataset_info.json"
     part.write_text(json.dumps(info, indent=2))
     part.rename(out / "dataset_info.json")
     return done

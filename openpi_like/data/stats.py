@@ -209,7 +209,9 @@ def compute_normalization(
     with _reading(datasets, workers) as read:
         first = merge(_counted(read(blocks, moments(robot)), progress, 0, 2 * len(blocks)))
         second = merge(_counted(read(blocks, counts(first)), progress, len(blocks), 2 * len(blocks)))
-    return normalization_of(robot, first, second)
+    normalization = normalization_of(first, second, robot)
+    warn_degenerate(normalization)
+    return normalization
 
 
 def compute_coverage(
@@ -224,13 +226,9 @@ def compute_coverage(
         ValueError: the statistics are not of the datasets' robot.
     """
     normalization.check(check_robot(datasets))
-    blocks, mode = blocks_of(datasets), normalization.mode
-    start = (
-        functools.partial(Coverage, normalization.state, mode),
-        functools.partial(Coverage, normalization.action, mode),
-    )
+    blocks = blocks_of(datasets)
     with _reading(datasets, workers) as read:
-        return merge(_counted(read(blocks, start), progress, 0, len(blocks)))
+        return merge(_counted(read(blocks, coverage(normalization)), progress, 0, len(blocks)))
 
 
 def check_robot(datasets: Sequence[EpisodeDataset]) -> Robot:
@@ -259,6 +257,12 @@ def counts(first: tuple[Moments, Moments]) -> Start[Counts]:
     return functools.partial(Counts, state.bins()), functools.partial(Counts, action.bins())
 
 
+def coverage(normalization: Normalization) -> Start[Coverage]:
+    """Starts the pass that measures statistics on rows."""
+    state, action, mode = normalization.state, normalization.action, normalization.mode
+    return functools.partial(Coverage, state, mode), functools.partial(Coverage, action, mode)
+
+
 def accumulate(blocks: Iterable[Block], datasets: Sequence[EpisodeDataset], start: Start[A]) -> tuple[A, A]:
     """Returns accumulators of the states and of the action chunks inside episodes, both in model space."""
     state, action = (make() for make in start)
@@ -279,22 +283,25 @@ def merge(parts: Iterable[tuple[A, A]]) -> tuple[A, A]:
     return total
 
 
-def normalization_of(robot: Robot, first: tuple[Moments, Moments], second: tuple[Counts, Counts]) -> Normalization:
-    """Returns the statistics of both passes; names dims that do not vary in a warning."""
+def normalization_of(first: tuple[Moments, Moments], second: tuple[Counts, Counts], robot: Robot) -> Normalization:
+    """Returns the statistics of both passes."""
     state = field_stats(robot.state_names, first[0], second[0])
     action = field_stats(robot.action_names, first[1], second[1])
-    normalization = Normalization(robot=robot.name, mode=robot.normalization, state=state, action=action)
-    for what, stats in (("state", state), ("action", action)):
+    return Normalization(robot=robot.name, mode=robot.normalization, state=state, action=action)
+
+
+def warn_degenerate(normalization: Normalization) -> None:
+    """Names dims that do not vary in a warning."""
+    for what, stats in (("state", normalization.state), ("action", normalization.action)):
         names = stats.degenerate(normalization.mode)
         if names:
             _log.warning(
                 "%s of robot %r: %s vary by less than %g; they are only centred, not scaled",
                 what,
-                robot.name,
+                normalization.robot,
                 ", ".join(names),
                 FLOOR,
             )
-    return normalization
 
 
 _opened: Sequence[EpisodeDataset] = ()  # of a worker process

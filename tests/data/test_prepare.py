@@ -25,6 +25,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.prepare import Prepare, plan, prepare_shard, rewrite_example, write_info, write_shards
 from openpi_like.data.schema import DatasetError
 from tests.conftest import REPOSITORY
+from tests.data.beam import BEAM, import_beam
 from tests.data.toy import LENGTHS, change_record, shard
 
 PROGRAM = REPOSITORY / "data" / "prepare.py"
@@ -215,6 +216,21 @@ def test_killed_runs_go_on(toy: Path, tmp_path: Path) -> None:
         assert (straight / name).read_bytes() == (killed / name).read_bytes()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_cannot_be_read_or_written_is_located(copy: Path, tmp_path: Path, workers: int) -> None:
+    tasks = plan(copy, tmp_path / "out", BOX)
+    shard(copy, 1).unlink()  # after the plan, as when a store fails
+    (tmp_path / "out" / tasks[2].target.name).mkdir()
+    with pytest.raises(DatasetError) as e:
+        write_shards(tasks, workers=workers)
+    text = str(e.value)
+    assert text.startswith("2 problems; these shards are not written")
+    assert f"{tasks[1].source.name}, after 0 records" in text
+    assert f"{tasks[2].source.name}, after {tasks[2].expected} records" in text
+    assert [t.target.is_file() for t in tasks] == [True, False, False, True]
+    assert not list((tmp_path / "out").rglob(".part-*"))
+
+
 def test_a_changed_source_is_written_again(copy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tasks = plan(copy, out, BOX)
@@ -276,10 +292,39 @@ def test_refusals(program: SimpleNamespace, toy: Path, copy: Path, tmp_path: Pat
         run(program, copy, tmp_path / "none")
 
 
-def test_beam_writes_the_same(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
-    pytest.importorskip("apache_beam", reason="needs apache-beam")
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_beam_writes_the_same_and_goes_on(
+    program: SimpleNamespace, toy: Path, tmp_path: Path, file_format: str
+) -> None:
+    import_beam()
     here, there = tmp_path / "here", tmp_path / "there"
-    run(program, toy, here)
-    run(program, toy, there, beam=("runner=DirectRunner",))
-    for path in here.iterdir():
-        assert path.is_dir() or path.read_bytes() == (there / path.name).read_bytes()
+    config = Prepare(8, 8, file_format=file_format)
+    text = run(program, toy, here, file_format=file_format)
+    first, *_ = plan(toy, there, config)
+    assert prepare_shard(first) == []  # of a run that was killed
+    written = first.target.stat().st_mtime_ns
+    (there / ".part-0-shard").write_bytes(b"half")
+    beam = tuple(option.removeprefix("--") for option in BEAM)
+    told = run(program, toy, there, file_format=file_format, beam=beam)
+    assert told.strip().replace(str(there), str(here)) == text.strip()
+    assert first.target.stat().st_mtime_ns == written
+    names = sorted(str(p.relative_to(here)) for p in here.rglob("*"))
+    assert names == sorted(str(p.relative_to(there)) for p in there.rglob("*"))
+    for name in names:
+        if (here / name).is_file():
+            assert (here / name).read_bytes() == (there / name).read_bytes(), name
+
+
+def test_beam_locates_damage(copy: Path, tmp_path: Path) -> None:
+    beam = import_beam()
+    for number, record in ((0, 2), (2, 1)):
+        change_record(shard(copy, number), record, lambda x: x.replace(b"\x89PNG", b"\x89PMG"))
+    here = plan(copy, tmp_path / "here", BOX)
+    with pytest.raises(DatasetError, match="2 problems; these shards are not written") as expected:
+        write_shards(here)
+    there = plan(copy, tmp_path / "there", BOX)
+    with pytest.raises(DatasetError) as found:
+        beam.write_shards(there, BEAM)
+    assert str(found.value) == str(expected.value)
+    assert [t.target.is_file() for t in there] == [t.target.is_file() for t in here] == [False, True, False, True]
+    assert not list((tmp_path / "there").rglob(".part-*"))

@@ -32,8 +32,9 @@ from openpi_like.data.stats import (
     load_normalization,
     save_normalization,
 )
-from openpi_like.robots import find_robot
+from openpi_like.robots import ActionField, Gripper, find_robot
 from tests.conftest import REPOSITORY
+from tests.data.beam import BEAM, import_beam
 from tests.data.reference_stats import stats_of, stats_of_blocks
 from tests.data.toy import ARM, CART
 
@@ -129,6 +130,17 @@ def test_workers_give_the_same_file(toy: Path, tmp_path: Path) -> None:
         compute_normalization(*datasets, workers=0)
 
 
+def test_no_shard_is_opened(copy: Path, toy: Path, shards_read: list[str]) -> None:
+    datasets = opened(copy, "train", "val")
+    shards_read.clear()
+    for path in copy.glob("*.tfrecord-*"):
+        path.unlink()  # the index has all that is needed
+    normalization = compute_normalization(*datasets)
+    assert normalization == compute_normalization(*opened(toy, "train", "val"))
+    assert compute_coverage(normalization, *datasets, workers=1)[0].count == 129
+    assert not shards_read
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_own_statistics_cover_all_but_two_percent(toy: Path) -> None:
     datasets = opened(toy, "train", robot=CART)
@@ -144,25 +156,53 @@ def test_own_statistics_cover_all_but_two_percent(toy: Path) -> None:
         compute_coverage(normalization, *opened(toy, "train", robot=ARM))
 
 
-def test_beam_gives_the_same_file(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
-    pytest.importorskip("apache_beam", reason="needs apache-beam")
-    from openpi_like.data.beam import write_normalization
+@pytest.mark.usefixtures("small_blocks")
+def test_beam_gives_the_same_bits(toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    beam = import_beam()
+    still = ActionField("still", "action", 1, gripper=Gripper(open=1e6, closed=0.0))
+    constant = dataclasses.replace(ARM, action=(*ARM.action, still))
+    for robot in (CART, constant):
+        datasets = opened(toy, "train", "val", robot=robot)
+        alone = compute_normalization(*datasets)
+        save_normalization(alone, tmp_path / "here.json")
+        caplog.clear()
+        got, covered = beam.write_normalization(datasets, str(tmp_path / "beam.json"), BEAM)
+        assert got == alone
+        assert (tmp_path / "beam.json").read_bytes() == (tmp_path / "here.json").read_bytes()
+        assert ("action of robot 'arm': still_0 [1] vary by less than 0.0001" in caplog.text) == (robot is constant)
+        assert_same_coverage(covered, compute_coverage(alone, *datasets))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["beam.json", "here.json"]
 
-    datasets = opened(toy, "train", "val")
-    save_normalization(compute_normalization(*datasets), tmp_path / "here.json")
-    write_normalization(datasets, str(tmp_path / "beam.json"), ["--runner=DirectRunner"])
-    assert (tmp_path / "beam.json").read_bytes() == (tmp_path / "here.json").read_bytes()
-    run(
-        program,
-        robot="tests.data.toy:ARM",
-        data=(str(toy),),
-        split="val",
-        out=tmp_path / "x.json",
-        beam=("runner=DirectRunner",),
-    )
-    assert load_normalization(tmp_path / "x.json", ARM) == compute_normalization(datasets[1])
+
+def assert_same_coverage(got: tuple[Coverage, Coverage], expected: tuple[Coverage, Coverage]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.count == theirs.count
+        np.testing.assert_array_equal(ours.outside, theirs.outside, strict=True)
+        np.testing.assert_array_equal(ours.largest, theirs.largest, strict=True)
+
+
+def test_beam_refuses_what_does_not_belong_together(toy: Path, tmp_path: Path) -> None:
+    beam = import_beam()
+    mixed = [*opened(toy, "train"), *opened(toy, "val", robot=CART)]
     with pytest.raises(ValueError, match="expected one and the same robot"):
-        write_normalization([*datasets, *opened(toy, "val", robot=CART)], str(tmp_path / "x.json"))
+        beam.write_normalization(mixed, str(tmp_path / "x.json"), BEAM)
+    with pytest.raises(ValueError, match="robot cart, expected arm"):
+        beam.compute_coverage(compute_normalization(mixed[1]), mixed[:1], str(tmp_path / "x.json"), BEAM)
+    assert not list(tmp_path.iterdir())
+
+
+def test_program_on_beam_reads_nothing_itself(
+    program: SimpleNamespace, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_beam()
+    options = {"robot": "tests.data.toy:CART", "data": (str(toy),)}
+    pipeline = {"beam": tuple(option.removeprefix("--") for option in BEAM)}
+    for mode in ({"out": tmp_path / "new" / "cart.json"}, {"use": tmp_path / "new" / "cart.json", "split": "val"}):
+        expected = run(program, **options, **mode)
+        with monkeypatch.context() as patch:
+            for name in ("compute_normalization", "compute_coverage"):
+                patch.setitem(program.main.__globals__, name, None)
+            assert run(program, **options, **mode, **pipeline).split() == expected.split()
 
 
 @pytest.mark.parametrize("name", ["open-pi-zero_bridge_statistics", "RoboVLMs_dataset_statistics_bridge"])
@@ -267,7 +307,8 @@ def test_program_says_what_beam_needs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     monkeypatch.delitem(sys.modules, "openpi_like.data.beam", raising=False)
-    with pytest.raises(SystemExit, match=r"--beam needs Apache Beam .*; pip install apache-beam"):
+    monkeypatch.delattr("openpi_like.data.beam", raising=False)
+    with pytest.raises(SystemExit, match=r"--beam needs Apache Beam .*; pip install .*beam"):
         run(
             program,
             robot="tests.data.toy:ARM",
