@@ -54,7 +54,7 @@ def main(args: Args, console: Console) -> None:
         try:
             from openpi_like.data import beam
         except ImportError as e:
-            sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
+            sys.exit(f"--beam needs Apache Beam ({e}); pip install 'openpi-like[beam]', then --no-deps apache-beam")
         beam.write_shards(tasks, [f"--{option}" for option in args.beam])
     else:
         with Progress(console=console, transient=True) as bar:

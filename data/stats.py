@@ -100,7 +100,7 @@ def beam() -> Any:
     try:
         from openpi_like.data import beam
     except ImportError as e:
-        sys.exit(f"--beam needs Apache Beam ({e}); pip install apache-beam")
+        sys.exit(f"--beam needs Apache Beam ({e}); pip install 'openpi-like[beam]', then --no-deps apache-beam")
     return beam
 
 

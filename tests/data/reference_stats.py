@@ -10,9 +10,9 @@ from openpi_like.data.stats import Counts, Moments, field_stats
 
 def stats_of(x: np.ndarray) -> FieldStats:
     """By plain numpy."""
-    low, high = np.quantile(x, [0.01, 0.99], axis=0)
     names = tuple(f"x{i}" for i in range(x.shape[1]))
     x64 = x.astype(np.float64)
+    low, high = np.quantile(x64, [0.01, 0.99], axis=0)
     values = {"mean": x64.mean(0), "std": x64.std(0), "q01": low, "q99": high, "min": x.min(0), "max": x.max(0)}
     return FieldStats(names=names, count=len(x), **{k: tuple(v.tolist()) for k, v in values.items()})
 

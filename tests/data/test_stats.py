@@ -130,6 +130,17 @@ def test_workers_give_the_same_file(toy: Path, tmp_path: Path) -> None:
         compute_normalization(*datasets, workers=0)
 
 
+def test_no_shard_is_opened(copy: Path, toy: Path, shards_read: list[str]) -> None:
+    datasets = opened(copy, "train", "val")
+    shards_read.clear()
+    for path in copy.glob("*.tfrecord-*"):
+        path.unlink()  # the index has all that is needed
+    normalization = compute_normalization(*datasets)
+    assert normalization == compute_normalization(*opened(toy, "train", "val"))
+    assert compute_coverage(normalization, *datasets, workers=1)[0].count == 129
+    assert not shards_read
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_own_statistics_cover_all_but_two_percent(toy: Path) -> None:
     datasets = opened(toy, "train", robot=CART)
@@ -297,7 +308,7 @@ def test_program_says_what_beam_needs(
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     monkeypatch.delitem(sys.modules, "openpi_like.data.beam", raising=False)
     monkeypatch.delattr("openpi_like.data.beam", raising=False)
-    with pytest.raises(SystemExit, match=r"--beam needs Apache Beam .*; pip install apache-beam"):
+    with pytest.raises(SystemExit, match=r"--beam needs Apache Beam .*; pip install .*beam"):
         run(
             program,
             robot="tests.data.toy:ARM",
