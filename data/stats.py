@@ -45,7 +45,7 @@ class Args:
     data: TFDS directories, or their URLs. out: the JSON file to write; a run looks for `<robot name>.json`.
     use: a file of statistics to measure on this data; nothing is written.
     split: which split, or a part of one, "train[:95%]". frame_stride: take every n-th frame.
-    index_dir: where indexes are kept (default: in the data).
+    index_dir: where indexes are kept (default: in the data). max_corrupt_fraction: see `open_dataset`.
     config: a run, in place of all the above. set: its overrides, key=value. again: also compute statistics that exist.
     workers: processes; the numbers do not depend on them. beam: options of a Beam pipeline, e.g. runner=DirectRunner.
     """
@@ -57,6 +57,7 @@ class Args:
     split: str = "train"
     frame_stride: int = 1
     index_dir: Path | None = None
+    max_corrupt_fraction: float = 0.0
     config: Path | None = None
     set: tuple[str, ...] = ()
     again: bool = False
@@ -161,7 +162,14 @@ def main(args: Args, console: Console) -> None:
         assert args.robot is not None  # Args has checked it
         robot = find_robot(args.robot)
         datasets = [
-            open_dataset(path, robot, args.split, frame_stride=args.frame_stride, index_dir=args.index_dir)
+            open_dataset(
+                path,
+                robot,
+                args.split,
+                frame_stride=args.frame_stride,
+                index_dir=args.index_dir,
+                max_corrupt_fraction=args.max_corrupt_fraction,
+            )
             for path in args.data
         ]
         if args.use is not None:

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from openpi_like.data import stats
+from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import (
     Counts,
     Coverage,
@@ -36,7 +38,7 @@ from openpi_like.robots import ActionField, Gripper, find_robot
 from tests.conftest import REPOSITORY
 from tests.data.beam import BEAM, import_beam
 from tests.data.reference_stats import stats_of, stats_of_blocks
-from tests.data.toy import ARM, CART
+from tests.data.toy import ARM, CART, change_record, shard
 
 SPLITS = ("train", "val")
 PROGRAM = REPOSITORY / "data" / "stats.py"
@@ -235,7 +237,7 @@ def test_bridge_lies_inside_its_published_statistics(shared: Path, bridge: Path,
 CONFIG = """
 from types import SimpleNamespace
 from openpi_like.data.loader import DataConfig, MixtureEntry
-from tests.data.toy import ARM, CART
+from tests.data.toy import ARM, CART, change_record, shard
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}), MixtureEntry(ARM, {toy!r}, split="val"))
 config = SimpleNamespace(data=DataConfig(entries), stats={stats!r})
@@ -262,6 +264,16 @@ def test_program_writes_and_measures(program: SimpleNamespace, toy: Path, tmp_pa
     held_out = run(program, robot=robot, data=(str(toy),), use=out, split="val")
     assert "19 frames of 3 episodes" in held_out
     assert "written" not in held_out
+
+
+def test_program_leaves_out_damaged_images_when_asked(program: SimpleNamespace, copy: Path, tmp_path: Path) -> None:
+    whole = open_index(copy, "train").read_image(5, "observation/image")
+    change_record(shard(copy), 0, lambda data: data.replace(whole, b"x" * len(whole)))
+    check_images(open_index(copy, "train"))
+    options = {"robot": "tests.data.toy:ARM", "data": (str(copy),), "out": tmp_path / "arm.json"}
+    with pytest.raises(DatasetError, match="at 1 of 110 steps an image of its cameras is damaged"):
+        run(program, **options)
+    assert "109 frames" in run(program, **options, max_corrupt_fraction=0.01)
 
 
 def test_program_computes_what_a_run_lacks(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
