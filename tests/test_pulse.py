@@ -82,11 +82,11 @@ def test_a_finished_demo_is_not_done_again(demo):
     assert json.loads((demo / "demo.json").read_text())["seconds"] == before
 
 
-def _train(demo: Path, name: str) -> list[str]:
+def _train(demo: Path, name: str, *, config: str = "configs/demo_pretrain.py") -> list[str]:
     paths = [f"data.entries.{i}.path={demo}/data/{robot}_sim/1.0.0" for i, robot in enumerate(("sawyer", "pusht"))]
     often = ["steps=60", "batch_size=8", "log_every=1", "save_every=5", "validate_every=100", "validation_batches=1"]
     files = [f"run_dir={demo}/{name}", f"stats={demo}/stats", f"tokenizer={demo}/text.model"]
-    return ["train/train.py", "configs/demo_pretrain.py", *files, *paths, *often, "validation_batch_size=8"]
+    return ["train/train.py", config, *files, *paths, *often, "validation_batch_size=8"]
 
 
 def _arrays(step: Path) -> dict[str, np.ndarray]:
@@ -99,14 +99,28 @@ def _arrays(step: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+# Everything that is drawn for a sample, and an order in groups of episodes.
+AUGMENTED = """
+import dataclasses
+from openpi_like.config import load_run
+from openpi_like.data.augment import Augment
+
+config = load_run("configs/demo_pretrain.py")
+data = dataclasses.replace(config.data, augment=Augment.octo(), camera_dropout=0.2, group_episodes=2)
+config = dataclasses.replace(config, data=data)
+"""
+
+
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
-    whole = _program(*_train(demo, "whole"))
+    config = demo / "augmented.py"
+    config.write_text(AUGMENTED)
+    whole = _program(*_train(demo, "whole", config=str(config)))
     assert whole.returncode == 0, whole.stdout[-2000:] + whole.stderr[-2000:]
 
     metrics = demo / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
-        [sys.executable, *_train(demo, "killed")],
+        [sys.executable, *_train(demo, "killed", config=str(config))],
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
@@ -122,7 +136,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     process.wait()
     assert not (checkpoints / "60").exists()
 
-    resumed = _program(*_train(demo, "killed"))
+    resumed = _program(*_train(demo, "killed", config=str(config)))
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-2000:]
     assert "resumed at step" in resumed.stdout
     expected, got = (_arrays(demo / name / "checkpoints" / "60") for name in ("whole", "killed"))

@@ -17,7 +17,7 @@ from openpi_like.batch import Batch
 from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
 from openpi_like.data.stats import load_normalization
 from openpi_like.data.text import TextTokenizer
-from tests.data.toy import ARM, CART, Shapes
+from tests.data.toy import CART, SOME, TOLD, Shapes
 
 BATCH = 8
 
@@ -33,7 +33,10 @@ def digests(batch: Batch) -> list[str]:
 def read(toy: Path, tokenizer: Path, stats: Path, start: int, **options: Any) -> Loader:
     """Returns a loader of a mixture with everything that is drawn; close it."""
     config = DataConfig(
-        (MixtureEntry(ARM, str(toy), weight=3.0), MixtureEntry(CART, str(toy), split="val", val_split=None)),
+        (
+            MixtureEntry(TOLD, str(toy), weight=3.0, selection=SOME),
+            MixtureEntry(CART, str(toy), split="val", val_split=None),
+        ),
         seed=5,
         camera_dropout=0.3,
         group_episodes=3,
@@ -43,7 +46,7 @@ def read(toy: Path, tokenizer: Path, stats: Path, start: int, **options: Any) ->
         batch_size=BATCH,
         policy=Shapes(),
         tokenizer=TextTokenizer(tokenizer.read_bytes(), Shapes().prompt_len),
-        normalizations={r.name: load_normalization(stats / f"{r.name}.json", r) for r in (ARM, CART)},
+        normalizations={r.name: load_normalization(stats / f"{r.name}.json", r) for r in (TOLD, CART)},
         start=start,
     )
 

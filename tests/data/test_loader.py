@@ -42,7 +42,7 @@ from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera
 from tests.data.reader import digests, read
-from tests.data.toy import ARM, CART, Shapes, change_record, shard
+from tests.data.toy import ARM, CART, SOME, TOLD, Shapes, change_record, shard
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +193,34 @@ def test_variety_of_a_batch_is_what_the_order_gives(group: int | None, batch: in
     assert np.mean(counts) == pytest.approx(distinct_episodes(lengths, batch, group_episodes=group), rel=0.04)
 
 
-@pytest.mark.parametrize("options", [{}, {"group_episodes": 3, "camera_dropout": 0.0}], ids=["mixed", "grouped"])
+@pytest.fixture
+def everything(config: DataConfig) -> dict[str, Any]:
+    """Options of a loader that draws all there is to draw: order in groups, instructions, cameras; of some steps."""
+    told = dataclasses.replace(config.entries[0], robot=TOLD, selection=SOME)
+    return {"entries": (told, config.entries[1]), "group_episodes": 4}
+
+
+def test_there_is_something_to_draw(load: Any, everything: dict[str, Any], config: DataConfig, toy: Path) -> None:
+    """What the tests below are to keep: cameras come and go, and the four instructions have alternatives."""
+    plain, batch = next(load(batch_size=96)), next(load(batch_size=96, **everything))
+    (of_plain, arm) = (b["dataset_id"] == 0 for b in (plain, batch))
+    for name in ("base", "wrist"):
+        assert 0 < batch["image_mask"][name][arm].sum() < arm.sum()
+    assert len(np.unique(plain["prompt"][of_plain], axis=0)) == 4
+    assert len(np.unique(batch["prompt"][arm], axis=0)) > 8
+    told = everything["entries"][0]
+    some = EpisodeDataset(open_index(toy, "train"), told.robot, selection=told.selection)
+    assert len(some) == sum(n - 2 for n in (12, 5, 9, 20, 16, 11, 8, 4, 14))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "grouped", "everything"])
 @pytest.mark.parametrize("hosts", [2, 4, 8])
-def test_hosts_read_disjoint_parts_whose_union_is_the_whole(load: Any, hosts: int, options: dict[str, Any]) -> None:
-    """Interleaving the hosts' samples gives those of one host: nothing twice, nothing missing, same cameras dropped."""
+def test_hosts_read_disjoint_parts_whose_union_is_the_whole(
+    load: Any, hosts: int, kind: str, everything: dict[str, Any]
+) -> None:
+    """Interleaving the hosts' samples gives those of one host: nothing twice, nothing missing, the same draws."""
+    kinds: dict[str, dict[str, Any]] = {"mixed": {}, "grouped": {"group_episodes": 3, "camera_dropout": 0.0}}
+    options = kinds.get(kind, everything)
     loader = load(**options)
     whole = rows([next(loader) for _ in range(4)])
     loaders = [load(process_index=h, process_count=hosts, **options) for h in range(hosts)]
@@ -208,23 +232,25 @@ def test_hosts_read_disjoint_parts_whose_union_is_the_whole(load: Any, hosts: in
 @pytest.mark.parametrize(
     ("start", "hosts", "batch", "threads"), [(8, 1, 8, 1), (13, 1, 4, 3), (16, 2, 8, 2), (6, 4, 4, 1), (24, 8, 8, 1)]
 )
-def test_resuming_anywhere_on_any_hosts_is_exact(load: Any, start: int, hosts: int, batch: int, threads: int) -> None:
-    loader = load(group_episodes=4)
+def test_resuming_anywhere_on_any_hosts_is_exact(
+    load: Any, everything: dict[str, Any], start: int, hosts: int, batch: int, threads: int
+) -> None:
+    loader = load(**everything)
     whole = rows([next(loader) for _ in range(5)])
     options = dict(start=start, batch_size=batch, process_count=hosts, num_threads=threads, prefetch=threads)
-    loaders = [load(process_index=h, group_episodes=4, **options) for h in range(hosts)]
+    loaders = [load(process_index=h, **options, **everything) for h in range(hosts)]
     parts = [rows([next(part) for _ in range(16 // batch)]) for part in loaders]
     resumed = [row for samples in zip(*parts, strict=True) for row in samples]
     assert resumed == whole[start : start + 16]
     assert loaders[0].position == start + 16
 
 
-def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
+def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, everything: dict[str, Any]) -> None:
     """Two processes, from the middle of the run, with action tokens and what these could not write."""
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
     text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
     options: dict[str, Any] = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow, "start": 8}
-    options |= {"saturate_actions": True, "group_episodes": 4}
+    options |= {"saturate_actions": True, **everything}
     threads, workers = load(**options), load(num_workers=2, num_threads=2, prefetch=1, **options)
     expected, got = [next(threads) for _ in range(5)], [next(workers) for _ in range(5)]
     assert rows(got) == rows(expected)

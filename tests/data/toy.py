@@ -12,6 +12,7 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
+from openpi_like.data.dataset import Selection
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 
 LENGTHS = {"train": (7, 1, 12, 5, 9, 3, 20, 16, 11, 8, 4, 14), "val": (6, 10, 3)}
@@ -46,6 +47,10 @@ CART = Robot(
     language_key=None,
     default_prompt="roll",
 )
+
+# The first one, told what to do in one of two ways, and what of its data is read: 9 of 12 episodes.
+TOLD = dataclasses.replace(ARM, language_alternatives=("episode_metadata/file_path",))
+SOME = Selection(success="episode_metadata/noise", min_length=4, skip_first=1, skip_last=1)
 
 
 @dataclasses.dataclass(frozen=True)
