@@ -5,8 +5,9 @@
 
 Peers are imported from their sources by `peer_python`, which needs what they import (TensorFlow, tensorflow-datasets,
 huggingface-hub, tqdm-loggable); without sources, ours runs alone. Every pipeline is a process of its own, they take
-turns, and the page cache is warm. CPU is user and system time of the process and its children in the timed window, per
-frame; "others" is what everything else on the machine took meanwhile, in cores, which should be close to none.
+turns, and before each of them the files are read once, so that the page cache is warm. CPU is user and system time of
+the process and its children in the timed window, per frame; "others" is what everything else on the machine took
+meanwhile, in cores, which should be close to none.
 """
 
 import collections
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,12 +101,21 @@ def peak_mb(pid: int) -> float:
     return peaks / 1e3
 
 
+def warm(directories: Sequence[str]) -> None:
+    """Reads the files of datasets, which the system may have dropped from memory meanwhile."""
+    for file in sorted({f.resolve() for d in directories for f in Path(d).iterdir() if f.is_file()}):
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+
+
 def run(args: Args, pipeline: str, **spec: Any) -> dict[str, float]:
     """Runs one pipeline in a process and returns what was measured of it from outside."""
     peer = pipeline in ("octo", "openpi", "octo_pixels")
     sources = [str(p.resolve()) for p in (args.octo, args.dlimp, args.openpi) if peer and p is not None]
     spec = {"buffer": args.buffer, "seconds": args.seconds, **spec, "pipeline": pipeline, "sources": sources}
     python = os.fspath(args.peer_python) if peer else sys.executable
+    warm(spec["data"])
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONDONTWRITEBYTECODE": "",  # modules are compiled once, as where a package is installed

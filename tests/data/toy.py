@@ -48,7 +48,7 @@ CART = Robot(
     default_prompt="roll",
 )
 
-# The first one, told what to do in one of two ways, and what of its data is read: 4 of 12 episodes are left out.
+# The first one, told what to do in one of two ways, and what of its data is read: 9 of 12 episodes.
 TOLD = dataclasses.replace(ARM, language_alternatives=("episode_metadata/file_path",))
 SOME = Selection(success="episode_metadata/noise", min_length=4, skip_first=1, skip_last=1)
 
