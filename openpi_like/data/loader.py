@@ -569,6 +569,7 @@ def sample_order(
 
     Args:
         lengths: frames of each dataset.
+        weights: relative parts of the samples, which grain rounds down to hundredths of the smallest.
         episodes: the same by episode; needed for `group_episodes`, see `DataConfig`.
     """
     orders = []
