@@ -152,7 +152,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     assert changed.returncode != 0
     assert "group_episodes: 2 -> 3" in changed.stderr
     accepted = _program(
-        *_train(demo, "killed", config=str(config)), "data.group_episodes=3", "accept_changed_data=true"
+        *_train(demo, "killed", config=str(config)), "data.group_episodes=3", "accept_changed_data=True"
     )
     assert accepted.returncode == 0, accepted.stdout[-2000:] + accepted.stderr[-2000:]
     assert "the order of samples has changed: group_episodes: 2 -> 3" in accepted.stdout
