@@ -345,7 +345,8 @@ class EpisodeDataset:
         for field in fields:
             # Of absolute targets only the last of a control step counts.
             offsets = range(stride - 1, stride) if field.command == "absolute" else range(stride)
-            parts.append(field.combine(np.stack([self._command(field, steps, k, rows) for k in offsets], axis=1)))
+            commands = [self._command(field, steps, k, rows) for k in offsets]
+            parts.append(field.combine(np.stack(commands, axis=1)) if len(commands) > 1 else commands[0])
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     def _command(

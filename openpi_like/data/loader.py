@@ -6,14 +6,17 @@ loader that starts at s holds the samples s + k * batch_size ... s + (k + 1) * b
 H-th of them, from the h-th on.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 import multiprocessing
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -286,6 +289,34 @@ class _UnderWay:
             self._changed.wait_for(lambda: not self._count)
 
 
+class _Recycled:
+    """Arrays whose memory is used again once nothing refers to it: the system would fill new pages with zeros first.
+
+    May be used from several threads. A pickled copy has nothing to use again.
+    """
+
+    def __init__(self, most: int) -> None:
+        """most: how many arrays of one size are kept to be used again."""
+        self._most = most
+        self._free: dict[int, collections.deque[memoryview]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Recycled, (self._most,)
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns an array of uint8 with any content."""
+        size = math.prod(shape)
+        free = self._free.setdefault(size, collections.deque(maxlen=self._most))
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(size, np.uint8).data
+        # Views of an array that does not own its memory, and whose base is no array, refer to the array itself.
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array.reshape(shape)
+
+
 class _Assembler:
     """Turns (dataset, frame) pairs into batches of the policy's shape. Safe to use from several threads; picklable."""
 
@@ -300,7 +331,7 @@ class _Assembler:
     ) -> None:
         self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
         self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
-        self._under_way = _UnderWay()
+        self._under_way, self._recycled = _UnderWay(), _Recycled(config.prefetch + config.num_threads + 1)
         problems = action_token_problems(policy, tokenizer, action_tokenizer)
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
@@ -356,7 +387,7 @@ class _Assembler:
         policy, size = self.policy, len(ids)
         saturated = 0
         height, width = policy.image_size
-        images = {name: np.empty((size, height, width, 3), np.uint8) for name in policy.cameras}  # filled at the end
+        images = {name: self._recycled.empty((size, height, width, 3)) for name in policy.cameras}  # filled at the end
         image_mask = {name: np.zeros(size, bool) for name in policy.cameras}
         state = np.zeros((size, policy.state_dim), np.float32)
         state_mask = np.zeros((size, policy.state_dim), bool)

@@ -1,6 +1,7 @@
 """Normalisation of states and actions in model space (see `openpi_like.robots.robot`), and back."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float
@@ -75,21 +76,29 @@ class Normalization:
         if self.mode not in ("zscore", "quantile"):
             raise ValueError(f"Normalization of {self.robot!r}: mode {self.mode!r}, expected 'zscore' or 'quantile'")
 
+    @functools.cached_property
+    def _state_affine(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.state.affine(self.mode)
+
+    @functools.cached_property
+    def _action_affine(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.action.affine(self.mode)
+
     def apply_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
         """Model space -> normalised, float32."""
-        return _apply(x, self.state, self.mode)
+        return _apply(x, self.state, self._state_affine)
 
     def apply_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
         """Model space -> normalised, float32."""
-        return _apply(x, self.action, self.mode)
+        return _apply(x, self.action, self._action_affine)
 
     def invert_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
         """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
-        return _invert(x, self.state, self.mode)
+        return _invert(x, self.state, self._state_affine)
 
     def invert_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
         """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
-        return _invert(x, self.action, self.mode)
+        return _invert(x, self.action, self._action_affine)
 
     def check(self, robot: Robot) -> None:
         """Raises ValueError, naming every difference, unless these are statistics of this robot."""
@@ -114,13 +123,13 @@ def _check_size(x: np.ndarray, stats: FieldStats) -> None:
         raise ValueError(f"got shape {x.shape}, expected last axis {len(stats.names)}: {', '.join(stats.names)}")
 
 
-def _apply(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
+def _apply(x: np.ndarray, stats: FieldStats, affine: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     _check_size(x, stats)
-    offset, scale, _ = stats.affine(mode)
+    offset, scale, _ = affine
     return ((x - offset) / scale).astype(np.float32)
 
 
-def _invert(x: np.ndarray, stats: FieldStats, mode: str) -> np.ndarray:
+def _invert(x: np.ndarray, stats: FieldStats, affine: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     _check_size(x, stats)
-    offset, _, width = stats.affine(mode)
+    offset, _, width = affine
     return (x * width + offset).astype(np.float32)

@@ -14,7 +14,9 @@ space too, so a policy that learned them answers with what a controller can exec
 """
 
 import dataclasses
+import functools
 import importlib
+import itertools
 import math
 import re
 import runpy
@@ -396,22 +398,22 @@ class Robot:
         if problems:
             raise ValueError(f"Robot {self.name!r}: " + "; ".join(problems))
 
-    @property
+    @functools.cached_property
     def robot_state_size(self) -> int:
         """Values of the state in robot space."""
         return sum(f.size for f in self.state)
 
-    @property
+    @functools.cached_property
     def robot_action_size(self) -> int:
         """Values of one action in robot space."""
         return sum(f.size for f in self.action)
 
-    @property
+    @functools.cached_property
     def state_size(self) -> int:
         """Values of the state in model space."""
         return sum(f.model_size for f in self.state)
 
-    @property
+    @functools.cached_property
     def action_size(self) -> int:
         """Values of one action in model space."""
         return sum(f.model_size for f in self.action)
@@ -493,10 +495,9 @@ def _check_size(what: str, x: np.ndarray, size: int, robot: Robot) -> None:
 
 
 def _split(x: np.ndarray, fields: tuple[StateField, ...]) -> list[np.ndarray]:
-    if not fields:
-        return []
-    ends = np.cumsum([f.size for f in fields])
-    return np.split(np.asarray(x, np.float64), ends[:-1].tolist(), axis=-1)
+    x = np.asarray(x, np.float64)
+    ends = itertools.accumulate(f.size for f in fields)
+    return [x[..., end - f.size : end] for f, end in zip(fields, ends, strict=True)]
 
 
 def with_channel_order(robot: Robot, order: str) -> Robot:

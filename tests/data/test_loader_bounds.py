@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pickle
 import sys
 import tracemalloc
 from pathlib import Path
@@ -72,6 +73,34 @@ def test_a_grouped_order_takes_no_more_than_is_counted_while_it_sorts(episodes: 
     counted = order.most_bytes(lengths, group, 1)
     assert peak < counted + 50_000  # Python's own objects
     assert peak > 0.3 * counted
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40), st.integers(0, 3))
+def test_memory_is_used_again_only_when_nothing_refers_to_it(events: list[tuple[int, bool]], most: int) -> None:
+    """Arrays or views of views of them are kept and let go in any order; what is kept is never written to."""
+    arrays = pickle.loads(pickle.dumps(loader._Recycled(most)))
+    kept: list[tuple[np.ndarray, int]] = []
+    for i, (let_go, view) in enumerate(events):
+        del kept[:let_go]
+        array = arrays.empty((2, 3, 4))
+        array[:] = i
+        kept.append((array[1:][:, ::2].T if view else array, i))
+        del array
+        assert all((of == number).all() for of, number in kept)
+        assert all(len(free) <= most for free in arrays._free.values())
+
+
+def test_memory_of_a_batch_is_that_of_one_before() -> None:
+    arrays = loader._Recycled(2)
+    first = arrays.empty((5, 7))
+    place = first.ctypes.data
+    view = first[2]
+    del first
+    assert arrays.empty((5, 7)).ctypes.data != place
+    del view
+    arrays.empty((5, 8))  # of another size
+    assert place in {a.ctypes.data for a in [arrays.empty((7, 5)) for _ in range(2)]}
 
 
 @pytest.mark.parametrize("group_episodes", [None, 4])
