@@ -37,7 +37,7 @@ from openpi_like.train.checkpoint import (
 )
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.metrics import MetricsWriter
-from openpi_like.train.sharding import put_batch
+from openpi_like.train.sharding import check_hosts_agree, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.validation import Validator, dataset_name
 
@@ -129,6 +129,9 @@ def main(config: TrainConfig, console: Console) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    check_hosts_agree(json.dumps(loader.order), "the order of samples: copy the same data and indexes to all of them")
+    if order is None and position:
+        console.print("the checkpoint does not say in which order its samples came; going on in the present one")
     changes = [] if order is None else order_changes(order, loader.order)
     if changes and not config.accept_changed_data:
         loader.close()

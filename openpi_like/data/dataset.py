@@ -1,6 +1,7 @@
 """The episodes of one split as one robot sees them: states, action chunks, masks, prompts and images, by frame."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -318,6 +319,15 @@ class EpisodeDataset:
                 read = max(read, int(images[camera.key][block, 1].max()))
         declared = [side or 0 for side in self.index.schema.steps[camera.key].shape]
         return read, (1 + camera.upside_down) * max(self._first_image[camera.name], math.prod(declared))
+
+    def frames_digest(self) -> str:
+        """Returns a digest of which step every frame is, and of the lengths of the episodes."""
+        digest = hashlib.sha256(f"{self._first_episode} {self._stride}".encode())
+        for array in (self.index.episode_start, self._frame_first, self._frame_start, self._kept):
+            if array is not None:
+                digest.update(f"{array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""

@@ -9,7 +9,6 @@ H-th of them, from the h-th on.
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import math
 import multiprocessing
 import os
@@ -180,36 +179,40 @@ class ValidationBatch:
 def open_datasets(config: DataConfig, *, validation: bool = False) -> list[EpisodeDataset | None]:
     """Opens the training (or validation) split of every entry; None where an entry has no validation split.
 
+    Their robots have only the cameras that are read, see `DataConfig.drop_cameras`.
+
     Raises:
         DatasetError: lists what is wrong with all of the datasets.
     """
     datasets: list[EpisodeDataset | None] = []
-    opened = contextlib.ExitStack()
     problems = []
-    for entry in config.entries:
-        split = entry.val_split if validation else entry.split
-        if split is None:
-            datasets.append(None)
-            continue
-        try:
-            dataset = open_dataset(
-                entry.path,
-                entry.robot,
-                split,
-                frame_stride=config.frame_stride,
-                selection=entry.selection,
-                index_dir=config.index_dir,
-                max_corrupt_fraction=config.max_corrupt_fraction,
-            )
-            opened.callback(dataset.close)
-            datasets.append(dataset)
-            if entry.text_key is not None:
-                dataset.check_text(entry.text_key)
-        except DatasetError as e:
-            problems.append(str(e))
-    if problems:
-        opened.close()
-        raise DatasetError("\n".join(problems))
+    with contextlib.ExitStack() as opened:  # closes them if anything raises
+        for entry in config.entries:
+            split = entry.val_split if validation else entry.split
+            if split is None:
+                datasets.append(None)
+                continue
+            # What is wrong with a camera that is not read does not matter. Where none is, the policy says so.
+            read = tuple(c for c in entry.robot.cameras if c.name not in config.drop_cameras) or entry.robot.cameras
+            try:
+                dataset = open_dataset(
+                    entry.path,
+                    dataclasses.replace(entry.robot, cameras=read),
+                    split,
+                    frame_stride=config.frame_stride,
+                    selection=entry.selection,
+                    index_dir=config.index_dir,
+                    max_corrupt_fraction=config.max_corrupt_fraction,
+                )
+                opened.callback(dataset.close)
+                datasets.append(dataset)
+                if entry.text_key is not None:
+                    dataset.check_text(entry.text_key)
+            except DatasetError as e:
+                problems.append(str(e))
+        if problems:
+            raise DatasetError("\n".join(problems))
+        opened.pop_all()
     return datasets
 
 
@@ -616,21 +619,22 @@ def sample_order(
     return mixed.map_with_index(lambda p, element: (p, *element))
 
 
-def order_record(config: DataConfig, episodes: Sequence[Int[np.ndarray, "_"]]) -> dict[str, Any]:
-    """Returns, as JSON, all that decides which sample a position stands for: where two are equal, so are the orders.
+def order_record(config: DataConfig, datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
+    """Returns, as JSON, all that decides which step a position stands for: where two are equal, so are the orders.
 
-    episodes: frames of each episode of each dataset, see `EpisodeDataset.frames_per_episode`.
+    Where the data lies and what is drawn for a sample are no part of it.
     """
     entries = [
         {
             "robot": entry.robot.name,
+            "data": f"{dataset.index.split.dataset}/{dataset.index.split.version}",
             "split": entry.split,
             "weight": entry.weight,
-            "frames": int(of.sum()),
-            "episodes": int((of > 0).sum()),
-            "lengths": hashlib.sha256(np.asarray(of, "<i8").tobytes()).hexdigest()[:16],
+            "frames": len(dataset),
+            "episodes": dataset.episodes,
+            "steps": dataset.frames_digest(),
         }
-        for entry, of in zip(config.entries, episodes, strict=True)
+        for entry, dataset in zip(config.entries, datasets, strict=True)
     ]
     return {"seed": config.seed, "group_episodes": config.group_episodes, "entries": entries}
 
@@ -779,7 +783,8 @@ def make_loader(
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
         opened.callback(assemble.close)
-        return Loader(iter(stream), opened.pop_all(), batch_size, start, order_record(config, episodes))
+        record = order_record(config, datasets)
+        return Loader(iter(stream), opened.pop_all(), batch_size, start, record)
 
 
 def _rows_per_host(batch_size: int, process_index: int, process_count: int, start: int = 0) -> int:

@@ -151,7 +151,8 @@ class Checkpointer:
     ) -> tuple[TrainState, int, dict[str, Any] | None]:
         """Returns the newest state, placed as `shardings` say, and the data position and order that belong to it.
 
-        The order is None where nothing was trained, as in the weights that `save_policy` writes.
+        The order is None where nothing was trained, as in the weights that `save_policy` writes, and where it was not
+        recorded yet.
 
         Raises:
             CheckpointError: no step, or its contract is not `contract` (other robots, statistics, model ...).

@@ -1,5 +1,6 @@
 """Validation on held-out episodes: a loss that can be compared between steps and runs, and errors in physical units."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,8 +30,14 @@ class Validator:
     """Evaluates the averaged weights (the raw ones where no average is kept)."""
 
     def __init__(self, config: TrainConfig, contract: Contract, model: ModelDef, mesh: Mesh) -> None:
+        """
+        Raises:
+            DatasetError, ValueError: the held-out data cannot be used, which a run is to learn before its first step.
+        """
         self._config, self._contract, self._model, self._mesh = config, contract, model, mesh
         self._options = contract.sampling_options()
+        for _ in self._batches(count=1):
+            pass
         self._losses = jax.jit(lambda params, batch, key: model.bind(params).validation_losses(key, batch))
         self._actions = jax.jit(self._sample)
 
@@ -54,18 +61,7 @@ class Validator:
         errors: dict[str, list[np.ndarray]] = {}
         names: dict[str, tuple[str, ...]] = {}
         saturated = 0
-        held_out = validation_batches(
-            self._config.data,
-            batch_size=self._config.validation_batch_size,
-            count=self._config.validation_batches,
-            policy=self._config.model,
-            tokenizer=self._contract.text_tokenizer(),
-            normalizations=self._contract.normalizations,
-            action_tokenizer=self._contract.fast_tokenizer(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        for i, item in enumerate(held_out):
+        for i, item in enumerate(self._batches(count=self._config.validation_batches)):
             robot, batch = item.robot, put_batch(item.batch, self._mesh)
             name = dataset_name(robot, acts=item.acts)
             key = jax.random.fold_in(jax.random.key(NOISE_SEED), i)
@@ -84,6 +80,19 @@ class Validator:
             mean = np.concatenate(parts).mean(0)
             line.update({f"action_mae/{name}/{n}": float(v) for n, v in zip(names[name], mean, strict=True)})
         return line | ({"saturated": float(saturated)} if saturated else {})
+
+    def _batches(self, *, count: int) -> Iterator[ValidationBatch]:
+        return validation_batches(
+            self._config.data,
+            batch_size=self._config.validation_batch_size,
+            count=count,
+            policy=self._config.model,
+            tokenizer=self._contract.text_tokenizer(),
+            normalizations=self._contract.normalizations,
+            action_tokenizer=self._contract.fast_tokenizer(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def _absolute_errors(self, item: ValidationBatch, actions_BAJ: jax.Array) -> np.ndarray:
         """Returns the absolute errors of all valid steps of all hosts, (steps, Js), in robot space."""

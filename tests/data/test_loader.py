@@ -1,6 +1,7 @@
 """Order, mixing, resuming and shapes of batches, checked against one sample at a time."""
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import from_json, to_json
 from openpi_like.data.augment import Augment
-from openpi_like.data.dataset import EpisodeDataset
+from openpi_like.data.damage import check_images
+from openpi_like.data.dataset import EpisodeDataset, Selection
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.images import fit
 from openpi_like.data.index import open_index
@@ -32,6 +34,7 @@ from openpi_like.data.loader import (
     distinct_episodes,
     keep_cameras,
     make_loader,
+    open_datasets,
     order_changes,
     order_record,
     sample_order,
@@ -169,49 +172,76 @@ def test_grouped_order_differs_between_passes_seeds_and_datasets() -> None:
     assert all(sorted(of) == list(range(100)) for of in passes)
 
 
-@given(data=st.data())
-@settings(max_examples=15, deadline=None)
-def test_orders_with_equal_records_are_equal_and_other_records_say_in_what(data: st.DataObject) -> None:
-    lengths = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), min_size=1, max_size=2)
-    options = st.tuples(lengths, st.sampled_from([1.0, 3.0]), st.integers(0, 1), st.sampled_from([None, 1, 2]))
+ORDERS: list[dict[str, Any]] = [
+    {},
+    {"seed": 6},
+    {"group_episodes": 2},
+    {"group_episodes": 3},
+    {"frame_stride": 2},
+    {"selection": Selection(skip_first=1)},
+    {"selection": Selection(skip_last=1)},  # as many frames of each episode as with the one before
+    {"split": "train[:75%]"},
+    {"split": "train[25%:]"},
+    {"weight": 2.0},
+    {"num_threads": 3, "prefetch": 9, "camera_dropout": 0.5, "augment": None},
+    {"drop_cameras": ("wrist",)},
+]
 
-    def draw() -> tuple[dict[str, Any], list[Any]]:
-        episodes, weight, seed, group = data.draw(options)
-        entries = tuple(MixtureEntry(ARM, f"any{i}", weight=weight if i else 1.0) for i in range(len(episodes)))
-        arrays = [np.array(of) for of in episodes]
-        order = sample_order(
-            [sum(of) for of in episodes],
-            [e.weight for e in entries],
-            seed,
-            episodes=arrays,
-            group_episodes=group,
+
+def test_orders_with_equal_records_are_equal_and_other_records_say_in_what(config: DataConfig) -> None:
+    made: list[tuple[dict[str, Any], list[tuple[int, int]]]] = []
+    for options in ORDERS:
+        fields = {f.name for f in dataclasses.fields(MixtureEntry)}
+        entry = dataclasses.replace(config.entries[0], **{k: v for k, v in options.items() if k in fields})
+        changed = dataclasses.replace(
+            config, entries=(entry, config.entries[1]), **{k: v for k, v in options.items() if k not in fields}
         )
-        record = order_record(DataConfig(entries, seed=seed, group_episodes=group), arrays)
+        datasets = [d for d in open_datasets(changed) if d is not None]
+        record = order_record(changed, datasets)
         assert json.loads(json.dumps(record)) == record
-        return record, [order[p] for p in range(40)]
+        order = sample_order(
+            [len(d) for d in datasets],
+            [e.weight for e in changed.entries],
+            changed.seed,
+            episodes=[d.frames_per_episode() for d in datasets],
+            group_episodes=changed.group_episodes,
+        )
+        samples = [order[p] for p in range(200)]
+        made.append((record, [(i, int(datasets[i].steps(np.array([frame]))[0])) for _, i, frame in samples]))
+        for dataset in datasets:
+            dataset.close()
+    for (one, samples), (other, others) in itertools.combinations(made, 2):
+        assert (samples == others) == (one == other) == (order_changes(one, other) == [])
+    assert made[0] == made[-1] == made[-2]
+    assert order_changes(made[0][0], made[1][0]) == ["seed: 5 -> 6"]
+    assert order_changes(made[2][0], made[3][0]) == ["group_episodes: 2 -> 3"]
+    assert order_changes(made[0][0], made[9][0]) == ["dataset 0 (arm): weight 3.0 -> 2.0"]
+    (skips,) = order_changes(made[5][0], made[6][0])
+    assert re.fullmatch(r"dataset 0 \(arm\): steps [0-9a-f]{16} -> [0-9a-f]{16}", skips)
 
-    (one, samples), (other, others) = draw(), draw()
-    changes = order_changes(one, other)
-    assert bool(changes) == (one != other)
-    if samples != others:
-        assert changes
-    for key in ("seed", "group_episodes"):
-        assert any(c.startswith(f"{key}: ") for c in changes) == (one[key] != other[key])
+
+def test_an_order_of_fewer_datasets_is_another(config: DataConfig) -> None:
+    def record(config: DataConfig) -> dict[str, Any]:
+        datasets = [d for d in open_datasets(config) if d is not None]
+        for dataset in datasets:
+            dataset.close()
+        return order_record(config, datasets)
+
+    fewer = dataclasses.replace(config, entries=config.entries[:1])
+    assert order_changes(record(config), record(fewer)) == ["datasets: 2 -> 1"]
 
 
-def test_a_change_of_the_data_is_told_by_dataset() -> None:
-    entries = (MixtureEntry(ARM, "a"), MixtureEntry(CART, "b", weight=2.0))
-    config = DataConfig(entries)
-    before = order_record(config, [np.array([3, 4]), np.array([5])])
-    assert order_changes(before, order_record(config, [np.array([3, 4]), np.array([5])])) == []
-    # An episode lost a frame, and another got one: as many frames, in other places.
-    (moved,) = order_changes(before, order_record(config, [np.array([4, 3]), np.array([5])]))
-    assert moved.startswith("dataset 0 (arm): lengths ")
-    heavier = dataclasses.replace(config, entries=(entries[0], dataclasses.replace(entries[1], weight=3.0)))
-    changes = order_changes(before, order_record(heavier, [np.array([3, 3]), np.array([5])]))
-    assert changes[0].startswith("dataset 0 (arm): frames 7 -> 6, lengths ")
-    assert changes[1:] == ["dataset 1 (cart): weight 2.0 -> 3.0"]
-    assert "datasets: 2 -> 1" in order_changes(before, order_record(DataConfig(entries[:1]), [np.array([3, 4])]))
+def test_damage_of_a_camera_that_is_not_read_does_not_matter(config: DataConfig, copy: Path) -> None:
+    whole = open_index(copy, "train").read_image(5, "observation/wrist")
+    change_record(shard(copy), 0, lambda data: data.replace(whole, b"x" * len(whole)))
+    check_images(open_index(copy, "train"))
+    config = dataclasses.replace(config, entries=(dataclasses.replace(config.entries[0], path=str(copy)),))
+    with pytest.raises(DatasetError, match="at 1 of 110 steps an image of its cameras is damaged"):
+        open_datasets(config)
+    (dataset,) = open_datasets(dataclasses.replace(config, drop_cameras=("wrist",)))
+    assert dataset is not None
+    assert len(dataset) == 110
+    dataset.close()
 
 
 @settings(max_examples=60, deadline=None)
