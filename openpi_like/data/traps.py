@@ -23,6 +23,7 @@ _BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
 _WRAPS = 3  # jumps by a turn that are no accident
+_EPISODES = 4  # that a sample is of, at least
 _BLOCK = 1 << 16  # steps read together
 SAMPLE = 200_000  # steps of a sample: some 20 MB for the numbers of an arm
 
@@ -42,7 +43,7 @@ class Trap:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Whole episodes of an index, evenly spaced; all of them where they have no more steps than asked for.
+    """Episodes of an index, evenly spaced, whole or their beginnings; all where they have no more steps than asked for.
 
     index: what they are of. steps: (n,), ascending. starts: (e + 1,), where each episode begins in `steps`.
     """
@@ -53,13 +54,19 @@ class Sample:
 
     @classmethod
     def take(cls, index: FrameIndex, most: int = SAMPLE) -> "Sample":
-        """Takes every n-th episode, for the least n that gives at most `most` steps; of a longer one the beginning."""
-        every, first = -(-index.steps // most), np.asarray(index.episode_start)
-        lengths = np.diff(first)
-        while every < index.episodes and lengths[::every].sum() > most:
+        """Takes every n-th episode, for an n that gives at most `most` steps.
+
+        Where that would leave fewer than 4, these (or all) and of each the beginning.
+        """
+        first = np.asarray(index.episode_start)
+        lengths, largest = np.diff(first), max(index.episodes // _EPISODES, -(-index.episodes // most))
+        every = min(-(-index.steps // most), largest)
+        while every < largest and lengths[::every].sum() > most:
             every += 1
-        chosen = np.arange(0, index.episodes, min(every, index.episodes))
-        lengths = np.minimum(lengths[chosen], most)
+        chosen = np.arange(0, index.episodes, every)
+        lengths = lengths[chosen]
+        if lengths.sum() > most:
+            lengths = np.minimum(lengths, most // len(chosen))
         steps = np.concatenate([np.arange(first[e], first[e] + n) for e, n in zip(chosen, lengths, strict=True)])
         return cls(index, steps, np.append(0, np.cumsum(lengths)))
 
