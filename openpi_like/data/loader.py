@@ -40,7 +40,7 @@ from openpi_like.robots.robot import Camera, Robot, policy_problems
 RENDERER_KEY = "episode_metadata/renderer"
 WORKER_BYTES = 260 << 20  # resident memory of a worker process that has read nothing yet: Python and its libraries
 _PILLOW_COPIES = 5  # sizes of an image that resizing it with Pillow holds: itself, a copy, 4 bytes a pixel twice
-_CHUNK_STAGES = 8
+_CHUNK_STAGES = 8  # sizes of a chunk in float64 that are there at once while it is read and encoded
 # What a draw is for; cameras take the streams from _CAMERA_STREAM on, in the policy's order.
 _PROMPT_STREAM, _CAMERA_STREAM = 0, 1
 
