@@ -79,9 +79,11 @@ class Sample:
         """What it is, for a report."""
         if self.whole:
             return f"all {self.index.steps:,} steps"
+        ends = np.append(self.steps[self.starts[1:-1] - 1], self.steps[-1]) + 1
+        cut = not np.isin(ends, self.index.episode_start).all()
         return (
             f"{len(self.steps):,} of {self.index.steps:,} steps, those of {len(self.starts) - 1:,} of "
-            f"{self.index.episodes:,} episodes, evenly spaced"
+            f"{self.index.episodes:,} episodes, evenly spaced{', of some the beginnings only' if cut else ''}"
         )
 
     def rows(self, key: str) -> Shaped[np.ndarray, "n D"]:

@@ -77,6 +77,7 @@ def test_a_sample_is_whole_episodes_evenly_spaced(toy_index: FrameIndex, lengths
         assert str(sample).startswith(
             f"{len(sample.steps):,} of {len(x):,} steps, those of {len(parts)} of {len(lengths)} "
         )
+        assert str(sample).endswith("beginnings only") == (len(sample.steps) < sum(lengths[e] for e in episodes))
 
 
 def test_memory_does_not_grow_with_the_dataset(toy_index: FrameIndex, tmp_path: Path) -> None:
