@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from openpi_like.partition import lookup, pin
+
 PART = 16_384  # rows of the table at a time
+# Axes of the table as (G, V / G, D), where it is kept and where it is computed with, see `openpi_like.partition`.
+_KEPT, _USED = ("vocab", None, "embed"), ("vocab", None, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -50,7 +54,8 @@ def _part_logits(
     """
     start = jnp.minimum(i * size, table_GVD.shape[1] - size)
     rows = jax.lax.dynamic_slice_in_dim(table_GVD, start, size, axis=1).astype(x_TD.dtype)
-    logits = jnp.einsum("TD,GVD->TGV", x_TD, rows, preferred_element_type=jnp.float32)
+    rows = pin(pin(rows, *_KEPT), *_USED)
+    logits = pin(jnp.einsum("TD,GVD->TGV", x_TD, rows, preferred_element_type=jnp.float32), "batch", "vocab", None)
     return start, rows, jnp.where(start + jnp.arange(size) >= i * size, logits, -jnp.inf)
 
 
@@ -66,7 +71,7 @@ def _forward(x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: i
     start = jnp.full(targets_T.shape, -jnp.inf), jnp.zeros(targets_T.shape)
     (top, total), _ = jax.lax.scan(add, start, jnp.arange(count))
     log_total = top + jnp.log(total)
-    chosen = table_VD[targets_T].astype(x_TD.dtype)
+    chosen = lookup(table_VD, ("vocab", "embed"), targets_T[:, None])[:, 0].astype(x_TD.dtype)
     of_target = jnp.einsum("TD,TD->T", x_TD, chosen, preferred_element_type=jnp.float32)
     return log_total - of_target, log_total
 
@@ -91,12 +96,12 @@ def _backward_rule(part: int, saved: tuple[jax.Array, ...], g_T: jax.Array) -> t
         # p - 1 in float32, before it is rounded: where a target is nearly certain, that difference is all there is.
         p = jnp.exp(logits - log_total[:, None, None])
         dlogits = (g_T[:, None, None] * (p - hit)).astype(x_TD.dtype)
-        dx += jnp.einsum("TGV,GVD->TD", dlogits, rows, preferred_element_type=jnp.float32)
-        drows = jnp.einsum("TGV,TD->GVD", dlogits, x_TD, preferred_element_type=jnp.float32)
+        dx += pin(jnp.einsum("TGV,GVD->TD", dlogits, rows, preferred_element_type=jnp.float32), "batch", None)
+        drows = pin(jnp.einsum("TGV,TD->GVD", dlogits, x_TD, preferred_element_type=jnp.float32), *_KEPT)
         before = jax.lax.dynamic_slice_in_dim(dtable, start, size, axis=1)
         return (dx, jax.lax.dynamic_update_slice_in_dim(dtable, before + drows, start, axis=1)), None
 
-    zero = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(table_GVD.shape, jnp.float32)
+    zero = pin(jnp.zeros(x_TD.shape, jnp.float32), "batch", None), pin(jnp.zeros(table_GVD.shape, jnp.float32), *_KEPT)
     (dx, dtable), _ = jax.lax.scan(add, zero, jnp.arange(count))
     return dx.astype(x_TD.dtype), dtable.reshape(groups * length, D).astype(table_VD.dtype), None
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import Array as Leaf
 from openpi_like.draws import named_key
 from openpi_like.models.cross_entropy import cross_entropy
-from openpi_like.models.param import Linear, fan_in, weight, zeros
+from openpi_like.models.param import Linear, fan_in, linear, linear_parts, map_weight, use, weight, zeros
+from openpi_like.partition import lookup, pin
 
 MASKED = -2.3819763e38  # as in the references
 
@@ -179,7 +180,7 @@ class RMSNorm(nnx.Module):
         x32 = x_BSD.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
         if cond_BSD is None:
-            return (normed * (1 + self.scale[...])).astype(x_BSD.dtype), None
+            return (normed * (1 + use(self.scale, jnp.float32))).astype(x_BSD.dtype), None
         scale, shift, gate = jnp.split(self.modulation(cond_BSD.astype(x_BSD.dtype)), 3, axis=-1)
         return (normed * (1 + scale) + shift).astype(x_BSD.dtype), gate
 
@@ -195,22 +196,24 @@ class GemmaLayer(nnx.Module):
         L, D, F = config.depth, config.width, config.mlp_dim
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
         self.attn_norm = RMSNorm(named_key(key, "attn_norm"), D, adaptive=adaptive, layers=L)
-        self.q = weight(key, "q", (L, N, D, H), ("layers", "heads", "embed", "head_dim"), fan_in(2))
+        self.q = map_weight(key, "q", (L, N, D, H), ("layers", "heads", "embed", "head_dim"), inputs=(2,))
         kv_axes = ("layers", "stack", "kv_heads", "embed", "head_dim")
-        self.kv = weight(key, "kv", (L, 2, K, D, H), kv_axes, fan_in(3))
-        self.out = weight(key, "out", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), fan_in(1, 2))
+        self.kv = map_weight(key, "kv", (L, 2, K, D, H), kv_axes, inputs=(3,))
+        self.out = map_weight(key, "out", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), inputs=(1, 2))
         self.mlp_norm = RMSNorm(named_key(key, "mlp_norm"), D, adaptive=adaptive, layers=L)
-        self.gate_up = weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), fan_in(2))
-        self.down = weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), fan_in(1))
+        self.gate_up = map_weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), inputs=(2,))
+        self.down = map_weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), inputs=(1,))
 
     def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
         """Returns the queries of normalised tokens."""
-        return rotate(jnp.einsum("BSD,NDH->BNSH", y_BSD, self.q[...].astype(y_BSD.dtype)), rope_2BSh[:, :, None])
+        q_BNSH = rotate(linear(self, "q", "BSD,NDH->BNSH", y_BSD), rope_2BSh[:, :, None])
+        return pin(q_BNSH, "batch", "heads", None, None)
 
     def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
         """Returns the keys and values of normalised tokens, (B, S, K, H)."""
-        k, v = (jnp.einsum("BSD,KDH->BSKH", y_BSD, self.kv[i].astype(y_BSD.dtype)) for i in range(2))
-        return KVCache(k=rotate(k, rope_2BSh[:, :, :, None]), v=v)
+        k, v = linear_parts(self, "kv", "BSD,KDH->BSKH", y_BSD)
+        k, v = (pin(x, "batch", None, "kv_heads", None) for x in (rotate(k, rope_2BSh[:, :, :, None]), v))
+        return KVCache(k=k, v=v)
 
     def project(
         self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
@@ -220,13 +223,13 @@ class GemmaLayer(nnx.Module):
 
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """Returns what attention adds to the tokens."""
-        return jnp.einsum("BNSH,NHD->BSD", seen_BNSH, self.out[...].astype(seen_BNSH.dtype))
+        return linear(self, "out", "BNSH,NHD->BSD", seen_BNSH)
 
     def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns what the MLP adds to the tokens; gelu is the tanh approximation."""
-        gate, up = (jnp.einsum("BSD,DF->BSF", y_BSD, self.gate_up[i].astype(y_BSD.dtype)) for i in range(2))
-        hidden_BSF = jax.nn.gelu(gate, approximate=True) * up
-        return jnp.einsum("BSF,FD->BSD", hidden_BSF, self.down[...].astype(y_BSD.dtype))
+        gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
+        hidden_BSF = pin(jax.nn.gelu(gate, approximate=True) * up, "batch", None, "mlp")
+        return linear(self, "down", "BSF,FD->BSD", hidden_BSF)
 
 
 class PackedLayer(nnx.Module):
@@ -277,12 +280,13 @@ def run_layer(
     cond_BSD: Float[Array, "B #S D"] | None,
 ) -> tuple[Float[Array, "B S D"], KVCache]:
     """Returns the tokens after one layer, and their own keys and values (without those of `past`)."""
+    x_BSD = pin(x_BSD, "batch", None, None)
     y, gate = layer.attn_norm(x_BSD, cond_BSD)
     q_BNSH, own = layer.project(y, rope_2BSh)
     every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
     x_BSD = _residual(x_BSD, layer.project_out(attention(q_BNSH, every.k, every.v, mask_BST)), gate)
     y, gate = layer.mlp_norm(x_BSD, cond_BSD)
-    return _residual(x_BSD, layer.mlp(y), gate), own
+    return pin(_residual(x_BSD, layer.mlp(y), gate), "batch", None, None), own
 
 
 class Gemma(nnx.Module):
@@ -308,7 +312,7 @@ class Gemma(nnx.Module):
 
     def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Returns token embeddings times sqrt(D)."""
-        x_BSD = jnp.take(self.embedding[...], tokens_BS, axis=0)
+        x_BSD = lookup(self.embedding[...], self.embedding.get_metadata()["axes"], tokens_BS)
         # The factor in the table's own precision, as in openpi: 45.25 for 45.2548 would be wrong for all tokens alike.
         return (x_BSD * jnp.sqrt(self.config.width).astype(x_BSD.dtype)).astype(self.dtype)
 

@@ -21,6 +21,7 @@ from openpi_like.config import near_names
 from openpi_like.draws import named_key, row_keys
 from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, KVCache, attention_mask, token_positions
 from openpi_like.models.siglip import Siglip, SiglipConfig
+from openpi_like.partition import pin
 
 EOS = 1
 RESIZE = ("cubic", "pillow")
@@ -270,7 +271,7 @@ class VisionLanguageModel(nnx.Module):
         P, D = tokens.shape[1:]
         seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
         tokens = jnp.concatenate([tokens.reshape(B, C * P, D), self.vlm.embed(observation["prompt"])], axis=1)
-        return tokens, jnp.concatenate([jnp.repeat(seen, P, axis=1), observation["prompt_mask"]], axis=1)
+        return pin(tokens, "batch", None, None), jnp.concatenate([jnp.repeat(seen, P, axis=1), observation["prompt_mask"]], axis=1)
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 

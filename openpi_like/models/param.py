@@ -1,28 +1,53 @@
-"""How weights are declared: shape, logical axes and initialiser in one row each.
+"""How weights are declared and used: shape, logical axes and initialiser in one row each.
 
 Every weight is an `nnx.Param` in float32 with the metadata `axes`, one logical axis name per dimension; the rules in
-`openpi_like.train.sharding` map these names to a mesh. Weights of stacked layers have the layer as axis 0.
+`openpi_like.partition` map these names to a mesh. Weights of stacked layers have the layer as axis 0. Weights of linear
+maps have the metadata `inputs`, the dimensions that are summed over; these can have an overlay (`models.lora`) and be
+held in fewer bits (`models.quantize`).
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import qwix
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
+from openpi_like.partition import Axes, gathered
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-Axes = tuple[str | None, ...]
 
 
-def weight(key: Key[Array, ""], name: str, shape: tuple[int, ...], axes: Axes, init: Initializer) -> nnx.Param:
+# ---- Declaring -------------------------------------------------------------------------------------------------------
+
+
+def weight(
+    key: Key[Array, ""], name: str, shape: tuple[int, ...], axes: Axes, init: Initializer, **metadata: Any
+) -> nnx.Param:
     """Returns a float32 weight. axes: one logical axis name (or None) per dimension of `shape`."""
     if len(shape) != len(axes):
         raise ValueError(f"weight {name!r} of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")
-    return nnx.Param(init(named_key(key, name), shape), axes=axes)
+    return nnx.Param(init(named_key(key, name), shape), axes=axes, **metadata)
+
+
+def map_weight(
+    key: Key[Array, ""],
+    name: str,
+    shape: tuple[int, ...],
+    axes: Axes,
+    *,
+    inputs: tuple[int, ...],
+    zero: bool = False,
+) -> nnx.Param:
+    """Returns the weight of a linear map, drawn from N(0, 1 / fan-in). inputs: the dimensions that are summed over.
+
+    zero: start at zero instead.
+    """
+    return weight(key, name, shape, axes, zeros if zero else fan_in(*inputs), inputs=inputs)
 
 
 def normal(stddev: float) -> Initializer:
@@ -43,6 +68,42 @@ def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Initialiser: ones."""
     return jnp.ones(shape, jnp.float32)
+
+
+# ---- Using -----------------------------------------------------------------------------------------------------------
+
+
+def use(w: nnx.Param, dtype: Any) -> Any:
+    """Returns a weight as it is computed with: in `dtype` and gathered from its parts, see `partition.gathered`.
+
+    Of a stack, `w` may be one layer. A weight in fewer bits (`qwix.QArray`) stays in them.
+    """
+    value, axes = w[...], w.get_metadata()["axes"]
+    axes = axes[len(axes) - value.ndim :]  # without the layer, inside of it
+    if isinstance(value, qwix.QArray):
+        return jax.tree.map(lambda x: gathered(x, axes, x.dtype), value.astype(dtype))
+    return gathered(value, axes, dtype)
+
+
+def _product(equation: str, x: jax.Array, w: Any) -> jax.Array:
+    return (qwix.einsum if isinstance(w, qwix.QArray) else jnp.einsum)(equation, x, w)
+
+
+def linear(module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns einsum(equation, x, weight `name` of the module), in the dtype of x, with the weight's overlay."""
+    y = _product(equation, x, use(getattr(module, name), x.dtype))
+    overlay = getattr(module, f"{name}_lora", None)
+    return y if overlay is None else y + overlay(equation, x)
+
+
+def linear_parts(
+    module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], ...]:
+    """As `linear`, once for each element of the weight's first axis, of which the equation says nothing."""
+    w = use(getattr(module, name), x.dtype)
+    overlay = getattr(module, f"{name}_lora", None)
+    every = [_product(equation, x, w[i]) for i in range(w.shape[0])]
+    return tuple(y if overlay is None else y + overlay(equation, x, part=i) for i, y in enumerate(every))
 
 
 class Linear(nnx.Module):
@@ -69,13 +130,12 @@ class Linear(nnx.Module):
         outer = 0 if layers is None else 1
         lead = () if layers is None else (layers,)
         lead_axes: Axes = () if layers is None else ("layers",)
-        inputs = [i + outer for i, c in enumerate(letters) if c not in output]
+        inputs = tuple(i + outer for i, c in enumerate(letters) if c not in output)
         kept = [i for i, c in enumerate(letters) if c in output]
-        init = zeros if zero else fan_in(*inputs)
-        self.kernel = weight(key, "kernel", lead + shape, lead_axes + axes, init)
+        self.kernel = map_weight(key, "kernel", lead + shape, lead_axes + axes, inputs=inputs, zero=zero)
         bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
         self.bias = weight(key, "bias", lead + bias_shape, lead_axes + bias_axes, zeros)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the map of one layer."""
-        return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+        return linear(self, "kernel", self.equation, x) + use(self.bias, x.dtype)

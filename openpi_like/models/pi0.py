@@ -28,6 +28,7 @@ from openpi_like.draws import named_key, row_keys, sample_keys
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, token_positions
 from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, masked_means
 from openpi_like.models.param import Linear
+from openpi_like.partition import pin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,8 @@ class Pi0(VisionLanguageModel):
         time_B1D = time_embedding(time_B, self.config.expert.width)[:, None, :]
         if self.config.pi05:
             return actions, jax.nn.swish(self.time_out(jax.nn.swish(self.time_in(time_B1D))))
-        # The map of [action, time] as two: the time is the same for all action tokens.
-        of_action, of_time = jnp.split(self.action_time_in.kernel[...], 2)
-        hidden = actions @ of_action + (time_B1D @ of_time + self.action_time_in.bias[...])
-        return self.action_time_out(jax.nn.swish(hidden)), None
+        both = jnp.concatenate([actions, jnp.broadcast_to(time_B1D, actions.shape)], axis=-1)
+        return self.action_time_out(jax.nn.swish(self.action_time_in(both))), None
 
     def masks(
         self, prefix_valid_BS: Bool[Array, "B S"]
@@ -253,7 +252,7 @@ class Pi0(VisionLanguageModel):
         return self._velocity(self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B)))
 
     def _velocity(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B A J"]:
-        return self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32))
+        return pin(self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32)), "batch", None, None)
 
     def sampling_velocity(
         self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.gemma import attention, run_layers
-from openpi_like.models.param import Linear, normal, ones, weight, zeros
+from openpi_like.models.param import Linear, normal, ones, use, weight, zeros
+from openpi_like.partition import pin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (normed * use(self.scale, jnp.float32) + use(self.bias, jnp.float32)).astype(x.dtype)
 
 
 class SiglipLayer(nnx.Module):
@@ -77,11 +78,14 @@ class SiglipLayer(nnx.Module):
     def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its self-attention; every patch sees every patch."""
         y = self.attn_norm(x_BPD)
-        return x_BPD + self.out(attention(self.query(y).swapaxes(1, 2), self.key(y), self.value(y), None))
+        q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
+        k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
+        return x_BPD + self.out(attention(q_BNPH, k, v, None))
 
     def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its MLP with tanh-approximated GELU."""
-        return x_BPD + self.mlp_down(jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True))
+        hidden_BPF = jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True)
+        return x_BPD + self.mlp_down(pin(hidden_BPF, "batch", None, "mlp"))
 
 
 class Siglip(nnx.Module):
@@ -120,7 +124,11 @@ class Siglip(nnx.Module):
 
     def encode(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns the transformer's output for patches with positions, after the final norm."""
-        body = lambda x, layer: (layer.mlp(layer.attention(x)), None)  # noqa: E731
+
+        def body(x: jax.Array, layer: SiglipLayer) -> tuple[jax.Array, None]:
+            x = pin(x, "batch", None, None)
+            return pin(layer.mlp(layer.attention(x)), "batch", None, None), None
+
         # Patches and positions stay float32 (as in openpi): pixels and the position table are summed at full precision.
         x_BPD = x_BPD.astype(self.dtype)
         return self.final_norm(run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)[0])
@@ -130,4 +138,4 @@ class Siglip(nnx.Module):
         with jax.named_scope("siglip"):
             stem = self.stem(images_BHWC)
             B, h, w, D = stem.shape
-            return self.head(self.encode(stem.reshape(B, h * w, D) + self.position[...]))
+            return self.head(self.encode(stem.reshape(B, h * w, D) + use(self.position, stem.dtype)))

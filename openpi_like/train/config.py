@@ -6,7 +6,8 @@ from typing import Any
 from openpi_like.data.loader import DataConfig
 from openpi_like.train.checkpoint import WarmStart
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.sharding import MeshConfig, ShardingRules
+from openpi_like.partition import ShardingRules
+from openpi_like.train.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The device mesh, and one table from logical axes of weights to its axes: changing strategy never touches a model."""
+"""The device mesh, and what of a run lies where on it; `openpi_like.partition` has the rules."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from openpi_like.config import near_names
+from openpi_like.partition import ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,44 +40,6 @@ class MeshConfig:
         auto = (jax.sharding.AxisType.Auto,) * 3
         shape, names = (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor")
         return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardingRules:
-    """Logical axis of a weight -> mesh axis (None: replicated). The field names are all logical axes there are."""
-
-    layers: str | None = None
-    embed: str | None = "fsdp"
-    heads: str | None = "tensor"
-    kv_heads: str | None = None
-    head_dim: str | None = None
-    mlp: str | None = "tensor"
-    vocab: str | None = "tensor"
-    stack: str | None = None  # small fixed axes: q/k/v, gate/up
-    patch: str | None = None
-    position: str | None = None
-    action: str | None = None
-    norm: str | None = None
-
-    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        """Returns the partition of one weight. An axis that its mesh axis does not divide is replicated.
-
-        Raises:
-            ValueError: unknown logical axis, wrong number of axes, or two axes of one weight on one mesh axis.
-        """
-        known = [f.name for f in dataclasses.fields(self)]
-        if len(axes) != len(shape):
-            raise ValueError(f"weight of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")
-        mesh_axes: list[str | None] = []
-        for axis, size in zip(axes, shape, strict=True):
-            if axis is not None and axis not in known:
-                raise ValueError(f"logical axis {axis!r} has no rule; {near_names(axis, known)}")
-            target = None if axis is None else getattr(self, axis)
-            mesh_axes.append(target if target is not None and size % mesh.shape[target] == 0 else None)
-        used = [a for a in mesh_axes if a is not None]
-        if len(used) != len(set(used)):
-            raise ValueError(f"weight with axes {axes}: rules put two axes on one mesh axis, got {mesh_axes}")
-        return PartitionSpec(*mesh_axes)
 
 
 def weight_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: ShardingRules) -> Any:

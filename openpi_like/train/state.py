@@ -14,7 +14,8 @@ from openpi_like.batch import Batch
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
 from openpi_like.models.weights import flatten
-from openpi_like.train.sharding import ShardingRules, batch_sharding, replicated, weight_shardings
+from openpi_like.partition import ShardingRules, placed
+from openpi_like.train.sharding import batch_sharding, replicated, weight_shardings
 
 Params = dict[str, Any]
 
@@ -91,7 +92,7 @@ class Trainer:
         augment: Augment | None = None,
     ) -> None:
         self.model, self.optimizer, self.ema_decay, self.seed, self.mesh = model, optimizer, ema_decay, seed, mesh
-        self.dataset_names, self.augment = dataset_names, augment
+        self.rules, self.dataset_names, self.augment = rules, dataset_names, augment
         self.abstract = jax.eval_shape(self._fresh, jax.random.key(seed))
         self.shardings = state_shardings(self.abstract, model, mesh, rules)
         self._init = jax.jit(self._fresh, out_shardings=self.shardings)
@@ -139,7 +140,8 @@ class Trainer:
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             return self.model.bind(params).loss(of_loss, batch)
 
-        (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        with placed(self.mesh, self.rules):
+            (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema

@@ -26,7 +26,8 @@ from openpi_like.train.checkpoint import (
     warm_start,
 )
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.sharding import MeshConfig, ShardingRules, put_batch
+from openpi_like.partition import ShardingRules
+from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at

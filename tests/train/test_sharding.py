@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
-from openpi_like.train.sharding import MeshConfig, ShardingRules, check_hosts_agree, put_batch, weight_shardings
+from openpi_like.partition import ShardingRules
+from openpi_like.train.sharding import MeshConfig, check_hosts_agree, put_batch, weight_shardings
 
 
 @pytest.fixture(scope="module")
