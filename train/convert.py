@@ -28,6 +28,7 @@ from rich.console import Console
 from openpi_like.config import load_run, override
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
+from openpi_like.models.arrays import open_arrays
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig, VisionLanguageConfig
 from openpi_like.models.pi0 import Pi0Config
@@ -37,7 +38,6 @@ from openpi_like.models.weights import (
     bind,
     export_weights,
     layout,
-    open_arrays,
     plan_load,
     print_load_report,
     read_weights,
@@ -47,17 +47,9 @@ from openpi_like.models.weights import (
     write_safetensors,
 )
 from openpi_like.robots import find_robot
-from openpi_like.train.checkpoint import (
-    CheckpointError,
-    Contract,
-    contract_problems,
-    encode_tokenizer,
-    find_step,
-    is_run,
-    open_weights,
-    read_contract,
-    save_policy,
-)
+from openpi_like.train.checkpoint import find_step, is_run, save_policy
+from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
+from openpi_like.train.warm_start import open_weights
 
 RELEASED = {
     "pi0": lambda: Pi0Config.released(),
@@ -250,7 +242,7 @@ def main(args: Args, console: Console) -> int:
     arrays = open_weights(args.src, lora_scale=args.lora_scale)
     plan = plan_load(config, arrays, fmt=args.source_format, drop=args.drop)
     print_load_report(plan, console)
-    weights = read_weights(config, arrays, plan, dtype=args.dtype)
+    weights = read_weights(arrays, plan, dtype=args.dtype)
     before = outputs(config, weights) if args.verify else np.zeros(0)
 
     # ---- Write -------------------------------------------------------------------------------------------------------
@@ -264,7 +256,7 @@ def main(args: Args, console: Console) -> int:
 
     # ---- Verify ------------------------------------------------------------------------------------------------------
     written = open_weights(args.dst) if args.to == "run" else open_arrays(path)
-    after = outputs(config, read_weights(config, written, plan_load(config, written), dtype=args.dtype))
+    after = outputs(config, read_weights(written, plan_load(config, written), dtype=args.dtype))
     difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
     what = "actions sampled in 10 steps" if isinstance(config, Pi0Config) else "text logits"
     equal = difference <= args.tolerance * largest  # not so for NaN

@@ -24,22 +24,14 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader, order_changes
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import flatten, print_load_report
-from openpi_like.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Contract,
-    contract_problems,
-    encode_tokenizer,
-    find_step,
-    is_run,
-    read_contract,
-    warm_start,
-)
+from openpi_like.train.checkpoint import Checkpointer, find_step, is_run
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
 from openpi_like.train.metrics import MetricsWriter
-from openpi_like.train.sharding import check_hosts_agree, put_batch
+from openpi_like.train.sharding import check_batch, check_hosts_agree, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.validation import Validator, dataset_name
+from openpi_like.train.warm_start import frozen_from, warm_start
 
 
 class NonFiniteLossError(RuntimeError):
@@ -89,7 +81,7 @@ def main(config: TrainConfig, console: Console) -> None:
         raise CheckpointError("a policy that cannot be trained and served:\n  " + "\n  ".join(problems))
 
     # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
-    model = ModelDef(config.model)
+    model = ModelDef(config.model, config.trainable)
     trainer = Trainer(
         model,
         config.optimizer.create(),
@@ -99,23 +91,34 @@ def main(config: TrainConfig, console: Console) -> None:
         rules=config.sharding,
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
+        accumulate=config.accumulate,
+        skip_nonfinite=config.skip_bad_steps > 0,
     )
-    checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep, trainable=config.trainable)
     position, order = 0, None
     if checkpointer.latest_step() is not None:
-        state, position, order = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+        state, position, order = checkpointer.restore(
+            trainer.abstract,
+            trainer.shardings,
+            contract=contract,
+            frozen_from=lambda start: frozen_from(start, trainer),
+        )
         console.print(f"resumed at step {int(state.step)}, sample {position}")
     elif config.warm_start is not None:
-        params, plan = warm_start(config.warm_start, config.model, trainer.shardings.params, trainer.fresh_weights)
-        state = trainer.init_from(params)
+        weights, plan = warm_start(config.warm_start, trainer)
+        state = trainer.init_from(weights)
         if lead:
             print_load_report(plan, console)
             (run_dir / "load_report.json").write_text(json.dumps(plan.report, indent=1))
     else:
         state = trainer.init()
     step = int(state.step)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    console.print(f"{count:,} parameters, {config.steps - step:,} of {config.steps:,} steps to go")
+    if step == 0:
+        checkpointer.begin(state, source=None if config.save_frozen else config.warm_start)
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(of)) for of in (state.params, state.frozen))
+    said = f"{trained:,} parameters" + (f" beside {frozen:,} that are not trained" if frozen else "")
+    console.print(f"{said}, {config.steps - step:,} of {config.steps:,} steps to go")
 
     # ---- Data: position in the global sample order is all the state it has -------------------------------------------
     loader = make_loader(

@@ -65,6 +65,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Checks that every device gets as many samples as any other, in every part of a step.
+
+    Raises:
+        ValueError: it does not, with the nearest sizes that do.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = devices * accumulate
+    if batch_size % unit:
+        near = sorted({max(unit, batch_size // unit * unit), -(-batch_size // unit) * unit})
+        raise ValueError(
+            f"batch_size={batch_size} on a mesh of data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices in "
+            f"accumulate={accumulate} parts: expected a multiple of {unit}, such as {' or '.join(map(str, near))}"
+        )
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays of this process' part of a batch (a dict of numpy arrays with leading axis B)."""
     sharding = batch_sharding(mesh)

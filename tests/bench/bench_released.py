@@ -24,8 +24,8 @@ from openpi_like.models.paligemma import PolicyConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import layout, weight_shapes
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, batch_sharding, replicated
 from openpi_like.train.state import ModelDef, Trainer
 

@@ -13,22 +13,15 @@ from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import WeightsError, export_weights, flatten, write_openpi
-from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Contract,
-    WarmStart,
-    contract_problems,
-    encode_tokenizer,
-    find_step,
-    load_policy_parts,
-    warm_start,
-)
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.train.checkpoint import Checkpointer, find_step
+from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer
+from openpi_like.train.load import load_policy_parts
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.warm_start import WarmStart, warm_start
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at
 # any later moment.
@@ -191,7 +184,7 @@ def test_warm_start_takes_what_fits_and_says_why(saved, tiny_policy):
     trainer = _trainer(bigger, MeshConfig(fsdp=2))
     fresh = trainer.init().params
     start = WarmStart(str(directory), reinitialize=("^action_in/kernel", "^action_out/"))
-    params, plan = warm_start(start, bigger, trainer.shardings.params, trainer.fresh_weights)
+    params, plan = warm_start(start, trainer)
     by_name = {row["weight"]: row for row in plan.report}
     flat, old, new = (flatten(jax.device_get(x)) for x in (params, state.ema, fresh))
     assert set(by_name) == set(flat)
@@ -213,7 +206,7 @@ def test_warm_start_never_loads_partly_unasked(saved, tiny_policy):
     trainer = _trainer(bigger, MeshConfig())
     start = WarmStart(str(directory), reinitialize=("^state_inn/",))
     with pytest.raises(WeightsError) as e:
-        warm_start(start, bigger, trainer.shardings.params, trainer.fresh_weights)
+        warm_start(start, trainer)
     for part in (
         "action_in/kernel: got shape (4, 16), expected (7, 16)",
         "action_out/bias: got shape (4,), expected (7,)",
@@ -229,7 +222,7 @@ def test_warm_start_from_published_weights(saved, tiny_policy, tmp_path):
     write_openpi(export_weights(tiny_policy, mine, "openpi"), tmp_path / "openpi")
     trainer = _trainer(tiny_policy, MeshConfig(fsdp=2))
     start = WarmStart(str(tmp_path / "openpi"))
-    params, plan = warm_start(start, tiny_policy, trainer.shardings.params, trainer.fresh_weights)
+    params, plan = warm_start(start, trainer)
     assert {row["from"] for row in plan.report} == {"checkpoint"}
     for name, value in flatten(jax.device_get(trainer.init_from(params).params)).items():
         np.testing.assert_array_equal(value, mine[name], err_msg=name)
@@ -239,7 +232,7 @@ def test_weights_of_a_run_that_is_damaged(copy, tiny_policy):
     (copy / "2" / "ema" / "_METADATA").unlink()
     trainer = _trainer(tiny_policy, MeshConfig())
     with pytest.raises(WeightsError, match="no weights at"):
-        warm_start(WarmStart(str(copy)), tiny_policy, trainer.shardings.params, trainer.fresh_weights)
+        warm_start(WarmStart(str(copy)), trainer)
 
 
 def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_policy):

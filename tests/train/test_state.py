@@ -12,8 +12,8 @@ from flax import nnx
 
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 
