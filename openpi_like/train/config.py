@@ -6,6 +6,7 @@ from typing import Any
 from openpi_like.data.loader import DataConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoint import Keep
+from openpi_like.train.hosts import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import Trainable
@@ -22,6 +23,7 @@ class TrainConfig:
     tokenizer: SentencePiece model of the prompts; None takes the one of the `warm_start` checkpoint.
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
         one of the `warm_start` checkpoint.
+    hosts: the processes of the run; found from the environment where nothing is given.
     batch_size: samples per step over all hosts. accumulate: parts that a step takes it in, one after the other.
     trainable: what of the model is trained. ema_decay: None keeps no average.
     save_frozen: keep the weights that are not trained with the run (once); False: its checkpoints hold what is trained
@@ -49,7 +51,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
     action_tokenizer: str | None = None
-    multi_host: bool = False
+    hosts: Hosts = Hosts()
     log_every: int = 50
     validate_every: int = 1_000
     save_every: int = 1_000

@@ -1,13 +1,11 @@
 """The device mesh, and what of a run lies where on it; `openpi_like.partition` has the rules."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from openpi_like.partition import ShardingRules
@@ -85,18 +83,3 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays of this process' part of a batch (a dict of numpy arrays with leading axis B)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def check_hosts_agree(text: str, what: str) -> None:
-    """Compares a text between the processes of a run.
-
-    Raises:
-        ValueError: on every process, where any two of them have another one.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(digest))
-    others = np.flatnonzero((every != every[0]).any(axis=1)).tolist()
-    if others:
-        raise ValueError(f"processes {others} of {len(every)} differ from the first in {what}")
