@@ -27,14 +27,17 @@ _WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 @jax.jit
 def bit_sum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """Returns a sum over the bits of an array, each value by its place, modulo 2^32: the same on any mesh."""
+    """Returns a sum over the values of an array, each mixed with its place, modulo 2^32: the same on any mesh."""
     if jnp.dtype(x.dtype).itemsize not in _WORD or x.dtype == jnp.int4:
         x = x.astype(jnp.int8)
     words = jax.lax.bitcast_convert_type(x, _WORD[jnp.dtype(x.dtype).itemsize]).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):  # by axis, so that nothing is moved between devices
         place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
+    mixed = words ^ (place * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
 def digest(frozen: Params) -> dict[str, int]:

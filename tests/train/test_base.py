@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from openpi_like.train.state import ModelDef, Trainable, Trainer
 from openpi_like.train.warm_start import WarmStart, frozen_from, open_weights, warm_start
 
 LORA = Lora((LoraRule("^(vlm|expert)/layers/(q|out|down)$", rank=2),))
-SAVED = {"order": {"seed": 0}, "config": OptimizerConfig()}
+SAVED: dict[str, Any] = {"order": {"seed": 0}, "config": OptimizerConfig()}
 
 
 def _trainer(policy, trainable, mesh=MeshConfig(fsdp=2, tensor=2)):
@@ -200,7 +201,14 @@ def test_sums_over_bits_see_every_change():
     mesh = MeshConfig(fsdp=2, tensor=2).create()
     spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor")))
     assert int(bit_sum(spread)) == before
-    places = 2 * np.arange(24, dtype=np.uint64).reshape(4, 6) + 1
-    assert before == int((x.view(np.uint32).astype(np.uint64) * places).sum() % 2**32)
+
+    def mixed(word: int, place: int) -> int:
+        h = word ^ (place * 0x9E3779B9 % 2**32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = (h ^ h >> shift) * factor % 2**32
+        return h ^ h >> 16
+
+    words = x.view(np.uint32).ravel().tolist()
+    assert before == sum(map(mixed, words, range(24))) % 2**32
     assert digest({"a": {"b": jnp.asarray(x)}}) == {"a/b": before}
-    assert int(bit_sum(jnp.asarray([1, -2, 7], jnp.int4))) == 1 + 3 * 254 + 5 * 7
+    assert int(bit_sum(jnp.asarray([1, -2, 7], jnp.int4))) == sum(map(mixed, (1, 254, 7), range(3))) % 2**32
