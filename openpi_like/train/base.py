@@ -42,8 +42,9 @@ def bit_sum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def digest(frozen: Params) -> dict[str, int]:
     """Returns the sum of the bits of every weight, by name."""
-    sums = {name: [bit_sum(x) for x in jax.tree.leaves(value)] for name, value in flatten(frozen).items()}
-    return {name: functools.reduce(lambda a, b: (31 * a + int(b)) % 2**32, of, 0) for name, of in sums.items()}
+    # One by one: many sums over devices that are under way at once can hold each other up where cores are few.
+    sums = {name: [int(bit_sum(x)) for x in jax.tree.leaves(value)] for name, value in flatten(frozen).items()}
+    return {name: functools.reduce(lambda a, b: (31 * a + b) % 2**32, of, 0) for name, of in sums.items()}
 
 
 def save_base(run_dir: Path, frozen: Params) -> None:
