@@ -78,9 +78,9 @@ def flat_weights(model: nnx.Module) -> dict[str, Any]:
     return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def bind(config: Any, weights: Mapping[str, Any]) -> Any:
-    """Returns the model with the given nested weights; draws nothing."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0))), nnx.Param)
+def bind(config: Any, weights: Mapping[str, Any], lora: Lora | None = None) -> Any:
+    """Returns the model with the given nested weights, and its overlay where there is one; draws nothing."""
+    graph, state = nnx.split(abstract_model(config, lora), nnx.Param)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(weights)))
     return nnx.merge(graph, state)
 

@@ -41,10 +41,13 @@ class WarmStart:
     lora_scale: float | None = None
 
 
-def open_weights(checkpoint: str | Path, *, lora_scale: float | None = None, average: bool = True) -> Arrays:
+def open_weights(
+    checkpoint: str | Path, *, lora_scale: float | None = None, average: bool = True, merge: bool = True
+) -> Arrays:
     """Opens the (averaged, where kept and asked for) weights of one of our checkpoints, or published ones.
 
-    Those of a run with frozen weights or LoRA come as one set, with the overlay merged into what it lies on.
+    Those of a run with frozen weights or LoRA come as one set, with the overlay merged into what it lies on; without
+    `merge`, beside it.
 
     Raises:
         CheckpointError, WeightsError: there are none, or they cannot be read.
@@ -56,22 +59,23 @@ def open_weights(checkpoint: str | Path, *, lora_scale: float | None = None, ave
     step_dir = find_step(checkpoint)
     item = step_dir / ("ema" if average and (step_dir / "ema").is_dir() else "params")
     record = read_record(step_dir)
-    return open_arrays(item) if record.get("base") is None else MergedArrays(step_dir, record, item)
+    return open_arrays(item) if record.get("base") is None else RunArrays(step_dir, record, item, merge=merge)
 
 
-class MergedArrays:
+class RunArrays:
     """The weights of a run that trains only some of them: these from its checkpoint, the others from its base."""
 
-    def __init__(self, step_dir: Path, record: dict[str, Any], item: Path) -> None:
-        """item: of the checkpoint, its trained weights.
+    def __init__(self, step_dir: Path, record: dict[str, Any], item: Path, *, merge: bool) -> None:
+        """item: of the checkpoint, its trained weights. merge: the overlay of LoRA into the others.
 
         Raises:
             CheckpointError, WeightsError: the base is not there.
         """
         self._model = ModelDef(from_json(record["contract"]).policy, stored_trainable(record))
-        self._overlays = overlays(self._model.abstract)
+        self._overlays = overlays(self._model.abstract) if merge else {}
         self._trained, self._digest = open_arrays(item), record["base"]["digest"]
-        self.shapes = {k: tuple(v.shape) for k, v in flatten(ModelDef(self._model.config).shapes).items()}
+        model = ModelDef(self._model.config) if merge else self._model
+        self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items()}
         source = record["base"]["source"]
         if source is None:
             self._where: Path | str = run_of(step_dir) / BASE
