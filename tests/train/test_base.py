@@ -1,16 +1,22 @@
 """Runs that train a part of the weights: their checkpoints hold that part, and the rest is found and checked."""
 
 import dataclasses
+import io
 import json
+import runpy
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
+from rich.console import Console
 
-from openpi_like.models.arrays import OrbaxArrays
+from openpi_like.models.arrays import OrbaxArrays, open_arrays
 from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.weights import WeightsError, flatten, plan_load, read_weights, unflatten
 from openpi_like.partition import ShardingRules
@@ -125,7 +131,6 @@ def test_it_is_served_merged(tuned, tiny_policy, tiny_batch, name):
 
 
 def _dequantized(weights):
-    import qwix
 
     leaves = {k: qwix.dequantize(v) if isinstance(v, qwix.QArray) else v for k, v in flatten(weights).items()}
     return unflatten({k: jnp.asarray(jax.device_get(v)) for k, v in leaves.items()})
@@ -212,3 +217,23 @@ def test_sums_over_bits_see_every_change():
     assert before == sum(map(mixed, words, range(24))) % 2**32
     assert digest({"a": {"b": jnp.asarray(x)}}) == {"a/b": before}
     assert int(bit_sum(jnp.asarray([1, -2, 7], jnp.int4))) == sum(map(mixed, (1, 254, 7), range(3))) % 2**32
+
+
+def test_it_is_converted_merged_and_with_its_overlay(tuned, tiny_policy, tmp_path):
+    """Both are read back and compared by the program itself; openpi would merge the second into the first."""
+    dirs, trainer, state = tuned
+    program = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "train" / "convert.py")))
+    console = Console(file=io.StringIO(), width=200)
+
+    def convert(name: str, **options: Any) -> Any:
+        assert program.main(program.Args(dirs["kept"], tmp_path / name, "openpi", **options), console) == 0
+        return open_arrays(tmp_path / name, lora_scale=1.0 if options else None)
+
+    merged, beside = convert("merged"), convert("beside", keep_lora=True)
+    expected = flatten(trainer.model.merged(_dequantized(state.weights())))
+    for arrays in (merged, beside):
+        got = read_weights(arrays, plan_load(tiny_policy, arrays))
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, atol=1e-6, err_msg=name)
+    with pytest.raises(ValueError, match="--keep-lora is for a run with LoRA and --to openpi"):
+        program.main(program.Args(dirs["kept"], tmp_path / "other", "lerobot", keep_lora=True), console)
