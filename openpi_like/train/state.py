@@ -15,6 +15,7 @@ from openpi_like.batch import Batch
 from openpi_like.config import near_names
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
+from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.lora import Lora, add_lora, is_lora, merge_overlay, overlays
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
 from openpi_like.models.weights import flatten, unflatten
@@ -219,6 +220,8 @@ class Trainer:
         self.rules, self.dataset_names, self.augment = rules, dataset_names, augment
         self.trained = model.trained
         self.accumulate, self.skip_nonfinite = accumulate, skip_nonfinite
+        # What computes attention, see `computed_by`; to be set before the first step.
+        self.attention: Mapping[Sizes, str] | str = "einsum"
         self.abstract = jax.eval_shape(self._fresh, jax.random.key(seed))
         # Of all weights as they are drawn or read, in float32.
         self.placement: dict[str, NamedSharding] = flatten(weight_shardings(model.axes, model.shapes, mesh, rules))
@@ -289,6 +292,14 @@ class Trainer:
 
     # ---- Step --------------------------------------------------------------------------------------------------------
 
+    def attention_sizes(self, batch: Batch) -> set[Sizes]:
+        """Returns the sizes of attention in a step. batch: of shapes, over all devices."""
+        part = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] // self.accumulate, *x.shape[1:]), x.dtype), batch
+        )
+        weights = join(self.abstract.params, self.abstract.frozen)
+        return sizes_in(lambda weights, part: self.model.bind(weights).loss(jax.random.key(0), part), weights, part)
+
     def _gradients(
         self, state: TrainState, batch: Batch, counts: dict[str, jax.Array] | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
@@ -338,7 +349,7 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimiser step."""
-        with placed(self.mesh, self.rules):
+        with placed(self.mesh, self.rules), computed_by(self.attention):
             compute = self._gradients if self.accumulate == 1 else self._accumulated
             loss, per_sample, grads = compute(state, batch)
         norm = optax.tree.norm(grads)
