@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 MASKED = -2.3819763e38  # as in the references
 
 
+@jax.named_scope("attention")
 def attention(
     q_BNTH: Float[Array, "B N T H"],
     k_BSKH: Float[Array, "B S K H"],
