@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from openpi_like.train.profiling import DATA_WAIT, STEP
 from openpi_like.train.xplane import Event, Instruction, Plane, TraceError, read_planes, read_programs
@@ -19,6 +19,7 @@ from openpi_like.train.xplane import Event, Instruction, Plane, TraceError, read
 MATMUL, ATTENTION, ELEMENTWISE = "matmul", "attention", "elementwise and reductions"
 COLLECTIVE, COPY, TRANSFER, OTHER = "collectives", "copies", "transfers", "other"
 PHASES = ("forward", "backward", "recomputed")
+SEVERAL = "(several parts)"  # the scope of an operation of parts that have none in common
 DEPTH = 3  # of scopes in the table
 _BEHIND = {COLLECTIVE: 1, TRANSFER: 2}  # what is hidden behind computation; the larger number behind the smaller one
 
@@ -36,7 +37,7 @@ _NAMES = (
     (COLLECTIVE, re.compile(r"nccl|rccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all", re.IGNORECASE)),
     (ATTENTION, re.compile(r"fmha|flash|splash|attention", re.IGNORECASE)),
     (MATMUL, re.compile(r"gemm|matmul|cublas|cutlass|onednn|xmma|wgmma|convolution|(\b|_)dot(\b|_)", re.IGNORECASE)),
-    (TRANSFER, re.compile(r"memcpy|memset", re.IGNORECASE)),
+    (TRANSFER, re.compile(r"memcpy|memset|copy-(start|done)|infeed|outfeed", re.IGNORECASE)),
     (ELEMENTWISE, re.compile(r"fusion|reduce|scatter|sort", re.IGNORECASE)),
     (COPY, re.compile(r"copy|transpose|concatenate|slice|broadcast|data formatting", re.IGNORECASE)),
 )
@@ -62,7 +63,7 @@ def parse_path(path: str) -> tuple[tuple[str, ...], str]:
     """Returns the scopes and the phase of an operation, from its path, which ends with the name of the primitive.
 
     An operation that several were merged into, "jit(f)/(a/b:a/c)" or "jit(f)/a/b;jit(f)/a/c", has the scopes that they
-    share.
+    share, or `SEVERAL`.
     """
     before, merged, rest = path.removesuffix(":").partition("/(")
     one_by_one = [f"{before}/{one}" for one in rest.removesuffix(")").split(":")] if merged else path.split(";")
@@ -71,7 +72,10 @@ def parse_path(path: str) -> tuple[tuple[str, ...], str]:
         levels = zip(*(scope for scope, _ in every if scope), strict=False)
         shared = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
         phases = {phase for _, phase in every}
-        return tuple(level[0] for level in shared), phases.pop() if len(phases) == 1 else "backward"
+        scope_of_all = tuple(level[0] for level in shared)
+        if not scope_of_all and any(scope for scope, _ in every):
+            scope_of_all = (SEVERAL,)
+        return scope_of_all, phases.pop() if len(phases) == 1 else "backward"
     scope: list[str] = []
     backward = False
     *parts, _ = path.split("/")
@@ -106,6 +110,10 @@ def kind_of(instruction: Instruction | None, name: str, scope: Sequence[str]) ->
     return COPY if opcodes - {"fusion"} <= _MOVES else ELEMENTWISE
 
 
+# What an event may say of its operation.
+_TOLD = ("hlo_op", "program_id", "hlo_module", "tf_op", "hlo_category")
+
+
 def _part(event: Event, programs: dict[str, dict[str, Instruction]]) -> Part | None:
     """Returns what an event of a device is, None where it is no operation, or one made of others."""
     op = str(event.stats.get("hlo_op") or event.name.removeprefix("%").split(" = ")[0])
@@ -135,6 +143,7 @@ _DEVICE = re.compile(r"/device:(TPU|GPU):\d+$")
 def _operations(planes: list[Plane]) -> dict[str, list[list[tuple[float, float, Part]]]]:
     """Returns, by device, lines of operations."""
     programs = read_programs(planes)
+    known: dict[tuple[Any, ...], Part | None] = {}  # the same operations come again and again
     devices: dict[str, list[list[tuple[float, float, Part]]]] = {}
     for plane in planes:
         on_device = _DEVICE.match(plane.name) is not None
@@ -148,7 +157,10 @@ def _operations(planes: list[Plane]) -> dict[str, list[list[tuple[float, float, 
             for event in plane.events(line):
                 if not on_device and "hlo_op" not in event.stats:
                     continue
-                part = _part(event, programs)
+                told = event.name, *map(event.stats.get, _TOLD)
+                if told not in known:
+                    known[told] = _part(event, programs)
+                part = known[told]
                 if part is not None:
                     name = plane.name if on_device else f"CPU:{event.stats.get('device_ordinal', 0)}"
                     found.setdefault(name, []).append((event.start, event.end, part))

@@ -135,7 +135,7 @@ class Wandb:
     tags: tuple[str, ...] = ()
 
     package: ClassVar[str] = "wandb"
-    install: ClassVar[str] = "'openpi-like[trackers]'"
+    install: ClassVar[str] = "wandb"
     forgets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class Trackio:
     space: str | None = None
 
     package: ClassVar[str] = "trackio"
-    install: ClassVar[str] = "trackio"  # in no extra: it wants an older pillow than the one our images are tested with
+    install: ClassVar[str] = "trackio"
     forgets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
