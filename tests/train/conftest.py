@@ -10,7 +10,7 @@ from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.contract import Contract, encode_tokenizer
-from tests.data.conftest import tfds, tokenizer, toy  # noqa: F401  fixtures
+from tests.data.conftest import tfds, toy  # noqa: F401  fixtures
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
 from openpi_like.data.stats import compute_normalization
-from openpi_like.data.text import TextTokenizer
+from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.draws import sample_keys
 from openpi_like.partition import ShardingRules
 from openpi_like.train.nonfinite import SHOWN, BadSteps, NonFiniteLossError, SampleLoss, SampleLosses, describe_samples
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef, Trainer
-from tests.data.toy import ARM, CART, Shapes
+from tests.data.toy import ARM, CART, PROMPTS, Shapes
 
 SIZE = 8
 BAD = {"loss": float("nan"), "grad_norm": float("inf")}
@@ -65,13 +65,13 @@ def trainer() -> Trainer:
 
 
 @pytest.fixture
-def loader(toy: Path, tokenizer: TextTokenizer) -> Iterator[Loader]:
+def loader(toy: Path) -> Iterator[Loader]:
     """Three of four samples from one robot, one of four from the other; from sample 16 on."""
     made = make_loader(
         DataConfig((MixtureEntry(ARM, str(toy), weight=3.0), MixtureEntry(CART, str(toy), weight=1.0)), seed=5),
         batch_size=SIZE,
         policy=Shapes(),
-        tokenizer=tokenizer,
+        tokenizer=TextTokenizer(fit_text_tokenizer([*PROMPTS, "roll"], 400), Shapes().prompt_len),
         normalizations={
             r.name: compute_normalization(EpisodeDataset(open_index(toy, "train"), r)) for r in (ARM, CART)
         },
