@@ -163,6 +163,7 @@ def sizes_in(function: Callable[..., Any], *args: Any) -> set[Sizes]:
     return found
 
 
+@jax.named_scope("attention")
 def attention(
     q_BNTH: Float[Array, "B N T H"],
     k_BSKH: Float[Array, "B S K H"],

@@ -33,6 +33,11 @@ class TrainConfig:
     accept_changed_data: resume a run although its data or their order are no longer those that it was trained on;
         without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
+    trackers: where metrics go besides metrics.jsonl, for example `(TensorBoard(), Wandb(project="pi0"))`, see
+        `openpi_like.train.trackers`.
+    profile: first and last step of a profile, see `train/step_time.py`; None makes none.
+    draw_batch: draw the first batch as pictures, `first_batch.png`: None when the run begins, True whenever it starts,
+        False never.
     """
 
     run_dir: str
@@ -61,12 +66,16 @@ class TrainConfig:
     accept_changed_data: bool = False
     validation_batches: int = 4
     validation_batch_size: int = 64
-    tensorboard: bool = False
+    trackers: tuple[Any, ...] = ()
+    profile: tuple[int, int] | None = None
+    draw_batch: bool | None = None
 
     def __post_init__(self) -> None:
         problems = []
         if self.steps < 0:
             problems.append(f"steps={self.steps}, expected at least 0 (0 saves the weights the run would start from)")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            problems.append(f"profile={self.profile}, expected a first and a last step, (20, 24); steps count from 1")
         for name in ("batch_size", "log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")

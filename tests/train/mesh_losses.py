@@ -1,19 +1,15 @@
 """Losses of the first steps of each policy on some meshes, as a line of JSON for each: run by test_meshes.py.
 
-    python tests/train/mesh_losses.py 8 20 1x1x1 8x1x1 1x8x1 2x2x2 1x2x4
-    python tests/train/mesh_losses.py 4 20 1x8x1 localhost:1234 2 0
+    python tests/train/mesh_losses.py 20 1x1x1 8x1x1 1x8x1 2x2x2 1x2x4
+    python tests/train/mesh_losses.py 20 1x8x1 localhost:1234 2 0
 
-The arguments are devices of this process, steps, meshes as data x fsdp x tensor; and, of several processes, the
-coordinator's address, their number and the rank of this one.
+The arguments are steps, meshes as data x fsdp x tensor; and, of several processes, the
+coordinator's address, their number and the rank of this one. XLA_FLAGS sets how many devices this process has.
 """
 
 import json
-import os
 import sys
-
-DEVICES, STEPS, *REST = sys.argv[1:]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-os.environ["JAX_PLATFORMS"] = "cpu"
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +32,7 @@ BATCH = 16
 
 def policies() -> dict[str, PolicyConfig]:
     gemma = GemmaConfig(width=16, depth=1, mlp_dim=32, num_heads=4, num_kv_heads=1, head_dim=8)
-    common = {
+    common: dict[str, Any] = {
         "vision": SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=4, patch_size=8),
         "vlm": gemma,
         "cameras": ("base", "wrist"),
@@ -58,14 +54,14 @@ def policies() -> dict[str, PolicyConfig]:
     }
 
 
-def batch_of(config: PolicyConfig) -> dict:
+def batch_of(config: PolicyConfig) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     B, S = BATCH, config.prompt_len + config.answer_len
     at = np.arange(S)[None]
     valid = at < rng.integers(config.prompt_len // 2, S + 1, (B, 1))
     mask = np.ones((B, config.action_horizon, config.action_dim), bool)
     mask[::3, 2:] = False
-    batch = {
+    batch: dict[str, Any] = {
         "images": {c: rng.integers(0, 256, (B, *config.image_size, 3), dtype=np.uint8) for c in config.cameras},
         "image_mask": {"base": np.ones(B, bool), "wrist": np.arange(B) % 3 > 0},
         "state": rng.standard_normal((B, config.state_dim), np.float32),
@@ -106,16 +102,18 @@ def losses(config: PolicyConfig, mesh: MeshConfig, steps: int, rank: int, count:
 
 
 def main() -> None:
-    meshes = [m for m in REST if m.count("x") == 2]
-    where = REST[len(meshes) :]
+    steps, *rest = sys.argv[1:]
+    meshes = [m for m in rest if m.count("x") == 2]
+    where = rest[len(meshes) :]
     hosts = Hosts(coordinator=where[0], count=int(where[1]), rank=int(where[2])) if where else Hosts(count=1)
     with join(hosts, lambda line: None) as group:
         for name, config in policies().items():
             for mesh in meshes:
                 data, fsdp, tensor = map(int, mesh.split("x"))
-                of = losses(config, MeshConfig(data, fsdp, tensor), int(STEPS), group.rank, group.count)
+                of = losses(config, MeshConfig(data, fsdp, tensor), int(steps), group.rank, group.count)
                 if group.lead:
-                    print(json.dumps({"policy": name, "mesh": mesh, "processes": group.count, "losses": of}), flush=True)
+                    line = {"policy": name, "mesh": mesh, "processes": group.count, "losses": of}
+                    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
