@@ -1,9 +1,9 @@
 """Losses of the first steps of each policy on some meshes, as a line of JSON for each: run by test_meshes.py.
 
-    python tests/train/mesh_losses.py 20 1x1x1 8x1x1 1x8x1 2x2x2 1x2x4
-    python tests/train/mesh_losses.py 20 1x8x1 localhost:1234 2 0
+    python tests/train/mesh_losses.py 20 pi0,fast 1x1x1 8x1x1 1x8x1 2x2x2 1x2x4
+    python tests/train/mesh_losses.py 20 insulated 1x8x1 localhost:1234 2 0
 
-The arguments are steps, meshes as data x fsdp x tensor; and, of several processes, the
+The arguments are steps, policies, meshes as data x fsdp x tensor; and, of several processes, the
 coordinator's address, their number and the rank of this one. XLA_FLAGS sets how many devices this process has.
 """
 
@@ -47,10 +47,10 @@ def policies() -> dict[str, PolicyConfig]:
     tokens = ActionTokens(max_len=6, count=40, skip=0)
     return {
         "pi0": Pi0Config(**common, expert=gemma),
-        "pi0.5 insulated": Pi0Config(
+        "insulated": Pi0Config(
             **common, expert=gemma, pi05=True, prompt_format="fast", action_tokens=tokens, insulate=True
         ),
-        "pi0-FAST": Pi0FastConfig(**common, action_tokens=tokens),
+        "fast": Pi0FastConfig(**common, action_tokens=tokens),
     }
 
 
@@ -102,12 +102,13 @@ def losses(config: PolicyConfig, mesh: MeshConfig, steps: int, rank: int, count:
 
 
 def main() -> None:
-    steps, *rest = sys.argv[1:]
+    steps, names, *rest = sys.argv[1:]
     meshes = [m for m in rest if m.count("x") == 2]
     where = rest[len(meshes) :]
     hosts = Hosts(coordinator=where[0], count=int(where[1]), rank=int(where[2])) if where else Hosts(count=1)
     with join(hosts, lambda line: None) as group:
-        for name, config in policies().items():
+        for name in names.split(","):
+            config = policies()[name]
             for mesh in meshes:
                 data, fsdp, tensor = map(int, mesh.split("x"))
                 of = losses(config, MeshConfig(data, fsdp, tensor), int(steps), group.rank, group.count)
