@@ -26,6 +26,7 @@ from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import print_load_report
 from openpi_like.train.agreement import software
 from openpi_like.train.checkpoint import Checkpointer, find_step, is_run
+from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
 from openpi_like.train.hosts import HostsError
@@ -97,7 +98,6 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
         accumulate=config.accumulate,
-        skip_nonfinite=config.skip_bad_steps > 0,
     )
     check_batch(config.batch_size, config.accumulate, mesh)
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep, trainable=config.trainable)
@@ -171,6 +171,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     skipped, most = metrics.before["skipped"], config.skip_bad_steps
     bad_steps = BadSteps(trainer, loader.where, run_dir, most=most, count=skipped, **watching)
 
+    def saved() -> dict[str, Any]:
+        """Returns what is saved with a state: the position is that of the first batch that is not trained on."""
+        return {"position": loader.position, "order": loader.order, "contract": contract, "config": config}
+
     # ---- Loop --------------------------------------------------------------------------------------------------------
     stopping = group.stopping(step)
     stop = stopping.at(step)
@@ -201,25 +205,29 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 line = log.line(step, skipped=bad_steps.count)
                 metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
+            score = None
             if step % config.validate_every == 0 or step == config.steps:
                 with log.paused():
                     line = validator(state)
+                score = config.keep.score(line)
                 metrics.write(step, "val", line)
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("loss"))
                 progress.console.print(f"step {step}: validation {shown}")
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
             if saving:
-                checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
+                checkpointer.save(state, score=score, **saved())
             progress.update(bar, completed=step)
     profiler.close()
+    ended = time.perf_counter()
     # Not yet saved: a run of no steps, or a signal that came after this step's turn to save.
-    if checkpointer.latest_step() != step:
-        checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
+    if step not in (checkpointer.last_saved, checkpointer.latest_step()):
+        checkpointer.save(state, **saved())
     loader.close()
     checkpointer.close()
     if stop and stopping.signal is not None:
         console.print(
-            f"stopped by {stopping.signal.name} at step {step}, which is saved; the same command goes on from here"
+            f"stopped by {stopping.signal.name} at step {step}, saved in {time.perf_counter() - ended:.1f} s; the same "
+            "command goes on from here"
         )
         sys.exit(128 + stopping.signal)
     console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
@@ -238,6 +246,7 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
     config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()
+    use_compile_cache(config.compile_cache)
     try:
         check_trackers(config.trackers)
         with join(config.hosts, console.out) as group, run_directory(config.run_dir, group, console.out):

@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any
 
+from openpi_like.config import near_names
 from openpi_like.data.loader import DataConfig
+from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoint import Keep
+from openpi_like.train.fastest import AUTO
 from openpi_like.train.hosts import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
@@ -24,6 +27,8 @@ class TrainConfig:
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
         one of the `warm_start` checkpoint.
     hosts: the processes of the run; found from the environment where nothing is given.
+    attention: a variant in `openpi_like.models.attention.VARIANTS`, or "auto" for the one that measures fastest here.
+    compile_cache: directory of compiled programs, see `use_compile_cache`.
     batch_size: samples per step over all hosts. accumulate: parts that a step takes it in, one after the other.
     trainable: what of the model is trained. ema_decay: None keeps no average.
     save_frozen: keep the weights that are not trained with the run (once); False: its checkpoints hold what is trained
@@ -57,6 +62,8 @@ class TrainConfig:
     sharding: ShardingRules = ShardingRules()
     action_tokenizer: str | None = None
     hosts: Hosts = Hosts()
+    attention: str = "auto"
+    compile_cache: str | None = None
     log_every: int = 50
     validate_every: int = 1_000
     save_every: int = 1_000
@@ -79,6 +86,8 @@ class TrainConfig:
         for name in ("batch_size", "log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.attention not in (AUTO, *VARIANTS):
+            problems.append(f"attention={self.attention!r}; {near_names(self.attention, (AUTO, *VARIANTS))}")
         if self.skip_bad_steps < 0:
             problems.append(f"skip_bad_steps={self.skip_bad_steps}, expected at least 0")
         if self.accumulate > 0 and self.batch_size % self.accumulate:

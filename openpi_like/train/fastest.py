@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from openpi_like.config import near_names
 from openpi_like.models.attention import VARIANTS, Sizes, attention, computed_by
 
 AUTO = "auto"
@@ -29,16 +28,6 @@ class Choice:
         tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.ms.items())
         s = self.sizes
         return f"attention of {s.T} queries to {s.S} keys (B {s.B}, N {s.N}, K {s.K}, H {s.H}): {self.name} ({tried})"
-
-
-def check_name(name: str) -> None:
-    """
-    Raises:
-        ValueError: no such variant.
-    """
-    known = [AUTO, *VARIANTS]
-    if name not in known:
-        raise ValueError(f"attention={name!r} is unknown; {near_names(name, known)}")
 
 
 def on_one_device(sizes: Sizes, mesh: Mesh) -> Sizes:

@@ -13,8 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from openpi_like.batch import Batch
-from openpi_like.data.augment import augment_batch
-from openpi_like.draws import named_key
 from openpi_like.models.weights import flatten
 from openpi_like.partition import placed
 from openpi_like.train.sharding import put_batch, replicated
@@ -51,11 +49,8 @@ class SampleLoss:
         self, weights: Params, batch: Batch
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], UInt32[Array, "B 2"], Int[Array, ""]]:
         trainer = self._trainer
-        of_images, of_loss = (named_key(jax.random.key(trainer.seed), name) for name in ("augment", "loss"))
-        if trainer.augment is not None:
-            batch = augment_batch(of_images, batch, trainer.augment)
         with placed(trainer.mesh, trainer.rules):
-            loss = trainer.model.bind(weights).loss(of_loss, batch)[1]["loss"]
+            loss = trainer.losses(weights, batch)[1]["loss"]
         bad = sum((~jnp.isfinite(w)).sum() for w in jax.tree.leaves(weights))
         return loss, batch["dataset_id"], batch["position"], jnp.asarray(bad)
 
@@ -101,8 +96,7 @@ def describe_samples(found: SampleLosses, names: Sequence[str], where: Callable[
 class BadSteps:
     """Looks at every step's loss and gradient norm; explains bad ones, and ends the run when there are too many.
 
-    The compiled step leaves the state as it is where they are not finite (`TrainConfig.skip_bad_steps`); here such
-    steps are counted and explained.
+    The compiled step leaves the state as it is where they are not finite; here such steps are counted and explained.
     """
 
     def __init__(

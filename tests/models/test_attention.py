@@ -159,8 +159,3 @@ def test_heads_that_do_not_divide_are_whole():
     assert fastest.on_one_device(sizes, mesh).N == 6
     other = fastest.on_one_device(dataclasses.replace(sizes, N=8, K=8), mesh)
     assert (other.N, other.K) == (2, 2)
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="attention='splsh' is unknown; did you mean 'splash'"):
-        fastest.check_name("splsh")

@@ -3,8 +3,8 @@
     python tests/train/mesh_losses.py 20 pi0,fast 1x1x1 8x1x1 1x8x1 2x2x2 1x2x4
     python tests/train/mesh_losses.py 20 insulated 1x8x1 localhost:1234 2 0
 
-The arguments are steps, policies, meshes as data x fsdp x tensor; and, of several processes, the
-coordinator's address, their number and the rank of this one. XLA_FLAGS sets how many devices this process has.
+The arguments are steps, policies, meshes as data x fsdp x tensor, with ":2" for two slices; and, of several processes,
+the coordinator's address, their number and the rank of this one. XLA_FLAGS sets how many devices this process has.
 """
 
 import json
@@ -110,8 +110,10 @@ def main() -> None:
         for name in names.split(","):
             config = policies()[name]
             for mesh in meshes:
-                data, fsdp, tensor = map(int, mesh.split("x"))
-                of = losses(config, MeshConfig(data, fsdp, tensor), int(steps), group.rank, group.count)
+                shape, _, slices = mesh.partition(":")
+                data, fsdp, tensor = map(int, shape.split("x"))
+                sizes = MeshConfig(data, fsdp, tensor, int(slices or 1))
+                of = losses(config, sizes, int(steps), group.rank, group.count)
                 if group.lead:
                     line = {"policy": name, "mesh": mesh, "processes": group.count, "losses": of}
                     print(json.dumps(line), flush=True)

@@ -36,17 +36,20 @@ def _lines(process: subprocess.Popen[str]) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
-    """Eight devices; and two processes with four each, which gather weights from one another."""
+    """Eight devices; and two processes with four each, which gather weights from one another, or are a slice each."""
     others = MESHES if EVERYTHING else ("1x1x1", "2x2x2")
     lines = _lines(_start(8, "pi0", *MESHES)) + _lines(_start(8, "insulated,fast", *others))
     shared = ",".join(POLICIES) if EVERYTHING else "insulated"  # which has all there is
-    split, nothing = map(_lines, [_start(4, shared, "1x8x1", address, "2", str(rank)) for rank in range(2)])
+    split, nothing = map(_lines, [_start(4, shared, "1x8x1", "2x4x1:2", address, "2", str(rank)) for rank in range(2)])
     assert not nothing  # the first process speaks for both
     alone = {line["policy"]: line["losses"] for line in lines if line["mesh"] == "1x1x1"}
     assert set(alone) == set(POLICIES)
     expected_pairs = {(p, m) for p in POLICIES for m in (MESHES if p == "pi0" else others)}
     assert {(line["policy"], line["mesh"]) for line in lines} == expected_pairs
-    assert {(line["policy"], line["processes"]) for line in split} == {(p, 2) for p in shared.split(",")}
+    assert {(line["policy"], line["mesh"]) for line in split} == {
+        (p, m) for p in shared.split(",") for m in ("1x8x1", "2x4x1:2")
+    }
+    assert {line["processes"] for line in split} == {2}
     for line in lines + split:
         expected = alone[line["policy"]]
         assert len(line["losses"]) == STEPS
