@@ -223,7 +223,7 @@ def test_a_run_of_two_processes_saves_at_the_same_step_and_keeps_others_out(demo
         assert f"hosts is in use by another run (host {socket.gethostname()}, pid {both[0].pid}, since " in line
         both[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=120) for process in both] == [143, 143], [log.read_text()[-2000:] for log in logs]
-    (stopped,) = re.findall(r"stopped by SIGTERM at step (\d+), which is saved", logs[0].read_text().replace("\n", " "))
+    (stopped,) = re.findall(r"stopped by SIGTERM at step (\d+), saved in", logs[0].read_text().replace("\n", " "))
     assert max(int(p.name) for p in (demo / "hosts" / "checkpoints").iterdir() if p.name.isdigit()) == int(stopped)
     steps = [line["step"] for line in read_metrics(demo / "hosts" / "metrics.jsonl")]
     assert steps == list(range(1, int(stopped) + 1))
