@@ -1,0 +1,409 @@
+"""What a machine with a GPU or TPU can do with the real sizes, in one command, in under nine minutes:
+
+    python tests/bench/bench_accelerator.py --out accelerator.json
+
+Latency of sampling (pi0 with 1 to 3 cameras at batch 1 and 8; weights in bfloat16, int8 and float8), of pi0-FAST (the
+prompt, and per token), samples/s, model FLOPs utilisation and memory of training (all weights; LoRA on a base in
+bfloat16 and int8), the variants of attention, and a profile of training steps. Weights are drawn on the device; of real
+ones the times are the same. Each part runs in a process of its own, so that its peak of memory is its own, and what
+fails or takes too long costs no other part. `--size tiny` runs all of it on any machine, as the test suite does.
+
+Records of others at batch 1, for 1, 2 and 3 views: FlashRT (FP8 kernels in CUDA) on an RTX 5090, pi0 18.4, 21.2 and
+24.5 ms, pi0-FAST 11 ms and 2.39 ms a token; realtime-vla (Triton, bfloat16) 17.6, 24.0 and 31.9 ms there, 20.0, 27.3
+and 36.8 ms on an RTX 4090.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+# Parts, in the order of what is wanted most, and the seconds that each may take.
+PARTS = {
+    "sampling, bfloat16": 130,
+    "training, all weights": 100,
+    "training, LoRA": 90,
+    "pi0-FAST": 70,
+    "sampling, int8": 60,
+    "sampling, float8_e4m3fn": 60,
+    "attention": 60,
+    "training, LoRA on int8": 70,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """See the file's head. size: released or tiny. out: JSON with all numbers. profile: directory of a profile.
+
+    only: parts to run, default all. seconds: for everything; parts that would begin later are left out, and named.
+    train_batches: sizes to try, each for all weights and LoRA; the largest that fits counts.
+    """
+
+    out: Path | None = None
+    size: Annotated[str, tyro.conf.arg(help="released or tiny")] = "released"
+    only: tuple[str, ...] = ()
+    seconds: float = 520.0
+    profile: Path | None = None
+    train_batches: tuple[int, ...] = (8, 32)
+    part: tyro.conf.Suppress[str | None] = None  # a process of this program for one part
+
+
+# ---- Configs ---------------------------------------------------------------------------------------------------------
+
+
+def pi0(size: str, cameras: int) -> Any:
+    from openpi_like.models.pi0 import Pi0Config
+
+    if size == "tiny":
+        common = {"state_dim": 4, "action_dim": 4, "action_horizon": 4, "prompt_len": 8, "vocab_size": 512}
+        return Pi0Config.tiny(cameras=CAMERAS[:cameras], image_size=(32, 32), dtype="bfloat16", **common)
+    return dataclasses.replace(Pi0Config.released(), cameras=CAMERAS[:cameras])
+
+
+def pi0_fast(size: str) -> Any:
+    from openpi_like.batch import ActionTokens
+    from openpi_like.models.pi0_fast import Pi0FastConfig
+
+    if size == "tiny":
+        common = {"state_dim": 4, "action_dim": 4, "action_horizon": 4, "prompt_len": 8, "vocab_size": 512}
+        tokens = ActionTokens(max_len=12, count=64, skip=0)
+        return Pi0FastConfig.tiny(
+            cameras=CAMERAS[:1], image_size=(32, 32), dtype="bfloat16", action_tokens=tokens, **common
+        )
+    return Pi0FastConfig.released()
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def random_weights(shapes: Any, dtype: str | None = None) -> Any:
+    """Returns arrays on the device, drawn there."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves, structure = jax.tree.flatten(shapes)
+
+    @jax.jit
+    def draw() -> list[Any]:
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        return [
+            (0.02 * jax.random.normal(key, x.shape)).astype(dtype or x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else jnp.ones(x.shape, x.dtype)
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+
+    return jax.tree.unflatten(structure, draw())
+
+
+def inputs(shapes: Any) -> Any:
+    """Returns arrays on the host: nothing masked, every number one of its kind."""
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def fill(x: Any) -> Any:
+        if x.dtype == bool:
+            return np.ones(x.shape, bool)
+        if np.issubdtype(x.dtype, np.floating):
+            return rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+        return rng.integers(0, 200, x.shape).astype(x.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def latencies(call: Callable[[], Any], *, seconds: float, least: int = 5) -> dict[str, float]:
+    """Returns the median and the 95th percentile of a call, in ms, the transfer of what it returns included."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < least:
+        started = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - started))
+    return {"p50_ms": statistics.median(times), "p95_ms": statistics.quantiles(times, n=20)[-1], "calls": len(times)}
+
+
+def compiled_memory(compiled: Any) -> float:
+    """Returns GiB by the compiler's account."""
+    m = compiled.memory_analysis()
+    total = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return total / 2**30
+
+
+def peak_memory() -> float | None:
+    """Returns the most GiB in use so far in this process, where the device says."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
+
+
+# ---- Parts: each yields rows ------------------------------------------------------------------------------------------
+
+
+def sampling(args: Args, quantize: str | None) -> Iterator[dict[str, Any]]:
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from openpi_like.models.quantize import quantized_model
+
+    seconds = 4.0 if args.size == "released" else 0.2
+    cases = [(c, b) for b in (1, 8) for c in (1, 2, 3)] if quantize is None else [(1, 1), (3, 1)]
+    weights: Any = None
+    for cameras, B in cases:
+        config = pi0(args.size, cameras)
+        graph, packed = nnx.split(nnx.eval_shape(lambda c=config: c.create(jax.random.key(0)).packed()))
+        if weights is None:  # they do not depend on the number of cameras
+            weights = random_weights(packed, "bfloat16")
+        model = nnx.merge(graph, weights)
+        if quantize is not None:
+            model = quantized_model(model, quantize)
+        graph, held = nnx.split(model)
+
+        def sample(held: Any, key: Any, observation: Any, mask: Any, graph: Any = graph) -> Any:
+            return nnx.merge(graph, held).sample_actions(key, observation, action_mask=mask)
+
+        observation = inputs(config.input_shapes(B, actions=False))
+        mask = np.ones((B, config.action_horizon, config.action_dim), bool)
+        call = (held, jax.random.key(0), observation, mask)
+        started = time.perf_counter()
+        compiled = jax.jit(sample).lower(*call).compile()
+        row = {"what": "pi0 sampling", "cameras": cameras, "batch": B, "weights": quantize or "bfloat16"}
+        row |= {"compile_s": time.perf_counter() - started, "gib": compiled_memory(compiled)}
+        yield row | latencies(lambda f=compiled, a=call: np.asarray(f(*a)), seconds=seconds)
+
+
+def fast(args: Args) -> Iterator[dict[str, Any]]:
+    """Prompt and tokens apart: the time of one token, and of many more."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    config = pi0_fast(args.size)
+    graph, packed = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0)).packed()))
+    weights = random_weights(packed, "bfloat16")
+    observation = inputs(config.input_shapes(1, actions=False))
+    found = {}
+    for new in (1, 33) if args.size == "released" else (1, 5):
+
+        def write(weights: Any, observation: Any, new: int = new) -> Any:
+            """Writes tokens like `sample_actions` does, and never ends early."""
+            policy = nnx.merge(graph, weights)
+            x, cache = policy.prefill(observation, max_new=new)
+
+            def body(i: Any, carry: Any) -> Any:
+                x, cache, ids = carry
+                token = policy.action_logits(x).argmax(-1).astype("int32")
+                x, cache = policy.extend(config.tokens.first(config.vocab_size) - token, cache)
+                return x, cache, ids.at[i].set(token[0])
+
+            return jax.lax.fori_loop(0, new, body, (x, cache, jax.numpy.zeros(new, "int32")))[2]
+
+        compiled = jax.jit(write).lower(weights, observation).compile()
+        call = lambda f=compiled: np.asarray(f(weights, observation))  # noqa: E731
+        found[new] = latencies(call, seconds=4.0 if args.size == "released" else 0.2)["p50_ms"]
+    (one, first), (many, last) = found.items()
+    per_token = (last - first) / (many - one)
+    row = {"what": "pi0-FAST", "cameras": len(config.cameras), "batch": 1, "weights": "bfloat16"}
+    yield row | {"prompt_ms": first - per_token, "token_ms": per_token, "chunk_of_33_tokens_ms": last}
+
+
+def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
+    import jax
+    import numpy as np
+
+    from openpi_like.models.attention import VARIANTS  # noqa: F401  # so that an error there is one of this part
+    from openpi_like.partition import ShardingRules
+    from openpi_like.train.chips import find_chip
+    from openpi_like.train.flops import model_flops
+    from openpi_like.train.optimizer import OptimizerConfig
+    from openpi_like.train.sharding import MeshConfig, put_batch
+    from openpi_like.train.state import ModelDef, Trainer
+
+    model = ModelDef(pi0(args.size, 3), trainable)
+    chip, flops = find_chip(jax.devices()[0]), model_flops(model)
+    mesh = MeshConfig.fully_sharded().create()
+    trainer = Trainer(
+        model,
+        OptimizerConfig().create(),
+        ema_decay=0.99,
+        seed=0,
+        mesh=mesh,
+        rules=ShardingRules(),
+        dataset_names=("bench",),
+    )
+    state = None
+    for B in args.train_batches if args.size == "released" else (8,):
+        shapes = model.config.batch_shapes(B)
+        batch = put_batch(inputs(shapes) | {"dataset_id": np.zeros(B, np.int32)}, mesh)
+        started = time.perf_counter()
+        try:
+            compiled = trainer.train_step.lower(state or trainer.abstract, batch).compile()
+            row = {
+                "what": f"pi0 training, {name}",
+                "cameras": 3,
+                "batch": B,
+                "compile_s": time.perf_counter() - started,
+            }
+            state = trainer.init() if state is None else state
+            state, values = compiled(state, batch)
+            loss = float(values["loss"])
+            times = []
+            until = time.perf_counter() + (8.0 if args.size == "released" else 0.5)
+            while time.perf_counter() < until or len(times) < 4:
+                started = time.perf_counter()
+                state, values = compiled(state, batch)
+                jax.block_until_ready(values)
+                times.append(time.perf_counter() - started)
+        except Exception as e:  # out of memory, in as many words as there are backends
+            yield {
+                "what": f"pi0 training, {name}",
+                "cameras": 3,
+                "batch": B,
+                "failed": str(e).strip().split("\n")[0][:300],
+            }
+            return
+        step = statistics.median(times)
+        mfu = None if chip is None else B * flops / step / (chip.tflops * 1e12 * jax.device_count())
+        row |= {"step_ms": 1e3 * step, "samples_per_s": B / step, "mfu": mfu, "model_tflop_a_sample": flops / 1e12}
+        yield row | {"gib": compiled_memory(compiled), "peak_gib": peak_memory(), "loss": loss}
+        if args.profile is not None:
+            with jax.profiler.trace(str(args.profile / f"{name.replace(' ', '_')}_batch_{B}")):
+                for i in range(3):
+                    with jax.profiler.StepTraceAnnotation("train", step_num=i):
+                        state, values = compiled(state, batch)
+                jax.block_until_ready(values)
+
+
+def attention(args: Args) -> Iterator[dict[str, Any]]:
+    """Of training at batch 8, forward and backward, and of sampling at batch 1."""
+    from openpi_like.models.attention import sizes_in
+    from openpi_like.partition import ShardingRules
+    from openpi_like.train import fastest
+    from openpi_like.train.optimizer import OptimizerConfig
+    from openpi_like.train.sharding import MeshConfig
+    from openpi_like.train.state import ModelDef, Trainer
+
+    config, mesh = pi0(args.size, 3), MeshConfig().create()
+    model = ModelDef(config)
+    trainer = Trainer(
+        model,
+        OptimizerConfig().create(),
+        ema_decay=None,
+        seed=0,
+        mesh=mesh,
+        rules=ShardingRules(),
+        dataset_names=("x",),
+    )
+    trained = trainer.attention_sizes(config.batch_shapes(8))
+    import jax
+
+    sample = lambda w, o: model.bind(w).sample_actions(jax.random.key(0), o)  # noqa: E731
+    served = sizes_in(sample, model.shapes, config.input_shapes(1, actions=False))
+    for what, sizes, gradient in (("training, batch 8", trained, True), ("sampling, batch 1", served, False)):
+        for choice in fastest.choose(sizes, mesh, gradient=gradient):
+            yield {"what": f"attention in {what}", "sizes": str(choice), "fastest": choice.name, **choice.ms}
+
+
+def run_part(args: Args, part: str) -> Iterator[dict[str, Any]]:
+    from openpi_like.models.lora import Lora
+    from openpi_like.train.state import Trainable
+
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "sampling, bfloat16": lambda: sampling(args, None),
+        "sampling, int8": lambda: sampling(args, "int8"),
+        "sampling, float8_e4m3fn": lambda: sampling(args, "float8_e4m3fn"),
+        "pi0-FAST": lambda: fast(args),
+        "training, all weights": lambda: training(args, "all weights", Trainable()),
+        "training, LoRA": lambda: training(args, "LoRA", Trainable(Lora(), frozen_dtype="bfloat16")),
+        "training, LoRA on int8": lambda: training(args, "LoRA on int8", Trainable(Lora(), frozen_dtype="int8")),
+        "attention": lambda: attention(args),
+    }
+    yield from parts[part]()
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+
+
+def start_part(args: Args, part: str, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+    """Returns the rows of a part, run in a process of its own, and what went wrong, if anything did."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--size", args.size]
+    command += ["--train-batches", *map(str, args.train_batches)]
+    command += [] if args.profile is None else ["--profile", str(args.profile)]
+    # Memory as it is needed, so that its peak says something; compiled programs are kept for the next time.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT), **os.environ}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=seconds)
+        problem = None if process.returncode == 0 else f"ended with {process.returncode}: {err.strip()[-600:]}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        problem = f"took more than {seconds:.0f} s"
+    return [json.loads(line[4:]) for line in out.splitlines() if line.startswith("ROW ")], problem
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    for what in dict.fromkeys(row["what"] for row in rows):
+        of = [{k: v for k, v in row.items() if k != "what"} for row in rows if row["what"] == what]
+        columns = list(dict.fromkeys(k for row in of for k in row))
+        table = Table(*columns, title=what)
+        for row in of:
+            cells = (row.get(c) for c in columns)
+            table.add_row(*("" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells))
+        console.print(table)
+
+
+def main(args: Args) -> int:
+    if args.part is not None:
+        from openpi_like.train.compile_cache import use_compile_cache
+
+        use_compile_cache(None)
+        for row in run_part(args, args.part):
+            print("ROW " + json.dumps(row), flush=True)
+        return 0
+    unknown = sorted(set(args.only) - set(PARTS))
+    if unknown or args.size not in ("released", "tiny"):
+        sys.exit(f"got only={unknown}, size={args.size!r}; parts are {list(PARTS)}, sizes released and tiny")
+    console, started = Console(width=160), time.perf_counter()
+    probe = "import jax; d = jax.devices(); print(len(d), d[0].platform, d[0].device_kind, jax.__version__, sep='|')"
+    machine = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    count, platform, kind, version = machine.splitlines()[-1].split("|")
+    result: dict[str, Any] = {"devices": int(count), "platform": platform, "kind": kind, "jax": version}
+    result |= {"size": args.size, "rows": [], "problems": {}}
+    console.print(f"{count} x {kind} ({platform}), jax {version}, {args.size} sizes")
+    for part in args.only or PARTS:
+        left = args.seconds - (time.perf_counter() - started)
+        if left < min(30, PARTS[part]):
+            result["problems"][part] = "no time was left for it"
+            continue
+        rows, problem = start_part(args, part, min(left, PARTS[part]) if args.size == "released" else 120)
+        result["rows"] += rows
+        if problem is not None:
+            result["problems"][part] = problem
+        if args.out is not None:  # after every part: whatever ends this program, what was measured stays
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result["rows"], console)
+    for part, problem in result["problems"].items():
+        console.print(f"{part}: {problem}", style="red", markup=False)
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    return int(bool(result["problems"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))
