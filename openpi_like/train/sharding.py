@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from openpi_like.partition import ShardingRules
@@ -17,7 +17,8 @@ from openpi_like.partition import ShardingRules
 class MeshConfig:
     """Sizes of the mesh axes; `data=-1` takes all devices that `fsdp` and `tensor` leave.
 
-    The batch is split over `data` and `fsdp`, the weights over `fsdp` and `tensor`.
+    The batch is split over `data` and `fsdp`, the weights over `fsdp` and `tensor`. Where devices are those of several
+    TPU slices, `data` goes over the slices, whose network is slower than what links the chips of one.
     """
 
     data: int = -1
@@ -28,7 +29,7 @@ class MeshConfig:
         """Returns the mesh over all devices of all processes, or over the given ones.
 
         Raises:
-            ValueError: the sizes do not multiply to the number of devices.
+            ValueError: the sizes do not multiply to the number of devices, or `data` to the number of slices.
         """
         count = jax.device_count() if devices is None else len(devices)
         data = count // (self.fsdp * self.tensor) if self.data == -1 else self.data
@@ -39,7 +40,20 @@ class MeshConfig:
             )
         auto = (jax.sharding.AxisType.Auto,) * 3
         shape, names = (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor")
-        return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
+        every = list(jax.devices() if devices is None else devices)
+        # GPUs have them too, one per host, but no torus.
+        slices = len({getattr(d, "slice_index", None) for d in every}) if every[0].platform == "tpu" else 1
+        if data % slices:
+            raise ValueError(
+                f"mesh: got data={data} for {slices} slices; expected a multiple, data goes over the slices"
+            )
+        # A mesh axis may take a part of an axis of the chips' torus: 2 x 64 of 4 x 4 x 8.
+        if slices == 1:
+            placed = mesh_utils.create_device_mesh(shape, every, allow_split_physical_axes=True)
+        else:
+            within, between = (data // slices, self.fsdp, self.tensor), (slices, 1, 1)
+            placed = mesh_utils.create_hybrid_device_mesh(within, between, every, allow_split_physical_axes=True)
+        return Mesh(placed, names, axis_types=auto)
 
 
 def weight_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
