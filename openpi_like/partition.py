@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 from openpi_like.config import near_names
@@ -60,7 +60,7 @@ class ShardingRules:
             raise ValueError(f"logical axis {axis!r} has no rule; {near_names(axis, known)}")
         return None if axis is None else getattr(self, axis)
 
-    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """Returns the partition of one weight.
 
         Where a mesh axis does not divide the axis it belongs to, it takes the largest other one that it divides; only
@@ -94,7 +94,7 @@ class ShardingRules:
         )
 
 
-def _size(mesh: Mesh, target: Target) -> int:
+def _size(mesh: Mesh | AbstractMesh, target: Target) -> int:
     names = (target,) if isinstance(target, str) else target or ()
     return math.prod(mesh.shape[name] for name in names)
 

@@ -49,19 +49,19 @@ class Chip:
 # newer pages say that this much goes each way: times of collectives are rather too long. GPUs: NVIDIA's data sheets,
 # without sparsity; NVLink 600, 900, 900 and 1,800 GB/s, else PCIe 64 and 128 GB/s; network of DGX and HGX systems.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275, 32, 1_228, 150, 6.25),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819, 100, 3.125, torus=2, largest=256),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459, 95, 2_765, 300, 6.25, torus=3, largest=6_144),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 1_640, 224, 12.5, torus=2, largest=256),
-    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2_039, 300, 25, domain=8),
-    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1_555, 300, 25, domain=8),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3_350, 450, 50, domain=8),
-    Chip("h200", ("NVIDIA H200",), 989, 141, 4_800, 450, 50, domain=8),
-    Chip("b200", ("NVIDIA B200",), 2_250, 180, 8_000, 900, 50, domain=8),
-    Chip("l4", ("NVIDIA L4",), 121, 24, 300, 32, domain=8),
-    Chip("l40s", ("NVIDIA L40S",), 362, 48, 864, 32, domain=8),
-    Chip("rtx4090", ("NVIDIA GeForce RTX 4090",), 165, 24, 1_008, 32, domain=8),
-    Chip("rtx5090", ("NVIDIA GeForce RTX 5090",), 209, 32, 1_792, 64, domain=8),
+    Chip("v4", ("TPU v4",), 275.0, 32.0, 1_228.0, 150.0, 6.25),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197.0, 16.0, 819.0, 100.0, 3.125, torus=2, largest=256),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459.0, 95.0, 2_765.0, 300.0, 6.25, torus=3, largest=6_144),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 32.0, 1_640.0, 224.0, 12.5, torus=2, largest=256),
+    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312.0, 80.0, 2_039.0, 300.0, 25.0, domain=8),
+    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312.0, 40.0, 1_555.0, 300.0, 25.0, domain=8),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.0, 80.0, 3_350.0, 450.0, 50.0, domain=8),
+    Chip("h200", ("NVIDIA H200",), 989.0, 141.0, 4_800.0, 450.0, 50.0, domain=8),
+    Chip("b200", ("NVIDIA B200",), 2_250.0, 180.0, 8_000.0, 900.0, 50.0, domain=8),
+    Chip("l4", ("NVIDIA L4",), 121.0, 24.0, 300.0, 32.0, domain=8),
+    Chip("l40s", ("NVIDIA L40S",), 362.0, 48.0, 864.0, 32.0, domain=8),
+    Chip("rtx4090", ("NVIDIA GeForce RTX 4090",), 165.0, 24.0, 1_008.0, 32.0, domain=8),
+    Chip("rtx5090", ("NVIDIA GeForce RTX 5090",), 209.0, 32.0, 1_792.0, 64.0, domain=8),
 )
 
 

@@ -41,10 +41,8 @@ def training_flops(loss: Callable[..., Any], params: Any, *args: Any, trained: A
     outputs = graph.add(jaxpr, inputs)
     moving = _reached([n for n, t in zip(inputs, flags, strict=False) if t], graph.following)
     wanted = _reached(outputs[:1], graph.leading)
-    return sum(
-        flops * (1 + sum(factor in moving for factor in factors) * (out in wanted))
-        for out, factors, flops in graph.products
-    )
+    backward = lambda out, factors: sum(f in moving for f in factors) if out in wanted else 0  # noqa: E731
+    return sum((flops * (1 + backward(out, factors)) for out, factors, flops in graph.products), 0.0)
 
 
 def _reached(start: Sequence[int], edges: dict[int, list[int]]) -> set[int]:
@@ -151,7 +149,7 @@ class _Graph:
 
 
 def _total(products: Sequence[_Product]) -> float:
-    return sum(flops for _, _, flops in products)
+    return sum((flops for _, _, flops in products), 0.0)
 
 
 def _open(jaxpr: Any) -> Any:

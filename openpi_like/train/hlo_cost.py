@@ -38,7 +38,7 @@ class Collective:
     axes: tuple[str, ...]
     nbytes: float
     op_name: str
-    times: float = 1
+    times: float = 1.0
 
     @property
     def total(self) -> float:
@@ -54,14 +54,14 @@ class Cost:
     unknown: kernels that the text says nothing about, by name.
     """
 
-    flops: float = 0
-    traffic: float = 0
-    host: float = 0
+    flops: float = 0.0
+    traffic: float = 0.0
+    host: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     endless: set[str] = dataclasses.field(default_factory=set)
     unknown: set[str] = dataclasses.field(default_factory=set)
 
-    def add(self, other: "Cost", times: float = 1) -> None:
+    def add(self, other: "Cost", times: float = 1.0) -> None:
         """Adds what another part does, so many times."""
         self.flops += other.flops * times
         self.traffic += other.traffic * times
@@ -86,7 +86,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class _Reader:
-    def __init__(self, computations: dict[str, Computation], mesh: Mapping[str, int], rounds: float) -> None:
+    def __init__(self, computations: dict[str, Computation], mesh: Mapping[str, int], rounds: int) -> None:
         self.computations, self.mesh, self.rounds = computations, mesh, rounds
         self._done: dict[tuple[str, bool], Cost] = {}
 
@@ -110,7 +110,7 @@ class _Reader:
             rounds = self._rounds(within, at)
             if rounds is None:
                 cost.endless.add(at.name)
-            cost.add(self.cost(at.calls("body")[0]), self.rounds if rounds is None else rounds)
+            cost.add(self.cost(at.calls("body")[0]), float(self.rounds if rounds is None else rounds))
         elif at.opcode == "conditional":
             branches = [self.cost(n) for n in at.calls("branch_computations", "true_computation", "false_computation")]
             cost.add(max(branches, key=lambda c: (c.flops, c.traffic)))
@@ -182,7 +182,7 @@ class _Reader:
             tuple(dict.fromkeys(b for b in (*taken, *at.results) if b.shape)),
             tuple(int(i) for i in members),
             spanned,
-            received,
+            float(received),
             at.attribute(r'op_name="([^"]*)"') or "",
         )
 
@@ -369,7 +369,7 @@ def _convolution(at: Instruction, left: Buffer, kernel: Buffer) -> float:
     return total
 
 
-def read_program(text: str, mesh: Mapping[str, int], *, rounds: float = 1) -> Cost:
+def read_program(text: str, mesh: Mapping[str, int], *, rounds: int = 1) -> Cost:
     """Returns what a compiled program does on one chip.
 
     Args:

@@ -78,7 +78,7 @@ class Candidate:
     """state: bytes on a chip. estimate: seconds of a step, roughly; it only orders what is compiled."""
 
     config: Any
-    state: float
+    state: int
     estimate: float
 
     @property

@@ -35,14 +35,14 @@ class Memory:
     compiler pads it by. limit: what a program may take, None where it is not known.
     """
 
-    weights: float
-    optimizer: float
-    ema: float
-    batch: float
-    arguments: float
-    temporaries: float
-    peak: float
-    limit: float | None
+    weights: int
+    optimizer: int
+    ema: int
+    batch: int
+    arguments: int
+    temporaries: int
+    peak: int
+    limit: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Replicated:
     name: str
     shape: tuple[int, ...]
     copies: int
-    nbytes: float
+    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,18 +183,18 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
 
 
-def bytes_per_chip(tree: Any) -> float:
+def bytes_per_chip(tree: Any) -> int:
     """Returns the bytes that one chip holds of arrays with shardings, without padding."""
     leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def state_bytes(state: Any) -> dict[str, float]:
+def state_bytes(state: Any) -> dict[str, int]:
     """Returns the bytes of a training state on one chip, by part. state: shapes with shardings."""
     return {
         "weights": bytes_per_chip(state.params),
         "optimizer": bytes_per_chip(state.opt_state),
-        "ema": 0.0 if state.ema is None else bytes_per_chip(state.ema),
+        "ema": 0 if state.ema is None else bytes_per_chip(state.ema),
     }
 
 
@@ -203,7 +203,7 @@ def abstract_state(trainer: Trainer) -> Any:
     return _placed(trainer.abstract, trainer.shardings)
 
 
-def replicated_weights(params: Any, least: float = MIB) -> tuple[Replicated, ...]:
+def replicated_weights(params: Any, least: int = MIB) -> tuple[Replicated, ...]:
     """Returns the weights of more than `least` bytes that are not split over all of `fsdp` and `tensor`.
 
     params: shapes with shardings.
@@ -265,7 +265,7 @@ def plan_sampler(policy: Any, target: Target, *, batch: int) -> Plan:
     def sample(weights: Any, key: Any, observation: Any, mask: Any, options: dict[str, Any]) -> Any:
         return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options)
 
-    parts = {"weights": bytes_per_chip(weights), "optimizer": 0.0, "ema": 0.0, "batch": bytes_per_chip(observation)}
+    parts = {"weights": bytes_per_chip(weights), "optimizer": 0, "ema": 0, "batch": bytes_per_chip(observation)}
     lowered = jax.jit(sample).lower(weights, key, observation, mask, options)
     chip = None if target.chip is None else target.chip.name
     plan = Plan(what="sampler", target=target.name, chip=chip, mesh=_sizes(mesh), batch=batch)
@@ -281,18 +281,18 @@ _USED = re.compile(rf"Used {_SIZE} of {_SIZE}")
 _NEEDED = re.compile(rf"temporaries \({_SIZE}\) exceeds available \w+ \({_SIZE}\)")
 
 
-def out_of_memory(message: str) -> tuple[float, float, bool] | None:
+def out_of_memory(message: str) -> tuple[int, int, bool] | None:
     """Returns bytes that a program needs and may have, and whether arguments are in them; None for other errors."""
     for pattern, whole in ((_USED, True), (_NEEDED, False)):
         found = pattern.search(message)
         if found and "memory" in message:
             amount, unit, most, unit_of_most = found.groups()
-            return float(amount) * _UNITS[unit], float(most) * _UNITS[unit_of_most], whole
+            return int(float(amount) * _UNITS[unit]), int(float(most) * _UNITS[unit_of_most]), whole
     return None
 
 
 def _compiled(
-    plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, float], *, rounds: float = 1
+    plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, int], *, rounds: int = 1
 ) -> Plan:
     """Returns a plan with what compiling says. parts: bytes of the arguments. rounds: see `read_program`."""
     started, chip = time.perf_counter(), target.chip
@@ -318,7 +318,7 @@ def _compiled(
         arguments=analysis.argument_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         peak=peak,
-        limit=chip.memory_gib * GIB if target.limit is None and chip is not None else target.limit,
+        limit=int(chip.memory_gib * GIB) if target.limit is None and chip is not None else target.limit,
     )
     cost = read_program(compiled.as_text(), plan.mesh, rounds=rounds)
     made = dataclasses.replace(
@@ -339,7 +339,7 @@ def _compiled(
     roofline = Roofline(
         compute=cost.flops / (chip.tflops * 1e12),
         memory=cost.traffic / (chip.memory_gbps * 1e9),
-        interconnect=sum(t.seconds or 0.0 for t in made.collectives),
+        interconnect=sum((t.seconds or 0.0 for t in made.collectives), 0.0),
     )
     mfu = None if plan.model_flops is None else plan.model_flops / (roofline.bound * chip.tflops * 1e12)
     return dataclasses.replace(made, roofline=roofline, mfu=mfu)
@@ -349,7 +349,7 @@ def _sizes(mesh: Mesh) -> dict[str, int]:
     return {name: int(n) for name, n in mesh.shape.items()}
 
 
-def _exceeds(peak: float, limit: float) -> str:
+def _exceeds(peak: int, limit: int) -> str:
     return f"needs {peak / GIB:.1f} GiB a chip, of {limit / GIB:.1f}"
 
 

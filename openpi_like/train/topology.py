@@ -40,7 +40,7 @@ class Target:
     name: str
     devices: tuple[Any, ...]
     chip: Chip | None
-    limit: float | None
+    limit: int | None
     compiled_for: str | None = None
 
     @property
@@ -59,7 +59,7 @@ def this_machine() -> Target:
     devices = tuple(jax.devices())
     statistics = devices[0].memory_stats() or {}
     limit = statistics.get("bytes_limit") or psutil.virtual_memory().total / jax.local_device_count()
-    return Target("this machine", devices, find_chip(devices[0]), float(limit))
+    return Target("this machine", devices, find_chip(devices[0]), int(limit))
 
 
 def find_target(topology: str | None, *, slices: int = 1) -> Target:
@@ -123,7 +123,7 @@ def _gpus(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Tar
         stand_in = (2 * a, 2 * b, c)
     name = f"{STAND_IN}:{'x'.join(map(str, stand_in))}"
     return Target(
-        topology, _describe(name, stand_in, 1), chip, GPU_PART * chip.memory_gib * GIB, f"{count} TPUs {STAND_IN}"
+        topology, _describe(name, stand_in, 1), chip, int(GPU_PART * chip.memory_gib * GIB), f"{count} TPUs {STAND_IN}"
     )
 
 

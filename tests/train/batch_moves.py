@@ -1,19 +1,17 @@
-"""Compiles training steps for 8 devices that are not there, and says what their collectives move of the batch.
+"""Compiles training steps for 8 simulated devices, and says what their collectives move of the batch.
 
-    python tests/train/batch_moves.py POLICY MESH [MESH ...]      # pi0, insulated or fast; data x fsdp x tensor
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python tests/train/batch_moves.py pi0|insulated|fast 1x8x1 [2x2x2 ...]
 
 Prints one line per collective that moves an array with rows of the batch, beyond what it may (see `moves`). Sizes are
 chosen so that rows are unmistakable: 11 divides the batch and no other size, and what may be merged with rows (cameras,
 patches, tokens, steps) is odd, so that an array whose size along one axis is 11 n has as many rows as 2 divides n.
 """
 
-import os
 import sys
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+import jax
 
 from openpi_like.batch import ActionTokens
 from openpi_like.models.gemma import GemmaConfig
@@ -56,8 +54,6 @@ def policies() -> dict[str, PolicyConfig]:
 
 
 def compiled_text(policy: PolicyConfig, mesh: MeshConfig) -> tuple[str, dict[str, int]]:
-    import jax
-
     trainer = Trainer(
         ModelDef(policy),
         OptimizerConfig().create(),
