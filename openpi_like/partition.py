@@ -87,10 +87,7 @@ class ShardingRules:
         """Returns the partition of an activation; an axis that is not divided stays whole."""
         targets = [self.target(axis) for axis in axes]
         return PartitionSpec(
-            *(
-                t if t is not None and n % _size(mesh, t) == 0 else None
-                for t, n in zip(targets, shape, strict=True)
-            )
+            *(t if t is not None and n % _size(mesh, t) == 0 else None for t, n in zip(targets, shape, strict=True))
         )
 
 

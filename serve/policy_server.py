@@ -14,7 +14,7 @@ import tyro
 
 from openpi_like.serve.policy import ObservationError, Policy
 from openpi_like.serve.server import PolicyServer, run
-from openpi_like.train.checkpoint import CheckpointError
+from openpi_like.train.contract import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Args:
     checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest. host: 0.0.0.0 to be
     reachable from other machines. port: 0 takes a free one. port_file: written with the port once it listens.
     api_key: clients must send it. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
-    bfloat16 halves them, and is what a model of the released size is served with. temperature: of the tokens that
-    pi0-FAST writes, default the likeliest ones.
+    bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
+    linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
+    the likeliest ones.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -36,7 +37,7 @@ class Args:
     port_file: Path | None = None
     api_key: str | None = None
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16", "int8", "int4", "float8_e4m3fn"] | None = None
     temperature: float | None = None
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -167,6 +169,38 @@ def test_a_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_batch(demo):
     batch = np.load(kept)
     assert batch["images/base"].shape == (8, 64, 64, 3)
     assert batch["action_mask"].shape == (8, 8, 4)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_saves_at_the_same_step_and_keeps_others_out(demo):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    devices = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    command = [sys.executable, *_train(demo, "hosts"), "steps=1000", f"hosts.coordinator={address}", "hosts.count=2"]
+    logs = [demo / f"host{rank}.log" for rank in range(2)]
+    with contextlib.ExitStack() as stack:
+        both = []
+        for rank, log in enumerate(logs):
+            files = {"stdout": stack.enter_context(log.open("w")), "stderr": subprocess.STDOUT}
+            arguments = [*command, f"hosts.rank={rank}"]
+            both.append(subprocess.Popen(arguments, cwd=REPOSITORY, env=ENVIRONMENT | {"XLA_FLAGS": devices}, **files))
+            stack.callback(both[-1].wait)
+            stack.callback(both[-1].kill)
+        while len(read_metrics(demo / "hosts" / "metrics.jsonl")) < 3:
+            assert [process.poll() for process in both] == [None, None], [log.read_text()[-2000:] for log in logs]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                both[0].wait(timeout=0.05)
+        second = _program(*_train(demo, "hosts"))
+        assert second.returncode == 1
+        (line,) = second.stderr.splitlines()
+        assert f"hosts is in use by another run (host {socket.gethostname()}, pid {both[0].pid}, since " in line
+        both[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=120) for process in both] == [143, 143], [log.read_text()[-2000:] for log in logs]
+    (stopped,) = re.findall(r"stopped by SIGTERM at step (\d+), which is saved", logs[0].read_text().replace("\n", " "))
+    assert max(int(p.name) for p in (demo / "hosts" / "checkpoints").iterdir() if p.name.isdigit()) == int(stopped)
+    steps = [line["step"] for line in read_metrics(demo / "hosts" / "metrics.jsonl")]
+    assert steps == list(range(1, int(stopped) + 1))
+    assert "stopped" not in logs[1].read_text()  # the lead prints
 
 
 def test_a_run_says_what_is_wrong_with_its_inputs(demo):

@@ -28,7 +28,9 @@ from rich.console import Console
 from openpi_like.config import load_run, override
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
+from openpi_like.models.arrays import open_arrays
 from openpi_like.models.gemma import GemmaConfig
+from openpi_like.models.lora import Lora
 from openpi_like.models.paligemma import PaliGemmaConfig, VisionLanguageConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
@@ -37,7 +39,6 @@ from openpi_like.models.weights import (
     bind,
     export_weights,
     layout,
-    open_arrays,
     plan_load,
     print_load_report,
     read_weights,
@@ -47,17 +48,16 @@ from openpi_like.models.weights import (
     write_safetensors,
 )
 from openpi_like.robots import find_robot
-from openpi_like.train.checkpoint import (
+from openpi_like.train.checkpoint import find_step, is_run, save_policy, stored_trainable
+from openpi_like.train.contract import (
     CheckpointError,
     Contract,
     contract_problems,
     encode_tokenizer,
-    find_step,
-    is_run,
-    open_weights,
     read_contract,
-    save_policy,
+    read_record,
 )
+from openpi_like.train.warm_start import open_weights
 
 RELEASED = {
     "pi0": lambda: Pi0Config.released(),
@@ -75,7 +75,8 @@ class Args:
     model: sizes of published weights: pi0, pi05, pi0_fast, paligemma, or a config file; a run knows its own.
     set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
     dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
-    alpha / rank. drop: regular expressions of arrays to leave out.
+    alpha / rank. drop: regular expressions of arrays to leave out. keep_lora: write the LoRA weights of a run beside
+    those that they lie on, where the layout has LoRA (openpi); otherwise they are merged.
     robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "my_robot.py", "module:OBJECT"),
     for each its statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts;
     action_tokenizer: for pi0_fast, the directory of the FAST tokenizer.
@@ -92,6 +93,7 @@ class Args:
     source_format: str | None = None
     lora_scale: float | None = None
     drop: tuple[str, ...] = ()
+    keep_lora: bool = False
     robots: tuple[str, ...] = ()
     norm_stats: tuple[Path, ...] = ()
     tokenizer: Path | None = None
@@ -152,7 +154,21 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     return contract
 
 
-def outputs(config: VisionLanguageConfig, weights: dict[str, Any]) -> np.ndarray:
+def kept_lora(args: Args) -> Lora | None:
+    """Returns the LoRA that is written as it is.
+
+    Raises:
+        ValueError: there is none, or the layout has no place for it.
+    """
+    if not args.keep_lora:
+        return None
+    lora = stored_trainable(read_record(find_step(args.src))).lora if is_run(args.src) else None
+    if lora is None or args.to != "openpi":
+        raise ValueError("--keep-lora is for a run with LoRA and --to openpi; leave it out to merge LoRA")
+    return lora
+
+
+def outputs(config: VisionLanguageConfig, weights: dict[str, Any], lora: Lora | None) -> np.ndarray:
     """Returns what the model computes in float32 on seeded random inputs: sampled actions, or logits of text."""
     config = dataclasses.replace(config, dtype="float32", remat=None)
     rng = np.random.default_rng(0)
@@ -167,22 +183,26 @@ def outputs(config: VisionLanguageConfig, weights: dict[str, Any]) -> np.ndarray
         inputs["prompt"] = rng.integers(0, config.vocab_size, (1, length), dtype=np.int32)
         inputs["prompt_mask"] = np.arange(length)[None] < length - 1
         inputs["prompt_causal"] = inputs["prompt_loss"] = np.arange(length)[None] > 1
-        run = jax.jit(lambda params, batch: bind(config, params).text_logits(batch))
+        run = jax.jit(lambda params, batch: bind(config, params, lora).text_logits(batch))
         return np.asarray(run(unflatten(weights), inputs))
     inputs["state"] = rng.normal(size=(1, config.state_dim)).astype(np.float32)
     inputs["state_mask"] = np.ones((1, config.state_dim), bool)
     noise = rng.normal(size=(1, config.action_horizon, config.action_dim)).astype(np.float32)
     key = jax.random.key(0)
-    sample = jax.jit(lambda params, batch: bind(config, params).sample_actions(key, batch, noise=jnp.asarray(noise)))
+    sample = jax.jit(
+        lambda params, batch: bind(config, params, lora).sample_actions(key, batch, noise=jnp.asarray(noise))
+    )
     return np.asarray(sample(unflatten(weights), inputs))
 
 
-def write(args: Args, config: VisionLanguageConfig, weights: dict[str, Any], console: Console) -> Path:
+def write(
+    args: Args, config: VisionLanguageConfig, weights: dict[str, Any], lora: Lora | None, console: Console
+) -> Path:
     """Writes the weights in the layout asked for; returns where `open_weights` finds them."""
     if args.to == "run":
         contract = make_contract(args, config)
         return save_policy(args.dst, unflatten(weights), contract=contract, origin=str(args.src))
-    arrays = export_weights(config, weights, args.to)
+    arrays = export_weights(config, weights, args.to, lora=lora)
     args.dst.mkdir(parents=True, exist_ok=True)
     if args.to == "openpi":
         write_openpi(arrays, args.dst)
@@ -238,6 +258,7 @@ def main(args: Args, console: Console) -> int:
         raise ValueError(f"{args.dst} is not empty; choose another directory")
     config = find_config(args)
     # What cannot work is said before anything is read.
+    lora = kept_lora(args)
     if args.to == "run":
         make_contract(args, config)
     else:
@@ -247,14 +268,14 @@ def main(args: Args, console: Console) -> int:
         raise ValueError(f"{serving} are for published weights and --to run; leave them out")
 
     # ---- Read --------------------------------------------------------------------------------------------------------
-    arrays = open_weights(args.src, lora_scale=args.lora_scale)
-    plan = plan_load(config, arrays, fmt=args.source_format, drop=args.drop)
+    arrays = open_weights(args.src, lora_scale=args.lora_scale, merge=lora is None)
+    plan = plan_load(config, arrays, fmt=args.source_format, drop=args.drop, lora=lora)
     print_load_report(plan, console)
-    weights = read_weights(config, arrays, plan, dtype=args.dtype)
-    before = outputs(config, weights) if args.verify else np.zeros(0)
+    weights = read_weights(arrays, plan, dtype=args.dtype)
+    before = outputs(config, weights, lora) if args.verify else np.zeros(0)
 
     # ---- Write -------------------------------------------------------------------------------------------------------
-    path = write(args, config, weights, console)
+    path = write(args, config, weights, lora, console)
     del weights
     gc.collect()
     count = sum(int(np.prod(shape)) for shape in arrays.shapes.values())
@@ -264,7 +285,8 @@ def main(args: Args, console: Console) -> int:
 
     # ---- Verify ------------------------------------------------------------------------------------------------------
     written = open_weights(args.dst) if args.to == "run" else open_arrays(path)
-    after = outputs(config, read_weights(config, written, plan_load(config, written), dtype=args.dtype))
+    read_back = read_weights(written, plan_load(config, written, lora=lora), dtype=args.dtype)
+    after = outputs(config, read_back, lora)
     difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
     what = "actions sampled in 10 steps" if isinstance(config, Pi0Config) else "text logits"
     equal = difference <= args.tolerance * largest  # not so for NaN

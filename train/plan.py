@@ -91,12 +91,13 @@ def print_step(plan: Any, console: Console) -> None:
     )
     if plan.memory is not None:
         notes = {
+            "weights": "those that are trained",
             "arguments": "all of these, as the compiler lays them out",
             "temporaries": "activations, gathered weights, gradients",
             "peak": f"of {size(plan.memory.limit)}",
         }
         table = rows("memory of a chip")
-        for name in ("weights", "optimizer", "ema", "batch", "arguments", "temporaries", "peak"):
+        for name in ("weights", "frozen", "optimizer", "ema", "batch", "arguments", "temporaries", "peak"):
             table.add_row(name, size(getattr(plan.memory, name)), notes.get(name, ""))
         console.print(table)
     for r in plan.replicated:
@@ -133,7 +134,7 @@ def print_samplers(plans: list[Any], console: Console) -> None:
         title="sampling on one chip, weights in bfloat16", title_justify="left",
     )  # fmt: skip
     for p in plans:
-        memory = [size(getattr(p.memory, name)) for name in ("weights", "temporaries", "peak")]
+        memory = [size(getattr(p.memory, name)) for name in ("frozen", "temporaries", "peak")]
         bound = ("-", "-") if p.roofline is None else (milliseconds(p.roofline.bound), p.roofline.bound_by)
         fits = () if p.fits else (f"does not fit: {p.problem}",)
         table.add_row(str(p.batch), f"{p.compile_seconds:.0f} s", *memory, *(fits or bound))
@@ -162,16 +163,13 @@ def main(args: Args, console: Console) -> int:
     # Imported here, as what is in the environment decides what jax sees.
     from openpi_like.config import load_run, override
     from openpi_like.train.plan_search import search, suggestions
-    from openpi_like.train.planning import mesh_problems, plan_sampler, plan_step
+    from openpi_like.train.planning import plan_sampler, plan_step
     from openpi_like.train.topology import find_target
 
     config = override(load_run(args.config), args.overrides)
     target = find_target(args.topology, slices=args.slices)
     if args.search and target.chip is None:
         raise ValueError(f"--search needs published peaks, and {target.name} has none; give a --topology")
-    problems = mesh_problems(config, target.count)
-    if problems and not args.search:
-        raise ValueError("; ".join(problems))
     console.print(f"{args.config}: {type(config.model).__name__} on {target.name}, {target.count} chips")
     if target.compiled_for is not None:
         console.print(

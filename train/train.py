@@ -2,13 +2,14 @@
 
     python train/train.py configs/demo_pretrain.py steps=500 data.num_threads=4
 
+On several hosts the same command is given to each, see `train/launch/`.
+
 This file is the run, in order: mesh, contract, data, state, loop. A run that was stopped at any moment goes on from its
 newest complete checkpoint when the same command is given again; what it then computes is what it would have computed.
 """
 
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -24,36 +25,32 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader, order_changes
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import flatten, print_load_report
-from openpi_like.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Contract,
-    contract_problems,
-    encode_tokenizer,
-    find_step,
-    is_run,
-    read_contract,
-    warm_start,
-)
+from openpi_like.train.agreement import software
+from openpi_like.train.checkpoint import Checkpointer, find_step, is_run
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
+from openpi_like.train.hosts import HostsError
+from openpi_like.train.lock import run_directory
 from openpi_like.train.metrics import MetricsWriter
-from openpi_like.train.sharding import check_hosts_agree, put_batch
+from openpi_like.train.process_group import ProcessGroup, join
+from openpi_like.train.sharding import check_batch, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.validation import Validator, dataset_name
+from openpi_like.train.warm_start import frozen_from, warm_start
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became NaN or infinite."""
 
 
-def main(config: TrainConfig, console: Console) -> None:
+def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     # ---- Devices -----------------------------------------------------------------------------------------------------
-    if config.multi_host:
-        jax.distributed.initialize()  # coordinator and ranks come from the cluster's environment
+    group.check_clocks()
+    group.check_agree("its config", {k: v for k, v in to_json(config).items() if k != "hosts"})
+    group.check_agree("its software", software())
     mesh = config.mesh.create()
-    lead = jax.process_index() == 0
+    lead = group.lead
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     if lead:
         (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=1))
         console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
@@ -89,7 +86,7 @@ def main(config: TrainConfig, console: Console) -> None:
         raise CheckpointError("a policy that cannot be trained and served:\n  " + "\n  ".join(problems))
 
     # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
-    model = ModelDef(config.model)
+    model = ModelDef(config.model, config.trainable)
     trainer = Trainer(
         model,
         config.optimizer.create(),
@@ -99,23 +96,35 @@ def main(config: TrainConfig, console: Console) -> None:
         rules=config.sharding,
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
+        accumulate=config.accumulate,
+        skip_nonfinite=config.skip_bad_steps > 0,
     )
-    checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep)
+    check_batch(config.batch_size, config.accumulate, mesh)
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep, trainable=config.trainable)
+    group.goes_on_from(lambda: resume_point(run_dir))
     position, order = 0, None
     if checkpointer.latest_step() is not None:
-        state, position, order = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+        state, position, order = checkpointer.restore(
+            trainer.abstract,
+            trainer.shardings,
+            contract=contract,
+            frozen_from=lambda start: frozen_from(start, trainer),
+        )
         console.print(f"resumed at step {int(state.step)}, sample {position}")
     elif config.warm_start is not None:
-        params, plan = warm_start(config.warm_start, config.model, trainer.shardings.params, trainer.fresh_weights)
-        state = trainer.init_from(params)
+        weights, plan = warm_start(config.warm_start, trainer)
+        state = trainer.init_from(weights)
         if lead:
             print_load_report(plan, console)
             (run_dir / "load_report.json").write_text(json.dumps(plan.report, indent=1))
     else:
         state = trainer.init()
     step = int(state.step)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    console.print(f"{count:,} parameters, {config.steps - step:,} of {config.steps:,} steps to go")
+    if step == 0:
+        checkpointer.begin(state, source=None if config.save_frozen else config.warm_start)
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(of)) for of in (state.params, state.frozen))
+    said = f"{trained:,} parameters" + (f" beside {frozen:,} that are not trained" if frozen else "")
+    console.print(f"{said}, {config.steps - step:,} of {config.steps:,} steps to go")
 
     # ---- Data: position in the global sample order is all the state it has -------------------------------------------
     loader = make_loader(
@@ -126,10 +135,10 @@ def main(config: TrainConfig, console: Console) -> None:
         normalizations=contract.normalizations,
         action_tokenizer=contract.fast_tokenizer(),
         start=position,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=group.rank,
+        process_count=group.count,
     )
-    check_hosts_agree(json.dumps(loader.order), "the order of samples: copy the same data and indexes to all of them")
+    group.check_agree("the order of its samples (copy the same data and indexes to all hosts)", loader.order)
     if order is None and position:
         console.print("the checkpoint does not say in which order its samples came; going on in the present one")
     changes = [] if order is None else order_changes(order, loader.order)
@@ -146,9 +155,8 @@ def main(config: TrainConfig, console: Console) -> None:
     metrics = MetricsWriter(run_dir, resume_step=step, tensorboard=config.tensorboard) if lead else None
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    stop = []
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda s, _: stop.append(s))
+    stopping = group.stopping(step)
+    stop = stopping.at(step)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -167,8 +175,9 @@ def main(config: TrainConfig, console: Console) -> None:
             batch = next(loader)
             state, values = trainer.train_step(state, put_batch(batch, mesh))
             step += 1
+            stop = stopping.at(step)
             history.append((step, values, batch))
-            saving = step % config.save_every == 0 or step == config.steps or bool(stop)
+            saving = step % config.save_every == 0 or step == config.steps or stop
             # Look at the step before this one: by now it is done, and the device is busy with this one. Before a save
             # or a log line, look at this one too.
             while len(history) > 1 or (history and (saving or step % config.log_every == 0)):
@@ -220,14 +229,29 @@ def main(config: TrainConfig, console: Console) -> None:
     checkpointer.close()
     if metrics:
         metrics.close()
-    if stop:
-        console.print(f"stopped by signal {stop[0]} at step {step}, which is saved; the same command goes on from here")
-        sys.exit(128 + stop[0])
+    if stop and stopping.signal is not None:
+        console.print(
+            f"stopped by {stopping.signal.name} at step {step}, which is saved; the same command goes on from here"
+        )
+        sys.exit(128 + stopping.signal)
     console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
+
+
+def resume_point(run_dir: Path) -> str:
+    """Returns where a run goes on when it is started again, in words."""
+    try:
+        return f"step {find_step(run_dir).name}"
+    except CheckpointError:
+        return "its beginning"
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
-    main(override(load_run(sys.argv[1]), sys.argv[2:]), Console())
+    config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()
+    try:
+        with join(config.hosts, console.out) as group, run_directory(config.run_dir, group, console.out):
+            main(config, group, Console(quiet=not group.lead))
+    except HostsError as e:
+        sys.exit(str(e))

@@ -7,12 +7,14 @@ V vocabulary, p and q patch, C colours, J action dims.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import einops
 import numpy as np
 
 from openpi_like.models.gemma import GemmaConfig
+from openpi_like.models.lora import HEADS, SUFFIX, Overlay
 from openpi_like.models.paligemma import VisionLanguageConfig
 from openpi_like.models.pi0 import Pi0Config
 
@@ -25,7 +27,7 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """ours[at] = rearrange(theirs[take], axes), with indices into leading axes.
+    """ours[at] = rearrange(theirs[take], axes) / factor, with indices into leading axes.
 
     axes: "their axes -> our axes" as in einops; "" where they are the same.
     """
@@ -35,6 +37,7 @@ class Row:
     axes: str = ""
     at: Index = ()
     take: Index = ()
+    factor: float = 1.0
 
     def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of theirs[take] for the shape of ours[at]."""
@@ -47,6 +50,8 @@ class Row:
 
     def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
         """Returns ours[at], of shape `ours`, for theirs[take]."""
+        if self.factor != 1:
+            theirs = theirs / np.float32(self.factor)
         if not self.axes:
             return theirs
         names = self.axes.split("->")[1].split()
@@ -54,10 +59,53 @@ class Row:
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
         """Inverse of `to_ours`."""
+        if self.factor != 1:
+            ours = ours * np.float32(self.factor)
         if not self.axes:
             return ours
         left, right = self.axes.split("->")
         return einops.rearrange(ours, f"{right} -> {left}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedRow(Row):
+    """theirs[take] repeats ours along an axis, `count` times."""
+
+    axis: int = 0
+    count: int = 1
+
+    def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        return (*ours[: self.axis], self.count, *ours[self.axis :])
+
+    def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        first = np.take(theirs, [0], axis=self.axis)
+        if not (theirs == first).all():
+            raise WeightsError(
+                f"{self.theirs}: heads have weights of their own, {self.ours} is one for all of them; "
+                "load them with LoraRule(per_head=True)"
+            )
+        return first.squeeze(self.axis)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        return np.repeat(np.expand_dims(ours, self.axis), self.count, axis=self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class SummedRow(Row):
+    """ours is the sum of theirs[take] along an axis of `count` entries, divided by `factor`."""
+
+    axis: int = 0
+    count: int = 1
+
+    def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        return (*ours[: self.axis], self.count, *ours[self.axis :])
+
+    def to_ours(self, theirs: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+        return theirs.astype(np.float32).sum(self.axis) / np.float32(self.factor)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        part = ours * np.float32(self.factor / self.count)
+        return np.repeat(np.expand_dims(part, self.axis), self.count, axis=self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +116,7 @@ class Table:
     unused: regular expressions of arrays that the layout has and our model does not: {pattern: why}.
     pad_rows: array -> rows it has beyond ours, without meaning: dropped when read, written as the mean row.
     fillers: arrays without meaning that the layout's own tools insist on, and their shapes; written as zeros.
+    lora_names: returns what A and B of LoRA are called, for the array of a weight; None where the layout has no LoRA.
     """
 
     rows: tuple[Row, ...]
@@ -75,6 +124,33 @@ class Table:
     unused: dict[str, str] = dataclasses.field(default_factory=dict)
     pad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     fillers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    lora_names: Callable[[str], tuple[str, str]] | None = None
+
+    def with_overlays(self, overlays: Mapping[str, Overlay]) -> "Table":
+        """Returns the table with rows for LoRA, by the name of its weight; as it is where the layout has none."""
+        if self.lora_names is None:
+            return self
+        rows = [new for row in self.rows if row.ours in overlays for new in self._lora(row, overlays[row.ours])]
+        return dataclasses.replace(self, rows=(*self.rows, *rows))
+
+    def _lora(self, row: Row, overlay: Overlay) -> list[Row]:
+        """In openpi B is not scaled, heads have an A and a B each, and maps that sum over heads sum B over them too."""
+        assert self.lora_names is not None
+        a_name, b_name = self.lora_names(row.theirs)
+        a, b = f"{row.ours}{SUFFIX}/a", f"{row.ours}{SUFFIX}/b"
+        common: dict[str, Any] = {"at": row.at, "take": row.take}
+        heads = [i for i, axis in enumerate(overlay.axes) if axis in HEADS]
+        if not heads or (overlay.per_head and heads[0] not in overlay.inputs):
+            return [Row(a, a_name, **common), Row(b, b_name, factor=overlay.scale, **common)]
+        (at,) = heads
+        count = overlay.shape[at]
+        if at in overlay.inputs:
+            summed = SummedRow(b, b_name, factor=overlay.scale, axis=at, count=count, **common)
+            return [Row(a, a_name, **common), summed]
+        lead = " ".join("abcdefgh"[:at])
+        order = f"{lead} N r H -> {lead} r N H"
+        shared = RepeatedRow(a, a_name, axis=at, count=count, **common)
+        return [shared, Row(b, b_name, order, factor=overlay.scale, **common)]
 
 
 # ---- openpi and big_vision: stacked layers, our shapes ---------------------------------------------------------------
@@ -165,7 +241,13 @@ def openpi(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
         rows += _gemma(config.expert, "expert", "PaliGemma/llm/", "_1", adaptive=config.pi05)
         for ours, theirs in _projections(config).items():
             rows += _pair(ours, theirs)
-    return Table(tuple(rows))
+    return Table(tuple(rows), lora_names=_openpi_lora)
+
+
+def _openpi_lora(name: str) -> tuple[str, str]:
+    """Attention has lora_a and lora_b beside w, the MLP has <name>_lora_a and <name>_lora_b."""
+    stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
+    return f"{stem}lora_a", f"{stem}lora_b"
 
 
 def big_vision(config: VisionLanguageConfig, names: Iterable[str]) -> Table:

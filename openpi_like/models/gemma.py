@@ -10,24 +10,22 @@ F mlp width, V vocabulary, L layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
+from qwix import QArray
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.draws import named_key
+from openpi_like.models.attention import attention
 from openpi_like.models.cross_entropy import cross_entropy
 from openpi_like.models.param import Linear, fan_in, linear, linear_parts, map_weight, use, weight, zeros
+from openpi_like.models.stack import kept, run_layers
 from openpi_like.partition import lookup, pin
-
-MASKED = -2.3819763e38  # as in the references
-
-# What is kept for the backward pass, by name of the policy in jax.checkpoint_policies.
-REMAT = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,55 +104,6 @@ def rotate(x: Float[Array, "*any H"], sin_cos: Float[Array, "2 *#any half"]) -> 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention(
-    q_BNTH: Float[Array, "B N T H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"] | None,
-) -> Float[Array, "B N T H"]:
-    """Returns softmax(q k^T / sqrt(H)) v; query head n uses kv head n // (N / K). mask: True where a token is seen.
-
-    All queries of one kv head are the rows of one matrix, which measures 1.2 to 1.4 times faster on CPU than
-    `jax.nn.dot_product_attention`. Logits and their exponentials are float32: bfloat16 has 8 bits for a sum over
-    thousands of keys. Masked logits are finite, so a query that sees nothing gets the mean of all values, not NaN.
-    """
-    B, N, T, H = q_BNTH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BKQH = (q_BNTH * jnp.asarray(H**-0.5, q_BNTH.dtype)).reshape(B, K, N // K * T, H)
-    logits = jnp.einsum("BKQH,BSKH->BKQS", q_BKQH, k_BSKH, preferred_element_type=jnp.float32)
-    if mask_BTS is not None:
-        by_query = logits.reshape(B, K, N // K, T, S)
-        logits = jnp.where(mask_BTS[:, None, None], by_query, MASKED).reshape(logits.shape)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-    # Divided by the sum after the product with the values: there are fewer of these than of weights.
-    total = weights.sum(-1, keepdims=True)
-    seen = jnp.einsum("BKQS,BSKH->BKQH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
-    return (seen / total).astype(q_BNTH.dtype).reshape(B, N, T, H)
-
-
-def run_layers(
-    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Any, *, unroll: bool, remat: str | None
-) -> tuple[Any, Any]:
-    """Runs `carry, y = body(carry, layer)` over axis 0 of every array in `layers`; returns (carry, stacked y).
-
-    layers: a pytree, for example a module declared with stacked weights, which `body` gets with one layer's weights.
-    unroll: write the layers out one by one. Compilation grows with depth, but what nobody reads is never computed (the
-        prefix's last output) and nothing is copied into stacks: a train step of three layers on CPU takes 0.6 of the
-        time.
-    remat: a name in `REMAT`, or None to keep everything for the backward pass.
-    """
-    if remat is not None:
-        # Inside a scan nothing can be merged across the checkpoint, so its guard against that is not needed.
-        body = jax.checkpoint(body, policy=getattr(jax.checkpoint_policies, remat), prevent_cse=unroll)
-    if not unroll:
-        return jax.lax.scan(body, carry, layers)
-    ys = []
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        carry, y = body(carry, jax.tree.map(lambda w, i=i: w[i], layers))
-        ys.append(y)
-    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
-
-
 class RMSNorm(nnx.Module):
     """RMS normalisation with weight 1 + scale, or adaptive: scale, shift and gate are a linear map of a condition.
 
@@ -204,16 +153,23 @@ class GemmaLayer(nnx.Module):
         self.gate_up = map_weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), inputs=(2,))
         self.down = map_weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), inputs=(1,))
 
+    def packed(self, config: GemmaConfig, dtype: str) -> "GemmaLayer | PackedLayer":
+        """Returns these layers packed; as they are where maps have overlays, or are in fewer bits."""
+        maps = ("q", "kv", "out", "gate_up", "down")
+        if any(hasattr(self, f"{name}_lora") or isinstance(getattr(self, name)[...], QArray) for name in maps):
+            return self
+        return PackedLayer(self, config, dtype)
+
     def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
         """Returns the queries of normalised tokens."""
         q_BNSH = rotate(linear(self, "q", "BSD,NDH->BNSH", y_BSD), rope_2BSh[:, :, None])
-        return pin(q_BNSH, "batch", "heads", None, None)
+        return kept(pin(q_BNSH, "batch", "heads", None, None), "queries")
 
     def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
         """Returns the keys and values of normalised tokens, (B, S, K, H)."""
         k, v = linear_parts(self, "kv", "BSD,KDH->BSKH", y_BSD)
         k, v = (pin(x, "batch", None, "kv_heads", None) for x in (rotate(k, rope_2BSh[:, :, :, None]), v))
-        return KVCache(k=k, v=v)
+        return KVCache(k=kept(k, "keys_values"), v=kept(v, "keys_values"))
 
     def project(
         self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
@@ -229,7 +185,7 @@ class GemmaLayer(nnx.Module):
         """Returns what the MLP adds to the tokens; gelu is the tanh approximation."""
         gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
         hidden_BSF = pin(jax.nn.gelu(gate, approximate=True) * up, "batch", None, "mlp")
-        return linear(self, "down", "BSF,FD->BSD", hidden_BSF)
+        return linear(self, "down", "BSF,FD->BSD", kept(hidden_BSF, "mlp"))
 
 
 class PackedLayer(nnx.Module):
@@ -245,10 +201,18 @@ class PackedLayer(nnx.Module):
         q = layer.q[...].swapaxes(1, 2).reshape(L, D, N * H)
         kv = jnp.moveaxis(layer.kv[...], 3, 1).reshape(L, D, -1)
         self.attn_norm, self.mlp_norm = layer.attn_norm, layer.mlp_norm
-        self.qkv = nnx.Param(jnp.concatenate([q, kv], axis=-1).astype(dtype))
-        self.out = nnx.Param(layer.out[...].reshape(L, N * H, D).astype(dtype))
-        self.gate_up = nnx.Param(layer.gate_up[...].swapaxes(1, 2).reshape(L, D, -1).astype(dtype))
-        self.down = nnx.Param(layer.down[...].astype(dtype))
+        packed = {
+            "qkv": (jnp.concatenate([q, kv], axis=-1), ("layers", "embed", None)),
+            "out": (layer.out[...].reshape(L, N * H, D), ("layers", None, "embed")),
+            "gate_up": (layer.gate_up[...].swapaxes(1, 2).reshape(L, D, -1), ("layers", "embed", "mlp")),
+            "down": (layer.down[...], ("layers", "mlp", "embed")),
+        }
+        for name, (value, axes) in packed.items():
+            setattr(self, name, nnx.Param(value.astype(dtype), axes=axes, inputs=(1,)))
+
+    def packed(self, config: GemmaConfig, dtype: str) -> "PackedLayer":
+        """Returns itself."""
+        return self
 
     def project(
         self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
@@ -256,19 +220,19 @@ class PackedLayer(nnx.Module):
         """As `GemmaLayer.project`."""
         B, S = y_BSD.shape[:2]
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = (y_BSD @ self.qkv[...]).reshape(B, S, N + 2 * K, H)
+        heads = linear(self, "qkv", "BSD,DE->BSE", y_BSD).reshape(B, S, N + 2 * K, H)
         turned = rotate(heads[:, :, : N + K], rope_2BSh[:, :, :, None])
         return turned[:, :, :N].swapaxes(1, 2), KVCache(k=turned[:, :, N:], v=heads[:, :, N + K :])
 
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.project_out`."""
         B, _, S, _ = seen_BNSH.shape
-        return seen_BNSH.swapaxes(1, 2).reshape(B, S, -1) @ self.out[...]
+        return linear(self, "out", "BSE,ED->BSD", seen_BNSH.swapaxes(1, 2).reshape(B, S, -1))
 
     def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.mlp`."""
-        gate, up = jnp.split(y_BSD @ self.gate_up[...], 2, axis=-1)
-        return (jax.nn.gelu(gate, approximate=True) * up) @ self.down[...]
+        gate, up = jnp.split(linear(self, "gate_up", "BSD,DF->BSF", y_BSD), 2, axis=-1)
+        return linear(self, "down", "BSF,FD->BSD", jax.nn.gelu(gate, approximate=True) * up)
 
 
 def run_layer(
@@ -284,7 +248,8 @@ def run_layer(
     y, gate = layer.attn_norm(x_BSD, cond_BSD)
     q_BNSH, own = layer.project(y, rope_2BSh)
     every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
-    x_BSD = _residual(x_BSD, layer.project_out(attention(q_BNSH, every.k, every.v, mask_BST)), gate)
+    seen_BNSH = kept(attention(q_BNSH, every.k, every.v, mask_BST), "attention")
+    x_BSD = _residual(x_BSD, layer.project_out(seen_BNSH), gate)
     y, gate = layer.mlp_norm(x_BSD, cond_BSD)
     return pin(_residual(x_BSD, layer.mlp(y), gate), "batch", None, None), own
 
@@ -306,15 +271,17 @@ class Gemma(nnx.Module):
         """adaptive: norms take a condition (pi0.5's action expert). vocab_size: None for an expert without text."""
         self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
         if vocab_size is not None:
-            self.embedding = weight(key, "embedding", (vocab_size, config.width), ("vocab", "embed"), fan_in(1))
+            self.embedding = weight(
+                key, "embedding", (vocab_size, config.width), ("vocab", "embed"), fan_in(1), table=True
+            )
         self.layers: GemmaLayer | PackedLayer = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
         self.final_norm = RMSNorm(named_key(key, "final_norm"), config.width, adaptive=adaptive)
 
     def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Returns token embeddings times sqrt(D)."""
         x_BSD = lookup(self.embedding[...], self.embedding.get_metadata()["axes"], tokens_BS)
-        # The factor in the table's own precision, as in openpi: 45.25 for 45.2548 would be wrong for all tokens alike.
-        return (x_BSD * jnp.sqrt(self.config.width).astype(x_BSD.dtype)).astype(self.dtype)
+        # In float32: 45.25 for 45.2548 would be wrong for all tokens alike.
+        return (x_BSD.astype(jnp.float32) * math.sqrt(self.config.width)).astype(self.dtype)
 
     def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = slice(None)) -> Float[Array, "B S V"]:
         """Returns x times the embedding table, accumulated and returned in float32: a softmax over them follows.
@@ -335,11 +302,15 @@ class Gemma(nnx.Module):
         return rope(positions_BS, self.config.head_dim)
 
     def packed(self) -> "Gemma":
-        """Returns the same expert for many small calls, see `PackedLayer`; for sampling only."""
-        if isinstance(self.layers, PackedLayer):
+        """Returns the same expert for many small calls, see `PackedLayer`; for sampling only.
+
+        One whose maps have overlays or fewer bits stays as it is.
+        """
+        layers = self.layers.packed(self.config, self.dtype)
+        if layers is self.layers:
             return self
         packed = nnx.merge(*nnx.split(self))
-        packed.layers = PackedLayer(self.layers, self.config, self.dtype)
+        packed.layers = layers
         return packed
 
     def __call__(

@@ -19,8 +19,9 @@ from openpi_like.batch import PROMPT_FORMATS, ActionTokens, Batch, Observation, 
 from openpi_like.batch import Array as Leaf
 from openpi_like.config import near_names
 from openpi_like.draws import named_key, row_keys
-from openpi_like.models.gemma import REMAT, Gemma, GemmaConfig, KVCache, attention_mask, token_positions
+from openpi_like.models.gemma import Gemma, GemmaConfig, KVCache, attention_mask, token_positions
 from openpi_like.models.siglip import Siglip, SiglipConfig
+from openpi_like.models.stack import remat_problem
 from openpi_like.partition import pin
 
 EOS = 1
@@ -34,8 +35,8 @@ class VisionLanguageConfig:
     cameras: slot names, in prefix order; any number. image_size: (height, width) pixels, multiples of the patch size.
     resize: how frames of other sizes become this one, see `openpi_like.data.images.fit`.
     prompt_len: S, padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
-    remat: what the backward pass recomputes, see `gemma.REMAT`; None recomputes nothing.
-    unroll: compile layers one by one instead of as a loop: faster for a few layers, see `gemma.run_layers`.
+    remat: what the backward pass recomputes, see `stack.remat_problem`; None recomputes nothing.
+    unroll: compile layers one by one instead of as a loop: faster for a few layers, see `stack.run_layers`.
     """
 
     vision: SiglipConfig
@@ -69,8 +70,9 @@ class VisionLanguageConfig:
             problems.append(f"resize={self.resize!r}, expected one of {RESIZE}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
-        if self.remat is not None and self.remat not in REMAT:
-            problems.append(f"remat={self.remat!r}, expected None or one of {REMAT}")
+        wrong = remat_problem(self.remat)
+        if wrong is not None:
+            problems.append(wrong)
         return problems
 
     @staticmethod
@@ -300,20 +302,25 @@ class VisionLanguageModel(nnx.Module):
         out, _, _ = self.language(batch, count_masked=count_masked)
         return self.vlm.logits(out[:, -batch["prompt"].shape[1] :])
 
+    def text_samples(self, batch: TextBatch | Batch) -> Float[Array, ""]:
+        """Returns how many samples of a batch have a token to predict, see `text_loss`."""
+        return text_targets(batch).any(1).sum().astype(jnp.float32)
+
     def text_loss(
-        self, batch: TextBatch | Batch, *, count_masked: bool = False
+        self, batch: TextBatch | Batch, *, count_masked: bool = False, samples: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean cross-entropy of the tokens marked by `prompt_loss`, and per-sample metrics.
 
         A sample's loss is the mean over its marked tokens; the scalar is the mean over samples that have any. Metrics:
         "loss", and "valid" (1.0, or 0.0 for a sample without marked tokens, whose loss is 0). The first text token
         follows an image and is never predicted.
+        samples: by how many to divide, see `masked_means`.
 
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
         self.config.check(batch, answers=True)
-        return masked_means(*self.text_errors(self.language(batch, count_masked=count_masked)[0], batch))
+        return masked_means(*self.text_errors(self.language(batch, count_masked=count_masked)[0], batch), samples)
 
     def text_errors(
         self, out_BSD: Float[Array, "B S D"], batch: TextBatch | Batch
@@ -324,7 +331,7 @@ class VisionLanguageModel(nnx.Module):
         more of them, which no tokenizer of ours makes, gets NaN.
         """
         x_BSD = out_BSD[:, -batch["prompt"].shape[1] : -1]
-        targets, mask = batch["prompt"][:, 1:], batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
+        targets, mask = batch["prompt"][:, 1:], text_targets(batch)
         T = self.config.answer_len
         if not 0 < T < mask.shape[1]:
             return self.vlm.token_losses(x_BSD, targets), mask
@@ -446,9 +453,20 @@ def choose_token(
 class PaliGemma(VisionLanguageModel):
     """The model that is trained on text alone."""
 
-    def loss(self, key: Key[Array, ""], batch: TextBatch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-        """Returns `text_loss`; `key` is not used, nothing is drawn."""
-        return self.text_loss(batch)
+    def loss(
+        self, key: Key[Array, ""], batch: TextBatch, *, counts: dict[str, Float[Array, ""]] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+        """Returns `text_loss`; `key` is not used, nothing is drawn. counts: see `loss_counts`."""
+        return self.text_loss(batch, samples=None if counts is None else counts["text"])
+
+    def loss_counts(self, batch: TextBatch) -> dict[str, Float[Array, ""]]:
+        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
+        return {"text": self.text_samples(batch)}
+
+
+def text_targets(batch: TextBatch | Batch) -> Bool[Array, "B T"]:
+    """Returns which text tokens are to be predicted; the first cannot be."""
+    return batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
 
 
 def _rows(inputs: Any) -> int:
@@ -496,11 +514,15 @@ def _to_float(image: jax.Array) -> jax.Array:
 
 
 def masked_means(
-    error_BX: Float[Array, "B *X"], mask_BX: Bool[Array, "B *X"]
+    error_BX: Float[Array, "B *X"], mask_BX: Bool[Array, "B *X"], samples: Float[Array, ""] | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-    """Returns the mean over samples of the mean over valid entries, and the per-sample "loss" and "valid"."""
+    """Returns the mean over samples of the mean over valid entries, and the per-sample "loss" and "valid".
+
+    samples: by how many to divide; None counts those that have any valid entry.
+    """
     axes = tuple(range(1, mask_BX.ndim))
     count = mask_BX.sum(axes).astype(jnp.float32)
     per_sample = jnp.where(mask_BX, error_BX, 0.0).sum(axes) / jnp.maximum(count, 1.0)
     valid = (count > 0).astype(jnp.float32)
-    return per_sample.sum() / jnp.maximum(valid.sum(), 1.0), {"loss": per_sample, "valid": valid}
+    total = valid.sum() if samples is None else samples
+    return per_sample.sum() / jnp.maximum(total, 1.0), {"loss": per_sample, "valid": valid}

@@ -81,12 +81,18 @@ def use(w: nnx.Param, dtype: Any) -> Any:
     value, axes = w[...], w.get_metadata()["axes"]
     axes = axes[len(axes) - value.ndim :]  # without the layer, inside of it
     if isinstance(value, qwix.QArray):
-        return jax.tree.map(lambda x: gathered(x, axes, x.dtype), value.astype(dtype))
+        return jax.tree.map(lambda x: gathered(x, axes, x.dtype), value)
     return gathered(value, axes, dtype)
 
 
 def _product(equation: str, x: jax.Array, w: Any) -> jax.Array:
-    return (qwix.einsum if isinstance(w, qwix.QArray) else jnp.einsum)(equation, x, w)
+    if not isinstance(w, qwix.QArray):
+        return jnp.einsum(equation, x, w)
+    letters, out = equation.split(",")[1].split("->")
+    grouped = any(n > 1 for n, letter in zip(w.scale.shape, letters, strict=True) if letter not in out)
+    if grouped:  # each group of inputs would be a product of its own, and their results would be kept
+        return jnp.einsum(equation, x, qwix.dequantize(w).astype(x.dtype))
+    return qwix.einsum(equation, x, w).astype(x.dtype)
 
 
 def linear(module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:

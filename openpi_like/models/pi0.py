@@ -295,7 +295,9 @@ class Pi0(VisionLanguageModel):
         velocity = self.velocity(prefix, batch, x_t, time_B)
         return jnp.square(velocity - (noise_BAJ - actions))
 
-    def loss(self, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+    def loss(
+        self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean squared velocity error at random flow times, and per-sample metrics.
 
         A sample's loss is the mean over its valid entries and over `config.flow_draws` draws of noise and flow time;
@@ -304,6 +306,7 @@ class Pi0(VisionLanguageModel):
         Metrics: "loss", and "valid" (1.0, or 0.0 for a sample that counts in no loss, whose loss is 0); with action
         tokens also "flow_loss" and "text_loss", each with its own "..._valid".
         A sample's draws depend on `key` and its position alone, see `sample_keys`.
+        counts: see `loss_counts`.
         """
         self.config.check_inputs(batch, actions=True)
         shape = (self.config.action_horizon, self.config.action_dim)
@@ -313,7 +316,12 @@ class Pi0(VisionLanguageModel):
             return draw_noise(keys, shape), draw_time(keys)
 
         keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
-        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)))
+        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)), counts=counts)
+
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
+        counts = {"flow": self.loss_mask(batch).any((1, 2)).sum().astype(jnp.float32)}
+        return counts if self.config.action_tokens is None else counts | {"text": self.text_samples(batch)}
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns losses that move only when the weights do: flow times on a fixed grid, noise by `key` and position.
@@ -335,15 +343,17 @@ class Pi0(VisionLanguageModel):
         time_RB: Float[Array, "R B"],
         *,
         one_by_one: bool = False,
+        counts: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """As `loss`, at R given draws; one by one in less memory."""
+        total = counts or {}
         prefix, out = self.training_prefix(batch)
         at = lambda draw: self._flow_errors(prefix, batch, *draw)  # noqa: E731
         errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
-        flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch))
+        flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch), total.get("flow"))
         if out is None:
             return flow, per_flow
-        text, per_text = masked_means(*self.text_errors(out, batch))
+        text, per_text = masked_means(*self.text_errors(out, batch), total.get("text"))
         weight = self.config.flow_weight
         return text + weight * flow, {
             "loss": per_text["loss"] + weight * per_flow["loss"],

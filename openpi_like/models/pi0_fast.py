@@ -132,10 +132,20 @@ class Pi0Fast(VisionLanguageModel):
 
     config: Pi0FastConfig
 
-    def loss(self, key: Key[Array, ""], batch: Batch) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-        """Returns `text_loss`, over the action tokens and what is around them; `key` is not used, nothing is drawn."""
+    def loss(
+        self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+        """Returns `text_loss`, over the action tokens and what is around them; `key` is not used, nothing is drawn.
+
+        counts: see `loss_counts`.
+        """
         self.config.check_inputs(batch, actions=True)
-        return self.text_loss(batch, count_masked=self.config.openpi_positions)
+        samples = None if counts is None else counts["text"]
+        return self.text_loss(batch, count_masked=self.config.openpi_positions, samples=samples)
+
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
+        return {"text": self.text_samples(batch)}
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss"."""

@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
-from openpi_like.models.gemma import attention, run_layers
+from openpi_like.models.attention import attention
 from openpi_like.models.param import Linear, normal, ones, use, weight, zeros
+from openpi_like.models.stack import kept, run_layers
 from openpi_like.partition import pin
 
 
@@ -80,12 +81,13 @@ class SiglipLayer(nnx.Module):
         y = self.attn_norm(x_BPD)
         q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
         k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
-        return x_BPD + self.out(attention(q_BNPH, k, v, None))
+        q_BNPH, k, v = kept(q_BNPH, "queries"), kept(k, "keys_values"), kept(v, "keys_values")
+        return x_BPD + self.out(kept(attention(q_BNPH, k, v, None), "attention"))
 
     def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its MLP with tanh-approximated GELU."""
         hidden_BPF = jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True)
-        return x_BPD + self.mlp_down(pin(hidden_BPF, "batch", None, "mlp"))
+        return x_BPD + self.mlp_down(kept(pin(hidden_BPF, "batch", None, "mlp"), "mlp"))
 
 
 class Siglip(nnx.Module):

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from rich.console import Console
 from rich.table import Table as ConsoleTable
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from openpi_like.config import near_names
+from openpi_like.models.arrays import Arrays, open_arrays
 from openpi_like.models.formats import FORMATS, Row, Table, WeightsError, family, recognise
+from openpi_like.models.lora import Lora, Overlay, add_lora, is_lora, overlays
 from openpi_like.models.paligemma import VisionLanguageConfig
 
 # ---- Weights by name -------------------------------------------------------------------------------------------------
@@ -51,10 +52,25 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def weight_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_model(config: Any, lora: Lora | None = None) -> nnx.Module:
+    """Returns a model, with its overlay where there is one, whose weights are shapes; allocates nothing."""
+
+    def create() -> nnx.Module:
+        key = jax.random.key(0)
+        model = config.create(key)
+        return model if lora is None else add_lora(model, lora, key)
+
+    return nnx.eval_shape(create)
+
+
+def weight_shapes(config: Any, lora: Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {"a/b/c": shape} of a model's weights; allocates nothing."""
-    state = nnx.state(nnx.eval_shape(lambda: config.create(jax.random.key(0))), nnx.Param)
-    return flatten(nnx.to_pure_dict(state))
+    return flatten(nnx.to_pure_dict(nnx.state(abstract_model(config, lora), nnx.Param)))
+
+
+def model_overlays(config: Any, lora: Lora) -> dict[str, Overlay]:
+    """Returns the overlays of a model, see `openpi_like.models.lora.overlays`; allocates nothing."""
+    return overlays(abstract_model(config, lora))
 
 
 def flat_weights(model: nnx.Module) -> dict[str, Any]:
@@ -62,206 +78,20 @@ def flat_weights(model: nnx.Module) -> dict[str, Any]:
     return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def bind(config: Any, weights: Mapping[str, Any]) -> Any:
-    """Returns the model with the given nested weights; draws nothing."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0))), nnx.Param)
+def bind(config: Any, weights: Mapping[str, Any], lora: Lora | None = None) -> Any:
+    """Returns the model with the given nested weights, and its overlay where there is one; draws nothing."""
+    graph, state = nnx.split(abstract_model(config, lora), nnx.Param)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(weights)))
     return nnx.merge(graph, state)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class Arrays(Protocol):
-    """Named arrays that are read one at a time."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one array on the host."""
-        ...
-
-
-class MemoryArrays:
-    """Arrays that are in memory already."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._arrays = arrays
-        self.shapes = {k: tuple(v.shape) for k, v in arrays.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._arrays[name])
-
-
-class NpzArrays:
-    """A big_vision `.npz`: names may begin with "params/"; bfloat16 is stored as two-byte records."""
-
-    def __init__(self, path: Path) -> None:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("its end is missing" if path.is_file() else "no such file")
-        self._file = np.load(path, allow_pickle=False)
-        prefix = "params/" if all(k.startswith("params/") for k in self._file) else ""
-        self._names = {k.removeprefix(prefix): k for k in self._file}
-        self.shapes = {}
-        for name, stored in self._names.items():  # headers only
-            with self._file.zip.open(f"{stored}.npy") as f:
-                version = np.lib.format.read_magic(f)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                self.shapes[name] = read(f)[0]
-
-    def read(self, name: str) -> np.ndarray:
-        array = self._file[self._names[name]]
-        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
-
-
-class SafetensorsArrays:
-    """One safetensors file, or all that an index file or a directory names."""
-
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            there = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-            if len(there) != 1:
-                raise WeightsError(
-                    f"{path} holds {[p.name for p in there]}, expected one file or one index; name the one"
-                )
-            path = there[0]
-        self._files: dict[str, Any] = {}
-        if path.name.endswith(".json"):
-            index = json.loads(path.read_text())
-            if not (isinstance(index, dict) and isinstance(index.get("weight_map"), dict)):
-                raise WeightsError(f"{path} is no index of safetensors, expected a JSON object with weight_map")
-            stored = index["weight_map"]
-            opened = {name: safe_open(path.parent / name, "numpy") for name in sorted(set(stored.values()))}
-            held = {(k, name) for name, file in opened.items() for k in file.keys()}  # noqa: SIM118
-            lost = sorted(set(stored.items()) ^ held)
-            if lost:
-                raise WeightsError(f"{path} and its files name different arrays: {[f'{k} in {n}' for k, n in lost]}")
-            self._files = {k: opened[name] for k, name in stored.items()}
-        else:
-            file = safe_open(path, "numpy")
-            self._files = dict.fromkeys(file.keys(), file)
-        self.shapes = {k: tuple(f.get_slice(k).get_shape()) for k, f in self._files.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-
-class OrbaxArrays:
-    """An Orbax directory of arrays; openpi's {"params": ...} level and its trailing "value" level are taken off."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.resolve()
-        self._checkpointer = ocp.PyTreeCheckpointer()
-        metadata = self._checkpointer.metadata(self._path).item_metadata
-        if metadata is None:
-            raise ValueError("its metadata cannot be read")
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_array)
-        stored = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in leaves]
-        prefix = "params/" if all(k.startswith("params/") for k in stored) else ""
-        suffix = "/value" if all(k.endswith("/value") for k in stored) else ""
-        self._names = [k.removeprefix(prefix).removesuffix(suffix) for k in stored]
-        self.shapes = {name: tuple(leaf.shape) for name, (_, leaf) in zip(self._names, leaves, strict=True)}
-
-    def read(self, name: str) -> np.ndarray:
-        i = self._names.index(name)
-        item = jax.tree.unflatten(self._structure, [np.zeros(0) if n == name else ocp.PLACEHOLDER for n in self._names])
-        args = jax.tree.unflatten(self._structure, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(self._names))
-        restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
-        return np.asarray(jax.tree.leaves(restored, is_leaf=_is_array)[i])
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") or x is ocp.PLACEHOLDER
-
-
-def merge_lora(w: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float, summed_heads: bool = False) -> np.ndarray:
-    """Returns w + scale * a @ b over the last two axes: the map that openpi's LoRA layers compute, as one weight.
-
-    summed_heads: for attention outputs (L, N, H, D), where openpi sums the heads in both factors, so that every head
-    of `a` meets the sum over heads of `b`. In float32, whatever w is: rounding to bfloat16 would lose most of a delta.
-    """
-    if summed_heads:
-        b = b.sum(axis=-3, keepdims=True)
-    delta = np.matmul(a.astype(np.float32), b.astype(np.float32))
-    return w.astype(np.float32) + np.float32(scale) * delta
-
-
-class LoraMerged:
-    """openpi arrays with their LoRA leaves merged into the weights they belong to.
-
-    Attention has lora_a and lora_b beside w; the MLP has <name>_lora_a and <name>_lora_b, which openpi never scales.
-    """
-
-    def __init__(self, arrays: Arrays, scale: float) -> None:
-        """scale: alpha / rank of the attention's LoRA (alpha / sqrt(rank) with rslora); 1 in openpi's own configs."""
-        self._arrays, self._scale = arrays, scale
-        leaves = [k for k in arrays.shapes if re.search(r"(/|_)lora_[ab]$", k)]
-        self.shapes = {k: v for k, v in arrays.shapes.items() if k not in leaves}
-        if not leaves:
-            raise WeightsError("lora_scale is given, but there are no LoRA weights; leave it out")
-        self._pairs: dict[str, tuple[str, str]] = {}
-        problems = []
-        for stem in sorted({k[:-1] for k in leaves}):  # ".../lora_" or "..._lora_"
-            base = f"{stem.removesuffix('lora_')}w" if stem.endswith("/lora_") else stem.removesuffix("_lora_")
-            a, b = (arrays.shapes.get(f"{stem}{end}", ()) for end in "ab")
-            w = arrays.shapes.get(base, ())
-            if not (w and a and b):
-                have = [name for name, shape in ((base, w), (f"{stem}a", a), (f"{stem}b", b)) if shape]
-                problems.append(f"{base}: expected {base}, {stem}a and {stem}b, got {have}")
-            elif a != (*w[:-1], a[-1]) or b != (*w[:-2], a[-1], w[-1]):
-                problems.append(
-                    f"{base} {w}: lora_a {a} and lora_b {b}, expected {(*w[:-1], 'r')}, {(*w[:-2], 'r', w[-1])}"
-                )
-            self._pairs[base] = (f"{stem}a", f"{stem}b")
-        if problems:
-            raise WeightsError("LoRA weights that belong to nothing:\n  " + "\n  ".join(problems))
-
-    def read(self, name: str) -> np.ndarray:
-        w = self._arrays.read(name)
-        if name not in self._pairs:
-            return w
-        a, b = (self._arrays.read(leaf) for leaf in self._pairs[name])
-        scale = self._scale if name.endswith("/w") else 1.0
-        return merge_lora(w, a, b, scale=scale, summed_heads="/attn_vec_einsum" in name)
-
-
-def open_arrays(path: str | Path, *, lora_scale: float | None = None) -> Arrays:
-    """Opens published weights: `.npz`, `.safetensors` (or its index file, or a directory with either), or Orbax.
-
-    An Orbax path is the directory of arrays itself, or a checkpoint step that has it as `params`.
-    lora_scale: merges openpi's LoRA weights, see `LoraMerged`; None leaves them, and no model has a place for them.
-
-    Raises:
-        WeightsError: there is nothing, or it cannot be read.
-    """
-    if lora_scale is not None:
-        return LoraMerged(open_arrays(path), lora_scale)
-    path = Path(path)
-    try:
-        if path.suffix == ".npz":
-            return NpzArrays(path)
-        if path.suffix in (".safetensors", ".json") or any(path.glob("*.safetensors")):
-            return SafetensorsArrays(path)
-        for directory in (path, path / "params"):
-            if (directory / "_METADATA").is_file():
-                return OrbaxArrays(directory)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as e:
-        if isinstance(e, WeightsError):
-            raise
-        raise WeightsError(f"cannot read {path}: {e}; the file is damaged or incomplete, copy it again") from e
-    there = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such file or directory"
-    raise WeightsError(
-        f"no weights at {path}: expected an .npz file, safetensors, or an Orbax directory (its `params`, or the step "
-        f"above it); got {there}"
-    )
 
 
 # ---- Import ----------------------------------------------------------------------------------------------------------
 
 
-def table_for(config: VisionLanguageConfig, names: Sequence[str], fmt: str | None) -> Table:
-    """Returns the name table of a format (recognised by the names when None).
+def table_for(
+    config: VisionLanguageConfig, names: Sequence[str], fmt: str | None, *, lora: Lora | None = None
+) -> Table:
+    """Returns the name table of a format (recognised by the names when None), with the overlay's rows.
 
     Raises:
         WeightsError: unknown format, or names that belong to none.
@@ -273,18 +103,21 @@ def table_for(config: VisionLanguageConfig, names: Sequence[str], fmt: str | Non
         )
     if chosen not in FORMATS:
         raise WeightsError(f"no weight format {chosen!r}; {near_names(chosen, list(FORMATS))}")
-    return FORMATS[chosen](config, names)
+    table = FORMATS[chosen](config, names)
+    return table if lora is None else table.with_overlays(model_overlays(config, lora))
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
     """What to take from where; made before anything is read.
 
-    rows: by our weight. report: one row per weight, {"weight", "shape", "from": "checkpoint" | "fresh", "why"}.
+    shapes: of our weights. rows: by our weight. report: one row per weight, {"weight", "shape", "from": "checkpoint" |
+        "fresh", "why"}.
     copies: arrays whose numbers must equal those of another one. padded: arrays whose last rows are not taken.
     dropped: one line for each array that is not used, or not all of it.
     """
 
+    shapes: dict[str, tuple[int, ...]]
     rows: dict[str, list[Row]]
     report: list[dict[str, str]]
     copies: dict[str, str]
@@ -299,9 +132,11 @@ def plan_load(
     fmt: str | None = None,
     reinitialize: Sequence[str] = (),
     drop: Sequence[str] = (),
+    lora: Lora | None = None,
 ) -> LoadPlan:
     """Returns which arrays become which weights of `config`'s model.
 
+    lora: an overlay that the model has beside; it starts fresh, at the base, where the file has none at all.
     reinitialize: regular expressions of weights that start fresh, although the file may have them.
     drop: regular expressions of arrays, in the file's names, that this model has no place for.
 
@@ -309,8 +144,9 @@ def plan_load(
         WeightsError: an array is missing, unused or of the wrong shape, or a pattern matches no weight; lists all.
     """
     names = list(arrays.shapes)
-    table = table_for(config, names, fmt)
-    shapes = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config, lora).items()}
+    table = table_for(config, names, fmt, lora=lora)
+    stored_overlay = {row.ours for row in table.rows if is_lora(row.ours) and row.theirs in arrays.shapes}
     why = {name: next((p for p in reinitialize if re.search(p, name)), None) for name in shapes}
     problems = [
         f"pattern {p!r} matches no weight; {near_names(p, list(shapes))}"
@@ -345,6 +181,9 @@ def plan_load(
             report.append(
                 {"weight": name, "shape": str(shape), "from": "fresh", "why": f"asked by {why[name]!r}: {state}"}
             )
+        elif is_lora(name) and not stored_overlay:
+            start = {"weight": name, "shape": str(shape), "from": "fresh", "why": "the overlay starts at the base"}
+            report.append(start)
         elif not by_weight[name]:
             problems.append(f"{name}: this format does not hold it")
         elif wrong:
@@ -372,13 +211,13 @@ def plan_load(
     ]
     if problems:
         theirs, mine = family(names), family(list(shapes))
-        lora = "; merge them with lora_scale" if "LoRA" in theirs else ": choose the other config"
-        hint = "" if theirs == mine else f"\nthese arrays look like {theirs}, this config is {mine}{lora}"
+        advice = "; merge them with lora_scale" if "LoRA" in theirs else ": choose the other config"
+        hint = "" if theirs == mine else f"\nthese arrays look like {theirs}, this config is {mine}{advice}"
         raise WeightsError(
             f"arrays do not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems) + hint
         )
     copies = {a: b for a, b in table.copies.items() if a in arrays.shapes and b in arrays.shapes}
-    return LoadPlan(rows, report, copies, frozenset(table.pad_rows), dropped)
+    return LoadPlan(shapes, rows, report, copies, frozenset(table.pad_rows), dropped)
 
 
 def _row_problem(row: Row, shape: tuple[int, ...], arrays: Arrays, table: Table) -> str | None:
@@ -405,61 +244,86 @@ def _shape_at(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[i
     return np.broadcast_to(np.zeros(()), shape)[index].shape
 
 
+class WeightReader:
+    """Reads planned weights one at a time, and collects what is wrong with arrays."""
+
+    def __init__(self, arrays: Arrays, plan: LoadPlan) -> None:
+        self._arrays, self._plan = arrays, plan
+        self.problems: list[str] = []
+
+    def array(self, name: str) -> np.ndarray:
+        """Returns one array of the file.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        try:
+            array = self._arrays.read(name)
+        except Exception as e:  # Orbax raises bare Exception for a damaged array
+            first = str(e.__cause__ or e).split("\n")[0]
+            raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            self.problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
+        elif not np.isfinite(array.sum(dtype=np.float64)):
+            self.problems.append(f"{name}: holds values that are not finite")
+        return array
+
+    def weight(self, name: str, dtype: Any) -> np.ndarray:
+        """Returns one of our weights, on the host."""
+        shape, rows = self._plan.shapes[name], self._plan.rows[name]
+        whole = np.empty(shape, dtype) if len(rows) > 1 or rows[0].at else None
+        for row in rows:
+            part = _shape_at(shape, row.at)
+            theirs = self.array(row.theirs)[row.take]
+            if row.theirs in self._plan.padded:
+                theirs = theirs[: row.their_shape(part)[0]]
+            converted = np.asarray(row.to_ours(theirs, part))
+            if whole is None:
+                return np.ascontiguousarray(converted.astype(dtype))
+            whole[row.at] = converted
+        assert whole is not None  # a planned weight has at least one row
+        return whole
+
+    def check(self) -> None:
+        """Compares copies, and reports.
+
+        Raises:
+            WeightsError: lists all arrays that are not of finite floats, or differ from the one they are a copy of.
+        """
+        for copy, main in self._plan.copies.items():
+            if not np.array_equal(self.array(copy), self.array(main)):
+                self.problems.append(f"{copy}: differs from {main}, expected the same numbers")
+        if self.problems:
+            raise WeightsError("weights cannot be used:\n  " + "\n  ".join(dict.fromkeys(self.problems)))
+
+
 def read_weights(
-    config: VisionLanguageConfig,
     arrays: Arrays,
     plan: LoadPlan,
     *,
     dtype: str = "float32",
     shardings: Mapping[str, Any] | None = None,
+    hold: Callable[[str, jax.Array], Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the planned weights, flat by name, placed as `shardings` (flat; None: numpy arrays on the host).
 
     One weight is on the host at a time; each device receives its own part only.
+    hold: what is to be made of each as soon as it is placed, by name, such as the same in fewer bits.
 
     Raises:
         WeightsError: an array cannot be read, is not of finite floats, or differs from the one it is a copy of.
     """
-    shapes = weight_shapes(config)
     target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    reader = WeightReader(arrays, plan)
     weights: dict[str, Any] = {}
-    problems: list[str] = []
-
-    def read(name: str) -> np.ndarray:
-        try:
-            array = arrays.read(name)
-        except Exception as e:  # Orbax raises bare Exception for a damaged array
-            first = str(e.__cause__ or e).split("\n")[0]
-            raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
-        elif not np.isfinite(array.sum(dtype=np.float64)):
-            problems.append(f"{name}: holds values that are not finite")
-        return array
-
-    for name, rows in plan.rows.items():
-        shape = tuple(shapes[name].shape)
-        whole = np.empty(shape, target) if len(rows) > 1 or rows[0].at else None
-        for row in rows:
-            part = _shape_at(shape, row.at)
-            theirs = read(row.theirs)[row.take]
-            if row.theirs in plan.padded:
-                theirs = theirs[: row.their_shape(part)[0]]
-            converted = row.to_ours(theirs, part)
-            if whole is None:
-                whole = np.ascontiguousarray(converted.astype(target))
-            else:
-                whole[row.at] = converted
-        assert whole is not None  # a planned weight has at least one row
+    for name in plan.rows:
+        whole = reader.weight(name, target)
         if shardings is None:
             weights[name] = whole
         else:
-            weights[name] = jax.make_array_from_callback(shape, shardings[name], whole.__getitem__)
-    for copy, main in plan.copies.items():
-        if not np.array_equal(read(copy), read(main)):
-            problems.append(f"{copy}: differs from {main}, expected the same numbers")
-    if problems:
-        raise WeightsError("weights cannot be used:\n  " + "\n  ".join(dict.fromkeys(problems)))
+            placed = jax.make_array_from_callback(plan.shapes[name], shardings[name], whole.__getitem__)
+            weights[name] = placed if hold is None else hold(name, placed)
+    reader.check()
     return weights
 
 
@@ -472,7 +336,7 @@ def load_weights(
         WeightsError: as `open_arrays`, `plan_load` and `read_weights`.
     """
     arrays = open_arrays(path)
-    return unflatten(read_weights(config, arrays, plan_load(config, arrays, fmt=fmt), dtype=dtype))
+    return unflatten(read_weights(arrays, plan_load(config, arrays, fmt=fmt), dtype=dtype))
 
 
 def print_load_report(plan: LoadPlan, console: Console) -> None:
@@ -508,14 +372,16 @@ def layout(config: VisionLanguageConfig, fmt: str) -> dict[str, tuple[int, ...]]
 
 
 def export_weights(
-    config: VisionLanguageConfig, weights: Mapping[str, Any], fmt: str
+    config: VisionLanguageConfig, weights: Mapping[str, Any], fmt: str, *, lora: Lora | None = None
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Yields (their name, function that returns the array) for flat weights of ours: the inverse of an import.
+
+    lora: the overlay that the weights have beside.
 
     Raises:
         WeightsError: the format cannot hold this model.
     """
-    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(weights)), fmt)
+    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(weights)), fmt, lora=lora)
     left = sorted(weights.keys() - {row.ours for row in table.rows})
     if left:
         raise WeightsError(f"format {fmt!r} cannot hold {', '.join(left)}; choose another format")

@@ -13,9 +13,10 @@ from flax import nnx
 from openpi_like.batch import Observation
 from openpi_like.config import near_names
 from openpi_like.data.images import fit
+from openpi_like.models.quantize import QUANTIZED, quantized_model
 from openpi_like.robots import Robot
 from openpi_like.serve.protocol import PROTOCOL
-from openpi_like.train.checkpoint import PolicyParts, load_policy_parts
+from openpi_like.train.load import PolicyParts, load_policy_parts
 
 
 class ObservationError(ValueError):
@@ -26,7 +27,13 @@ class Policy:
     """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own."""
 
     def __init__(
-        self, parts: PolicyParts, *, robot: str | None = None, seed: int = 0, temperature: float | None = None
+        self,
+        parts: PolicyParts,
+        *,
+        robot: str | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        quantize: str | None = None,
     ) -> None:
         """
         Args:
@@ -34,9 +41,11 @@ class Policy:
             robot: serve this one only; None serves all robots of the checkpoint.
             seed: of the sampling noise.
             temperature: of the tokens that pi0-FAST writes; None takes the likeliest ones.
+            quantize: hold linear maps in fewer bits, see `openpi_like.models.quantize.QUANTIZED`.
 
         Raises:
-            ValueError: the checkpoint was not trained for `robot`; or a temperature for a policy that writes no tokens.
+            ValueError: the checkpoint was not trained for `robot`; a temperature for a policy that writes no tokens; or
+                no such `quantize`.
         """
         robots = {r.name: r for r in parts.robots}
         if robot is not None and robot not in robots:
@@ -52,7 +61,8 @@ class Policy:
             )
         drawn = {} if temperature is None else {"temperature": temperature}
         # Packed once, instead of in every request; the weights this replaces are not kept.
-        self._parts = dataclasses.replace(parts, model=parts.model.packed())
+        model = parts.model.packed()
+        self._parts = dataclasses.replace(parts, model=model if quantize is None else quantized_model(model, quantize))
         self._seed, self._requests, self._config = seed, 0, parts.model.config
         graph, self._weights = nnx.split(self._parts.model)
 
@@ -77,9 +87,13 @@ class Policy:
         dtype: str | None = None,
         temperature: float | None = None,
     ) -> "Policy":
-        """Loads a checkpoint directory; see `load_policy_parts` and `Policy`."""
-        parts = load_policy_parts(checkpoint, step, dtype=dtype)
-        return cls(parts, robot=robot, seed=seed, temperature=temperature)
+        """Loads a checkpoint directory; see `load_policy_parts` and `Policy`.
+
+        dtype: of the weights in memory, None as stored; for one of `QUANTIZED` they are read in bfloat16 first.
+        """
+        quantize = dtype if dtype in QUANTIZED else None
+        parts = load_policy_parts(checkpoint, step, dtype="bfloat16" if quantize else dtype)
+        return cls(parts, robot=robot, seed=seed, temperature=temperature, quantize=quantize)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the handshake: what a robot needs to know, and can check itself against."""

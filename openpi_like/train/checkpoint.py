@@ -1,132 +1,137 @@
-"""Self-contained checkpoints: weights, optimiser and data position, and everything that serving depends on.
+"""Checkpoints of a run: weights, optimiser and data position, and the contract; which of them are kept.
 
-Layout of `<directory>/<step>/` (Orbax):
-    params/     raw float32 weights                    ema/    their moving average (what is served), when kept
-    opt_state/  optax state                            contract/  one JSON object, see `Contract`
+Layout of a run (Orbax):
+    checkpoints/<step>/params/     float32 weights that are trained     ema/  their moving average, when kept
+    checkpoints/<step>/opt_state/  optax state                          contract/  one JSON object, see `Contract`
+    base/                          weights that are not trained, if any; see `openpi_like.train.base`
 """
 
-import base64
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from openpi_like.config import from_json, near_names, to_json
-from openpi_like.data.fast import FastFiles, FastTokenizer
-from openpi_like.data.loader import action_token_problems
-from openpi_like.data.normalize import Normalization
-from openpi_like.data.text import TextTokenizer
-from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
-from openpi_like.models.weights import (
-    Arrays,
-    LoadPlan,
-    WeightsError,
-    flatten,
-    open_arrays,
-    plan_load,
-    read_weights,
-    unflatten,
+from openpi_like.config import from_json, to_json
+from openpi_like.train.base import BASE, base_record, check_digest, read_base, run_of, save_base
+from openpi_like.train.contract import (
+    FORMAT,
+    CheckpointError,
+    Contract,
+    contract_problems,
+    contract_record,
+    differences,
+    read_record,
 )
-from openpi_like.robots import Robot, policy_problems
-from openpi_like.train.state import ModelDef, Params, TrainState
+from openpi_like.train.state import Params, Trainable, TrainState
 
-FORMAT = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or not of the kind asked for."""
+_METRIC = "score"
 
 
 @dataclasses.dataclass(frozen=True)
-class Contract:
-    """What serving depends on. Its hash is checked when it is read, and sent to every client.
+class Keep:
+    """Which checkpoints stay on disk: those that any of these rules keeps.
 
-    policy: the model's config. robots and normalizations: by robot. tokenizer: SentencePiece model, base64.
-    renderers: robot name -> how the training images were rendered, for simulated robots; None for real ones.
+    newest: so many of the newest. best: so many of those with the lowest `metric` in validation, the mean of all its
+    values that begin so ("loss", "action_mae"), averaged over datasets. every: those whose step is a multiple of it;
+    None keeps none for that.
     """
 
-    policy: Any
-    robots: tuple[Robot, ...]
-    normalizations: dict[str, Normalization]
-    tokenizer: str
-    renderers: dict[str, str | None]
-    action_tokenizer: FastFiles | None = None
+    newest: int = 2
+    best: int = 0
+    metric: str = "loss"
+    every: int | None = None
 
-    def hash(self) -> str:
-        """Returns the SHA-256 of the contract as canonical JSON."""
-        return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
+    def __post_init__(self) -> None:
+        problems = []
+        if self.newest < 1:
+            problems.append(f"newest={self.newest}, expected at least 1: a run goes on from the newest")
+        if self.best < 0:
+            problems.append(f"best={self.best}, expected at least 0")
+        if self.every is not None and self.every < 1:
+            problems.append(f"every={self.every}, expected at least 1, or None")
+        if problems:
+            raise ValueError("Keep: " + "; ".join(problems))
 
-    def text_tokenizer(self) -> TextTokenizer:
-        """Returns the tokenizer of the policy's prompts and answers."""
-        p = self.policy
-        return TextTokenizer(
-            base64.b64decode(self.tokenizer), p.prompt_len, prompt_format=p.prompt_format, answer_len=p.answer_len
-        )
+    def score(self, line: dict[str, float]) -> float | None:
+        """Returns what checkpoints are ranked by, of a line of validation; None where it has no such metric.
 
-    def fast_tokenizer(self) -> FastTokenizer | None:
-        """Returns the tokenizer of actions, where the policy has action tokens."""
-        return None if self.action_tokenizer is None else FastTokenizer(self.action_tokenizer)
+        Raises:
+            ValueError: checkpoints are to be ranked, and the line has no such metric.
+        """
+        values = [v for name, v in line.items() if name.split("/")[0] == self.metric]
+        if values:
+            return float(np.mean(values))
+        if self.best:
+            raise ValueError(f"keep.metric={self.metric!r} is not measured in validation; got {sorted(line)}")
+        return None
 
-    def sampling_options(self) -> dict[str, Any]:
-        """Returns what `sample_actions` of this policy needs besides an observation, by name."""
-        if not isinstance(self.policy, Pi0FastConfig):
-            return {}
-        tokenizer = self.fast_tokenizer()
-        assert tokenizer is not None  # contract_problems has checked it
-        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim, count=self.policy.tokens.count)
-        begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
-        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyParts:
-    """A trained policy as serving needs it.
-
-    model: the bound module. renderer: see `Contract.renderers`. sampling_options: see `Contract.sampling_options`.
-    """
-
-    model: Any
-    robots: tuple[Robot, ...]
-    normalizations: dict[str, Normalization]
-    tokenizer: TextTokenizer
-    contract_hash: str
-    step: int
-    renderer: dict[str, str | None]
-    sampling_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def encode_tokenizer(model: bytes) -> str:
-    """Returns a SentencePiece model as the text `Contract.tokenizer` holds."""
-    return base64.b64encode(model).decode("ascii")
+    def policy(self) -> AnyPreservationPolicy:
+        """Returns the rules for Orbax."""
+        rules: list[Any] = [LatestN(self.newest)]
+        if self.best:
+            lowest = BestN(
+                get_metric_fn=lambda metrics: metrics[_METRIC],
+                reverse=True,
+                n=self.best,
+                keep_checkpoints_without_metrics=False,
+            )
+            rules.append(lowest)
+        if self.every is not None:
+            rules.append(EveryNSteps(self.every))
+        return AnyPreservationPolicy(rules)
 
 
 class Checkpointer:
     """Saves asynchronously and restores; one per run directory."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
-        """keep: how many of the newest steps stay on disk."""
+    def __init__(self, directory: str | Path, *, keep: Keep = Keep(), trainable: Trainable = Trainable()) -> None:
+        """trainable: of the run."""
         self.directory = Path(directory).resolve()
+        self._trainable = trainable
+        self._base: dict[str, Any] | None = None
         # Only complete steps count: Orbax renames a step into place when all of it is written, and what a kill left
         # behind is removed here.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep.policy(), cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
         """Returns the newest complete step, or None."""
-        return self._manager.latest_step()
+        return max(complete_steps(self.directory), default=None)
 
-    def save(self, state: TrainState, *, position: int, order: dict[str, Any], contract: Contract, config: Any) -> None:
+    def begin(self, state: TrainState, *, source: Any = None) -> None:
+        """Before the first step of a run that does not train all weights: keeps the others, or notes where they are.
+
+        source: the `WarmStart` that they can be read from again; None writes them beside the checkpoints.
+        """
+        if source is None and state.frozen:
+            save_base(run_of(self.directory / "0"), state.frozen)
+        elif source is not None and Path(source.checkpoint).exists():
+            source = dataclasses.replace(source, checkpoint=str(Path(source.checkpoint).resolve()))
+        self._base = base_record(state.frozen, source)
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        position: int,
+        order: dict[str, Any],
+        contract: Contract,
+        config: Any,
+        score: float | None = None,
+    ) -> None:
         """Starts saving; returns once the arrays are copied, before they are written.
 
         position: global sample index of the next batch. order: what positions stand for, `Loader.order`. config: the
-        run's, for the record.
+        run's, for the record. score: see `Keep.score`, of these very weights.
+
+        Raises:
+            CheckpointError: this step, or the one saved before it, could not be written. Steps written before are
+                intact.
         """
         step = int(state.step)
         record = {
@@ -135,7 +140,9 @@ class Checkpointer:
             "position": position,
             "order": order,
             "config": to_json(config),
-            **_contract_record(contract),
+            "trainable": to_json(self._trainable),
+            "base": self._base,
+            **contract_record(contract),
         }
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
@@ -144,18 +151,39 @@ class Checkpointer:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        metrics = None if score is None else {_METRIC: score}
+        self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics), step)
+
+    def _written(self, write: Callable[[], Any], step: int | None) -> None:
+        """Orbax writes in the background, and reports what failed when it is called next."""
+        try:
+            write()
+        except Exception as e:  # of many kinds: OSError, ValueError of TensorStore ...
+            first = str(e.__cause__ or e).strip().split("\n")[0]
+            newest = self.latest_step()
+            raise CheckpointError(
+                f"step {step if step is not None else 'before the end'} or the one before it could not be written to "
+                f"{self.directory}: {first}; the newest complete checkpoint is {newest}; make room, or repair the "
+                "disk, and give the same command again: it goes on from there"
+            ) from e
 
     def restore(
-        self, abstract: TrainState, shardings: TrainState, *, contract: Contract
+        self,
+        abstract: TrainState,
+        shardings: TrainState,
+        *,
+        contract: Contract,
+        frozen_from: Callable[[Any], Params] | None = None,
     ) -> tuple[TrainState, int, dict[str, Any] | None]:
         """Returns the newest state, placed as `shardings` say, and the data position and order that belong to it.
 
         The order is None where nothing was trained, as in the weights that `save_policy` writes, and where it was not
-        recorded yet.
+        recorded yet. frozen_from: returns the weights that are not trained for the `WarmStart` they came from, where
+        the run did not keep them.
 
         Raises:
-            CheckpointError: no step, or its contract is not `contract` (other robots, statistics, model ...).
+            CheckpointError: no step, or its contract is not `contract` (other robots, statistics, model ...), or other
+                weights are trained.
         """
         step = self.latest_step()
         if step is None:
@@ -163,9 +191,12 @@ class Checkpointer:
         record = read_record(self.directory / str(step))
         # Read back first: what this version added to robots and configs has its default in an older record.
         stored = from_json(record["contract"])
-        if stored.hash() != contract.hash():
+        found = [] if stored.hash() == contract.hash() else [differences(stored, contract)]
+        if stored_trainable(record) != self._trainable:
+            found.append("trainable")
+        if found:
             raise CheckpointError(
-                f"cannot resume from {self.directory}/{step}: this run differs in {_differences(stored, contract)}; "
+                f"cannot resume from {self.directory}/{step}: this run differs in {', '.join(found)}; "
                 "train into another directory, or use warm_start to begin from these weights"
             )
 
@@ -177,19 +208,65 @@ class Checkpointer:
         items = {name: target(getattr(abstract, name), getattr(shardings, name)) for name in ("params", "opt_state")}
         if abstract.ema is not None:
             items["ema"] = target(abstract.ema, shardings.ema)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as e:  # Orbax raises many kinds, among them bare Exception, for damage and for other shapes
+            first = str(e.__cause__ or e).strip().split("\n")[0]
+            raise CheckpointError(
+                f"cannot resume from {self.directory}/{step}: {first}; if its optimiser or its average is of another "
+                "kind, train into another directory with warm_start; if it is damaged, remove it, to go on from the "
+                "one before"
+            ) from e
         state = TrainState(
             step=jax.device_put(np.int32(step), shardings.step),
             params=restored["params"],
+            frozen=self._restore_base(record, abstract, shardings, frozen_from),
             ema=restored["ema"] if abstract.ema is not None else None,
             opt_state=restored["opt_state"],
         )
         return state, int(record["position"]), record.get("order")
 
+    def _restore_base(
+        self,
+        record: dict[str, Any],
+        abstract: TrainState,
+        shardings: TrainState,
+        frozen_from: Callable[[Any], Params] | None,
+    ) -> Params:
+        self._base = record.get("base")
+        if self._base is None:
+            return {}
+        source = None if self._base["source"] is None else from_json(self._base["source"])
+        if source is None:
+            run_dir = run_of(self.directory / "0")
+            frozen, where = read_base(run_dir, abstract.frozen, shardings.frozen), str(run_dir / BASE)
+        else:
+            assert frozen_from is not None  # of every run that does not keep its base
+            frozen, where = frozen_from(source), source.checkpoint
+        check_digest(self._base, frozen, where)
+        return frozen
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        self._written(self._manager.wait_until_finished, None)
+
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk, and ends.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        self.wait()
         self._manager.close()
+
+
+def stored_trainable(record: dict[str, Any]) -> Trainable:
+    """Returns what was trained in the run of a record; all of it, where that was not recorded yet."""
+    return from_json(record["trainable"]) if record.get("trainable") else Trainable()
 
 
 def save_policy(directory: str | Path, params: Params, *, contract: Contract, origin: str) -> Path:
@@ -210,7 +287,7 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
         raise CheckpointError(
             f"{directory} holds steps {sorted(manager.all_steps())} already; choose another directory"
         )
-    record = {"format": FORMAT, "step": 0, "position": 0, "config": {"origin": origin}, **_contract_record(contract)}
+    record = {"format": FORMAT, "step": 0, "position": 0, "config": {"origin": origin}, **contract_record(contract)}
     items = {"params": ocp.args.StandardSave(params), "contract": ocp.args.JsonSave(record)}
     manager.save(0, args=ocp.args.Composite(**items))
     manager.wait_until_finished()
@@ -218,51 +295,14 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
     return directory / "0"
 
 
-def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
-    """Returns what of robots, statistics and tokenizers does not fit the policy. drop_cameras: it need not see them."""
-    policy = contract.policy
-    if not hasattr(policy, "action_dim"):
-        return [f"{type(policy).__name__} samples no actions; expected a policy, such as Pi0Config"]
-    problems = []
-    for robot in contract.robots:
-        found = policy_problems(robot, policy, drop_cameras=drop_cameras)
-        try:
-            contract.normalizations[robot.name].check(robot)
-        except (KeyError, ValueError) as e:
-            found.append(str(e))
-        problems += [f"robot {robot.name!r}: {p}" for p in found]
-    try:
-        tokenizer, action_tokenizer = contract.text_tokenizer(), contract.fast_tokenizer()
-    except ValueError as e:
-        return [*problems, str(e)]
-    if tokenizer.vocab_size > policy.vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
-    problems += action_token_problems(policy, tokenizer, action_tokenizer)
-    if isinstance(policy, Pi0FastConfig) and action_tokenizer is not None:
-        least = action_tokenizer.tables(policy.action_horizon * policy.action_dim).least
-        for robot in contract.robots:
-            size = robot.action_horizon * robot.action_size
-            needs = int(least[min(size, len(least) - 1), 0])
-            if needs > policy.answer_len:
-                problems.append(
-                    f"robot {robot.name!r}: a chunk of {size} coefficients takes at least {needs} action tokens, the "
-                    f"policy has room for {policy.answer_len}"
-                )
-    return problems
+# ---- Directories -----------------------------------------------------------------------------------------------------
 
 
-def _contract_record(contract: Contract) -> dict[str, Any]:
-    packages = ("jax", "flax", "optax", "orbax-checkpoint")
-    return {
-        "contract": to_json(contract),
-        "hash": contract.hash(),
-        "versions": {p: importlib.metadata.version(p) for p in packages},
-    }
-
-
-def _differences(stored: Contract, contract: Contract) -> str:
-    before, now = to_json(stored), to_json(contract)
-    return ", ".join(k for k in now if before[k] != now[k])
+def complete_steps(directory: Path) -> dict[int, Path]:
+    """Returns the complete steps in a directory of checkpoints. Orbax renames a step when all of it is written."""
+    if not directory.is_dir():
+        return {}
+    return {int(p.name): p for p in directory.iterdir() if p.name.isdigit() and (p / "contract").is_dir()}
 
 
 def find_step(directory: str | Path, step: int | None = None) -> Path:
@@ -278,7 +318,7 @@ def find_step(directory: str | Path, step: int | None = None) -> Path:
     if step is None and (directory / "contract").is_dir():
         return directory
     root = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    steps = {int(p.name): p for p in root.iterdir() if p.name.isdigit() and (p / "contract").is_dir()}
+    steps = complete_steps(root)
     if not steps:
         raise CheckpointError(
             f"{directory} holds no complete checkpoint; expected a directory per step with params/ and contract/, "
@@ -289,149 +329,7 @@ def find_step(directory: str | Path, step: int | None = None) -> Path:
     return steps[max(steps) if step is None else step]
 
 
-def read_record(step_dir: Path) -> dict[str, Any]:
-    """Returns the JSON record of one step, with its hash checked.
-
-    Raises:
-        CheckpointError: unreadable, of another format, or changed after it was written.
-    """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            record = checkpointer.restore(step_dir / "contract")
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"cannot read the contract of {step_dir}: {e}; the checkpoint is damaged") from e
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{step_dir}: format {record.get('format')!r}, expected {FORMAT}; use a matching version")
-    digest = hashlib.sha256(json.dumps(record["contract"], sort_keys=True).encode()).hexdigest()
-    if digest != record["hash"]:
-        raise CheckpointError(
-            f"{step_dir}: contract hash {digest[:12]}, expected {record['hash'][:12]}; the contract was changed after "
-            "training, so normalisation or robots may not fit the weights: take the original directory"
-        )
-    return record
-
-
-def read_contract(step_dir: Path) -> Contract:
-    """Returns the contract of one step."""
-    return from_json(read_record(step_dir)["contract"])
-
-
-def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params:
-    """Reads the averaged weights, or the raw ones where no average was kept or `average` is False."""
-    item = step_dir / ("ema" if average and (step_dir / "ema").is_dir() else "params")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            target = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype if dtype is None else dtype, sharding=device),
-                checkpointer.metadata(item).item_metadata.tree,
-                is_leaf=lambda x: hasattr(x, "shape"),
-            )
-            return checkpointer.restore(item, target)
-    except Exception as e:  # Orbax raises bare Exception for a damaged array
-        first = str(e.__cause__ or e).split("\n")[0]
-        raise CheckpointError(f"cannot read the weights {item}: {first}; they are damaged or incomplete") from e
-
-
-def load_policy_parts(
-    directory: str | Path, step: int | None = None, *, ema: bool = True, dtype: str | None = None
-) -> PolicyParts:
-    """Loads everything that serving needs from a checkpoint directory.
-
-    dtype: of the weights; None as stored. "bfloat16" halves the memory, and the time where weights are what is read.
-
-    Raises:
-        CheckpointError: missing, damaged, or its weights do not fit its own model config.
-    """
-    step_dir = find_step(directory, step)
-    record = read_record(step_dir)
-    contract: Contract = from_json(record["contract"])
-    model = ModelDef(contract.policy)
-    params = _read_weights(step_dir, average=ema, dtype=dtype)
-    problems = _mismatches(params, model.shapes)
-    if problems:
-        raise CheckpointError(f"{step_dir}: weights do not fit the model config:\n  " + "\n  ".join(problems))
-    return PolicyParts(
-        model=model.bind(params),
-        robots=contract.robots,
-        normalizations=contract.normalizations,
-        tokenizer=contract.text_tokenizer(),
-        contract_hash=record["hash"],
-        step=int(record["step"]),
-        renderer=contract.renderers,
-        sampling_options=contract.sampling_options(),
-    )
-
-
-def _mismatches(params: Params, shapes: Params) -> list[str]:
-    have, want = flatten(params), flatten(shapes)
-    problems = [f"{k}: missing, {near_names(k, list(have))}" for k in sorted(want.keys() - have.keys())]
-    problems += [f"{k}: not part of this model" for k in sorted(have.keys() - want.keys())]
-    problems += [
-        f"{k}: got shape {tuple(have[k].shape)}, expected {want[k].shape}"
-        for k in sorted(have.keys() & want.keys())
-        if tuple(have[k].shape) != tuple(want[k].shape)
-    ]
-    return problems
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmStart:
-    """Start from the weights of another run, or from published ones.
-
-    checkpoint: directory of a run, or weights that `openpi_like.models.weights.open_arrays` opens.
-    reinitialize: regular expressions of weights that start fresh although the checkpoint has them, or that it may lack;
-        whatever else differs is an error, so nothing is loaded partly without being asked for.
-    drop: regular expressions of arrays of the checkpoint (in its own names) that this model has no place for.
-    format: of published weights, a name in `openpi_like.models.formats.FORMATS`; None recognises it by its names.
-    lora_scale: merges LoRA weights of openpi, see `openpi_like.models.weights.LoraMerged`.
-    """
-
-    checkpoint: str
-    reinitialize: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    format: str | None = None
-    lora_scale: float | None = None
-
-
 def is_run(path: str | Path) -> bool:
     """Says whether a directory is one of our checkpoints or runs, rather than published weights."""
     path = Path(path)
     return any((path / name).is_dir() for name in ("checkpoints", "contract")) or any(path.glob("[0-9]*/contract"))
-
-
-def open_weights(checkpoint: str | Path, *, lora_scale: float | None = None) -> Arrays:
-    """Opens the (averaged, where kept) weights of one of our checkpoints, or published ones.
-
-    Raises:
-        CheckpointError, WeightsError: there are none, or they cannot be read.
-    """
-    if not is_run(checkpoint):
-        return open_arrays(checkpoint, lora_scale=lora_scale)
-    if lora_scale is not None:
-        raise WeightsError(f"lora_scale={lora_scale} is for published weights, {checkpoint} is a run; leave it out")
-    step_dir = find_step(checkpoint)
-    return open_arrays(step_dir / ("ema" if (step_dir / "ema").is_dir() else "params"))
-
-
-def warm_start(
-    start: WarmStart, config: Any, shardings: Params, fresh: Callable[[Sequence[str]], dict[str, Any]]
-) -> tuple[Params, LoadPlan]:
-    """Returns weights taken from a checkpoint where they fit and fresh where asked for, and what was done.
-
-    shardings: nested, one per weight. fresh: returns freshly initialised weights, flat, for these names.
-
-    Raises:
-        CheckpointError, WeightsError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of
-            them, and patterns that match nothing.
-    """
-    arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
-    try:
-        plan = plan_load(config, arrays, fmt=start.format, reinitialize=start.reinitialize, drop=start.drop)
-    except WeightsError as e:
-        raise WeightsError(
-            f"cannot start from {start.checkpoint}: {e}\nallow what may start fresh with warm_start.reinitialize, and "
-            "what may be left out with warm_start.drop (tuples of regular expressions)"
-        ) from e
-    weights = read_weights(config, arrays, plan, shardings=flatten(shardings))
-    return unflatten(weights | fresh([row["weight"] for row in plan.report if row["from"] == "fresh"])), plan

@@ -4,10 +4,13 @@ import dataclasses
 from typing import Any
 
 from openpi_like.data.loader import DataConfig
-from openpi_like.train.checkpoint import WarmStart
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.train.checkpoint import Keep
+from openpi_like.train.hosts import Hosts
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
+from openpi_like.train.state import Trainable
+from openpi_like.train.warm_start import WarmStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +23,13 @@ class TrainConfig:
     tokenizer: SentencePiece model of the prompts; None takes the one of the `warm_start` checkpoint.
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
         one of the `warm_start` checkpoint.
-    batch_size: samples per step over all hosts. ema_decay: None keeps no average.
-    log_every, validate_every, save_every: steps. keep: newest checkpoints kept.
+    hosts: the processes of the run; found from the environment where nothing is given.
+    batch_size: samples per step over all hosts. accumulate: parts that a step takes it in, one after the other.
+    trainable: what of the model is trained. ema_decay: None keeps no average.
+    save_frozen: keep the weights that are not trained with the run (once); False: its checkpoints hold what is trained
+        alone, and need the `warm_start` checkpoint to stay where it is.
+    skip_bad_steps: steps whose loss or gradient is not finite that are left out before the run stops.
+    log_every, validate_every, save_every: steps. keep: which checkpoints stay on disk.
     accept_changed_data: resume a run although its data or their order are no longer those that it was trained on;
         without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
@@ -34,18 +42,22 @@ class TrainConfig:
     tokenizer: str | None
     batch_size: int
     steps: int
+    accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
+    trainable: Trainable = Trainable()
     ema_decay: float | None = 0.99
     seed: int = 0
     warm_start: WarmStart | None = None
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
     action_tokenizer: str | None = None
-    multi_host: bool = False
+    hosts: Hosts = Hosts()
     log_every: int = 50
     validate_every: int = 1_000
     save_every: int = 1_000
-    keep: int = 2
+    keep: Keep = Keep()
+    save_frozen: bool = True
+    skip_bad_steps: int = 0
     accept_changed_data: bool = False
     validation_batches: int = 4
     validation_batch_size: int = 64
@@ -55,9 +67,20 @@ class TrainConfig:
         problems = []
         if self.steps < 0:
             problems.append(f"steps={self.steps}, expected at least 0 (0 saves the weights the run would start from)")
-        for name in ("batch_size", "log_every", "validate_every", "save_every", "keep"):
+        for name in ("batch_size", "log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.skip_bad_steps < 0:
+            problems.append(f"skip_bad_steps={self.skip_bad_steps}, expected at least 0")
+        if self.accumulate > 0 and self.batch_size % self.accumulate:
+            problems.append(f"batch_size={self.batch_size}, expected a multiple of accumulate={self.accumulate}")
+        if self.keep.best and self.save_every % self.validate_every:
+            every = f"validate_every={self.validate_every}"
+            problems.append(
+                f"keep.best ranks what is saved: save_every={self.save_every}, expected a multiple of {every}"
+            )
+        if not self.save_frozen and self.warm_start is None:
+            problems.append("save_frozen=False needs a warm_start checkpoint to read the frozen weights from again")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}, expected a value between 0 and 1, or None")
         if self.tokenizer is None and self.warm_start is None:

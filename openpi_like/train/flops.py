@@ -15,16 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from openpi_like.models.weights import flatten, unflatten
 
-def model_flops(model: Any, *, trained: Any = True) -> float:
+
+def model_flops(model: Any) -> float:
     """Returns the FLOPs of training a policy on one sample, forward and backward.
 
-    model: a `ModelDef`, whose config tells the shapes of a batch. trained: see `training_flops`.
+    model: a `ModelDef`: it says what is trained, and its config the shapes of a batch.
     """
 
     def loss(params: Any, batch: Any) -> Any:
         return model.bind(params).loss(jax.random.key(0), batch)
 
+    trained = unflatten({name: name in model.trained for name in flatten(model.shapes)})
     return training_flops(loss, model.shapes, model.config.batch_shapes(1), trained=trained)
 
 

@@ -1,38 +1,29 @@
 """What to change where a run does not fit its machine, and a search for what is fastest there."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from openpi_like.models.gemma import REMAT
 from openpi_like.train.flops import model_flops
-from openpi_like.train.planning import (
-    Plan,
-    abstract_state,
-    accumulation,
-    make_trainer,
-    mesh_problems,
-    plan_step,
-    state_bytes,
-)
+from openpi_like.train.planning import Plan, abstract_state, make_trainer, plan_step, state_bytes
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef
 from openpi_like.train.topology import GIB, Target
 
 ACCUMULATE = (1, 2, 4, 8)
-
-
-def _with(config: Any, *, mesh: MeshConfig, remat: str | None, accumulate: int) -> Any:
-    model = dataclasses.replace(config.model, remat=remat)
-    changed = dataclasses.replace(config, mesh=mesh, model=model)
-    return changed if accumulate == accumulation(config) else dataclasses.replace(changed, accumulate=accumulate)
-
-
-def _can_accumulate(config: Any) -> bool:
-    return "accumulate" in {f.name for f in dataclasses.fields(config)}
+# What a step computes with a remat policy, as a multiple of what it computes with none.
+REMAT: dict[str | None, float] = {
+    None: 1.0,
+    "dots_saveable": 1.05,
+    "save:queries,keys_values,attention,mlp": 1.1,
+    "save:attention,mlp": 1.15,
+    "save:attention": 1.25,
+    "nothing_saveable": 4 / 3,
+}
 
 
 # ---- Advice ----------------------------------------------------------------------------------------------------------
@@ -43,7 +34,7 @@ def suggestions(config: Any, plan: Plan, target: Target) -> list[str]:
     memory = plan.memory
     if memory is None or memory.limit is None:
         return []
-    state = memory.weights + memory.optimizer + memory.ema
+    state = memory.weights + memory.frozen + memory.optimizer + memory.ema
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     rows = config.batch_size // (data * fsdp * plan.accumulate)
     if plan.fits:
@@ -59,10 +50,8 @@ def suggestions(config: Any, plan: Plan, target: Target) -> list[str]:
         )
     if plan.remat != "nothing_saveable":
         found.append("model.remat=nothing_saveable: keeps only what goes into each layer, and computes the rest again")
-    if rows > 1 and _can_accumulate(config):
+    if rows > 1:
         found.append(f"accumulate={2 * plan.accumulate}: {rows // 2} samples of a chip at a time instead of {rows}")
-    elif rows > 1:
-        found.append(f"batch_size={config.batch_size // 2}: a chip has {rows} samples at a time")
     if memory.ema:
         found.append(f"ema_decay=None: without the average, {memory.ema / GIB:.1f} GiB a chip less")
     more = math.ceil(memory.peak / memory.limit)
@@ -81,43 +70,34 @@ class Candidate:
     state: int
     estimate: float
 
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """What decides about temporaries: the batch is split over `data` and `fsdp` alike."""
-        return self.config.mesh.tensor, self.config.model.remat, accumulation(self.config)
-
 
 def candidates(config: Any, target: Target) -> list[Candidate]:
     """Returns meshes, remat policies and microbatches whose state fits, those that may be fastest first."""
     chip = target.chip
     assert chip is not None
     limit = target.limit or chip.memory_gib * GIB
-    model = ModelDef(config.model)
-    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(model.shapes))
-    compute = model_flops(model) * config.batch_size / target.count / (chip.tflops * 1e12)
+    whole = ModelDef(config.model, config.trainable)
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(whole.shapes))
+    compute = model_flops(whole) * config.batch_size / target.count / (chip.tflops * 1e12)
     slices = len({target.domain(d, i) for i, d in enumerate(target.devices)}) if chip.torus else 1
     found = []
     for tensor in (t for t in (1, 2, 4, 8) if target.count % t == 0):
         ways = target.count // tensor
-        for fsdp in (f for f in range(1, ways + 1) if ways % f == 0 and ways // f % slices == 0):
+        parts = [n for n in ACCUMULATE if config.batch_size % (ways * n) == 0]
+        for fsdp in (f for f in range(1, ways + 1) if ways % f == 0 and ways // f % slices == 0 and parts):
             mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor)
-            if mesh_problems(dataclasses.replace(config, mesh=mesh), target.count):
-                continue
             trainer = make_trainer(config, mesh.create(target.devices))
             state = sum(state_bytes(abstract_state(trainer)).values())
             if state > 0.95 * limit:
                 continue
-            for remat in (None, *REMAT):
-                for accumulate in ACCUMULATE if _can_accumulate(config) else (accumulation(config),):
-                    changed = _with(config, mesh=mesh, remat=remat, accumulate=accumulate)
-                    if mesh_problems(changed, target.count):
-                        continue
-                    # Weights are gathered going forward and backward, and reduced once; `tensor` sends activations.
-                    again = {None: 1.0, "nothing_saveable": 4 / 3}.get(remat, 1.1)
-                    moved = 2 * weights / tensor * (1 - 1 / fsdp) * (2 * accumulate + 1)
-                    moved += 8 * weights / (tensor * fsdp) * (1 - fsdp * tensor / target.count)
-                    busy = compute * again * (1 + 0.1 * (tensor - 1))
-                    found.append(Candidate(changed, state, busy + 0.3 * moved / (chip.link_gbps * 1e9)))
+            for (remat, again), n in itertools.product(REMAT.items(), parts):
+                # Weights are gathered going forward and backward, and reduced once; `tensor` sends activations.
+                moved = 2 * weights / tensor * (1 - 1 / fsdp) * (2 * n + 1)
+                moved += 8 * weights / (tensor * fsdp) * (1 - fsdp * tensor / target.count)
+                busy = compute * again * (1 + 0.1 * (tensor - 1))
+                model = dataclasses.replace(config.model, remat=remat)
+                changed = dataclasses.replace(config, mesh=mesh, model=model, accumulate=n)
+                found.append(Candidate(changed, state, busy + 0.3 * moved / (chip.link_gbps * 1e9)))
     return sorted(found, key=lambda c: c.estimate)
 
 
@@ -134,9 +114,14 @@ def search(config: Any, target: Target, *, compiles: int, done: Callable[[Plan],
         made.append((tried.config, plan))
         done(plan)
         if plan.memory is not None and not plan.fits:
-            # With as many temporaries, another mesh has to have a smaller state.
-            room = limit - plan.memory.temporaries
-            left = [c for c in left if c.group != tried.group or c.state < min(room, tried.state)]
+            # A batch in more parts has as many times less of them, whatever the mesh.
+            temporaries = plan.memory.temporaries * tried.config.accumulate
+            left = [
+                c
+                for c in left
+                if c.config.model.remat != tried.config.model.remat
+                or temporaries / c.config.accumulate < limit - c.state
+            ]
         elif plan.fits:
             # Slower in all likelihood: the same mesh, computing or gathering more.
             same = tried.config.mesh

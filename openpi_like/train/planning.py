@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from openpi_like.models.weights import flatten
 from openpi_like.partition import replication
 from openpi_like.train.chips import Chip
 from openpi_like.train.flops import model_flops
 from openpi_like.train.hlo_cost import Collective, read_program
-from openpi_like.train.sharding import MeshConfig, batch_sharding, replicated
+from openpi_like.train.sharding import MeshConfig, batch_sharding, check_batch, replicated
 from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.topology import GIB, Target
 from openpi_like.train.validation import dataset_name
@@ -31,11 +31,12 @@ MIB = 2**20
 class Memory:
     """Bytes on one chip.
 
-    temporaries: activations, gathered weights, gradients. arguments: all that is given to the program, with what the
-    compiler pads it by. limit: what a program may take, None where it is not known.
+    weights: those that are trained. temporaries: activations, gathered weights, gradients. arguments: all that is
+    given to the program, with what the compiler pads it by. limit: what a program may take, None where it is not known.
     """
 
     weights: int
+    frozen: int
     optimizer: int
     ema: int
     batch: int
@@ -140,32 +141,10 @@ class Plan:
 # ---- The training step -----------------------------------------------------------------------------------------------
 
 
-def accumulation(config: Any) -> int:
-    """Returns microbatches per step."""
-    return getattr(config, "accumulate", 1)
-
-
-def mesh_problems(config: Any, count: int) -> list[str]:
-    """Returns why a run cannot be split over so many chips."""
-    m: MeshConfig = config.mesh
-    data = count // (m.fsdp * m.tensor) if m.data == -1 else m.data
-    if min(data, m.fsdp, m.tensor) < 1 or data * m.fsdp * m.tensor != count:
-        return [f"mesh data={m.data}, fsdp={m.fsdp}, tensor={m.tensor}: expected sizes whose product is {count} chips"]
-    ways = data * m.fsdp * accumulation(config)
-    if config.batch_size % ways:
-        near = [n for n in (config.batch_size // ways * ways, -(-config.batch_size // ways) * ways) if n]
-        into = f"data={data} x fsdp={m.fsdp}" + (f" x {accumulation(config)} microbatches" * (accumulation(config) > 1))
-        return [
-            f"batch_size={config.batch_size} does not divide into {into}; expected a multiple of {ways}, such as "
-            f"{' or '.join(map(str, dict.fromkeys(near)))}"
-        ]
-    return []
-
-
 def make_trainer(config: Any, mesh: Mesh) -> Trainer:
     """Returns the trainer of a run, as train/train.py makes it."""
     return Trainer(
-        ModelDef(config.model),
+        ModelDef(config.model, config.trainable),
         config.optimizer.create(),
         ema_decay=config.ema_decay,
         seed=config.seed,
@@ -173,6 +152,8 @@ def make_trainer(config: Any, mesh: Mesh) -> Trainer:
         rules=config.sharding,
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
+        accumulate=config.accumulate,
+        skip_nonfinite=config.skip_bad_steps > 0,
     )
 
 
@@ -185,14 +166,19 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 def bytes_per_chip(tree: Any) -> int:
     """Returns the bytes that one chip holds of arrays with shardings, without padding."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(_nbytes(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _nbytes(x: Any, shape: tuple[int, ...]) -> int:
+    bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else 8 * x.dtype.itemsize  # int4 is 4
+    return math.prod(shape) * bits // 8
 
 
 def state_bytes(state: Any) -> dict[str, int]:
     """Returns the bytes of a training state on one chip, by part. state: shapes with shardings."""
     return {
         "weights": bytes_per_chip(state.params),
+        "frozen": bytes_per_chip(state.frozen),
         "optimizer": bytes_per_chip(state.opt_state),
         "ema": 0 if state.ema is None else bytes_per_chip(state.ema),
     }
@@ -209,10 +195,10 @@ def replicated_weights(params: Any, least: int = MIB) -> tuple[Replicated, ...]:
     params: shapes with shardings.
     """
     found = []
-    for name, x in flatten(params).items():
-        copies, part = replication(x.sharding), math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        if copies > 1 and math.prod(x.shape) * x.dtype.itemsize > least:
-            found.append(Replicated(name, tuple(x.shape), copies, part))
+    for path, x in jax.tree.flatten_with_path(params)[0]:
+        name, copies = jax.tree_util.keystr(path, simple=True, separator="/"), replication(x.sharding)
+        if copies > 1 and _nbytes(x, x.shape) > least:
+            found.append(Replicated(name, tuple(x.shape), copies, _nbytes(x, x.sharding.shard_shape(x.shape))))
     return tuple(sorted(found, key=lambda r: -r.nbytes))
 
 
@@ -220,12 +206,10 @@ def plan_step(config: Any, target: Target) -> Plan:
     """Compiles the training step of a run.
 
     Raises:
-        ValueError: the run cannot be split over these chips, see `mesh_problems`.
+        ValueError: the run cannot be split over these chips, see `MeshConfig.create` and `check_batch`.
     """
-    problems = mesh_problems(config, target.count)
-    if problems:
-        raise ValueError("; ".join(problems))
     mesh = config.mesh.create(target.devices)
+    check_batch(config.batch_size, config.accumulate, mesh)
     trainer = make_trainer(config, mesh)
     state = abstract_state(trainer)
     batch = _placed(config.model.batch_shapes(config.batch_size), batch_sharding(mesh))
@@ -237,9 +221,9 @@ def plan_step(config: Any, target: Target) -> Plan:
         mesh=_sizes(mesh),
         batch=config.batch_size,
         remat=config.model.remat,
-        accumulate=accumulation(config),
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
-        replicated=replicated_weights(state.params),
+        accumulate=config.accumulate,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.shapes)),
+        replicated=replicated_weights({"trained": state.params, "frozen": state.frozen}),
         model_flops=model_flops(trainer.model) * config.batch_size / target.count,
     )
     return _compiled(plan, trainer.train_step.lower(state, batch), mesh, target, parts)
@@ -265,7 +249,8 @@ def plan_sampler(policy: Any, target: Target, *, batch: int) -> Plan:
     def sample(weights: Any, key: Any, observation: Any, mask: Any, options: dict[str, Any]) -> Any:
         return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options)
 
-    parts = {"weights": bytes_per_chip(weights), "optimizer": 0, "ema": 0, "batch": bytes_per_chip(observation)}
+    parts = {"weights": 0, "frozen": bytes_per_chip(weights), "optimizer": 0, "ema": 0}
+    parts["batch"] = bytes_per_chip(observation)
     lowered = jax.jit(sample).lower(weights, key, observation, mask, options)
     chip = None if target.chip is None else target.chip.name
     plan = Plan(what="sampler", target=target.name, chip=chip, mesh=_sizes(mesh), batch=batch)
@@ -291,9 +276,7 @@ def out_of_memory(message: str) -> tuple[int, int, bool] | None:
     return None
 
 
-def _compiled(
-    plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, int], *, rounds: int = 1
-) -> Plan:
+def _compiled(plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, int], *, rounds: int = 1) -> Plan:
     """Returns a plan with what compiling says. parts: bytes of the arguments. rounds: see `read_program`."""
     started, chip = time.perf_counter(), target.chip
     try:

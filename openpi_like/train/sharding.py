@@ -1,13 +1,12 @@
 """The device mesh, and what of a run lies where on it; `openpi_like.partition` has the rules."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from openpi_like.partition import ShardingRules
@@ -79,22 +78,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """Checks that every device gets as many samples as any other, in every part of a step.
+
+    Raises:
+        ValueError: it does not, with the nearest sizes that do.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = devices * accumulate
+    if batch_size % unit:
+        near = sorted({max(unit, batch_size // unit * unit), -(-batch_size // unit) * unit})
+        raise ValueError(
+            f"batch_size={batch_size} on a mesh of data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices in "
+            f"accumulate={accumulate} parts: expected a multiple of {unit}, such as {' or '.join(map(str, near))}"
+        )
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays of this process' part of a batch (a dict of numpy arrays with leading axis B)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def check_hosts_agree(text: str, what: str) -> None:
-    """Compares a text between the processes of a run.
-
-    Raises:
-        ValueError: on every process, where any two of them have another one.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(digest))
-    others = np.flatnonzero((every != every[0]).any(axis=1)).tolist()
-    if others:
-        raise ValueError(f"processes {others} of {len(every)} differ from the first in {what}")

@@ -1,55 +1,150 @@
 """The training state as plain nested dicts of arrays, and the compiled step over it."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from openpi_like.batch import Batch
+from openpi_like.config import near_names
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
-from openpi_like.models.weights import flatten
-from openpi_like.partition import ShardingRules, placed
+from openpi_like.models.lora import Lora, add_lora, is_lora, merge_overlay, overlays
+from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
+from openpi_like.models.weights import flatten, unflatten
+from openpi_like.partition import ShardingRules, pin, placed
 from openpi_like.train.sharding import batch_sharding, replicated, weight_shardings
 
 Params = dict[str, Any]
 
 
+# ---- What is trained -------------------------------------------------------------------------------------------------
+
+FROZEN_DTYPES = ("float32", "bfloat16", *QUANTIZED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What of a policy is trained, and how the rest is held.
+
+    lora: an overlay on linear maps; then it is trained, and what it names besides. frozen: regular expressions of names
+    of weights that are not trained. frozen_dtype: in which linear maps and tables that are not trained are held, one of
+    `FROZEN_DTYPES`; tables never in fewer bits than bfloat16.
+    """
+
+    lora: Lora | None = None
+    frozen: tuple[str, ...] = ()
+    frozen_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.frozen_dtype not in FROZEN_DTYPES:
+            problems.append(f"frozen_dtype={self.frozen_dtype!r}; {near_names(self.frozen_dtype, FROZEN_DTYPES)}")
+        for pattern in self.frozen:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                problems.append(f"frozen: {pattern!r} is no regular expression: {e}")
+        if problems:
+            raise ValueError("Trainable: " + "; ".join(problems))
+
+
+def trained_names(names: Sequence[str], trainable: Trainable) -> frozenset[str]:
+    """Returns which of a model's weights are trained, by name; with LoRA, the names of its overlay are among them.
+
+    Raises:
+        ValueError: a pattern matches no weight, or nothing is left; lists all such patterns.
+    """
+    lora, frozen = trainable.lora, trainable.frozen
+    also = () if lora is None else lora.also_train
+    problems = [
+        f"{where} {p!r} matches no weight; {near_names(p, names)}"
+        for where, patterns in (("frozen", frozen), ("lora.also_train", also))
+        for p in patterns
+        if not any(re.search(p, name) for name in names)
+    ]
+    trained = [
+        name
+        for name in names
+        if (lora is None or is_lora(name) or any(re.search(p, name) for p in also))
+        and not any(re.search(p, name) for p in frozen)
+    ]
+    if not trained:
+        problems.append(f"nothing is left to train: frozen={frozen} matches all weights")
+    if problems:
+        raise ValueError("what is to be trained:\n  " + "\n  ".join(problems))
+    return frozenset(trained)
+
+
+# ---- State and step --------------------------------------------------------------------------------------------------
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 (). params, ema: nested dicts of float32 weights (ema None when off). opt_state: optax.
+    """step: int32 (). params: nested dict of the float32 weights that are trained. frozen: nested dict of the others,
+    as they are held. ema: like params (None when off). opt_state: optax.
 
     The same structure also holds the shapes, or the shardings, of these leaves.
     """
 
     step: Any
     params: Any
+    frozen: Any
     ema: Any
     opt_state: Any
+
+    def weights(self, *, average: bool = True) -> Params:
+        """Returns all weights, nested: the averaged ones where an average is kept (and asked for), and the frozen."""
+        trained = self.ema if average and self.ema is not None else self.params
+        return join(trained, self.frozen)
+
+
+def join(params: Params, frozen: Params) -> Params:
+    """Returns trained and frozen weights as one nested dict."""
+    return unflatten({**flatten(params), **flatten(frozen)})
 
 
 class ModelDef:
     """A policy without its weights: binds nested dicts of weights to the module they belong to."""
 
-    def __init__(self, config: Any) -> None:
-        """config: object with `create(key) -> nnx.Module`, for example `Pi0Config`."""
-        self.config = config
-        abstract = nnx.eval_shape(lambda: config.create(jax.random.key(0)))
-        self._graph, self._state = nnx.split(abstract, nnx.Param)
+    def __init__(self, config: Any, trainable: Trainable = Trainable()) -> None:
+        """config: object with `create(key) -> nnx.Module`, for example `Pi0Config`. trainable: may add an overlay.
+
+        Raises:
+            ValueError: a pattern matches no weight, or nothing is trained.
+        """
+        self.config, self.trainable, self.lora = config, trainable, trainable.lora
+        self.abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
+        self._graph, self._state = nnx.split(self.abstract, nnx.Param)
         self.shapes: Params = nnx.to_pure_dict(self._state)
-        is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        axes = jax.tree.map(lambda v: v.get_metadata()["axes"], self._state, is_leaf=is_variable)
-        self.axes: Params = nnx.to_pure_dict(axes)
+        every = nnx.to_flat_state(self._state)
+        self._metadata = {"/".join(map(str, path)): variable.get_metadata() for path, variable in every}
+        self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
+        self.trained = trained_names(sorted(self._metadata), trainable)
+
+    def _create(self, key: jax.Array) -> nnx.Module:
+        model = self.config.create(key)
+        return model if self.lora is None else add_lora(model, self.lora, named_key(key, "lora"))
+
+    def inputs(self, name: str) -> tuple[int, ...] | None:
+        """Returns the dimensions that a weight sums over, where it is that of a linear map."""
+        return self._metadata[name].get("inputs")
+
+    def is_large(self, name: str) -> bool:
+        """Says whether a weight is one of those that take the memory, used in the compute dtype: maps and tables."""
+        metadata = self._metadata[name]
+        return ("inputs" in metadata and is_stacked(metadata["axes"])) or metadata.get("table", False)
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh weights; call it under jit with the shardings as out_shardings."""
-        return nnx.to_pure_dict(nnx.state(self.config.create(key), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
 
     def bind(self, params: Params) -> Any:
         """Returns the policy with these weights."""
@@ -57,23 +152,44 @@ class ModelDef:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
 
+    def hold(self, name: str, value: jax.Array) -> Any:
+        """Returns a weight as it is held: in float32 where it is trained, see `Trainable.frozen_dtype` otherwise."""
+        dtype = self.trainable.frozen_dtype
+        if name in self.trained or not self.is_large(name) or dtype == "float32":
+            return value
+        inputs = self.inputs(name)
+        if dtype == "bfloat16" or inputs is None:
+            return value.astype(jnp.bfloat16)
+        return quantize(value, inputs, dtype)
 
-def state_shardings(abstract: TrainState, model: ModelDef, mesh: Mesh, rules: ShardingRules) -> TrainState:
-    """Returns the shardings of a whole state; optimiser moments follow the weights they belong to."""
-    weights = weight_shardings(model.axes, model.shapes, mesh, rules)
-    everywhere = replicated(mesh)
+    def merged(self, params: Params) -> Params:
+        """Returns nested weights of the policy without its overlay, which computes the same."""
+        return unflatten(merge_overlay(overlays(self.abstract), flatten(params)))
 
-    structure: Any = jax.tree.structure(model.shapes)
 
-    def follow(subtree: Any) -> Any:
-        return weights if jax.tree.structure(subtree) == structure else everywhere
+def shardings_like(shardings: Params, shapes: Params, tree: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of an optimiser state: what belongs to a weight lies like it, all else everywhere.
 
-    # Optimiser moments are the subtrees shaped like the weights; counts and the like are replicated.
-    is_weights = lambda x: isinstance(x, dict)  # noqa: E731
-    opt_state = jax.tree.map(follow, abstract.opt_state, is_leaf=is_weights)
-    return TrainState(
-        step=everywhere, params=weights, ema=None if abstract.ema is None else weights, opt_state=opt_state
-    )
+    shardings, shapes: of the trained weights. tree: of shapes; its subtrees that are built like the weights (moments,
+    or the scales of moments, which have fewer entries along an axis) are recognised.
+    """
+    structure: Any = jax.tree.structure(shapes)
+
+    def follow(sharding: NamedSharding, leaf: Any) -> NamedSharding:
+        if len(leaf.shape) != len(sharding.spec):
+            return replicated(mesh)
+        fits = [
+            part if part is None or n % sharding.mesh.shape[part] == 0 else None
+            for part, n in zip(sharding.spec, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    def of(subtree: Any) -> Any:
+        if jax.tree.structure(subtree) == structure:
+            return jax.tree.map(follow, shardings, subtree)
+        return jax.tree.map(lambda _: replicated(mesh), subtree)
+
+    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, dict))
 
 
 class Trainer:
@@ -90,13 +206,25 @@ class Trainer:
         rules: ShardingRules,
         dataset_names: tuple[str, ...],
         augment: Augment | None = None,
+        accumulate: int = 1,
+        skip_nonfinite: bool = False,
     ) -> None:
+        """
+        Args:
+            accumulate: parts that a batch is taken in, one after the other, in less memory.
+            skip_nonfinite: leave the state as it is where the loss or the gradient is not finite, and say so in
+                metrics["skipped"].
+        """
         self.model, self.optimizer, self.ema_decay, self.seed, self.mesh = model, optimizer, ema_decay, seed, mesh
         self.rules, self.dataset_names, self.augment = rules, dataset_names, augment
+        self.trained = model.trained
+        self.accumulate, self.skip_nonfinite = accumulate, skip_nonfinite
         self.abstract = jax.eval_shape(self._fresh, jax.random.key(seed))
-        self.shardings = state_shardings(self.abstract, model, mesh, rules)
+        # Of all weights as they are drawn or read, in float32.
+        self.placement: dict[str, NamedSharding] = flatten(weight_shardings(model.axes, model.shapes, mesh, rules))
+        self.shardings = self._shardings()
         self._init = jax.jit(self._fresh, out_shardings=self.shardings)
-        self._from_params = jax.jit(self._with_params, out_shardings=self.shardings, donate_argnums=0)
+        self._from_weights = jax.jit(self._with_weights, out_shardings=self.shardings, donate_argnums=(0, 1))
         everywhere = replicated(mesh)
         self.train_step = jax.jit(
             self._step,
@@ -105,13 +233,41 @@ class Trainer:
             donate_argnums=0,
         )
 
-    def _with_params(self, params: Params) -> TrainState:
+    # ---- State -------------------------------------------------------------------------------------------------------
+
+    def _shardings(self) -> TrainState:
+        axes, everywhere = flatten(self.model.axes), replicated(self.mesh)
+
+        def held(name: str, value: Any) -> Any:
+            """A weight in fewer bits is an array and its scales; each lies by its own shape."""
+            spec = lambda x: NamedSharding(self.mesh, self.rules.spec(axes[name], x.shape, self.mesh))  # noqa: E731
+            return jax.tree.map(spec, value)
+
+        params = unflatten({name: self.placement[name] for name in flatten(self.abstract.params)})
+        frozen = unflatten({name: held(name, value) for name, value in flatten(self.abstract.frozen).items()})
+        opt_state = shardings_like(params, self.abstract.params, self.abstract.opt_state, self.mesh)
+        ema = None if self.abstract.ema is None else params
+        return TrainState(step=everywhere, params=params, frozen=frozen, ema=ema, opt_state=opt_state)
+
+    def hold(self, name: str, value: jax.Array) -> Any:
+        """Returns a weight as the state holds it, for `init_from`: frozen ones may take fewer bits."""
+        of = self.shardings.params if name in self.trained else self.shardings.frozen
+        return jax.jit(lambda x: self.model.hold(name, x), out_shardings=flatten(of)[name])(value)
+
+    def _with_weights(self, params: Params, frozen: Params) -> TrainState:
         # A copy for the average: step donates the state, and a buffer cannot be donated twice.
         ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, opt_state=self.optimizer.init(params))
+        opt_state = self.optimizer.init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, frozen=frozen, ema=ema, opt_state=opt_state)
+
+    def _split(self, weights: Mapping[str, Any]) -> tuple[Params, Params]:
+        """Returns flat weights as nested dicts of those that are trained and those that are not."""
+        trained = {name: value for name, value in weights.items() if name in self.trained}
+        return unflatten(trained), unflatten({k: v for k, v in weights.items() if k not in trained})
 
     def _fresh(self, key: jax.Array) -> TrainState:
-        return self._with_params(self.model.init(key))
+        weights = flatten(self.model.init(key))
+        return self._with_weights(*self._split({name: self.model.hold(name, w) for name, w in weights.items()}))
 
     def init(self) -> TrainState:
         """Returns a state with fresh weights; no device ever holds more than its own part."""
@@ -119,44 +275,99 @@ class Trainer:
 
     def fresh_weights(self, names: Sequence[str]) -> dict[str, jax.Array]:
         """Returns freshly initialised weights, flat by name; computes no others."""
-        shardings = flatten(self.shardings.params)
 
         def draw(key: jax.Array) -> dict[str, jax.Array]:
             weights = flatten(self.model.init(key))
-            return {name: weights[name] for name in names}
+            return {name: self.model.hold(name, weights[name]) for name in names}
 
-        return jax.jit(draw, out_shardings={name: shardings[name] for name in names})(jax.random.key(self.seed))
+        held = flatten(self.shardings.params) | flatten(self.shardings.frozen)
+        return jax.jit(draw, out_shardings={name: held[name] for name in names})(jax.random.key(self.seed))
 
-    def init_from(self, params: Params) -> TrainState:
-        """Returns a state at step 0 that starts from given weights, whose buffers it takes over."""
-        return self._from_params(params)
+    def init_from(self, weights: Params) -> TrainState:
+        """Returns a state at step 0 that starts from given weights, as `hold` gives them; takes over their buffers."""
+        return self._from_weights(*self._split(flatten(weights)))
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimiser step. What is drawn for a sample depends on (seed, position) alone."""
+    # ---- Step --------------------------------------------------------------------------------------------------------
+
+    def _gradients(
+        self, state: TrainState, batch: Batch, counts: dict[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+        """Returns the loss, per-sample metrics and the gradient. What is drawn depends on (seed, position) alone."""
         of_images, of_loss = (named_key(jax.random.key(self.seed), name) for name in ("augment", "loss"))
         if self.augment is not None:
-            batch = augment_batch(of_images, batch, self.augment)
+            with jax.named_scope("augment"):
+                batch = augment_batch(of_images, batch, self.augment)
+        totals = {} if counts is None else {"counts": counts}
 
         def loss_fn(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.model.bind(params).loss(of_loss, batch)
+            return self.model.bind(join(params, state.frozen)).loss(of_loss, batch, **totals)
 
-        with placed(self.mesh, self.rules):
-            (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        (loss, per_sample), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return loss, per_sample, grads
+
+    def _accumulated(self, state: TrainState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+        """As `_gradients` of the whole batch, in parts: row i is in part i % accumulate, so no row moves."""
+        n = self.accumulate
+        # Each part's loss is a part of the whole batch's: a sum over its own samples, by what counts in all of them.
+        counts = self.model.bind(state.weights(average=False)).loss_counts(batch)
+
+        def rows(x: jax.Array) -> jax.Array:
+            parts = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+            return pin(parts, None, "batch", *[None] * (x.ndim - 1))
+
+        def add(carry: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
+            loss, per_sample, grads = self._gradients(state, part, counts)
+            total = jax.tree.map(jnp.add, carry[1], grads)
+            return (carry[0] + loss, jax.lax.with_sharding_constraint(total, self.shardings.params)), per_sample
+
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        zero = jax.lax.with_sharding_constraint(zero, self.shardings.params)
+        (loss, grads), every = jax.lax.scan(add, (jnp.float32(0), zero), jax.tree.map(rows, batch))
+        return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), every), grads
+
+    def _updated(self, state: TrainState, grads: Params) -> TrainState:
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None and self.ema_decay is not None:
             decay = self.ema_decay
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-        # Parts of the loss that a policy names, each over the samples that have it.
+            with jax.named_scope("ema"):
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        return dataclasses.replace(state, params=params, ema=ema, opt_state=opt_state)
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimiser step."""
+        with placed(self.mesh, self.rules):
+            compute = self._gradients if self.accumulate == 1 else self._accumulated
+            loss, per_sample, grads = compute(state, batch)
+        norm = optax.tree.norm(grads)
+        metrics = {"loss": loss, "grad_norm": norm}
+        if self.skip_nonfinite:
+            sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+            new = jax.lax.cond(sound, self._updated, lambda state, _: state, state, grads)
+            metrics["skipped"] = 1 - sound.astype(jnp.int32)
+        else:
+            new = self._updated(state, grads)
+        metrics["param_norm"] = optax.tree.norm(new.params)
+        metrics |= self._by_part(per_sample) | self._by_dataset(per_sample, batch["dataset_id"])
+        return dataclasses.replace(new, step=state.step + 1), metrics
+
+    def _by_part(self, per_sample: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the parts of the loss that a policy names, each over the samples that have it."""
+        metrics = {}
         for name in (k for k in per_sample if f"{k}_valid" in per_sample):
             count = per_sample[f"{name}_valid"].sum()
             metrics[f"loss/{name}"] = per_sample[name].sum() / jnp.maximum(count, 1)
             metrics[f"samples/{name}"] = count
-        one_hot = jax.nn.one_hot(batch["dataset_id"], len(self.dataset_names))  # (B, datasets), a handful of columns
-        sums, counts = per_sample["loss"] @ one_hot, one_hot.sum(0)
+        return metrics
+
+    def _by_dataset(self, per_sample: dict[str, jax.Array], dataset_B: jax.Array) -> dict[str, jax.Array]:
+        metrics = {}
+        one_hot = jax.nn.one_hot(dataset_B, len(self.dataset_names))  # (B, datasets), a handful of columns
+        # A product would make NaN of all datasets where one sample has it.
+        sums, counts = jnp.where(one_hot > 0, per_sample["loss"][:, None], 0).sum(0), one_hot.sum(0)
         for i, name in enumerate(self.dataset_names):
             metrics[f"loss/{name}"] = sums[i] / jnp.maximum(counts[i], 1)
             metrics[f"samples/{name}"] = counts[i]
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return metrics

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
 from openpi_like.robots import Robot
-from openpi_like.train.checkpoint import Contract
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.contract import Contract
 from openpi_like.train.sharding import put_batch
 from openpi_like.train.state import ModelDef, Params, TrainState
 
@@ -56,7 +56,7 @@ class Validator:
         steps before the end of the episode. Datasets without actions are "<robot>, text" and have losses alone.
         "saturated": coefficients of this host that action tokens could not write, where there are any.
         """
-        params = state.params if state.ema is None else state.ema
+        params = state.weights()
         losses: dict[str, list[float]] = {}
         errors: dict[str, list[np.ndarray]] = {}
         names: dict[str, tuple[str, ...]] = {}

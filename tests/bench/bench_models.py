@@ -104,9 +104,9 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     from openpi_like.models.pi0 import Pi0Config
     from openpi_like.models.siglip import SiglipConfig
     from openpi_like.models.weights import bind, export_weights, flatten, unflatten
-    from openpi_like.train.optimizer import OptimizerConfig
     from openpi_like.partition import ShardingRules
-from openpi_like.train.sharding import MeshConfig, put_batch
+    from openpi_like.train.optimizer import OptimizerConfig
+    from openpi_like.train.sharding import MeshConfig, put_batch
     from openpi_like.train.state import ModelDef, Trainer
 
     config = Pi0Config(

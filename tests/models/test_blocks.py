@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.draws import named_key
-from openpi_like.models.gemma import Gemma, GemmaConfig, attention, attention_mask, rope, rotate, token_positions
+from openpi_like.models.attention import attention
+from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask, rope, rotate, token_positions
 from openpi_like.models.param import Linear, fan_in, normal, weight
 from openpi_like.models.siglip import Siglip, SiglipConfig
 

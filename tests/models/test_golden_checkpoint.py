@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from openpi_like.data.stats import load_openpi_stats, save_openpi_stats
+from openpi_like.models.arrays import MemoryArrays, open_arrays
 from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.weights import MemoryArrays, load_weights, open_arrays, plan_load, read_weights, unflatten
+from openpi_like.models.weights import load_weights, plan_load, read_weights, unflatten
 from openpi_like.robots import ActionField, Camera, Robot, StateField
 from tests.models.golden_set import config_json, open_golden
 from tests.models.test_golden_pi0 import config_of
@@ -32,7 +33,7 @@ def pi0(golden: Path) -> tuple[Pi0Config, dict[str, np.ndarray]]:
     arrays = open_golden(golden / "item1_pi0.npz")
     config = config_of(arrays)
     source = MemoryArrays({k.removeprefix("params/"): np.asarray(v) for k, v in arrays.items() if "params/" in k})
-    return config, unflatten(read_weights(config, source, plan_load(config, source)))
+    return config, unflatten(read_weights(source, plan_load(config, source)))
 
 
 def assert_same(got: Any, want: Any) -> None:

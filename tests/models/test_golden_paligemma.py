@@ -11,18 +11,11 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import Observation, TextBatch
+from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.gemma import GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.models.weights import (
-    MemoryArrays,
-    bind,
-    export_weights,
-    flat_weights,
-    plan_load,
-    read_weights,
-    unflatten,
-)
+from openpi_like.models.weights import bind, export_weights, flat_weights, plan_load, read_weights, unflatten
 from tests.models.golden_set import assert_tokens, config_json, open_golden, patch_size
 
 
@@ -54,7 +47,7 @@ def config(arrays: dict[str, Any]) -> PaliGemmaConfig:
 @pytest.fixture(scope="module")
 def model(config: PaliGemmaConfig, params: dict[str, np.ndarray]) -> PaliGemma:
     source = MemoryArrays(params)
-    return bind(config, unflatten(read_weights(config, source, plan_load(config, source))))
+    return bind(config, unflatten(read_weights(source, plan_load(config, source))))
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,11 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import Batch
+from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.models.weights import (
-    MemoryArrays,
-    bind,
-    export_weights,
-    flat_weights,
-    plan_load,
-    read_weights,
-    unflatten,
-)
+from openpi_like.models.weights import bind, export_weights, flat_weights, plan_load, read_weights, unflatten
 from tests.models.golden_set import assert_bfloat16, assert_flow, assert_tokens, config_json, open_golden, patch_size
 
 
@@ -77,7 +70,7 @@ class Golden:
     def with_dtype(self, dtype: str) -> Pi0:
         config = dataclasses.replace(self.config, dtype=dtype)
         arrays = MemoryArrays(self.params)
-        return bind(config, unflatten(read_weights(config, arrays, plan_load(config, arrays))))
+        return bind(config, unflatten(read_weights(arrays, plan_load(config, arrays))))
 
     def in_their_names(self, model: Pi0) -> dict[str, np.ndarray]:
         return {name: make() for name, make in export_weights(self.config, flat_weights(model), "openpi")}

@@ -11,19 +11,11 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import ActionTokens, Batch, Observation
+from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.gemma import GemmaConfig, attention_mask
 from openpi_like.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.models.weights import (
-    MemoryArrays,
-    bind,
-    export_weights,
-    flat_weights,
-    flatten,
-    plan_load,
-    read_weights,
-    unflatten,
-)
+from openpi_like.models.weights import bind, export_weights, flat_weights, flatten, plan_load, read_weights, unflatten
 from tests.models.golden_set import assert_tokens, config_json, open_golden, patch_size
 
 CASES = ("all_cameras", "masked_camera")
@@ -61,7 +53,7 @@ def config(arrays: dict[str, Any]) -> Pi0FastConfig:
 @pytest.fixture(scope="module")
 def model(config: Pi0FastConfig, params: dict[str, np.ndarray]) -> Pi0Fast:
     source = MemoryArrays(params)
-    return bind(config, unflatten(read_weights(config, source, plan_load(config, source))))
+    return bind(config, unflatten(read_weights(source, plan_load(config, source))))
 
 
 def inputs(arrays: dict[str, Any], config: Pi0FastConfig, case: str, prompt: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import EOS, PaliGemma, PaliGemmaConfig
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 

@@ -14,18 +14,16 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
+from openpi_like.models.arrays import LoraMerged, MemoryArrays, open_arrays
 from openpi_like.models.formats import FORMATS, family, recognise
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import (
-    LoraMerged,
-    MemoryArrays,
     WeightsError,
     export_weights,
     flat_weights,
     flatten,
     load_weights,
-    open_arrays,
     plan_load,
     read_weights,
     table_for,
@@ -62,7 +60,7 @@ def exported(config: Any, weights: Arrays, fmt: str) -> Arrays:
 
 def loaded(config: Any, arrays: Arrays, **options: Any) -> Arrays:
     source = MemoryArrays(arrays)
-    return read_weights(config, source, plan_load(config, source, **options))
+    return read_weights(source, plan_load(config, source, **options))
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +189,7 @@ def test_huggingface_names_of_all_ages_with_padded_and_tied_tables(
     source = MemoryArrays({**arrays, head: arrays[table]})
     plan = plan_load(config, source)
     assert plan.dropped == [f"{table}: rows {config.vocab_size} and up: padding of the vocabulary"]
-    assert_same(read_weights(config, source, plan), mine)
+    assert_same(read_weights(source, plan), mine)
     with pytest.raises(WeightsError, match=f"{head}: differs from {table}, expected the same numbers"):
         loaded(config, {**arrays, head: arrays[table] + 1})
 
@@ -211,7 +209,7 @@ def test_siglip_alone_fills_the_image_tower(tiny_policy: Pi0Config, weights: Any
     source = MemoryArrays(arrays)
     plan = plan_load(config, source, reinitialize=("^vlm/", "^vision/head/"))
     assert sorted(line.split(":")[0] for line in plan.dropped) == sorted(extra)
-    got = read_weights(config, source, plan)
+    got = read_weights(source, plan)
     assert_same(got, {k: v for k, v in mine.items() if k.startswith("vision/") and not k.startswith("vision/head")})
 
 
@@ -249,7 +247,7 @@ def test_a_new_action_size_is_loaded_when_asked_for_and_reported(tiny_policy: Pi
     fresh = {row["weight"]: row["why"] for row in plan.report if row["from"] == "fresh"}
     assert fresh.keys() == {"action_in/kernel", "action_out/kernel", "action_out/bias"}
     assert "got shape (4, 16), expected (7, 16)" in fresh["action_in/kernel"]
-    assert read_weights(wider, source, plan).keys() == weight_shapes(wider).keys() - fresh.keys()
+    assert read_weights(source, plan).keys() == weight_shapes(wider).keys() - fresh.keys()
 
 
 def test_paligemma_starts_a_policy(tiny_policy: Pi0Config, weights: Any) -> None:
@@ -270,7 +268,7 @@ def test_a_policy_gives_its_paligemma(tiny_policy: Pi0Config, weights: Any) -> N
     source, config = MemoryArrays(arrays), paligemma(tiny_policy)
     plan = plan_load(config, source, drop=("llm/.*_1/", "^action_", "^state_"))
     assert "action_in_proj/bias: asked by '^action_'" in plan.dropped
-    assert_same(read_weights(config, source, plan), {k: v for k, v in mine.items() if k in weight_shapes(config)})
+    assert_same(read_weights(source, plan), {k: v for k, v in mine.items() if k in weight_shapes(config)})
     with pytest.raises(WeightsError, match="pattern '_2/' matches no array"):
         plan_load(config, source, drop=("llm/.*_1/", "^action_", "^state_", "_2/"))
 
@@ -284,7 +282,7 @@ def test_weights_are_placed_sharded_and_in_bfloat16(tiny_policy: Pi0Config, weig
         name: jax.sharding.NamedSharding(mesh, spec(*[None] * (v.ndim - 1), "x" if v.shape[-1] % 4 == 0 else None))
         for name, v in mine.items()
     }
-    got = read_weights(tiny_policy, source, plan_load(tiny_policy, source), dtype="bfloat16", shardings=shardings)
+    got = read_weights(source, plan_load(tiny_policy, source), dtype="bfloat16", shardings=shardings)
     table = got["vlm/embedding"]
     assert {shard.data.shape for shard in table.addressable_shards} == {(300, 4)}
     for name, value in mine.items():
@@ -404,7 +402,7 @@ def test_lora_is_merged_when_asked_for(
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "params", {"params": unflatten(half)})
     source = open_arrays(tmp_path, lora_scale=scale)
-    got = read_weights(tiny_policy, source, plan_load(tiny_policy, source))
+    got = read_weights(source, plan_load(tiny_policy, source))
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=1e-6, err_msg=name)
 
@@ -459,7 +457,7 @@ def test_older_lerobot_files(tiny_policy: Pi0Config, weights: Any) -> None:
     assert [line.split(": ")[1] for line in plan.dropped if "normalize" in line] == [
         "normalisation statistics, which are no weights"
     ]
-    assert_same(read_weights(tiny_policy, source, plan), mine)
+    assert_same(read_weights(source, plan), mine)
     with pytest.raises(WeightsError, match=r"format 'lerobot' holds pi0 and pi0\.5"):
         loaded(paligemma(tiny_policy), arrays)
     assert f"{both}paligemma.language_model.lm_head.weight" in arrays

@@ -3,54 +3,33 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import WeightsError, export_weights, flatten, write_openpi
-from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    Contract,
-    WarmStart,
-    contract_problems,
-    encode_tokenizer,
-    find_step,
-    load_policy_parts,
-    warm_start,
-)
-from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.partition import ShardingRules
+from openpi_like.robots.sawyer import SAWYER
+from openpi_like.train.checkpoint import Checkpointer, Keep, find_step
+from openpi_like.train.contract import CheckpointError, contract_problems
+from openpi_like.train.load import load_policy_parts
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
-from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.state import ModelDef, Trainer, TrainState
+from openpi_like.train.warm_start import WarmStart, warm_start
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at
 # any later moment.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:Exception ignored in. (None|<coroutine object _read_array):pytest.PytestUnraisableExceptionWarning"
 )
-
-
-def _stats(names: tuple[str, ...]) -> FieldStats:
-    n = len(names)
-    return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
-
-
-def _contract(policy: Pi0Config) -> Contract:
-    normalization = Normalization(SAWYER.name, "zscore", _stats(SAWYER.state_names), _stats(SAWYER.action_names))
-    return Contract(
-        policy=policy,
-        robots=(SAWYER,),
-        normalizations={SAWYER.name: normalization},
-        tokenizer=encode_tokenizer(fit_text_tokenizer(["press the button"], 300)),
-        renderers={SAWYER.name: "raycast"},
-    )
 
 
 def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
@@ -69,14 +48,14 @@ ORDER = {"seed": 3, "group_episodes": None, "entries": [{"robot": "sawyer_sim", 
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_policy, tiny_batch):
+def saved(tmp_path_factory, tiny_policy, tiny_batch, contract_of):
     """A run of two steps on four devices, saved: (directory, trainer, state, contract)."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     trainer = _trainer(tiny_policy, MeshConfig(fsdp=2, tensor=2))
     state = trainer.init()
     for _ in range(2):
         state, _ = trainer.train_step(state, put_batch(tiny_batch, trainer.mesh))
-    contract = _contract(tiny_policy)
+    contract = contract_of(tiny_policy)
     checkpointer = Checkpointer(directory)
     checkpointer.save(state, position=16, order=ORDER, contract=contract, config=OptimizerConfig())
     checkpointer.close()
@@ -191,7 +170,7 @@ def test_warm_start_takes_what_fits_and_says_why(saved, tiny_policy):
     trainer = _trainer(bigger, MeshConfig(fsdp=2))
     fresh = trainer.init().params
     start = WarmStart(str(directory), reinitialize=("^action_in/kernel", "^action_out/"))
-    params, plan = warm_start(start, bigger, trainer.shardings.params, trainer.fresh_weights)
+    params, plan = warm_start(start, trainer)
     by_name = {row["weight"]: row for row in plan.report}
     flat, old, new = (flatten(jax.device_get(x)) for x in (params, state.ema, fresh))
     assert set(by_name) == set(flat)
@@ -213,7 +192,7 @@ def test_warm_start_never_loads_partly_unasked(saved, tiny_policy):
     trainer = _trainer(bigger, MeshConfig())
     start = WarmStart(str(directory), reinitialize=("^state_inn/",))
     with pytest.raises(WeightsError) as e:
-        warm_start(start, bigger, trainer.shardings.params, trainer.fresh_weights)
+        warm_start(start, trainer)
     for part in (
         "action_in/kernel: got shape (4, 16), expected (7, 16)",
         "action_out/bias: got shape (4,), expected (7,)",
@@ -229,7 +208,7 @@ def test_warm_start_from_published_weights(saved, tiny_policy, tmp_path):
     write_openpi(export_weights(tiny_policy, mine, "openpi"), tmp_path / "openpi")
     trainer = _trainer(tiny_policy, MeshConfig(fsdp=2))
     start = WarmStart(str(tmp_path / "openpi"))
-    params, plan = warm_start(start, tiny_policy, trainer.shardings.params, trainer.fresh_weights)
+    params, plan = warm_start(start, trainer)
     assert {row["from"] for row in plan.report} == {"checkpoint"}
     for name, value in flatten(jax.device_get(trainer.init_from(params).params)).items():
         np.testing.assert_array_equal(value, mine[name], err_msg=name)
@@ -239,15 +218,113 @@ def test_weights_of_a_run_that_is_damaged(copy, tiny_policy):
     (copy / "2" / "ema" / "_METADATA").unlink()
     trainer = _trainer(tiny_policy, MeshConfig())
     with pytest.raises(WeightsError, match="no weights at"):
-        warm_start(WarmStart(str(copy)), tiny_policy, trainer.shardings.params, trainer.fresh_weights)
+        warm_start(WarmStart(str(copy)), trainer)
 
 
-def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_policy):
+def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_policy, contract_of):
     policy = dataclasses.replace(tiny_policy, action_horizon=SAWYER.action_horizon)
     extra = dataclasses.replace(SAWYER.cameras[0], name="ceiling")
     robot = dataclasses.replace(SAWYER, cameras=(*SAWYER.cameras, extra))
-    contract = dataclasses.replace(_contract(policy), robots=(robot,))
+    contract = dataclasses.replace(contract_of(policy), robots=(robot,))
     assert contract_problems(contract, drop_cameras=("ceiling",)) == []
     (problem,) = contract_problems(contract)
     assert "camera 'ceiling' is not a slot of the policy" in problem
     assert "room for 4" in contract_problems(dataclasses.replace(contract, policy=tiny_policy))[1]
+
+
+# ---- Which are kept, and what cannot be written ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(contract_of, tiny_policy):
+    """Returns a function that makes a state of a step with hardly any weights, and what is saved with it."""
+
+    def make(step: int, size: int = 4) -> dict:
+        weights = {"w": jax.numpy.full(size, float(step))}
+        state = TrainState(np.int32(step), weights, {}, None, {"count": jax.numpy.int32(step)})
+        rest = {"order": ORDER, "contract": contract_of(tiny_policy), "config": OptimizerConfig()}
+        return {"state": state, "position": 8 * step, **rest}
+
+    return make
+
+
+def _steps(directory):
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path, small):
+    scores = {1: 3.0, 2: 0.5, 3: 2.0, 4: 1.0, 5: 4.0, 6: None, 7: 5.0}
+    keep = Keep(newest=2, best=2, every=3)
+    checkpointer = Checkpointer(tmp_path, keep=keep)
+    for step, score in scores.items():
+        checkpointer.save(**small(step), score=score)
+        checkpointer.wait()
+    checkpointer.close()
+    assert _steps(tmp_path) == [2, 3, 4, 6, 7]  # 2 and 4 are the best, 3 and 6 multiples, 6 and 7 the newest
+    assert keep.score({"loss/a": 1.0, "loss/b": 2.0, "action_mae/a/x": 9.0}) == 1.5
+    assert Keep(metric="action_mae", best=1).score({"loss/a": 1.0, "action_mae/a/x": 9.0}) == 9.0
+    with pytest.raises(ValueError, match=r"keep.metric='los' is not measured in validation; got \['loss/a'\]"):
+        Keep(metric="los", best=1).score({"loss/a": 1.0})
+    with pytest.raises(ValueError, match=r"newest=0.*best=-1.*every=0"):
+        Keep(newest=0, best=-1, every=0)
+
+
+def test_a_full_disk_costs_no_checkpoint_but_the_one_that_did_not_fit(tmp_path):
+    """In a process of its own, which may write files of 100 kB at most from the second save on."""
+    program = tmp_path / "fill.py"
+    program.write_text(FILL)
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "checkpoints")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    message, newest = done.stdout.splitlines()[-2:]
+    assert "could not be written to" in message
+    assert "the newest complete checkpoint is 1; make room" in message
+    assert newest == "1 True 3"  # the intact one is what is restored; with room again, the next one is written
+    assert _steps(tmp_path / "checkpoints") == [1, 3]
+
+
+FILL = """
+import resource, signal, sys
+import jax, numpy as np
+from openpi_like.train.checkpoint import Checkpointer, Keep
+from openpi_like.train.contract import CheckpointError
+from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.state import TrainState
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.train.contract import Contract
+
+config = Pi0Config.tiny(cameras=("a",), state_dim=1, action_dim=1, action_horizon=1, prompt_len=4, vocab_size=8)
+contract = Contract(config, (), {}, "", {})
+weights = lambda step: {"w": jax.random.normal(jax.random.key(step), (300_000,))}
+
+
+def save(step):
+    state = TrainState(np.int32(step), weights(step), {}, None, {"n": jax.numpy.int32(step)})
+    checkpointer.save(state, position=0, order={}, contract=contract, config=OptimizerConfig())
+    checkpointer.wait()
+
+
+checkpointer = Checkpointer(sys.argv[1], keep=Keep(newest=5))
+save(1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    save(2)
+except CheckpointError as e:
+    print(e)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpointer = Checkpointer(sys.argv[1], keep=Keep(newest=5))  # as a run that is started again
+abstract = jax.eval_shape(lambda: TrainState(np.int32(0), weights(0), {}, None, {"n": jax.numpy.int32(0)}))
+everywhere = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+newest = checkpointer.latest_step()
+restored = checkpointer.restore(abstract, everywhere, contract=contract)[0]
+intact = bool((restored.params["w"] == weights(1)["w"]).all())
+save(3)
+checkpointer.close()
+print(newest, intact, checkpointer.latest_step())
+"""

@@ -1,5 +1,7 @@
 """Reading compiled text: buffers, computations, and every way of writing groups of chips."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_computations_and_where_their_buffers_are() -> None:
 
 
 def test_a_compiled_program_is_read_whole() -> None:
-    compiled = jax.jit(lambda x: jnp.sort(jnp.sin(x)) @ x.T).lower(jnp.ones((4, 6))).compile()
+    compiled: Any = jax.jit(lambda x: jnp.sort(jnp.sin(x)) @ x.T).lower(jnp.ones((4, 6))).compile()
     computations, entry = parse(compiled.as_text())
     for computation in computations.values():
         for instruction in computation.instructions.values():

@@ -15,9 +15,9 @@ from openpi_like.train.sharding import MeshConfig
 ONE = {"data": 1}
 
 
-def read(function: Callable[..., Any], *args: Any, rounds: int = 1) -> tuple[Cost, dict[str, float]]:
+def read(function: Callable[..., Any], *args: Any, rounds: int = 1) -> tuple[Cost, Any]:
     """Returns what we say of a compiled function, and what XLA does."""
-    compiled = jax.jit(function).lower(*args).compile()
+    compiled: Any = jax.jit(function).lower(*args).compile()
     return read_program(compiled.as_text(), ONE, rounds=rounds), compiled.cost_analysis()
 
 
@@ -96,8 +96,8 @@ def layers() -> list[Collective]:
         return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
 
     step = jax.jit(jax.grad(loss), in_shardings=(kept, rows), out_shardings=kept)
-    text = step.lower(jnp.ones((5, 32, 32)), jnp.ones((16, 32))).compile().as_text()
-    return read_program(text, {"data": 2, "fsdp": 2, "tensor": 1}).collectives
+    compiled: Any = step.lower(jnp.ones((5, 32, 32)), jnp.ones((16, 32))).compile()
+    return read_program(compiled.as_text(), {"data": 2, "fsdp": 2, "tensor": 1}).collectives
 
 
 def test_gathered_weights_are_counted_by_hand(layers: list[Collective]) -> None:
@@ -130,8 +130,8 @@ def test_gradients_are_reduced_over_the_batch(layers: list[Collective]) -> None:
 def test_bytes_that_a_chip_receives(call: Callable[..., Any], kind: str, nbytes: float) -> None:
     mesh = MeshConfig(data=1, fsdp=4).create()
     mapped = jax.shard_map(call, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
-    text = jax.jit(mapped).lower(jnp.ones(256)).compile().as_text()
-    (found,) = read_program(text, {"data": 1, "fsdp": 4, "tensor": 1}).collectives
+    compiled: Any = jax.jit(mapped).lower(jnp.ones(256)).compile()
+    (found,) = read_program(compiled.as_text(), {"data": 1, "fsdp": 4, "tensor": 1}).collectives
     assert (found.kind, found.axes, found.nbytes, found.times) == (kind, ("fsdp",), nbytes, 1)
 
 
@@ -230,8 +230,8 @@ def test_a_loop_as_written_for_tpus(start: int) -> None:
     gather, scatter = by_kind["all-gather"], by_kind["reduce-scatter"]
     assert (gather.times, gather.nbytes, gather.axes) == (6, 3 * 8 * 16 * 2, ("fsdp",))
     assert (scatter.times, scatter.nbytes) == (6, 3 / 4 * 64 * 4 * 2)
-    # HBM: x once, on its way onto the chip. In each round w, what is gathered from, what is reduced and the part of that
-    # which is kept, and a counter. All else stays on the chip.
+    # HBM: x once, on its way onto the chip. In each round w, what is gathered from, what is reduced, the part of it
+    # that is kept, and a counter. All else stays on the chip.
     part, w, g, kept, counter = 8 * 16 * 2, 32 * 64 * 2, 64 * 4 * 2, 16 * 4 * 2, 3 * 4
     assert cost.traffic == 4 * 32 * 2 + 6 * (part + w + g + kept + counter)
 

@@ -30,7 +30,6 @@ from openpi_like.train.planning import (
     Memory,
     Plan,
     Roofline,
-    mesh_problems,
     out_of_memory,
     plan_sampler,
     plan_step,
@@ -109,6 +108,7 @@ def test_memory_is_that_of_the_parts(config: TrainConfig, step: Plan) -> None:
 def test_work_and_bounds(step: Plan) -> None:
     assert step.model_flops is not None
     assert step.flops is not None
+    assert step.traffic is not None
     # Nothing twice, and nothing on two chips; but for keys and values, the last layer of the prefix is read by nobody,
     # and XLA leaves it out. 2 rows a chip, 16 tokens, width 16, 2 heads of 8, mlp 32.
     unread = 2 * (2 * 2 * 16 * 16 * 16 + 2 * 2 * 16 * 16 * 16 + 3 * 2 * 16 * 16 * 32)
@@ -210,20 +210,15 @@ def test_a_compiler_out_of_memory_is_a_result_and_other_errors_are_errors(
 @pytest.mark.parametrize(
     ("mesh", "batch", "said"),
     [
-        (MeshConfig(data=3), 8, "data=3, fsdp=1, tensor=1: expected sizes whose product is 4 chips"),
-        (MeshConfig(fsdp=8), 8, "expected sizes whose product is 4 chips"),
-        (MeshConfig(fsdp=2), 6, "batch_size=6 does not divide into data=2 x fsdp=2; .*multiple of 4, such as 4 or 8"),
+        (MeshConfig(data=3), 8, "data=3, fsdp=1, tensor=1 for 4 devices; expected sizes whose product"),
+        (MeshConfig(fsdp=8), 8, "fsdp=8, tensor=1 for 4 devices"),
+        (MeshConfig(fsdp=2), 6, "batch_size=6 on a mesh of data=2 x fsdp=2 .*multiple of 4, such as 4 or 8"),
     ],
 )
 def test_meshes_that_do_not_divide_are_refused(config: TrainConfig, mesh: MeshConfig, batch: int, said: str) -> None:
     changed = dataclasses.replace(config, mesh=mesh, batch_size=batch)
     with pytest.raises(ValueError, match=said):
         plan_step(changed, this_machine())
-
-
-def test_meshes_that_divide_are_not(config: TrainConfig) -> None:
-    for mesh in (MeshConfig(), MeshConfig(fsdp=4), MeshConfig(data=1, fsdp=2, tensor=2)):
-        assert mesh_problems(dataclasses.replace(config, mesh=mesh), 4) == []
 
 
 @pytest.mark.parametrize(
@@ -299,7 +294,7 @@ def test_what_is_replicated_is_named() -> None:
 def test_the_sampler_is_the_server_s(tiny_policy: Pi0Config, machine: Target) -> None:
     plan = plan_sampler(tiny_policy, machine, batch=3)
     assert plan.memory is not None
-    assert plan.memory.weights == 2 * sum(x.size for x in jax.tree.leaves(ModelDef(tiny_policy).shapes))
+    assert plan.memory.frozen == 2 * sum(x.size for x in jax.tree.leaves(ModelDef(tiny_policy).shapes))
     assert plan.flops is not None
     one = plan_sampler(dataclasses.replace(tiny_policy, sample_steps=1), machine, batch=3)
     assert one.flops is not None
@@ -316,16 +311,26 @@ def plan_of(memory: Memory, *, problem: str | None, remat: str | None, mesh: tup
 
 
 def test_advice_is_for_what_takes_the_memory(config: TrainConfig, machine: Target) -> None:
-    full = Memory(weights=200, optimizer=400, ema=200, batch=1, arguments=801, temporaries=400, peak=1201, limit=1000)
+    full = Memory(
+        weights=200, frozen=0, optimizer=400, ema=200, batch=1, arguments=801, temporaries=400, peak=1201, limit=1000
+    )
     plan = plan_of(full, problem="too large", remat=None, mesh=(4, 1, 1))
     advice = "\n".join(suggestions(config, plan, machine))
-    for said in ("mesh.data=1 mesh.fsdp=4", "model.remat=nothing_saveable", "batch_size=4", "ema_decay=None", "8 chips"):
+    for said in (
+        "mesh.data=1 mesh.fsdp=4",
+        "model.remat=nothing_saveable",
+        "accumulate=2",
+        "ema_decay=None",
+        "8 chips",
+    ):
         assert said in advice
     least = plan_of(full, problem="too large", remat="nothing_saveable", mesh=(1, 4, 1))
     advice = "\n".join(suggestions(config, least, machine))
     assert "mesh." not in advice
     assert "remat" not in advice
-    roomy = Memory(weights=20, optimizer=40, ema=20, batch=1, arguments=81, temporaries=100, peak=181, limit=1000)
+    roomy = Memory(
+        weights=20, frozen=0, optimizer=40, ema=20, batch=1, arguments=81, temporaries=100, peak=181, limit=1000
+    )
     (only,) = suggestions(config, plan_of(roomy, problem=None, remat="nothing_saveable", mesh=(1, 4, 1)), machine)
     assert only.startswith("model.remat=dots_saveable")
 
@@ -346,7 +351,7 @@ def test_search_compiles_few_and_puts_the_fastest_that_fits_first(
     """With a compiler of our own: whatever has no remat does not fit, and tensor parallel steps are slowest."""
 
     def compiled(changed: TrainConfig, target: Target) -> Plan:
-        memory = Memory(1, 2, 1, 1, 5, 2**31 if changed.model.remat is None else 10, 20, 2**30)
+        memory = Memory(1, 0, 2, 1, 1, 5, 2**40 if changed.model.remat is None else 10, 20, 2**30)
         made = plan_of(
             memory,
             problem="needs more" if changed.model.remat is None else None,
@@ -364,9 +369,8 @@ def test_search_compiles_few_and_puts_the_fastest_that_fits_first(
     assert plans[0].roofline is not None
     assert plans[0].roofline.bound == min(p.roofline.bound for p in plans if p.fits and p.roofline)
     assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
-    # Once without remat did not fit, no other mesh is tried so: temporaries alone are too many.
-    groups = [(p.mesh["tensor"], p.remat) for p in seen if not p.fits]
-    assert len(groups) == len(set(groups))
+    # Once that did not fit without remat, no other mesh is tried so: temporaries alone are too many.
+    assert [p.fits for p in seen] == [False, True, True, True]
     chosen, best = found[0]
     assert chosen.model.remat == best.remat
 
@@ -457,7 +461,11 @@ def test_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     assert 0 < plan["mfu"] < 1
     seconds = {tuple(t["axes"]): t["nbytes"] / t["seconds"] for t in plan["collectives"]}
     assert seconds["fsdp",] == pytest.approx(100e9)  # the links of a slice
-    assert all(rate == pytest.approx(3.125e9 * (4 if "fsdp" in axes else 1)) for axes, rate in seconds.items() if "data" in axes)
+    assert all(
+        rate == pytest.approx(3.125e9 * (4 if "fsdp" in axes else 1))
+        for axes, rate in seconds.items()
+        if "data" in axes
+    )
 
 
 # ---- The compiled step -----------------------------------------------------------------------------------------------

@@ -10,19 +10,28 @@ import optax
 import pytest
 from flax import nnx
 
+from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.models.weights import flatten
 from openpi_like.partition import ShardingRules
+from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
-from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.state import ModelDef, Trainable, Trainer
 
 OPTIMIZER = OptimizerConfig(peak_lr=1e-2, end_lr=1e-3, warmup_steps=1, decay_steps=10)
 
 
-def _trainer(policy, mesh: MeshConfig, ema_decay: float | None = 0.9, augment: Augment | None = None) -> Trainer:
+def _trainer(
+    policy,
+    mesh: MeshConfig,
+    ema_decay: float | None = 0.9,
+    augment: Augment | None = None,
+    trainable: Trainable = Trainable(),
+    **options,
+) -> Trainer:
     return Trainer(
-        ModelDef(policy),
+        ModelDef(policy, trainable),
         OPTIMIZER.create(),
         ema_decay=ema_decay,
         seed=3,
@@ -30,6 +39,7 @@ def _trainer(policy, mesh: MeshConfig, ema_decay: float | None = 0.9, augment: A
         rules=ShardingRules(),
         dataset_names=("one", "two"),
         augment=augment,
+        **options,
     )
 
 
@@ -109,6 +119,108 @@ def test_without_average_none_is_kept(tiny_policy):
     trainer = _trainer(tiny_policy, MeshConfig(), ema_decay=None)
     assert trainer.abstract.ema is None
     assert jnp.isfinite(optax.tree.norm(trainer.init().params))
+
+
+# ---- Accumulation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def insulated(tiny_policy):
+    """Both losses, each over the samples that have it."""
+    tokens = ActionTokens(max_len=6, count=40, skip=2)
+    return dataclasses.replace(tiny_policy, pi05=True, prompt_format="fast", action_tokens=tokens, unroll=True)
+
+
+def _with_answers(batch, policy):
+    """The batch with tokens to predict in some of the samples, and actions in some."""
+    rng = np.random.default_rng(4)
+    B, S = len(batch["prompt"]), policy.prompt_len + policy.answer_len
+    at = np.arange(S)[None]
+    mask = at < rng.integers(10, S + 1, (B, 1))
+    answered = np.array([1, 1, 0, 1, 1, 1, 0, 1], bool)[:, None]
+    acts = np.array([1, 0, 1, 1, 0, 1, 1, 0], bool)[:, None, None]
+    return batch | {
+        "prompt": np.where(mask, rng.integers(4, policy.vocab_size, (B, S)), 0).astype(np.int32),
+        "prompt_mask": mask,
+        "prompt_causal": mask & (at >= 8),
+        "prompt_loss": mask & (at >= 8) & answered,
+        "prompt_action": mask & (at >= 9),
+        "action_mask": batch["action_mask"] & acts,
+        "actions": np.where(batch["action_mask"] & acts, batch["actions"], 0).astype(np.float32),
+    }
+
+
+def _first_gradient(trainer, batch):
+    """Adam's first moment after a step is the gradient, but for a factor."""
+    state, values = _run(trainer, batch, 1)
+    return jax.tree.leaves(state.opt_state[1][0].mu), values
+
+
+@pytest.mark.parametrize("kind", ["flow", "both"])
+def test_a_batch_in_parts_makes_the_same_step(tiny_policy, insulated, tiny_batch, kind):
+    """Parts have unlike numbers of samples that count: their means would be weighed wrongly."""
+    policy = {"flow": tiny_policy, "both": insulated}[kind]
+    batch = _with_answers(tiny_batch, insulated) if kind == "both" else dict(tiny_batch)
+    batch["action_mask"] = batch["action_mask"] & (np.arange(8) != 6)[:, None, None]
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
+    expected, values = _first_gradient(_trainer(policy, mesh), batch)
+    got, others = _first_gradient(_trainer(policy, mesh, accumulate=4), batch)
+    scale = max(np.abs(g).max() for g in expected)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
+    assert set(values) == set(others)
+    for name, value in values.items():
+        assert others[name] == pytest.approx(float(value), rel=1e-5), name
+    if kind == "both":
+        assert (values["samples/flow_loss"], values["samples/text_loss"]) == (4, 6)
+
+
+# ---- Parts that are not trained, steps that are not made -------------------------------------------------------------
+
+
+def test_frozen_weights_stay_and_take_no_moments(tiny_policy, tiny_batch):
+    """What is trained moves as it does when all is, without clipping to a norm that others have a part in."""
+    frozen = Trainable(frozen=("^vision/", "^vlm/"), frozen_dtype="bfloat16")
+    trainer = _trainer(tiny_policy, MeshConfig(data=1, fsdp=2, tensor=2), trainable=frozen)
+    before = jax.device_get(trainer.init())
+    after, _ = _run(trainer, tiny_batch, 2)
+    jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
+    trained = {name.split("/")[0] for name in flatten(after.params)}
+    assert trained == {"expert", "action_in", "action_out", "state_in", "action_time_in", "action_time_out"}
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)), strict=True))
+    assert after.frozen["vlm"]["layers"]["q"].dtype == jnp.bfloat16
+    assert after.frozen["vlm"]["final_norm"]["scale"].dtype == jnp.float32
+    sizes = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim)  # noqa: E731
+    assert sizes(after.opt_state) == 2 * sizes(after.params) == 2 * sizes(after.ema)
+    for name, sharding in flatten(trainer.shardings.frozen).items():
+        assert sharding == trainer.placement[name], name
+    whole = after.weights()
+    jax.tree.map(np.testing.assert_array_equal, whole["expert"], after.ema["expert"])
+    assert str(jax.tree.structure(whole)) == str(jax.tree.structure(trainer.model.shapes))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny_policy, tiny_batch):
+    trainer = _trainer(tiny_policy, MeshConfig(fsdp=2), skip_nonfinite=True)
+    bad = tiny_batch | {"state": np.where(np.arange(8)[:, None] == 5, np.nan, tiny_batch["state"]).astype(np.float32)}
+    before = jax.device_get(trainer.init())
+    after, values = _run(trainer, bad, 1)
+    assert (values["skipped"], int(after.step)) == (1, 1)
+    assert not np.isfinite(values["loss"])
+    assert np.isfinite(values["loss/one"])  # sample 5 is of the other dataset
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.params, after.ema, after.opt_state),
+        (
+            before.params,
+            before.ema,
+            before.opt_state,
+        ),
+    )
+    good, fine = _run(trainer, tiny_batch, 1)
+    plain, expected = _run(_trainer(tiny_policy, MeshConfig(fsdp=2)), tiny_batch, 1)
+    assert (fine["skipped"], fine["loss"]) == (0, pytest.approx(float(expected["loss"]), rel=1e-6))
+    for a, b in zip(*map(jax.tree.leaves, (good.params, plain.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 class Brightness(nnx.Module):

@@ -1,0 +1,152 @@
+"""The contract of a policy: everything that serving depends on, with a hash, stored with every checkpoint."""
+
+import base64
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from openpi_like.config import from_json, to_json
+from openpi_like.data.fast import FastFiles, FastTokenizer
+from openpi_like.data.loader import action_token_problems
+from openpi_like.data.normalize import Normalization
+from openpi_like.data.text import TextTokenizer
+from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
+from openpi_like.robots import Robot, policy_problems
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not of the kind asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What serving depends on. Its hash is checked when it is read, and sent to every client.
+
+    policy: the model's config. robots and normalizations: by robot. tokenizer: SentencePiece model, base64.
+    renderers: robot name -> how the training images were rendered, for simulated robots; None for real ones.
+    """
+
+    policy: Any
+    robots: tuple[Robot, ...]
+    normalizations: dict[str, Normalization]
+    tokenizer: str
+    renderers: dict[str, str | None]
+    action_tokenizer: FastFiles | None = None
+
+    def hash(self) -> str:
+        """Returns the SHA-256 of the contract as canonical JSON."""
+        return hashlib.sha256(json.dumps(to_json(self), sort_keys=True).encode()).hexdigest()
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """Returns the tokenizer of the policy's prompts and answers."""
+        p = self.policy
+        return TextTokenizer(
+            base64.b64decode(self.tokenizer), p.prompt_len, prompt_format=p.prompt_format, answer_len=p.answer_len
+        )
+
+    def fast_tokenizer(self) -> FastTokenizer | None:
+        """Returns the tokenizer of actions, where the policy has action tokens."""
+        return None if self.action_tokenizer is None else FastTokenizer(self.action_tokenizer)
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Returns what `sample_actions` of this policy needs besides an observation, by name."""
+        if not isinstance(self.policy, Pi0FastConfig):
+            return {}
+        tokenizer = self.fast_tokenizer()
+        assert tokenizer is not None  # contract_problems has checked it
+        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim, count=self.policy.tokens.count)
+        begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
+        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
+
+
+def encode_tokenizer(model: bytes) -> str:
+    """Returns a SentencePiece model as the text `Contract.tokenizer` holds."""
+    return base64.b64encode(model).decode("ascii")
+
+
+def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
+    """Returns what of robots, statistics and tokenizers does not fit the policy. drop_cameras: it need not see them."""
+    policy = contract.policy
+    if not hasattr(policy, "action_dim"):
+        return [f"{type(policy).__name__} samples no actions; expected a policy, such as Pi0Config"]
+    problems = []
+    for robot in contract.robots:
+        found = policy_problems(robot, policy, drop_cameras=drop_cameras)
+        try:
+            contract.normalizations[robot.name].check(robot)
+        except (KeyError, ValueError) as e:
+            found.append(str(e))
+        problems += [f"robot {robot.name!r}: {p}" for p in found]
+    try:
+        tokenizer, action_tokenizer = contract.text_tokenizer(), contract.fast_tokenizer()
+    except ValueError as e:
+        return [*problems, str(e)]
+    if tokenizer.vocab_size > policy.vocab_size:
+        problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
+    problems += action_token_problems(policy, tokenizer, action_tokenizer)
+    if isinstance(policy, Pi0FastConfig) and action_tokenizer is not None:
+        least = action_tokenizer.tables(policy.action_horizon * policy.action_dim).least
+        for robot in contract.robots:
+            size = robot.action_horizon * robot.action_size
+            needs = int(least[min(size, len(least) - 1), 0])
+            if needs > policy.answer_len:
+                problems.append(
+                    f"robot {robot.name!r}: a chunk of {size} coefficients takes at least {needs} action tokens, the "
+                    f"policy has room for {policy.answer_len}"
+                )
+    return problems
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def contract_record(contract: Contract) -> dict[str, Any]:
+    """Returns what a checkpoint's record holds of it."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "contract": to_json(contract),
+        "hash": contract.hash(),
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+    }
+
+
+def differences(stored: Contract, contract: Contract) -> str:
+    """Returns the names of the fields in which two contracts differ."""
+    before, now = to_json(stored), to_json(contract)
+    return ", ".join(k for k in now if before[k] != now[k])
+
+
+def read_record(step_dir: Path) -> dict[str, Any]:
+    """Returns the JSON record of one step, with its hash checked.
+
+    Raises:
+        CheckpointError: unreadable, of another format, or changed after it was written.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            record = checkpointer.restore(step_dir / "contract")
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"cannot read the contract of {step_dir}: {e}; the checkpoint is damaged") from e
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{step_dir}: format {record.get('format')!r}, expected {FORMAT}; use a matching version")
+    digest = hashlib.sha256(json.dumps(record["contract"], sort_keys=True).encode()).hexdigest()
+    if digest != record["hash"]:
+        raise CheckpointError(
+            f"{step_dir}: contract hash {digest[:12]}, expected {record['hash'][:12]}; the contract was changed after "
+            "training, so normalisation or robots may not fit the weights: take the original directory"
+        )
+    return record
+
+
+def read_contract(step_dir: Path) -> Contract:
+    """Returns the contract of one step."""
+    return from_json(read_record(step_dir)["contract"])
