@@ -390,16 +390,10 @@ def run(program: SimpleNamespace, *arguments: Any, **options: Any) -> tuple[int,
     return code, console.export_text()
 
 
-@pytest.fixture(scope="module")
-def tiny(config: TrainConfig) -> Any:
-    """The run that the program finds in a config file."""
-    return config
-
-
 def test_the_program_says_whether_it_fits(
-    program: SimpleNamespace, tiny: TrainConfig, step: Plan, machine: Target, tmp_path: Path, monkeypatch: Any
+    program: SimpleNamespace, config: TrainConfig, step: Plan, machine: Target, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("openpi_like.config.load_run", lambda path: tiny)
+    monkeypatch.setattr("openpi_like.config.load_run", lambda path: config)
     monkeypatch.setattr("openpi_like.train.topology.find_target", lambda topology, slices: machine)
     code, text = run(program, sampler=(1,), json=tmp_path / "plan.json", samples=1000)
     assert code == 0
@@ -439,6 +433,31 @@ def test_bad_input_is_one_line_and_code_2(arguments: list[str], said: str) -> No
 
 
 @needs_libtpu
+def test_meshes_lie_on_tori_and_slices() -> None:
+    """`fsdp` over 64 of 4 x 4 x 8 chips takes a part of an axis of the torus; `data` goes over slices."""
+    program = (
+        "import runpy; runpy.run_path('train/plan.py')['prepare_environment']()\n"
+        "from openpi_like.train.topology import find_target\n"
+        "from openpi_like.train.sharding import MeshConfig\n"
+        "print(dict(MeshConfig(fsdp=64).create(find_target('v5p:4x4x8').devices).shape))\n"
+        "two = find_target('v5e:2x2', slices=2).devices\n"
+        "mesh = MeshConfig(fsdp=2, tensor=2).create(two)\n"
+        "print([{d.slice_index for d in row.ravel()} for row in mesh.devices])\n"
+        "try: MeshConfig(data=1, fsdp=8).create(two)\n"
+        "except ValueError as e: print(e)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "{'data': 2, 'fsdp': 64, 'tensor': 1}",
+        "[{0}, {1}]",
+        "mesh: got data=1 for 2 slices; expected a multiple, data goes over the slices",
+    ]
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     """The whole program, with the TPU compiler: a policy of two layers on two slices of four chips."""
     (tmp_path / "run.py").write_text(
@@ -471,6 +490,7 @@ def test_a_tpu_that_is_not_there(tmp_path: Path) -> None:
 # ---- The compiled step -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["pi0", "insulated", "fast"])
 def test_no_collective_moves_rows_of_the_batch(policy: str) -> None:
     """Nothing of the global batch leaves its chip, but for what `batch_moves.moves` lets through: token ids, and over
