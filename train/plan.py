@@ -120,12 +120,18 @@ def print_step(plan: Any, console: Console) -> None:
         console.print(f"  {line}")
     if plan.unknown:
         console.print(f"not counted, as they do not say what they do: {', '.join(plan.unknown)}")
+    if plan.endless:
+        print_endless(plan, console)
     if plan.roofline is not None:
         r = plan.roofline
         parts = ", ".join(f"{n} {milliseconds(getattr(r, n))}" for n in ("compute", "memory", "interconnect"))
         console.print(f"at the published peaks of {plan.chip}: {parts}")
         console.print(f"a step takes at least {milliseconds(r.bound)}, by {r.bound_by}; MFU at most {plan.mfu:.0%}")
     console.print("it fits" if plan.fits else f"it does not fit: {plan.problem}")
+
+
+def print_endless(plan: Any, console: Console) -> None:
+    console.print(f"loops that end on what they compute are taken as {plan.rounds} rounds: {', '.join(plan.endless)}")
 
 
 def print_samplers(plans: list[Any], console: Console) -> None:
@@ -139,6 +145,8 @@ def print_samplers(plans: list[Any], console: Console) -> None:
         fits = () if p.fits else (f"does not fit: {p.problem}",)
         table.add_row(str(p.batch), f"{p.compile_seconds:.0f} s", *memory, *(fits or bound))
     console.print(table)
+    if plans[0].endless:
+        print_endless(plans[0], console)
 
 
 def print_tried(plan: Any, console: Console) -> None:

@@ -163,10 +163,8 @@ class _Reader:
         if kind == "collective-permute":
             pairs = np.array(json.loads(_as_json(at.attribute(r"source_target_pairs=(\{.*?\}\})"))))
             axes = {a for pair in pairs for a in mesh_axes(pair, self.mesh)}
-            members, spanned = (
-                max(pairs, key=lambda pair: abs(pair[0] - pair[1])),
-                tuple(a for a in self.mesh if a in axes),
-            )
+            members = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+            spanned = tuple(a for a in self.mesh if a in axes)
         else:
             members = device_groups(at.attributes, count)[0]
             spanned = mesh_axes(members, self.mesh)

@@ -97,7 +97,7 @@ class Plan:
     parameters: weights of the policy, all chips together. problem: why it does not fit, None where it does.
     model_flops, flops: of one chip, without and with what is computed again or on several chips alike.
     traffic, host: bytes between a chip and its memory, and that of the host. unknown: kernels that say nothing about
-    their FLOPs and are not in them.
+    their FLOPs and are not in them. endless: loops that end on what they compute, taken as if they ran `rounds` times.
     """
 
     what: str
@@ -121,6 +121,8 @@ class Plan:
     roofline: Roofline | None = None
     mfu: float | None = None
     unknown: tuple[str, ...] = ()
+    endless: tuple[str, ...] = ()
+    rounds: int = 1
 
     @property
     def fits(self) -> bool:
@@ -253,8 +255,9 @@ def plan_sampler(policy: Any, target: Target, *, batch: int) -> Plan:
     parts["batch"] = bytes_per_chip(observation)
     lowered = jax.jit(sample).lower(weights, key, observation, mask, options)
     chip = None if target.chip is None else target.chip.name
-    plan = Plan(what="sampler", target=target.name, chip=chip, mesh=_sizes(mesh), batch=batch)
-    return _compiled(plan, lowered, mesh, one, parts, rounds=max(1, policy.answer_len))
+    rounds = max(1, policy.answer_len)
+    plan = Plan(what="sampler", target=target.name, chip=chip, mesh=_sizes(mesh), batch=batch, rounds=rounds)
+    return _compiled(plan, lowered, mesh, one, parts)
 
 
 # ---- Compiling -------------------------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def _compiled(plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[
         peak=peak,
         limit=int(chip.memory_gib * GIB) if target.limit is None and chip is not None else target.limit,
     )
-    cost = read_program(compiled.as_text(), plan.mesh, rounds=rounds)
+    cost = read_program(compiled.as_text(), plan.mesh, rounds=plan.rounds)
     made = dataclasses.replace(
         plan,
         compile_seconds=seconds,
@@ -316,6 +319,7 @@ def _compiled(plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[
         collectives=_grouped(cost.collectives, mesh, target),
         largest=tuple(map(_described, sorted(cost.collectives, key=lambda c: -c.total)[:5])),
         unknown=tuple(sorted(cost.unknown)),
+        endless=tuple(sorted(cost.endless)),
     )
     if chip is None:
         return made

@@ -1,7 +1,7 @@
 """Compiles training steps for 8 simulated devices, and says what their collectives move of the batch.
 
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-        python tests/train/batch_moves.py pi0|insulated|fast 1x8x1 [2x2x2 ...]
+        python tests/train/batch_moves.py 1x8x1 [2x2x2 ...]      # data x fsdp x tensor
 
 Prints one line per collective that moves an array with rows of the batch, beyond what it may (see `moves`). Sizes are
 chosen so that rows are unmistakable: 11 divides the batch and no other size, and what may be merged with rows (cameras,
@@ -92,17 +92,17 @@ def moves(collective: Collective, mesh: dict[str, int]) -> str | None:
     return said
 
 
-def main(name: str, *sizes: str) -> None:
-    policy = policies()[name]
-    for size in sizes:
-        data, fsdp, tensor = map(int, size.split("x"))
-        text, mesh = compiled_text(policy, MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-        cost = read_program(text, mesh)
-        print(f"{size}: {len(cost.collectives)} collectives")
-        for collective in cost.collectives:
-            moved = moves(collective, mesh)
-            if moved:
-                print(f"{size}: moves rows of the batch: {moved}")
+def main(*sizes: str) -> None:
+    for name, policy in policies().items():
+        for size in sizes:
+            data, fsdp, tensor = map(int, size.split("x"))
+            text, mesh = compiled_text(policy, MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+            cost = read_program(text, mesh)
+            print(f"{name}, {size}: {len(cost.collectives)} collectives")
+            for collective in cost.collectives:
+                moved = moves(collective, mesh)
+                if moved:
+                    print(f"{name}, {size}: moves rows of the batch: {moved}")
 
 
 if __name__ == "__main__":

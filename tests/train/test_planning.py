@@ -38,6 +38,7 @@ from openpi_like.train.planning import (
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef
 from openpi_like.train.topology import Target, TopologyError, find_target, this_machine
+from tests.train.batch_moves import policies
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP = Chip("toy", ("Toy",), tflops=0.001, memory_gib=1.0, memory_gbps=1.0, link_gbps=0.1)
@@ -299,7 +300,24 @@ def test_the_sampler_is_the_server_s(tiny_policy: Pi0Config, machine: Target) ->
     one = plan_sampler(dataclasses.replace(tiny_policy, sample_steps=1), machine, batch=3)
     assert one.flops is not None
     assert plan.flops - one.flops > 0  # nine Euler steps more
-    assert plan.collectives == ()
+    assert (plan.collectives, plan.endless) == ((), ())
+
+
+def test_a_sampler_that_writes_is_taken_to_write_all_it_may(machine: Target) -> None:
+    policy = dataclasses.replace(policies()["fast"], remat=None)
+    plan = plan_sampler(policy, machine, batch=1)
+    assert (plan.rounds, len(plan.endless)) == (5, 1)
+    c = policy.vlm
+    # A token: each matrix of both layers, two products with 31 + 4 + 3 + 5 keys, and its scores among 64 tokens.
+    matrices = c.depth * (2 * c.width * c.num_heads * c.head_dim + 2 * c.width * c.head_dim + 3 * c.width * c.mlp_dim)
+    keys = 3 * 9 + 4 + 3 + 5 + 1
+    token = 2 * matrices + c.depth * 2 * 2 * keys * c.num_heads * c.head_dim + 2 * c.width * 64
+    shorter = dataclasses.replace(policy, action_tokens=ActionTokens(max_len=4, count=64, skip=0))
+    fewer = plan_sampler(shorter, machine, batch=1)
+    assert plan.flops is not None
+    assert fewer.flops is not None
+    # Keys of a shorter cache are fewer too, by one in each round.
+    assert plan.flops - fewer.flops == pytest.approx(token + 4 * c.depth * 2 * 2 * c.num_heads * c.head_dim, rel=0.05)
 
 
 # ---- Advice and search -----------------------------------------------------------------------------------------------
@@ -491,18 +509,17 @@ def test_a_tpu_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["pi0", "insulated", "fast"])
-def test_no_collective_moves_rows_of_the_batch(policy: str) -> None:
-    """Nothing of the global batch leaves its chip, but for what `batch_moves.moves` lets through: token ids, and over
-    `tensor` sums of a chip's own rows."""
+def test_no_collective_moves_rows_of_the_batch() -> None:
+    """Nothing of the global batch leaves its chip, but for what `batch_moves.moves` lets through: token ids, rows that
+    were looked up for others, and over `tensor` sums of a chip's own rows."""
     meshes = ["1x8x1", "2x4x1", "2x2x2"]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "tests/train/batch_moves.py", policy, *meshes]
+    command = [sys.executable, "tests/train/batch_moves.py", *meshes]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if "moves rows" in line] == []
-    counts = [int(line.split()[1]) for line in lines]
-    assert len(counts) == len(meshes)
-    assert min(counts) > 20  # it has read them
+    read = {line.partition(":")[0]: int(line.split()[-2]) for line in lines}
+    assert set(read) == {f"{policy}, {mesh}" for policy in policies() for mesh in meshes}
+    assert min(read.values()) > 20  # it has read them
