@@ -41,7 +41,6 @@ def policies() -> dict[str, PolicyConfig]:
         "action_dim": 3,
         "action_horizon": 9,
         "remat": "nothing_saveable",
-        "dtype": "bfloat16",
     }
     tokens = ActionTokens(max_len=ANSWER, count=64, skip=0)
     # With an answer, 9 tokens.
