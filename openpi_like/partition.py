@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -83,7 +83,7 @@ class ShardingRules:
                 placed[max(free, key=lambda i: (shape[i], -i))] = target
         return PartitionSpec(*placed)
 
-    def activation_spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def activation_spec(self, axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """Returns the partition of an activation; an axis that is not divided stays whole."""
         targets = [self.target(axis) for axis in axes]
         return PartitionSpec(
@@ -133,6 +133,24 @@ def pin(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
         return x
     spec = place.rules.activation_spec(axes, x.shape, place.mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, spec))
+
+
+def on_each_device(function: Callable[..., jax.Array], axes: Sequence[Axes]) -> Callable[..., jax.Array]:
+    """Returns a function of activations that each device computes of its own part, where the rules put their axes.
+
+    For kernels that the compiler cannot split. Axes that are not divided are whole on every device. The result is
+    shaped like the first argument, and lies like it.
+    """
+    place = _placement.get()
+    if place is None:
+        return function
+
+    def mapped(*args: jax.Array) -> jax.Array:
+        specs = tuple(place.rules.activation_spec(of, x.shape, place.mesh) for of, x in zip(axes, args, strict=True))
+        on_all = jax.shard_map(function, mesh=place.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+        return on_all(*args)
+
+    return mapped
 
 
 def gathered(w: Shaped[Array, "..."], axes: Axes, dtype: Any) -> Shaped[Array, "..."]:

@@ -98,7 +98,7 @@ def _compared(run: Path, kind: str) -> dict[str, Any]:
         "wilson_low": low,
         "wilson_high": high,
         "action_mae": training["action_mae"],
-        "ms_per_step": 1e3 / training["steps_per_s"],
+        "ms_per_step": 1e3 * training["step_time"],
         "latency_ms": _latency(episodes, "sawyer"),
         "validation_loss": training["validation_loss"],
     }
@@ -118,7 +118,7 @@ def _training(path: Path) -> dict[str, Any]:
         "steps": train[-1]["step"],
         "loss_first": train[0]["loss"],
         "loss_last": train[-1]["loss"],
-        "steps_per_s": float(np.median([line["steps_per_s"] for line in train])),
+        "step_time": float(np.median([line["step_time"] for line in train])),
         "data_wait": float(np.mean([line["data_wait"] for line in train])),
         "validation_loss": {k.removeprefix("loss/"): v for k, v in val[-1].items() if k.startswith("loss/")},
         "action_mae": {k.removeprefix("action_mae/"): v for k, v in errors.items()},
@@ -213,7 +213,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
     minutes = sum(numbers["seconds"].values()) / 60
     p50 = {robot: latency["p50"] for robot, latency in numbers["latency_ms"].items()}
     hardware = numbers["hardware"]
-    steps_per_s = " / ".join(f"{t['steps_per_s']:.1f}" for t in numbers["training"].values())
+    steps_per_s = " / ".join(f"{1 / t['step_time']:.1f}" for t in numbers["training"].values())
     headline = [
         (f"{len(good)} of {len(trained)}", "tasks at 80 % success or better"),
         (f"{min(p50.values()):.1f} ms" if p50 else "none", "median round trip of the fastest robot"),
@@ -235,7 +235,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
             t["steps"],
             f"{t['loss_first']:.3f}",
             f"{t['loss_last']:.3f}",
-            f"{t['steps_per_s']:.1f}",
+            f"{1 / t['step_time']:.1f}",
             f"{t['data_wait']:.1%}",
         ]
         for name, t in numbers["training"].items()

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from openpi_like.robots.sims.sawyer import SawyerSim
 from openpi_like.train.metrics import read_metrics
@@ -117,8 +118,9 @@ config = dataclasses.replace(config, data=data)
 def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     config = demo / "augmented.py"
     config.write_text(AUGMENTED)
-    whole = _program(*_train(demo, "whole", config=str(config)))
+    whole = _program(*_train(demo, "whole", config=str(config)), "profile=(20,22)")
     assert whole.returncode == 0, whole.stdout[-2000:] + whole.stderr[-2000:]
+    _watched(demo / "whole", whole.stdout)
 
     metrics = demo / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
@@ -160,11 +162,36 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     assert "the order of samples has changed: group_episodes: 2 -> 3" in accepted.stdout
 
 
+def _watched(run: Path, said: str) -> None:
+    """What a run of 60 steps tells of itself."""
+    with Image.open(run / "first_batch.png") as picture:
+        assert picture.size[0] > 500
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
+    every = {"loss", "grad_norm", "learning_rate", "step_time", "samples_per_s", "data_wait", "saturated", "skipped"}
+    for line in lines:
+        assert every | {"host_memory_gib", "loss/sawyer", "loss/pusht"} <= line.keys()
+        assert line["samples_per_s"] == pytest.approx(8 / line["step_time"])
+        assert 0 <= line["data_wait"] <= 1
+    compiling = re.search(r"compiled in (\d+) s", said)
+    assert compiling
+    assert lines[0]["step_time"] < max(float(compiling[1]), 1) / 2  # the first step does not compile
+    where = _program("train/step_time.py", str(run))
+    assert where.returncode == 0, where.stderr
+    assert "3 steps on 1 devices" in where.stdout
+    rows = {line[:40].strip() for line in where.stdout.splitlines()}
+    assert {"siglip", "vlm", "expert", "augment", "optimizer", "ema", "matmul", "idle", "device_wait"} <= rows
+
+
 @pytest.mark.slow
-def test_a_run_stops_at_a_loss_that_is_not_finite_and_keeps_the_batch(demo):
-    done = _program(*_train(demo, "diverged"), "optimizer.peak_lr=1e30", "optimizer.warmup_steps=0")
+def test_a_run_skips_losses_that_are_not_finite_then_stops_and_names_the_samples(demo):
+    diverging = ["optimizer.peak_lr=1e30", "optimizer.warmup_steps=0", "skip_bad_steps=2"]
+    done = _program(*_train(demo, "diverged"), *diverging)
     assert done.returncode != 0
-    assert "expected finite numbers" in done.stderr
+    assert "expected finite numbers; 2 such steps were skipped before" in done.stderr
+    assert re.search(r"sawyer: sawyer_sim/1.0.0\S* .*episode \d+, step \d+ \(\S*tfrecord\S*, record \d+\)", done.stderr)
+    lines = read_metrics(demo / "diverged" / "metrics.jsonl")
+    first, second = (line["step"] for line in lines if line["split"] == "skipped")
+    assert [line["skipped"] for line in lines if line["split"] == "train"][first - 1 :] == [1, 2][: second - first + 1]
     (kept,) = (demo / "diverged").glob("nonfinite_step*.npz")
     batch = np.load(kept)
     assert batch["images/base"].shape == (8, 64, 64, 3)
@@ -196,7 +223,7 @@ def test_a_run_of_two_processes_saves_at_the_same_step_and_keeps_others_out(demo
         assert f"hosts is in use by another run (host {socket.gethostname()}, pid {both[0].pid}, since " in line
         both[1].send_signal(signal.SIGTERM)
         assert [process.wait(timeout=120) for process in both] == [143, 143], [log.read_text()[-2000:] for log in logs]
-    (stopped,) = re.findall(r"stopped by SIGTERM at step (\d+), which is saved", logs[0].read_text().replace("\n", " "))
+    (stopped,) = re.findall(r"stopped by SIGTERM at step (\d+), saved in", logs[0].read_text().replace("\n", " "))
     assert max(int(p.name) for p in (demo / "hosts" / "checkpoints").iterdir() if p.name.isdigit()) == int(stopped)
     steps = [line["step"] for line in read_metrics(demo / "hosts" / "metrics.jsonl")]
     assert steps == list(range(1, int(stopped) + 1))

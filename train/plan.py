@@ -29,7 +29,7 @@ class Args:
     """See the file's head.
 
     config: of a run. overrides: key=value. topology: a TPU slice or a number of GPUs; without it, this machine.
-    slices: of TPUs, each of that topology; the mesh axis `data` goes over them.
+    slices: of TPUs, each of that topology; as `mesh.slices=` in the run.
     samples: to say how long they take; None takes those of the run, steps x batch_size.
     search: compile up to so many meshes, remat policies and microbatches, and list them.
     sampler: batch sizes to plan sampling for, on one chip; `--sampler` alone leaves it out. json: file for all results.
@@ -176,6 +176,8 @@ def main(args: Args, console: Console) -> int:
 
     config = override(load_run(args.config), args.overrides)
     target = find_target(args.topology, slices=args.slices)
+    if args.slices > 1:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, slices=args.slices))
     if args.search and target.chip is None:
         raise ValueError(f"--search needs published peaks, and {target.name} has none; give a --topology")
     console.print(f"{args.config}: {type(config.model).__name__} on {target.name}, {target.count} chips")

@@ -8,39 +8,40 @@ This file is the run, in order: mesh, contract, data, state, loop. A run that wa
 newest complete checkpoint when the same command is given again; what it then computes is what it would have computed.
 """
 
+import functools
 import json
-import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader, order_changes
 from openpi_like.data.stats import load_normalization
-from openpi_like.models.weights import flatten, print_load_report
+from openpi_like.models.weights import print_load_report
 from openpi_like.train.agreement import software
 from openpi_like.train.checkpoint import Checkpointer, find_step, is_run
+from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
 from openpi_like.train.hosts import HostsError
 from openpi_like.train.lock import run_directory
 from openpi_like.train.metrics import MetricsWriter
+from openpi_like.train.nonfinite import BadSteps
+from openpi_like.train.pictures import picture_batch
 from openpi_like.train.process_group import ProcessGroup, join
+from openpi_like.train.profiling import DATA_WAIT, DEVICE_WAIT, Profiler
 from openpi_like.train.sharding import check_batch, put_batch
 from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.step_log import StepLog, progress_bar
+from openpi_like.train.trackers import TrackerError, check_trackers
 from openpi_like.train.validation import Validator, dataset_name
 from openpi_like.train.warm_start import frozen_from, warm_start
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
@@ -97,7 +98,6 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
         accumulate=config.accumulate,
-        skip_nonfinite=config.skip_bad_steps > 0,
     )
     check_batch(config.batch_size, config.accumulate, mesh)
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep, trainable=config.trainable)
@@ -152,86 +152,82 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     for change in changes:
         console.print(f"the order of samples has changed: {change}")
     validator = Validator(config, contract, model, mesh)
-    metrics = MetricsWriter(run_dir, resume_step=step, tensorboard=config.tensorboard) if lead else None
+
+    # ---- Watching ----------------------------------------------------------------------------------------------------
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    metrics = MetricsWriter(
+        run_dir, resume_step=step, active=lead, trackers=config.trackers, config=to_json(config), say=say
+    )
+    if lead and (step == 0 if config.draw_batch is None else config.draw_batch):
+        reader, path = contract.text_tokenizer(), run_dir / "first_batch.png"
+        metrics.pictures(step, picture_batch(loader.peek(), trainer, reader, path, say=say))
+    if step < config.steps:
+        started = time.perf_counter()
+        train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
+        say(f"compiled in {time.perf_counter() - started:.0f} s")
+    log = StepLog(loader, step=step, batch_size=config.batch_size, schedule=config.optimizer.schedule())
+    watching: dict[str, Any] = {"paused": log.paused, "say": say}
+    profiler = Profiler(config.profile if lead else None, run_dir / "profile", **watching)
+    skipped, most = metrics.before["skipped"], config.skip_bad_steps
+    bad_steps = BadSteps(trainer, loader.where, run_dir, most=most, count=skipped, **watching)
+
+    def saved() -> dict[str, Any]:
+        """Returns what is saved with a state: the position is that of the first batch that is not trained on."""
+        return {"position": loader.position, "order": loader.order, "contract": contract, "config": config}
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     stopping = group.stopping(step)
     stop = stopping.at(step)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
     history: list[tuple[int, dict[str, jax.Array], Batch]] = []  # steps whose metrics have not been looked at
-    sums: dict[str, float] = {}
-    logged_at, logged_wait, logged_step = time.perf_counter(), loader.wait_seconds, step
-    with Progress(*columns, console=console, disable=not lead, refresh_per_second=2) as progress:
+    with metrics, progress_bar(console, shown=lead) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, loss="")
         while step < config.steps and not stop:
-            batch = next(loader)
-            state, values = trainer.train_step(state, put_batch(batch, mesh))
-            step += 1
-            stop = stopping.at(step)
-            history.append((step, values, batch))
-            saving = step % config.save_every == 0 or step == config.steps or stop
-            # Look at the step before this one: by now it is done, and the device is busy with this one. Before a save
-            # or a log line, look at this one too.
-            while len(history) > 1 or (history and (saving or step % config.log_every == 0)):
-                done, values, seen = history.pop(0)
-                seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
-                if not (math.isfinite(seen_values["loss"]) and math.isfinite(seen_values["grad_norm"])):
-                    path = run_dir / f"nonfinite_step{done}.npz"
-                    np.savez(path, **flatten(dict(seen)))
-                    raise NonFiniteLossError(
-                        f"step {done}: loss {seen_values['loss']}, gradient norm {seen_values['grad_norm']}, expected "
-                        f"finite numbers; the batch is in {path}; the newest checkpoint is step "
-                        f"{checkpointer.latest_step()}: look at the batch, lower optimizer.peak_lr, and resume"
-                    )
-                for k, v in seen_values.items():
-                    weight = seen_values.get(k.replace("loss/", "samples/"), 1.0) if k.startswith("loss/") else 1.0
-                    sums[k] = sums.get(k, 0.0) + v * weight
-            if step % config.log_every == 0 or step == config.steps:
-                now, wait = time.perf_counter(), loader.wait_seconds
-                steps = step - logged_step
-                line = {"steps_per_s": steps / (now - logged_at), "data_wait": (wait - logged_wait) / (now - logged_at)}
-                for k, v in sums.items():
-                    if k.startswith("samples/"):
-                        line[k] = v
+            with profiler.step(step + 1):
+                with jax.profiler.TraceAnnotation(DATA_WAIT):
+                    batch = next(loader)
+                state, values = train_step(state, put_batch(batch, mesh))
+                step += 1
+                stop = stopping.at(step)
+                history.append((step, values, batch))
+                logging = step % config.log_every == 0 or step == config.steps
+                saving = step % config.save_every == 0 or step == config.steps or stop
+                # Look at the step before this one: by now it is done, and the device is busy with this one. Before a
+                # save or a log line, look at this one too.
+                while len(history) > 1 or (history and (saving or logging)):
+                    done, values, seen = history.pop(0)
+                    with jax.profiler.TraceAnnotation(DEVICE_WAIT):
+                        seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
+                    if bad_steps.look(done, seen_values, seen, state):
+                        log.add(seen_values)
                     else:
-                        per = sums[k.replace("loss/", "samples/")] if k.startswith("loss/") else max(steps, 1)
-                        line[k] = v / per if per else math.nan
-                if loader.saturated:
-                    line["saturated"] = loader.saturated
-                line["learning_rate"] = float(config.optimizer.schedule()(step - 1))
-                if metrics:
-                    metrics.write(step, "train", line)
+                        metrics.write(done, "skipped", {k: seen_values[k] for k in ("loss", "grad_norm")})
+            if logging:
+                line = log.line(step, skipped=bad_steps.count)
+                metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
-                logged_at, logged_wait, logged_step, sums = now, wait, step, {}
+            score = None
             if step % config.validate_every == 0 or step == config.steps:
-                line = validator(state)
-                if metrics:
-                    metrics.write(step, "val", line)
+                with log.paused():
+                    line = validator(state)
+                score = config.keep.score(line)
+                metrics.write(step, "val", line)
                 shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("loss"))
                 progress.console.print(f"step {step}: validation {shown}")
-                logged_at, logged_wait = time.perf_counter(), loader.wait_seconds
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
             if saving:
-                checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
+                checkpointer.save(state, score=score, **saved())
             progress.update(bar, completed=step)
+    profiler.close()
+    ended = time.perf_counter()
     # Not yet saved: a run of no steps, or a signal that came after this step's turn to save.
-    if checkpointer.latest_step() != step:
-        checkpointer.save(state, position=loader.position, order=loader.order, contract=contract, config=config)
+    if step not in (checkpointer.last_saved, checkpointer.latest_step()):
+        checkpointer.save(state, **saved())
     loader.close()
     checkpointer.close()
-    if metrics:
-        metrics.close()
     if stop and stopping.signal is not None:
         console.print(
-            f"stopped by {stopping.signal.name} at step {step}, which is saved; the same command goes on from here"
+            f"stopped by {stopping.signal.name} at step {step}, saved in {time.perf_counter() - ended:.1f} s; the same "
+            "command goes on from here"
         )
         sys.exit(128 + stopping.signal)
     console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
@@ -250,8 +246,10 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
     config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()
+    use_compile_cache(config.compile_cache)
     try:
+        check_trackers(config.trackers)
         with join(config.hosts, console.out) as group, run_directory(config.run_dir, group, console.out):
             main(config, group, Console(quiet=not group.lead))
-    except HostsError as e:
+    except (HostsError, TrackerError) as e:
         sys.exit(str(e))

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import cv2
@@ -707,10 +707,12 @@ class Loader:
         batch_size: int,
         start: int,
         order: dict[str, Any],
+        where: Callable[[int], str],
     ) -> None:
-        """opened: what is to be closed when `batches` is."""
+        """opened: what is to be closed when `batches` is. where: position -> where the sample comes from."""
         self._batches, self._opened, self._batch_size = batches, opened, batch_size
-        self.position, self.order = start, order
+        self.position, self.order, self._where = start, order, where
+        self._peeked: tuple[Batch, int] | None = None
         self.wait_seconds = 0.0
         self.saturated = 0
 
@@ -718,12 +720,24 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        started = time.perf_counter()
-        batch, saturated = next(self._batches)
-        self.wait_seconds += time.perf_counter() - started
+        batch = self.peek()
+        assert self._peeked is not None  # peek has put it there
+        self.saturated += self._peeked[1]
         self.position += self._batch_size
-        self.saturated += saturated
+        self._peeked = None
         return batch
+
+    def peek(self) -> Batch:
+        """Returns the next batch without moving on."""
+        if self._peeked is None:
+            started = time.perf_counter()
+            self._peeked = next(self._batches)
+            self.wait_seconds += time.perf_counter() - started
+        return self._peeked[0]
+
+    def where(self, position: int) -> str:
+        """Returns where a sample comes from: dataset, episode, step, file and record; any sample, of any host."""
+        return self._where(position)
 
     def close(self) -> None:
         """Stops threads and processes and closes files."""
@@ -784,7 +798,12 @@ def make_loader(
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(config.num_workers), _begin_worker)
         opened.callback(assemble.close)
         record = order_record(config, datasets)
-        return Loader(iter(stream), opened.pop_all(), batch_size, start, record)
+
+        def where(position: int) -> str:
+            _, dataset, frame = order[position]
+            return datasets[dataset].where(frame)
+
+        return Loader(iter(stream), opened.pop_all(), batch_size, start, record, where)
 
 
 def _rows_per_host(batch_size: int, process_index: int, process_count: int, start: int = 0) -> int:

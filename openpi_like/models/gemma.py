@@ -160,11 +160,13 @@ class GemmaLayer(nnx.Module):
             return self
         return PackedLayer(self, config, dtype)
 
+    @jax.named_scope("projections")
     def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
         """Returns the queries of normalised tokens."""
         q_BNSH = rotate(linear(self, "q", "BSD,NDH->BNSH", y_BSD), rope_2BSh[:, :, None])
         return kept(pin(q_BNSH, "batch", "heads", None, None), "queries")
 
+    @jax.named_scope("projections")
     def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
         """Returns the keys and values of normalised tokens, (B, S, K, H)."""
         k, v = linear_parts(self, "kv", "BSD,KDH->BSKH", y_BSD)
@@ -177,10 +179,12 @@ class GemmaLayer(nnx.Module):
         """Returns queries, keys and values of normalised tokens."""
         return self.queries(y_BSD, rope_2BSh), self.keys_and_values(y_BSD, rope_2BSh)
 
+    @jax.named_scope("projections")
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """Returns what attention adds to the tokens."""
         return linear(self, "out", "BNSH,NHD->BSD", seen_BNSH)
 
+    @jax.named_scope("mlp")
     def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns what the MLP adds to the tokens; gelu is the tanh approximation."""
         gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
@@ -277,6 +281,7 @@ class Gemma(nnx.Module):
         self.layers: GemmaLayer | PackedLayer = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
         self.final_norm = RMSNorm(named_key(key, "final_norm"), config.width, adaptive=adaptive)
 
+    @jax.named_scope("embed")
     def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Returns token embeddings times sqrt(D)."""
         x_BSD = lookup(self.embedding[...], self.embedding.get_metadata()["axes"], tokens_BS)
@@ -291,6 +296,7 @@ class Gemma(nnx.Module):
         table = self.embedding[...][rows].astype(self.dtype)
         return jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)
 
+    @jax.named_scope("text_loss")
     def token_losses(self, x_BSD: Float[Array, "B S D"], targets_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
         """Returns the cross-entropy of each target under `logits` of its token, without ever holding those."""
         B, S, D = x_BSD.shape

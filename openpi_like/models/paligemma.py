@@ -289,7 +289,8 @@ class VisionLanguageModel(nnx.Module):
         images = tokens.shape[1] - batch["prompt"].shape[1]
         starts = jnp.pad(batch["prompt_causal"], ((0, 0), (images, 0)))
         positions = token_positions(jnp.ones_like(valid) if count_masked else valid)
-        out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(positions))
+        with jax.named_scope("vlm"):
+            out, kv = self.vlm(tokens, attention_mask(valid, starts), self.vlm.rope(positions))
         return out, kv, valid
 
     def text_logits(self, batch: TextBatch | Batch, *, count_masked: bool = False) -> Float[Array, "B S V"]:

@@ -169,10 +169,12 @@ class Pi0(VisionLanguageModel):
             return actions, cond
         return jnp.concatenate([self.embed_state(observation), actions], axis=1), None
 
+    @jax.named_scope("expert")
     def embed_state(self, observation: Observation) -> Float[Array, "B 1 D"]:
         """Returns the state token (pi0)."""
         return self.state_in(observation["state"][:, None, :])
 
+    @jax.named_scope("expert")
     def embed_actions(
         self, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
     ) -> tuple[Float[Array, "B A D"], Float[Array, "B 1 D"] | None]:
@@ -221,8 +223,7 @@ class Pi0(VisionLanguageModel):
         """
         if self.config.action_tokens is None:
             return self.prefix(batch), None
-        with jax.named_scope("vlm"):
-            out, cache, valid = self.language(batch)
+        out, cache, valid = self.language(batch)
         S = valid.shape[1]
         images = S - batch["prompt"].shape[1]
         mask, positions = self.masks(valid & ~jnp.pad(batch["prompt_action"], ((0, 0), (images, 0))))
@@ -251,6 +252,7 @@ class Pi0(VisionLanguageModel):
         """Returns the predicted velocity (noise - actions) at x_t."""
         return self._velocity(self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B)))
 
+    @jax.named_scope("expert")
     def _velocity(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B A J"]:
         return pin(self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32)), "batch", None, None)
 
@@ -293,7 +295,8 @@ class Pi0(VisionLanguageModel):
         actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
         x_t = t * noise_BAJ + (1 - t) * actions
         velocity = self.velocity(prefix, batch, x_t, time_B)
-        return jnp.square(velocity - (noise_BAJ - actions))
+        with jax.named_scope("flow_loss"):
+            return jnp.square(velocity - (noise_BAJ - actions))
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None

@@ -79,11 +79,15 @@ class SiglipLayer(nnx.Module):
     def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its self-attention; every patch sees every patch."""
         y = self.attn_norm(x_BPD)
-        q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
-        k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
-        q_BNPH, k, v = kept(q_BNPH, "queries"), kept(k, "keys_values"), kept(v, "keys_values")
-        return x_BPD + self.out(kept(attention(q_BNPH, k, v, None), "attention"))
+        with jax.named_scope("projections"):
+            q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
+            k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
+            q_BNPH, k, v = kept(q_BNPH, "queries"), kept(k, "keys_values"), kept(v, "keys_values")
+        seen = kept(attention(q_BNPH, k, v, None), "attention")
+        with jax.named_scope("projections"):
+            return x_BPD + self.out(seen)
 
+    @jax.named_scope("mlp")
     def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its MLP with tanh-approximated GELU."""
         hidden_BPF = jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True)

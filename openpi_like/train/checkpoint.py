@@ -93,6 +93,7 @@ class Checkpointer:
         """trainable: of the run."""
         self.directory = Path(directory).resolve()
         self._trainable = trainable
+        self.last_saved: int | None = None  # by this object; it may still be being written
         self._base: dict[str, Any] | None = None
         # Only complete steps count: Orbax renames a step into place when all of it is written, and what a kill left
         # behind is removed here.
@@ -153,6 +154,7 @@ class Checkpointer:
             items["ema"] = ocp.args.StandardSave(state.ema)
         metrics = None if score is None else {_METRIC: score}
         self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics), step)
+        self.last_saved = step
 
     def _written(self, write: Callable[[], Any], step: int | None) -> None:
         """Orbax writes in the background, and reports what failed when it is called next."""

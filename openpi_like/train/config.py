@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any
 
+from openpi_like.config import near_names
 from openpi_like.data.loader import DataConfig
+from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoint import Keep
+from openpi_like.train.fastest import AUTO
 from openpi_like.train.hosts import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
@@ -24,6 +27,8 @@ class TrainConfig:
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
         one of the `warm_start` checkpoint.
     hosts: the processes of the run; found from the environment where nothing is given.
+    attention: a variant in `openpi_like.models.attention.VARIANTS`, or "auto" for the one that measures fastest here.
+    compile_cache: directory of compiled programs, see `use_compile_cache`.
     batch_size: samples per step over all hosts. accumulate: parts that a step takes it in, one after the other.
     trainable: what of the model is trained. ema_decay: None keeps no average.
     save_frozen: keep the weights that are not trained with the run (once); False: its checkpoints hold what is trained
@@ -33,6 +38,11 @@ class TrainConfig:
     accept_changed_data: resume a run although its data or their order are no longer those that it was trained on;
         without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
+    trackers: where metrics go besides metrics.jsonl, for example `(TensorBoard(), Wandb(project="pi0"))`, see
+        `openpi_like.train.trackers`.
+    profile: first and last step of a profile, see `train/step_time.py`; None makes none.
+    draw_batch: draw the first batch as pictures, `first_batch.png`: None when the run begins, True whenever it starts,
+        False never.
     """
 
     run_dir: str
@@ -52,6 +62,8 @@ class TrainConfig:
     sharding: ShardingRules = ShardingRules()
     action_tokenizer: str | None = None
     hosts: Hosts = Hosts()
+    attention: str = "auto"
+    compile_cache: str | None = None
     log_every: int = 50
     validate_every: int = 1_000
     save_every: int = 1_000
@@ -61,15 +73,21 @@ class TrainConfig:
     accept_changed_data: bool = False
     validation_batches: int = 4
     validation_batch_size: int = 64
-    tensorboard: bool = False
+    trackers: tuple[Any, ...] = ()
+    profile: tuple[int, int] | None = None
+    draw_batch: bool | None = None
 
     def __post_init__(self) -> None:
         problems = []
         if self.steps < 0:
             problems.append(f"steps={self.steps}, expected at least 0 (0 saves the weights the run would start from)")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            problems.append(f"profile={self.profile}, expected a first and a last step, (20, 24); steps count from 1")
         for name in ("batch_size", "log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.attention not in (AUTO, *VARIANTS):
+            problems.append(f"attention={self.attention!r}; {near_names(self.attention, (AUTO, *VARIANTS))}")
         if self.skip_bad_steps < 0:
             problems.append(f"skip_bad_steps={self.skip_bad_steps}, expected at least 0")
         if self.accumulate > 0 and self.batch_size % self.accumulate:

@@ -79,13 +79,13 @@ def candidates(config: Any, target: Target) -> list[Candidate]:
     whole = ModelDef(config.model, config.trainable)
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(whole.shapes))
     compute = model_flops(whole) * config.batch_size / target.count / (chip.tflops * 1e12)
-    slices = len({target.domain(d, i) for i, d in enumerate(target.devices)}) if chip.torus else 1
+    slices = config.mesh.slices
     found = []
     for tensor in (t for t in (1, 2, 4, 8) if target.count % t == 0):
         ways = target.count // tensor
         parts = [n for n in ACCUMULATE if config.batch_size % (ways * n) == 0]
         for fsdp in (f for f in range(1, ways + 1) if ways % f == 0 and ways // f % slices == 0 and parts):
-            mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor)
+            mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor, slices=slices)
             trainer = make_trainer(config, mesh.create(target.devices))
             state = sum(state_bytes(abstract_state(trainer)).values())
             if state > 0.95 * limit:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from openpi_like.partition import replication
 from openpi_like.train.chips import Chip
+from openpi_like.train.fastest import AUTO
 from openpi_like.train.flops import model_flops
 from openpi_like.train.hlo_cost import Collective, read_program
 from openpi_like.train.sharding import MeshConfig, batch_sharding, check_batch, replicated
@@ -144,8 +145,11 @@ class Plan:
 
 
 def make_trainer(config: Any, mesh: Mesh) -> Trainer:
-    """Returns the trainer of a run, as train/train.py makes it."""
-    return Trainer(
+    """Returns the trainer of a run, as train/train.py makes it.
+
+    Attention that is to be measured is an einsum here.
+    """
+    trainer = Trainer(
         ModelDef(config.model, config.trainable),
         config.optimizer.create(),
         ema_decay=config.ema_decay,
@@ -155,8 +159,9 @@ def make_trainer(config: Any, mesh: Mesh) -> Trainer:
         dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
         augment=config.data.augment,
         accumulate=config.accumulate,
-        skip_nonfinite=config.skip_bad_steps > 0,
     )
+    trainer.attention = "einsum" if config.attention == AUTO else config.attention
+    return trainer
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

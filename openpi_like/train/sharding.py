@@ -1,6 +1,7 @@
 """The device mesh, and what of a run lies where on it; `openpi_like.partition` has the rules."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,45 +15,93 @@ from openpi_like.partition import ShardingRules
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; `data=-1` takes all devices that `fsdp` and `tensor` leave.
+    """Sizes of the mesh axes; -1, for one of them, takes all devices that the others leave.
 
-    The batch is split over `data` and `fsdp`, the weights over `fsdp` and `tensor`. Where devices are those of several
-    TPU slices, `data` goes over the slices, whose network is slower than what links the chips of one.
+    The batch is split over `data` and `fsdp`, the weights over `fsdp` and `tensor`.
+    slices: groups of devices, with slow links between the groups: slices of TPUs, or hosts of GPUs. `data` goes over
+        them first, which then moves nothing between groups but sums of gradients.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in (*sizes, abs(self.slices))) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}, slices={self.slices}; expected "
+                "sizes of at least 1, and -1 for one of data, fsdp and tensor at most"
+            )
+
+    @classmethod
+    def replicated(cls) -> "MeshConfig":
+        """Returns a mesh whose devices all hold all weights."""
+        return cls()
+
+    @classmethod
+    def fully_sharded(cls) -> "MeshConfig":
+        """Returns a mesh whose devices hold a part of every weight each."""
+        return cls(data=1, fsdp=-1)
+
+    @classmethod
+    def hybrid(cls, slices: int) -> "MeshConfig":
+        """Returns a mesh whose slices hold all weights each, split over the devices inside."""
+        return cls(data=slices, fsdp=-1, slices=slices)
+
+    @classmethod
+    def fsdp_and_tensor(cls, tensor: int) -> "MeshConfig":
+        """Returns a mesh where `tensor` neighbours compute each layer together."""
+        return cls(data=1, fsdp=-1, tensor=tensor)
+
+    def shape(self, count: int) -> tuple[int, int, int]:
+        """Returns the sizes of data, fsdp and tensor for so many devices.
+
+        Raises:
+            ValueError: they do not multiply to it, or `slices` does not divide `data`.
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        if -1 in sizes:
+            rest = math.prod(size for size in sizes if size != -1)
+            sizes[sizes.index(-1)] = max(count // rest, 1)
+        if math.prod(sizes) != count:
+            raise ValueError(
+                f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} for {count} devices; "
+                "expected sizes whose product is the number of devices (-1 takes what is left)"
+            )
+        if sizes[0] % self.slices:
+            raise ValueError(f"mesh: data={sizes[0]}, expected a multiple of slices={self.slices}, which it goes over")
+        return sizes[0], sizes[1], sizes[2]
 
     def create(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Returns the mesh over all devices of all processes, or over the given ones.
 
         Raises:
-            ValueError: the sizes do not multiply to the number of devices, or `data` to the number of slices.
+            ValueError: as `shape`; or the devices are of another number of slices.
         """
-        count = jax.device_count() if devices is None else len(devices)
-        data = count // (self.fsdp * self.tensor) if self.data == -1 else self.data
-        if data * self.fsdp * self.tensor != count:
-            raise ValueError(
-                f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor} for {count} devices; "
-                "expected sizes whose product is the number of devices (data=-1 takes what is left)"
-            )
-        auto = (jax.sharding.AxisType.Auto,) * 3
-        shape, names = (data, self.fsdp, self.tensor), ("data", "fsdp", "tensor")
-        every = list(jax.devices() if devices is None else devices)
-        # GPUs have them too, one per host, but no torus.
-        slices = len({getattr(d, "slice_index", None) for d in every}) if every[0].platform == "tpu" else 1
-        if data % slices:
-            raise ValueError(
-                f"mesh: got data={data} for {slices} slices; expected a multiple, data goes over the slices"
-            )
-        # A mesh axis may take a part of an axis of the chips' torus: 2 x 64 of 4 x 4 x 8.
-        if slices == 1:
-            placed = mesh_utils.create_device_mesh(shape, every, allow_split_physical_axes=True)
-        else:
-            within, between = (data // slices, self.fsdp, self.tensor), (slices, 1, 1)
-            placed = mesh_utils.create_hybrid_device_mesh(within, between, every, allow_split_physical_axes=True)
-        return Mesh(placed, names, axis_types=auto)
+        devices = jax.devices() if devices is None else devices
+        data, fsdp, tensor = self.shape(len(devices))
+        auto, names = (jax.sharding.AxisType.Auto,) * 3, ("data", "fsdp", "tensor")
+        # Without a slice of its own, a device belongs to that of its process.
+        by_slice = getattr(devices[0], "slice_index", None) is not None
+        groups = {d.slice_index if by_slice else d.process_index for d in devices}
+        # One group of devices of several is a choice, but not for TPUs: their slices are tori of their own.
+        if self.slices == 1 and (len(groups) == 1 or not by_slice or devices[0].platform != "tpu"):
+            # A mesh axis may take a part of an axis of the torus: 2 x 64 of 4 x 4 x 8 chips.
+            grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+            return Mesh(grid, names, axis_types=auto)
+        if len(groups) != self.slices:
+            kind = "slices" if by_slice else "processes"
+            raise ValueError(f"mesh: slices={self.slices}, expected {len(groups)}: so many {kind} these devices are of")
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // self.slices, fsdp, tensor),
+            (self.slices, 1, 1),
+            devices,
+            process_is_granule=not by_slice,
+            allow_split_physical_axes=True,
+        )
+        return Mesh(grid, names, axis_types=auto)
 
 
 def weight_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: ShardingRules) -> Any:

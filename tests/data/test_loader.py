@@ -47,7 +47,7 @@ from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera
 from tests.data.reader import digests, read
-from tests.data.toy import ARM, CART, SOME, TOLD, Shapes, change_record, shard
+from tests.data.toy import ARM, CART, LENGTHS, SOME, TOLD, Shapes, change_record, shard
 
 
 @pytest.fixture(scope="module")
@@ -778,3 +778,40 @@ def test_the_pipeline_never_imports_tensorflow(toy: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_position_says_which_file_and_episode_its_sample_is_from(load: Any, config: DataConfig) -> None:
+    """Whatever host has it, and wherever the loader is: found again by reading the two datasets themselves."""
+    loader = load(process_index=1, process_count=2, start=40)
+    datasets = open_datasets(config)
+    batch = next(loader)
+    positions = (batch["position"].astype(np.int64) @ [2**32, 1]).tolist()
+    assert positions == [41, 43, 45, 47]
+    order = sample_order([len(d) for d in datasets if d], [3.0, 1.0], 5)
+    for at, i in zip(positions, batch["dataset_id"], strict=True):
+        _, dataset, frame = order[at]
+        assert dataset == i
+        of = datasets[dataset]
+        assert of is not None
+        assert loader.where(at) == of.where(frame)
+        # By another way than the index's own search: the step counted through whole episodes.
+        step = int(of.steps(np.array([frame]))[0])
+        lengths = LENGTHS["train" if dataset == 0 else "val"]
+        episode = int(np.searchsorted(np.cumsum(lengths), step, side="right"))
+        said = re.search(r"toy_arm.*episode (\d+), step (\d+) \(\S*tfrecord\S*, record \d+\)", loader.where(at))
+        assert said is not None
+        assert (int(said[1]), int(said[2])) == (episode, step - sum(lengths[:episode]))
+    assert loader.where(0) == loader.where(0) != loader.where(1)
+
+
+def test_peeking_moves_nothing_on(load: Any) -> None:
+    plain, peeked = load(start=8), load(start=8)
+    seen = peeked.peek()
+    assert peeked.position == 8
+    assert peeked.peek() is seen
+    waited = peeked.wait_seconds
+    assert waited > 0
+    assert next(peeked) is seen
+    assert peeked.wait_seconds == waited
+    assert (peeked.position, peeked.saturated) == (16, plain.saturated)
+    assert rows([seen, next(peeked)]) == rows([next(plain), next(plain)])

@@ -16,12 +16,12 @@ REPORT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "serve" / "rep
 def run(tmp_path):
     for name, robot in (("pretrain", "arm"), ("finetune", "aloha")):
         (tmp_path / name).mkdir()
-        train = [{"step": s, "split": "train", "loss": 2 / s, "steps_per_s": 5.0, "data_wait": 0.25} for s in (1, 2, 4)]
+        train = [{"step": s, "split": "train", "loss": 2 / s, "step_time": 0.2, "data_wait": 0.25} for s in (1, 2, 4)]
         val = {"step": 4, "split": "val", f"loss/{robot}": 0.125, f"action_mae/{robot}/hand_0 [m]": 0.0421}
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*train, val]))
     for kind, wins in (("flow", 3), ("fast", 2), ("insulated", 4)):
         (tmp_path / f"compare_{kind}").mkdir()
-        line = {"step": 7, "split": "train", "loss": 1.0, "steps_per_s": 8.0, "data_wait": 0.0}
+        line = {"step": 7, "split": "train", "loss": 1.0, "step_time": 0.125, "data_wait": 0.0}
         val = {"step": 7, "split": "val", "loss/arm": 0.5, "action_mae/arm/hand_0 [m]": 0.01 * wins}
         (tmp_path / f"compare_{kind}" / "metrics.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(val) + "\n")
         for seed in range(5):

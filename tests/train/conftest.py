@@ -1,4 +1,4 @@
-"""What tests of several processes share; and a contract, which every checkpoint has."""
+"""What tests of several processes share; a contract, which every checkpoint has; the toy dataset of the data tests."""
 
 import socket
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.contract import Contract, encode_tokenizer
+from tests.data.conftest import tfds, toy  # noqa: F401  fixtures
 
 
 @pytest.fixture

@@ -459,7 +459,7 @@ def test_meshes_lie_on_tori_and_slices() -> None:
         "from openpi_like.train.sharding import MeshConfig\n"
         "print(dict(MeshConfig(fsdp=64).create(find_target('v5p:4x4x8').devices).shape))\n"
         "two = find_target('v5e:2x2', slices=2).devices\n"
-        "mesh = MeshConfig(fsdp=2, tensor=2).create(two)\n"
+        "mesh = MeshConfig(fsdp=2, tensor=2, slices=2).create(two)\n"
         "print([{d.slice_index for d in row.ravel()} for row in mesh.devices])\n"
         "try: MeshConfig(data=1, fsdp=8).create(two)\n"
         "except ValueError as e: print(e)\n"
@@ -470,7 +470,7 @@ def test_meshes_lie_on_tori_and_slices() -> None:
     assert done.stdout.splitlines() == [
         "{'data': 2, 'fsdp': 64, 'tensor': 1}",
         "[{0}, {1}]",
-        "mesh: got data=1 for 2 slices; expected a multiple, data goes over the slices",
+        "mesh: slices=1, expected 2: so many slices these devices are of",
     ]
 
 

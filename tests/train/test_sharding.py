@@ -1,13 +1,23 @@
 """Mesh and rules: which device holds which part, and what is refused."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from openpi_like.partition import ShardingRules
-from openpi_like.train.sharding import MeshConfig, put_batch, weight_shardings
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.weights import flatten
+from openpi_like.partition import ShardingRules, gathered, lookup, pin, placed, replication
+from openpi_like.train.sharding import MeshConfig, check_batch, put_batch, weight_shardings
+from openpi_like.train.state import ModelDef
 
 
 @pytest.fixture(scope="module")
@@ -15,23 +25,159 @@ def mesh():
     return MeshConfig(data=1, fsdp=2, tensor=2).create()
 
 
-def test_mesh_takes_the_devices_that_are_left():
-    assert dict(MeshConfig(fsdp=2).create().shape) == {"data": 2, "fsdp": 2, "tensor": 1}
-    with pytest.raises(ValueError, match="data=3, fsdp=1, tensor=1 for 4 devices"):
-        MeshConfig(data=3).create()
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MeshConfig(fsdp=2), (2, 2, 1)),
+        (MeshConfig.replicated(), (4, 1, 1)),
+        (MeshConfig.fully_sharded(), (1, 4, 1)),
+        (MeshConfig.fsdp_and_tensor(2), (1, 2, 2)),
+    ],
+)
+def test_mesh_takes_the_devices_that_are_left(config, expected):
+    assert tuple(config.create().shape.values()) == expected
+    assert config.create().axis_names == ("data", "fsdp", "tensor")
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    for wrong, message in (
+        ({"data": 3}, "data=3, fsdp=1, tensor=1 for 4 devices"),
+        ({"data": -1, "fsdp": -1}, "-1 for one of data, fsdp and tensor at most"),
+        ({"fsdp": 0}, "fsdp=0.*sizes of at least 1"),
+        ({"fsdp": -1, "data": 8}, "data=8, fsdp=-1, tensor=1 for 4 devices"),
+        ({"data": 1, "fsdp": -1, "slices": 2}, "data=1, expected a multiple of slices=2"),
+        ({"data": 2, "fsdp": -1, "slices": 2}, "slices=2, expected 1: so many processes these devices are of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MeshConfig(**wrong).create()
+
+
+def test_data_goes_over_slices_first():
+    """Devices of a topology that is not there: weights are split inside a slice, whatever order they come in."""
+    pytest.importorskip("libtpu", reason="libtpu (the extra plan) is not installed")
+    program = """
+import jax
+from jax.experimental import topologies
+from openpi_like.train.sharding import MeshConfig
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=4).devices
+mesh = MeshConfig(data=8, fsdp=-1, slices=4).create(devices[::-1])
+print([[d.slice_index for d in row.flat] for row in mesh.devices])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": os.getcwd()},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert [set(row) for row in rows] == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "message"),
+    [(6, 1, "expected a multiple of 2, such as"), (8, 3, "expected a multiple of 6, such as 6 or 12"), (8, 4, None)],
+)
+def test_batches_that_do_not_divide_are_refused(mesh, size, accumulate, message):
+    if message is None or size % (2 * accumulate) == 0:
+        check_batch(size, accumulate, mesh)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_batch(size, accumulate, mesh)
 
 
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
         (("layers", "embed", "mlp"), (3, 8, 16), P(None, "fsdp", "tensor")),
-        (("layers", "embed", "mlp"), (3, 7, 16), P(None, None, "tensor")),  # 7 does not divide by 2: replicated
+        # 2 does not divide 7: fsdp takes the largest other axis that it divides, never that of the layers
+        (("layers", "embed", "mlp", "norm"), (4, 7, 16, 6), P(None, None, "tensor", "fsdp")),
+        (("layers", "embed", "norm"), (4, 7, 5), P(None, None, None)),
+        (("embed", "heads", "head_dim"), (7, 3, 12), P(None, None, "fsdp")),  # and tensor finds nothing free
         (("vocab", "embed"), (32, 8), P("tensor", "fsdp")),
         ((None, "head_dim"), (3, 4), P(None, None)),
     ],
 )
 def test_rules(mesh, axes, shape, expected):
     assert ShardingRules().spec(axes, shape, mesh) == expected
+
+
+def test_what_is_whole_on_many_devices_is_known(mesh):
+    """Over fsdp and tensor; data is there to hold the same weights."""
+    for spec, expected in ((P("tensor", "fsdp"), 1), (P(None, "fsdp"), 2), (P(), 4), (P(("fsdp", "tensor")), 1)):
+        assert replication(NamedSharding(mesh, spec)) == expected
+    assert replication(NamedSharding(MeshConfig().create(), P())) == 1
+
+
+def test_large_weights_of_released_policies_are_split():
+    """On 16 and 128 devices nothing above 1 MiB is whole; on 256 SigLIP, whose 1152 has no place for them, is."""
+    model = ModelDef(Pi0Config.released())
+    axes, shapes = flatten(model.axes), flatten(model.shapes)
+    for fsdp, expected in ((16, set()), (128, set()), (256, {"vision"})):
+        absent = AbstractMesh((1, fsdp, 1), ("data", "fsdp", "tensor"))
+        whole = {
+            name.split("/")[0]
+            for name, leaf in shapes.items()
+            if leaf.size * 4 > 2**20 and not any(ShardingRules().spec(axes[name], leaf.shape, absent))
+        }
+        assert whole == expected
+
+
+# ---- In models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=1, fsdp=2, tensor=2)]
+)
+@pytest.mark.parametrize("width", [8, 7])  # of which only the first can be split
+def test_rows_of_a_table_and_their_gradient(config, width):
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(12, width)).astype(np.float32)
+    ids = rng.integers(0, 12, (8, 3)).astype(np.int32)
+    up = rng.normal(size=(8, 3, width)).astype(np.float32)
+    mesh, rules = config.create(), ShardingRules()
+
+    def total(table, ids):
+        with placed(mesh, rules):
+            rows = lookup(table, ("vocab", "embed"), ids)
+            return (rows * up).sum(), rows
+
+    where = NamedSharding(mesh, rules.spec(("vocab", "embed"), table.shape, mesh))
+    value_and_grad = jax.jit(jax.value_and_grad(total, has_aux=True), out_shardings=((None, None), where))
+    (_, rows), grad = value_and_grad(jax.device_put(table, where), put_batch(ids, mesh))
+    np.testing.assert_array_equal(rows, table[ids])
+    assert rows.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 3)
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, up)
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_weights_are_gathered_in_the_compute_dtype_and_gradients_lie_like_them(mesh):
+    """The gather is of bfloat16, and no device holds a whole float32 gradient."""
+    w = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    where = NamedSharding(mesh, P("fsdp", "tensor"))
+
+    def loss(w, x):
+        with placed(mesh, ShardingRules()):
+            y = pin(x, "batch", None).astype(jnp.bfloat16) @ gathered(w, ("embed", "mlp"), jnp.bfloat16)
+            return jnp.square(pin(y, "batch", "mlp").astype(jnp.float32)).sum()
+
+    lowered = jax.jit(jax.grad(loss)).lower(jax.device_put(w, where), put_batch(x, mesh))
+    placed_weights = re.findall(r"sharding_constraint .* : tensor<8x16x(\w+)>", lowered.as_text())
+    assert placed_weights
+    assert set(placed_weights) == {"bf16"}
+    compiled = lowered.compile()
+    text = compiled.as_text()
+    assert text is not None
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    assert gathers
+    assert all("[8,8]" in line for line in gathers), gathers  # whole over fsdp, a half over tensor
+    grad = compiled(jax.device_put(w, where), put_batch(x, mesh))
+    assert grad.sharding.is_equivalent_to(where, 2)
+    assert grad.dtype == jnp.float32
+    expected = jax.grad(lambda w: jnp.square((x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype("f4")).sum())(w)
+    np.testing.assert_allclose(grad, expected, rtol=0.05, atol=0.05)
 
 
 def test_rules_refuse_what_they_do_not_know(mesh):

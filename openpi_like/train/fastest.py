@@ -1,0 +1,104 @@
+"""Which variant of attention is fastest, measured on this device at the sizes of this run."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from openpi_like.models.attention import VARIANTS, Sizes, attention, computed_by
+
+AUTO = "auto"
+REPEATS, TOLERANCE = 20, 0.03  # of the largest output: bfloat16 results differ by their rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The variant for some sizes, and the milliseconds of all that were tried; NaN where one gave other numbers."""
+
+    sizes: Sizes
+    name: str
+    ms: dict[str, float]
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.ms.items())
+        s = self.sizes
+        return f"attention of {s.T} queries to {s.S} keys (B {s.B}, N {s.N}, K {s.K}, H {s.H}): {self.name} ({tried})"
+
+
+def on_one_device(sizes: Sizes, mesh: Mesh) -> Sizes:
+    """Returns the part of one device; the batch is split over data and fsdp, heads over tensor where that divides."""
+    rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    N = sizes.N // tensor if sizes.N % tensor == 0 else sizes.N
+    K = N if sizes.K == sizes.N else sizes.K
+    return dataclasses.replace(sizes, B=max(sizes.B // rows, 1), N=N, K=K)
+
+
+def choose(every: Iterable[Sizes], mesh: Mesh, *, gradient: bool = True) -> list[Choice]:
+    """Returns the fastest variant for each of these sizes, as seen by all devices together.
+
+    gradient: measure forward and backward passes, as in training. Where only one variant can run, nothing is measured.
+    """
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return [_choose(sizes, on_one_device(sizes, mesh), device, platform, gradient) for sizes in sorted(every, key=str)]
+
+
+def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradient: bool) -> Choice:
+    if platform == "cpu":  # where einsum is known to be faster
+        return Choice(sizes, "einsum", {})
+    able = [name for name, variant in VARIANTS.items() if variant.takes(local, platform)]
+    inputs = jax.device_put(_inputs(local), device)
+    ms: dict[str, float] = {}
+    expected = None
+    for name in able:
+        function = _function(name, gradient)
+        try:
+            got, ms[name] = _measure(function, inputs)
+        except Exception:  # sizes or hardware that a kernel does not take; each has errors of its own
+            continue
+        expected = got if expected is None else expected
+        if not _close(got, expected):
+            ms[name] = float("nan")
+    sound = {name: value for name, value in ms.items() if np.isfinite(value)}
+    return Choice(sizes, min(sound, key=lambda name: sound[name]), ms)
+
+
+def _inputs(s: Sizes) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), s.dtype)  # noqa: E731
+    mask = jnp.asarray(np.arange(s.S)[None, None] < rng.integers(1, s.S + 1, (s.B, 1, 1))) & jnp.ones((1, s.T, 1), bool)
+    return draw(s.B, s.N, s.T, s.H), draw(s.B, s.S, s.K, s.H), draw(s.B, s.S, s.K, s.H), mask if s.masked else None
+
+
+def _function(name: str, gradient: bool) -> Callable[..., Any]:
+    def forward(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        with computed_by(name):
+            return attention(q, k, v, mask)
+
+    def both(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        total = lambda q, k, v: jnp.square(forward(q, k, v, mask).astype(jnp.float32)).sum()  # noqa: E731
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    return jax.jit(both if gradient else forward)
+
+
+def _measure(function: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Any, float]:
+    out = jax.block_until_ready(function(*inputs))
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        last = [function(*inputs) for _ in range(REPEATS)][-1]
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - started) / REPEATS)
+    return jax.device_get(out), 1e3 * min(times)
+
+
+def _close(got: Any, expected: Any) -> bool:
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    floats = [(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in pairs]
+    return all(np.abs(a - b).max() <= TOLERANCE * np.abs(b).max() for a, b in floats)

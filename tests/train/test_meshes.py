@@ -1,0 +1,57 @@
+"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of three policies.
+
+The suite runs pi0 on all meshes, and the others on the one that splits everything; OPENPI_LIKE_ALL_MESHES=1 runs all on
+all, which takes some minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
+POLICIES = ("pi0", "insulated", "fast")
+EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
+STEPS = 20
+TOLERANCE = 2e-6  # of a loss: sums are taken in another order
+
+
+def _start(devices: int, *arguments: str) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, str(ROOT / "tests" / "train" / "mesh_losses.py"), str(STEPS), *arguments]
+    return subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _lines(process: subprocess.Popen[str]) -> list[dict]:
+    out, err = process.communicate()
+    assert process.returncode == 0, out[-2000:] + err[-4000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
+    """Eight devices; and two processes with four each, which gather weights from one another, or are a slice each."""
+    others = MESHES if EVERYTHING else ("1x1x1", "2x2x2")
+    lines = _lines(_start(8, "pi0", *MESHES)) + _lines(_start(8, "insulated,fast", *others))
+    shared = ",".join(POLICIES) if EVERYTHING else "insulated"  # which has all there is
+    split, nothing = map(_lines, [_start(4, shared, "1x8x1", "2x4x1:2", address, "2", str(rank)) for rank in range(2)])
+    assert not nothing  # the first process speaks for both
+    alone = {line["policy"]: line["losses"] for line in lines if line["mesh"] == "1x1x1"}
+    assert set(alone) == set(POLICIES)
+    expected_pairs = {(p, m) for p in POLICIES for m in (MESHES if p == "pi0" else others)}
+    assert {(line["policy"], line["mesh"]) for line in lines} == expected_pairs
+    assert {(line["policy"], line["mesh"]) for line in split} == {
+        (p, m) for p in shared.split(",") for m in ("1x8x1", "2x4x1:2")
+    }
+    assert {line["processes"] for line in split} == {2}
+    for line in lines + split:
+        expected = alone[line["policy"]]
+        assert len(line["losses"]) == STEPS
+        assert expected[-1] < 0.6 * expected[0]  # it learns: equal losses are no constants
+        assert line["losses"] == pytest.approx(expected, rel=TOLERANCE), (line["policy"], line["mesh"])
