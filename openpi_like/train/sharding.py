@@ -83,11 +83,11 @@ class MeshConfig:
         devices = jax.devices() if devices is None else devices
         data, fsdp, tensor = self.shape(len(devices))
         auto, names = (jax.sharding.AxisType.Auto,) * 3, ("data", "fsdp", "tensor")
-        # Without a slice of its own, a device belongs to that of its process.
-        by_slice = getattr(devices[0], "slice_index", None) is not None
+        # Where slices do not tell devices apart, processes do.
+        by_slice = len({getattr(d, "slice_index", None) for d in devices}) > 1
         groups = {d.slice_index if by_slice else d.process_index for d in devices}
-        # One group of devices of several is a choice, but not for TPUs: their slices are tori of their own.
-        if self.slices == 1 and (len(groups) == 1 or not by_slice or devices[0].platform != "tpu"):
+        # Slow links may be ignored, but not those between the slices of TPUs, which are tori of their own.
+        if self.slices == 1 and not (by_slice and devices[0].platform == "tpu"):
             # A mesh axis may take a part of an axis of the torus: 2 x 64 of 4 x 4 x 8 chips.
             grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
             return Mesh(grid, names, axis_types=auto)
