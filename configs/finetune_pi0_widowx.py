@@ -5,7 +5,7 @@
 
 `weights/pi0_base` holds the release (its `params` folder), in openpi's layout or any other that
 `openpi_like/models/formats.py` lists; `weights/paligemma_tokenizer.model` is PaliGemma's SentencePiece model. Weights,
-their average and AdamW's moments take 48 GiB in all, divided by `mesh.fsdp`; see tests/bench/bench_released.py.
+their average and AdamW's moments take 48 GiB in all, divided by `mesh.fsdp`; see train/plan.py.
 Every weight has its place, whatever the cameras, so nothing starts fresh. For pi0.5: `Pi0Config.released(pi05=True)`,
 and quantile normalisation in the robot.
 """

@@ -154,7 +154,9 @@ def mixture(
             none; `robots.oxe.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the mixture may be
             in it.
         blank_language: replace instructions that do not say what is done by "", as octo does.
-        missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning.
+        missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning; "expect"
+            names them too, and takes them to be there when the run is: for planning it where its data are not. Then
+            nothing is balanced.
         index_dir, max_corrupt_fraction: as in `DataConfig`, see `open_index`; needed where datasets are opened.
 
     Raises:
@@ -164,7 +166,7 @@ def mixture(
     choices = {
         "balance": (balance, ("transitions", "as_given")),
         "images": (images, ("published", "rgb")),
-        "missing": (missing, ("error", "skip")),
+        "missing": (missing, ("error", "skip", "expect")),
     }
     problems = [f"{k}={v!r}, expected one of {allowed}" for k, (v, allowed) in choices.items() if v not in allowed]
     if isinstance(name, str) and name not in MIXTURES:
@@ -189,7 +191,9 @@ def mixture(
         how, path = OXE[dataset], _find(dataset, files.locate(root))
         if isinstance(path, DatasetError):
             lacking.append(str(path))
-            continue
+            if missing != "expect":
+                continue
+            path = files.locate(root) / dataset / how.version
         entry = MixtureEntry(
             robot=robots[dataset],
             path=str(path),
@@ -204,9 +208,12 @@ def mixture(
     if lacking and (missing == "error" or not entries):
         place = files.locate(root)
         raise DatasetError(f"{len(lacking)} of {len(weights)} datasets are not in {place}:\n  {listed}")
-    if lacking:
+    if lacking and missing == "skip":
         _log.warning("mixture goes on without %d of %d datasets:\n  %s", len(lacking), len(weights), listed)
-    if balance == "transitions":
+    elif lacking:
+        first = ", ".join(line.partition(":")[0] for line in lacking[:3])
+        _log.warning("mixture is not balanced: %d of %d datasets are not there (%s)", len(lacking), len(weights), first)
+    if balance == "transitions" and (missing != "expect" or not lacking):
         entries = _balanced(entries, index_dir, max_corrupt_fraction)
     return tuple(entries)
 

@@ -97,50 +97,34 @@ class VisionLanguageConfig:
         """T, text tokens of a training batch beyond `prompt_len`; 0 where prompt and answer share that."""
         return 0
 
-    def check(self, inputs: Any, rows: dict[str, tuple[tuple[int, ...], str]], *, answers: bool = False) -> None:
-        """Checks names, shapes and dtypes of images, text and `rows`; costs nothing when compiled.
+    # ---- Shapes of inputs --------------------------------------------------------------------------------------------
 
-        rows: further leaves, name -> (shape after the batch, dtype). answers: the text has answers, as in training.
+    def text_shapes(self, B: int, *, answers: bool = False) -> dict[str, Any]:
+        """Returns the shapes of B rows of images and text, each a `jax.ShapeDtypeStruct`.
+
+        answers: the text has answers, as in training.
+        """
+        row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)  # noqa: E731
+        S = self.prompt_len + self.answer_len * answers
+        masks = ("prompt_mask", *(("prompt_causal", "prompt_loss") if answers else ()))
+        return {
+            "prompt": row("int32", S),
+            **{name: row("bool", S) for name in masks},
+            "images": {camera: row("uint8", *self.image_size, 3) for camera in self.cameras},
+            "image_mask": {camera: row("bool") for camera in self.cameras},
+        }
+
+    def batch_shapes(self, B: int) -> dict[str, Any]:
+        """Returns the shapes of a training batch, see `openpi_like.batch.TextBatch`."""
+        return self.text_shapes(B, answers=True) | {"dataset_id": jax.ShapeDtypeStruct((B,), "int32")}
+
+    def check(self, inputs: Any, *, answers: bool = False) -> None:
+        """Checks names, shapes and dtypes of images and text; costs nothing when compiled. answers: see `text_shapes`.
 
         Raises:
             ValueError: lists everything that does not fit.
         """
-        problems: list[str] = []
-        leaves: dict[str, Any] = dict(inputs)
-        B = leaves["prompt"].shape[0] if "prompt" in leaves and leaves["prompt"].ndim else 0
-
-        def expect(name: str, value: Any, shape: tuple[int, ...], *dtypes: str) -> None:
-            if tuple(value.shape) != shape or str(value.dtype) not in dtypes:
-                got = f"{value.dtype} {tuple(value.shape)}"
-                problems.append(f"{name}: got {got}, expected {' or '.join(dtypes)} {shape}")
-
-        length = (self.prompt_len + self.answer_len * answers,)
-        text = {"prompt": (length, "int32"), "prompt_mask": (length, "bool")}
-        if answers:
-            text |= {"prompt_causal": (length, "bool"), "prompt_loss": (length, "bool")}
-        for name, (shape, dtype) in {**text, **rows}.items():
-            if name in leaves:
-                expect(name, leaves[name], (B, *shape), dtype)
-            else:
-                problems.append(f"{name}: missing; got {sorted(leaves)}")
-        cameras: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-            "images": ((B, *self.image_size, 3), ("uint8", "float32")),
-            "image_mask": ((B,), ("bool",)),
-        }
-        for group, (shape, dtypes) in cameras.items():
-            if group not in leaves:
-                problems.append(f"{group}: missing; got {sorted(leaves)}")
-                continue
-            for camera in self.cameras:
-                if camera in leaves[group]:
-                    expect(f"{group}[{camera!r}]", leaves[group][camera], shape, *dtypes)
-                else:
-                    problems.append(f"{group}[{camera!r}]: missing; {near_names(camera, list(leaves[group]))}")
-            for camera in sorted(set(leaves[group]) - set(self.cameras)):
-                near = near_names(camera, self.cameras)
-                problems.append(f"{group}[{camera!r}]: the policy has no such camera; {near}; leave it out")
-        if problems:
-            raise ValueError("inputs do not fit the policy's config:\n  " + "\n  ".join(problems))
+        _compare(inputs, self.text_shapes(_rows(inputs), answers=answers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,22 +179,37 @@ class PolicyConfig(VisionLanguageConfig):
         return problems
 
     def check_inputs(self, inputs: Observation | Batch, *, actions: bool) -> None:
-        """Checks an observation, or a batch with `actions`; see `VisionLanguageConfig.check`.
+        """Checks an observation, or a batch with `actions`, as `check` does.
 
         Raises:
             ValueError: lists everything that does not fit.
         """
-        chunk = (self.action_horizon, self.action_dim)
-        rows: dict[str, tuple[tuple[int, ...], str]] = {
-            "state": ((self.state_dim,), "float32"),
-            "state_mask": ((self.state_dim,), "bool"),
-        }
-        if actions:
-            rows |= {"actions": (chunk, "float32"), "action_mask": (chunk, "bool"), "position": ((2,), "uint32")}
+        _compare(inputs, self.input_shapes(_rows(inputs), actions=actions))
+
+    def input_shapes(self, B: int, *, actions: bool) -> dict[str, Any]:
+        """Returns the shapes of B observations, or of B samples with `actions`, each a `jax.ShapeDtypeStruct`."""
+        row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)  # noqa: E731
         answers = actions and self.action_tokens is not None
+        chunk = (self.action_horizon, self.action_dim)
+        shapes: dict[str, Any] = {"state": row("float32", self.state_dim), "state_mask": row("bool", self.state_dim)}
+        shapes |= self.text_shapes(B, answers=answers)
+        if actions:
+            shapes |= {
+                "actions": row("float32", *chunk),
+                "action_mask": row("bool", *chunk),
+                "position": row("uint32", 2),
+            }
         if answers:
-            rows["prompt_action"] = ((self.prompt_len + self.answer_len,), "bool")
-        self.check(inputs, rows, answers=answers)
+            shapes["prompt_action"] = row("bool", *shapes["prompt"].shape[1:])
+        return shapes
+
+    def batch_shapes(self, B: int) -> dict[str, Any]:
+        """Returns the shapes of a training batch, see `openpi_like.batch.Batch`."""
+        return self.input_shapes(B, actions=True) | {"dataset_id": jax.ShapeDtypeStruct((B,), "int32")}
+
+    def sampling_shapes(self) -> dict[str, Any]:
+        """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
+        return {}
 
     def chunk_mask(self, horizon: int, dims: int) -> Bool[np.ndarray, "A J"]:
         """Returns which entries of a chunk a robot has: its first `horizon` steps, and of these its first `dims`."""
@@ -300,7 +299,7 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
-        self.config.check(batch, {}, answers=True)
+        self.config.check(batch, answers=True)
         out, _, _ = self.language(batch, count_masked=count_masked)
         return self.vlm.logits(out[:, -batch["prompt"].shape[1] :])
 
@@ -321,7 +320,7 @@ class VisionLanguageModel(nnx.Module):
         Raises:
             ValueError: the batch does not fit the config; lists everything that does not.
         """
-        self.config.check(batch, {}, answers=True)
+        self.config.check(batch, answers=True)
         return masked_means(*self.text_errors(self.language(batch, count_masked=count_masked)[0], batch), samples)
 
     def text_errors(
@@ -358,7 +357,7 @@ class VisionLanguageModel(nnx.Module):
         The prompt is all prefix; padding may stand anywhere but its tokens are seen by nobody.
         begin: tokens that every answer begins with. skip: positions to leave out before the answer.
         """
-        self.config.check(observation, {})
+        self.config.check(observation)
         tokens, valid = self.embed_prefix(observation)
         B, I = tokens.shape[0], 0 if begin is None else begin.shape[0]  # noqa: E741
         starts, positions = jnp.zeros((B, tokens.shape[1] + I), bool), token_positions(valid)
@@ -469,6 +468,45 @@ class PaliGemma(VisionLanguageModel):
 def text_targets(batch: TextBatch | Batch) -> Bool[Array, "B T"]:
     """Returns which text tokens are to be predicted; the first cannot be."""
     return batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
+
+
+def _rows(inputs: Any) -> int:
+    """Returns the number of rows, by the prompt."""
+    return inputs["prompt"].shape[0] if "prompt" in inputs and inputs["prompt"].ndim else 0
+
+
+def _compare(inputs: Any, shapes: dict[str, Any]) -> None:
+    """Compares inputs with the shapes that a policy takes; further leaves are let through, further cameras are not.
+
+    Raises:
+        ValueError: lists everything that does not fit.
+    """
+    problems: list[str] = []
+
+    def expect(name: str, value: Any, shape: Any, *dtypes: str) -> None:
+        if tuple(value.shape) != shape.shape or str(value.dtype) not in dtypes:
+            got = f"{value.dtype} {tuple(value.shape)}"
+            problems.append(f"{name}: got {got}, expected {' or '.join(dtypes)} {shape.shape}")
+
+    for name, shape in shapes.items():
+        if name not in inputs:
+            problems.append(f"{name}: missing; got {sorted(inputs)}")
+        elif not isinstance(shape, dict):
+            expect(name, inputs[name], shape, str(shape.dtype))
+        else:  # by camera
+            got = inputs[name]
+            for camera in shape:
+                if camera in got:
+                    # Images that were changed in the step are float already.
+                    dtypes = ("uint8", "float32") if name == "images" else (str(shape[camera].dtype),)
+                    expect(f"{name}[{camera!r}]", got[camera], shape[camera], *dtypes)
+                else:
+                    problems.append(f"{name}[{camera!r}]: missing; {near_names(camera, list(got))}")
+            for camera in sorted(set(got) - set(shape)):
+                near = near_names(camera, list(shape))
+                problems.append(f"{name}[{camera!r}]: the policy has no such camera; {near}; leave it out")
+    if problems:
+        raise ValueError("inputs do not fit the policy's config:\n  " + "\n  ".join(problems))
 
 
 def _to_float(image: jax.Array) -> jax.Array:

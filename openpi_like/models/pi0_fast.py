@@ -43,6 +43,21 @@ class Pi0FastConfig(PolicyConfig):
         assert self.action_tokens is not None
         return self.action_tokens
 
+    def sampling_shapes(self) -> dict[str, Any]:
+        """Returns the shapes of "decoding", for a tokenizer of coefficients (one state) with runs of up to 32."""
+        W, C, Q = self.tokens.count, self.action_horizon * self.action_dim, 1
+        ids = lambda *shape: jax.ShapeDtypeStruct(shape, "int32")  # noqa: E731
+        return {
+            "decoding": ActionDecoding(
+                following=ids(Q, W),
+                count=ids(Q, W),
+                values=ids(Q, W, 32),
+                least=ids(C + 1, Q),
+                scale=jax.ShapeDtypeStruct((), "float32"),
+                begin=ids(3),
+            )
+        }
+
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0FastConfig":
         """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""

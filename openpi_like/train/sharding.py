@@ -83,16 +83,23 @@ class MeshConfig:
         devices = jax.devices() if devices is None else devices
         data, fsdp, tensor = self.shape(len(devices))
         auto, names = (jax.sharding.AxisType.Auto,) * 3, ("data", "fsdp", "tensor")
-        if self.slices == 1:
-            return jax.make_mesh((data, fsdp, tensor), names, axis_types=auto, devices=devices)
-        # Without a slice of its own, a device belongs to that of its process.
-        by_slice = getattr(devices[0], "slice_index", None) is not None
+        # Where slices do not tell devices apart, processes do.
+        by_slice = len({getattr(d, "slice_index", None) for d in devices}) > 1
         groups = {d.slice_index if by_slice else d.process_index for d in devices}
+        # Slow links may be ignored, but not those between the slices of TPUs, which are tori of their own.
+        if self.slices == 1 and not (by_slice and devices[0].platform == "tpu"):
+            # A mesh axis may take a part of an axis of the torus: 2 x 64 of 4 x 4 x 8 chips.
+            grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+            return Mesh(grid, names, axis_types=auto)
         if len(groups) != self.slices:
             kind = "slices" if by_slice else "processes"
             raise ValueError(f"mesh: slices={self.slices}, expected {len(groups)}: so many {kind} these devices are of")
         grid = mesh_utils.create_hybrid_device_mesh(
-            (data // self.slices, fsdp, tensor), (self.slices, 1, 1), devices, process_is_granule=not by_slice
+            (data // self.slices, fsdp, tensor),
+            (self.slices, 1, 1),
+            devices,
+            process_is_granule=not by_slice,
+            allow_split_physical_axes=True,
         )
         return Mesh(grid, names, axis_types=auto)
 

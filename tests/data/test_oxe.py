@@ -407,6 +407,14 @@ def test_all_missing_datasets_are_named(root: Path, caplog: pytest.LogCaptureFix
     assert "mixture goes on without 2 of 5 datasets:\n  dobbe: not there" in caplog.text
     with pytest.raises(DatasetError, match="1 of 1 datasets"):
         mixture({"kuka": 1.0}, root, missing="skip")
+    # Where a run is planned, its data need not be: nothing is opened, and they are taken to be where the run is.
+    with caplog.at_level(logging.WARNING):
+        planned = mixture(weights, root / "nowhere", missing="expect")
+    assert [(e.path, e.weight) for e in planned] == [
+        (str(root / "nowhere" / name / OXE[name].version), weight) for name, weight in weights.items()
+    ]
+    assert "mixture is not balanced: 5 of 5 datasets are not there (" in caplog.text
+    assert [e.path for e in mixture(HERE, root, missing="expect")] == [e.path for e in mixture(HERE, root)]
     with pytest.raises(DatasetError, match=r"cannot list .*nowhere"):
         mixture("bridge", root / "nowhere")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from openpi_like.batch import ActionTokens
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import EOS, PaliGemma, PaliGemmaConfig
@@ -161,6 +162,28 @@ def test_batches_that_do_not_fit_are_refused(config: PaliGemmaConfig, captions: 
         jax.eval_shape(lambda: model.text_logits(wrong))
     with pytest.raises(ValueError, match="prompt_loss: missing"):
         jax.eval_shape(lambda: model.text_loss({k: v for k, v in captions.items() if k != "prompt_loss"}))
+
+
+def test_shapes_are_those_of_batches(config: PaliGemmaConfig, captions: Any, tiny_policy: Any, tiny_batch: Any) -> None:
+    """What is planned with is what loaders give, and what models take."""
+
+    def named(batch: Any) -> dict[str, Any]:
+        leaves = jax.tree.flatten_with_path(dict(batch))[0]
+        return {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+
+    assert named(tiny_policy.batch_shapes(8)) == named(tiny_batch)
+    made = named(config.batch_shapes(len(captions["prompt"])))
+    assert {name: of for name, of in named(captions).items() if name in made} == made
+    written = dataclasses.replace(
+        tiny_policy, prompt_format="fast", action_tokens=ActionTokens(max_len=5, count=9, skip=0)
+    )
+    for policy, length in ((tiny_policy, 8), (written, 13)):
+        shapes = policy.batch_shapes(3)
+        assert shapes["prompt"].shape == (3, length)
+        policy.check_inputs(shapes, actions=True)
+        policy.check_inputs(policy.input_shapes(3, actions=False), actions=False)
+    with pytest.raises(ValueError, match="prompt_causal: missing"):
+        written.check_inputs(tiny_policy.batch_shapes(3), actions=True)
 
 
 def test_configs_that_do_not_fit_are_refused(config: PaliGemmaConfig) -> None:
