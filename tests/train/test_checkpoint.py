@@ -23,8 +23,9 @@ from openpi_like.train.contract import CheckpointError, contract_problems
 from openpi_like.train.load import load_policy_parts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
-from openpi_like.train.state import ModelDef, Trainer, TrainState
+from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.warm_start import WarmStart, warm_start
+from tests.train.conftest import ORDER
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at
 # any later moment.
@@ -43,9 +44,6 @@ def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
         rules=ShardingRules(),
         dataset_names=("one", "two"),
     )
-
-
-ORDER = {"seed": 3, "group_episodes": None, "entries": [{"robot": "sawyer_sim", "frames": 7}]}
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +234,6 @@ def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_p
 # ---- Which are kept, and what cannot be written ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(contract_of, tiny_policy):
-    """Returns a function that makes a state of a step with hardly any weights, and what is saved with it."""
-
-    def make(step: int, size: int = 4) -> dict:
-        weights = {"w": jax.numpy.full(size, float(step))}
-        state = TrainState(np.int32(step), weights, {}, None, {"count": jax.numpy.int32(step)})
-        rest = {"order": ORDER, "contract": contract_of(tiny_policy), "config": OptimizerConfig()}
-        return {"state": state, "position": 8 * step, **rest}
-
-    return make
-
-
 def _steps(directory):
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
@@ -291,8 +276,8 @@ def test_scores_of_another_metric_are_not_compared(tmp_path, small):
 def test_a_step_that_is_not_complete_is_in_the_way_of_no_save_unseen(tmp_path, small):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(**small(5))
+    checkpointer.wait()
     with pytest.raises(CheckpointError, match=r"step 4 is not saved: .* holds \[5\], expected none from this step on"):
-        checkpointer.wait()
         checkpointer.save(**small(4))
     checkpointer.close()
     (tmp_path / "9" / "params").mkdir(parents=True)
