@@ -25,7 +25,7 @@ from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.warm_start import WarmStart, warm_start
-from tests.train.conftest import ORDER
+from tests.train.run_files import ORDER
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at
 # any later moment.

@@ -1,160 +1,35 @@
-"""The program for checkpoints: each damage is named, differences are those that numpy finds, rules decide what goes."""
+"""The program for checkpoints: what is there, differences that numpy finds too, and rules that decide what goes."""
 
 import collections
-import dataclasses
-import hashlib
-import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-import tensorstore as ts
-from rich.console import Console
 
-from openpi_like.data.loader import DataConfig, MixtureEntry
-from openpi_like.models.arrays import OrbaxArrays
-from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.weights import flatten, unflatten
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import Checkpointer, Keep, save_policy
+from openpi_like.train.checkpoint import Checkpointer, Keep
 from openpi_like.train.comparison import by_module, compare
-from openpi_like.train.config import TrainConfig
-from openpi_like.train.contract import CheckpointError, Contract
+from openpi_like.train.contract import CheckpointError
 from openpi_like.train.lock import RunLock, RunLockedError
-from openpi_like.train.state import ModelDef, Trainable
-from openpi_like.train.warm_start import WarmStart
 from tests.conftest import REPOSITORY
-from tests.train.conftest import ORDER
-
-LORA = Lora((LoraRule("^(vlm|expert)/layers/down$", rank=2, alpha=6.0),))
-LORA_BASE = {"kept": Trainable(LORA, frozen_dtype="int8"), "noted": Trainable(LORA)}
-KEEP = Keep(newest=1, best=1, every=20)
-
-
-def config(run_dir: Path, policy: Pi0Config, **changes: Any) -> TrainConfig:
-    data = DataConfig((MixtureEntry(SAWYER, "data"),))
-    options: dict[str, Any] = {
-        "stats": "stats",
-        "tokenizer": "t",
-        "batch_size": 8,
-        "steps": 30,
-        "keep": KEEP,
-        **changes,
-    }
-    return TrainConfig(str(run_dir), policy, data, **options)
-
-
-@pytest.fixture(scope="module")
-def program() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(REPOSITORY / "train" / "checkpoints.py")))
-
-
-@pytest.fixture
-def call(program: SimpleNamespace) -> Callable[..., tuple[int, str]]:
-    def run(*arguments: Any) -> tuple[int, str]:
-        text = io.StringIO()
-        status = program.main([str(a) for a in arguments], Console(file=text, width=250))
-        return status, text.getvalue()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-    policy: Pi0Config,
-    contract_of: Callable[[Any], Contract],
-    random_state: Callable[..., Any],
-) -> Path:
-    """ "base", of three steps, of which two are kept; "kept" and "noted", of LoRA on it; "imported"."""
-    root, contract = tmp_path_factory.mktemp("runs"), contract_of(policy)
-
-    def save(checkpointer: Checkpointer, config: TrainConfig, state: Any, score: float | None = None) -> None:
-        step = int(state.step)
-        checkpointer.save(state, position=8 * step, order=ORDER, contract=contract, config=config, score=score)
-        checkpointer.wait()
-
-    run = config(root / "base", policy)
-    checkpointer = Checkpointer(root / "base" / "checkpoints", keep=run.keep)
-    model, optimizer = ModelDef(policy), run.optimizer.create()
-    for step, score in ((10, 2.0), (20, 3.0), (30, None)):
-        save(checkpointer, run, random_state(model, optimizer, step=step, seed=step), score)
-    checkpointer.close()
-    base = unflatten(_read(root / "base" / "checkpoints" / "30" / "ema"))
-    for name, trainable in LORA_BASE.items():
-        run = config(root / name, policy, trainable=trainable)
-        model = ModelDef(policy, trainable)
-        state = random_state(model, optimizer, step=5, seed=1)
-        frozen = {k: model.hold(k, jnp.asarray(v)) for k, v in flatten(base).items() if k not in model.trained}
-        state = dataclasses.replace(state, frozen=unflatten(frozen))
-        checkpointer = Checkpointer(root / name / "checkpoints", trainable=trainable)
-        checkpointer.begin(state, source=None if name == "kept" else WarmStart(str(root / "base")))
-        save(checkpointer, run, state)
-        checkpointer.close()
-    bfloat16 = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base)
-    save_policy(root / "imported", bfloat16, contract=contract, origin="a test")
-    return root
-
-
-@pytest.fixture
-def copy(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Returns a function that copies a run, to damage it."""
-
-    def make(name: str) -> Path:
-        shutil.copytree(runs / name, tmp_path / name)
-        return tmp_path / name
-
-    return make
-
-
-def _shapes(item: Path) -> dict[str, tuple[int, ...]]:
-    return OrbaxArrays(item).shapes
-
-
-def _read(item: Path) -> dict[str, np.ndarray]:
-    arrays = OrbaxArrays(item)
-    return {name: arrays.read(name) for name in arrays.shapes}
-
-
-def _rewrite(item: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    weights = _read(item)
-    change(weights)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(item, unflatten(weights), force=True)
-
-
-def _edit(step: Path, change: Callable[[dict[str, Any]], Any], *, sign: bool = False) -> None:
-    path = step / "contract" / "metadata"
-    record = json.loads(path.read_text())
-    change(record)
-    if sign:
-        record["hash"] = hashlib.sha256(json.dumps(record["contract"], sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(record))
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.match("step [0-9]+, ", line)]
-
+from tests.train.run_files import edit, read, rewrite, run_config
 
 # ---- ls --------------------------------------------------------------------------------------------------------------
 
 
-def test_ls_lists_steps_and_what_is_none(call, copy, tmp_path):
-    run = copy("base")
+def test_ls_lists_steps_and_what_is_none(call, copy_run, tmp_path):
+    run = copy_run("base")
     steps = run / "checkpoints"
     (steps / "40" / "params").mkdir(parents=True)
     (steps / "40" / "params" / "x").write_bytes(bytes(300))
@@ -178,7 +53,7 @@ def test_ls_lists_steps_and_what_is_none(call, copy, tmp_path):
     assert info["temporary"] == {"base.orbax-checkpoint-tmp-7": 200, "checkpoints/50.orbax-checkpoint-tmp": 200}
     assert info["in_use"].startswith("host ")
     assert info["free_bytes"] > 0
-    _edit(steps / "20", lambda record: record.update(format=2))
+    edit(steps / "20", lambda record: record.update(format=2))
     status, text = call("ls", run)
     assert status == 0
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
@@ -203,216 +78,6 @@ def test_ls_says_what_is_trained_and_on_what(call, runs):
         CheckpointError, match=r"holds no complete checkpoint; .*; runs in it: base, imported, kept, not"
     ):
         call("ls", runs)
-
-
-# ---- verify ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["base", "kept", "noted", "imported"])
-def test_a_sound_run(call, runs, name):
-    step = max((runs / name / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    status, text = call("verify", runs / name, "--step", step.name)
-    assert (status, _lines(text)) == (0, [])
-    items = {p.name: set(_shapes(p)) for p in step.iterdir() if p.name in ("params", "ema", "opt_state")}
-    of_base = set(_shapes(runs / "base" / "checkpoints" / "30" / "ema")) - items["params"]
-    count = len(of_base) + sum(map(len, items.values()))
-    assert f"step {step.name}: sound; {count} arrays read, " in text
-
-
-def test_arrays_that_cannot_be_read_are_those_that_tensorstore_cannot_read(call, copy):
-    run = copy("base")
-    step = run / "checkpoints" / "20"
-    for chunk in (step / "ema" / "ocdbt.process_0").glob("d/*"):
-        chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
-    names, lost = _shapes(step / "ema"), set()
-    for name in names:
-        store = {"driver": "ocdbt", "base": f"file://{step / 'ema'}", "path": name.replace("/", ".") + "/"}
-        try:
-            ts.open({"driver": "zarr", "kvstore": store}).result().read().result()
-        except ValueError:
-            lost.add(name)
-    assert 0 < len(lost) < len(names)
-    status, text = call("verify", run, "--step", 20)
-    assert status == 1
-    found = [re.fullmatch("step 20, ema, ([^:]*): cannot be read: .+", line) for line in _lines(text)]
-    assert sorted(match[1] for match in found if match) == sorted(lost)
-    assert len(found) == len(lost)
-    assert (
-        f"step 20: problems: {len(lost)}; {4 * len(names) + 2 - len(lost)} arrays read" in text
-    )  # ema, params, mu, nu
-    with pytest.raises(CheckpointError, match=r"has no step 25; steps there: \[10, 20, 30\]"):
-        call("verify", run, "--step", 25)
-
-
-WEIGHTS = {
-    "vlm/layers/gate_up": r"3 of [0-9,]+ values are not finite",
-    "action_in/kernel": r"got shape \(16, 4\), expected \(4, 16\)",
-    "expert/layers/q": "got bfloat16, expected float32",
-    "action_out/bias": "missing, did you mean '(1/0/nu/)?action_out/bais'.*",
-    "action_out/bais": "not part of this model",
-}
-
-
-def _damage_weights(weights: dict[str, Any]) -> None:
-    nan, shape, half, lost, extra = WEIGHTS
-    weights[nan] = weights[nan].copy()
-    weights[nan].flat[:3] = np.nan, np.inf, -np.inf
-    weights[shape] = weights[shape].T.copy()
-    weights[half] = jnp.asarray(weights[half], jnp.bfloat16)
-    weights[extra] = weights.pop(lost)
-
-
-def _damage_arrays(step: Path) -> None:
-    """Of all three items; the optimiser's are in the tuples that optax has."""
-    _rewrite(step / "params", _damage_weights)
-    _rewrite(step / "ema", _damage_weights)
-    checkpointer = ocp.PyTreeCheckpointer()
-    stored = checkpointer.metadata(step / "opt_state").item_metadata.tree
-    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-    tree = checkpointer.restore(step / "opt_state", args=ocp.args.PyTreeRestore(restore_args=arrays))
-    nu = flatten(tree[1][0]["nu"])
-    _damage_weights(nu)
-    tree[1][0]["nu"] = unflatten(nu)
-    tree[1][0]["count"] = np.float32(np.nan)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(step / "opt_state", tree, force=True)
-
-
-def _lose_items(step: Path) -> None:
-    shutil.rmtree(step / "ema")
-    (step / "params" / "_METADATA").unlink()
-    _edit(step, lambda record: record.update(step=7))
-
-
-def _lose_list(step: Path) -> None:
-    shutil.rmtree(step / "params")
-    shutil.rmtree(step / "ema")
-    (step / "_CHECKPOINT_METADATA").unlink()
-
-
-def _edited(change: Callable[[dict[str, Any]], Any], *, sign: bool = False) -> Callable[[Path], None]:
-    return lambda step: _edit(step, change, sign=sign)
-
-
-def _in_base(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    return lambda step: _rewrite(step.parents[1] / "base", change)
-
-
-NOT_TRAINED_ON = "cannot be read: .*: {0} is not what was trained on; restore the base of this run"
-DAMAGES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
-    "arrays": (
-        "base",
-        _damage_arrays,
-        ["opt_state, 1/0/count: got float32, expected int32", "opt_state, 1/0/count: 1 of 1 values are not finite"]
-        + [f"{i}{k}: {what}" for i in ("params, ", "ema, ", "opt_state, 1/0/nu/") for k, what in WEIGHTS.items()],
-    ),
-    "items": ("base", _lose_items, ["ema: no weights at .*", "params: no weights .*", "contract: it is of step 7; .*"]),
-    "no list of items": ("base", _lose_list, ["_CHECKPOINT_METADATA: missing or unread.*", "params: no weights at .*"]),
-    "no optimiser": ("kept", lambda step: shutil.rmtree(step / "opt_state"), ["opt_state: no weights at .*"]),
-    "no contract": ("imported", lambda step: shutil.rmtree(step / "contract"), ["contract: missing: .* in part; .*"]),
-    "contract changed": (
-        "imported",
-        _edited(lambda record: record["contract"]["normalizations"]["sawyer"].update(mode="quantile")),
-        ["contract: .*: contract hash .*; the contract was changed after training.*"],
-    ),
-    "contract cut": (
-        "imported",
-        lambda step: (step / "contract" / "metadata").write_text('{"format"'),
-        ["contract: cannot read the contract of .*; the checkpoint is damaged"],
-    ),
-    "contract emptied": (
-        "imported",
-        lambda step: (step / "contract" / "metadata").write_text("{}"),
-        ["contract: the contract of .* lacks contract, format, hash; the checkpoint is damaged"],
-    ),
-    "newer": (
-        "imported",
-        _edited(lambda record: record.update(format=2)),
-        ["contract: .*: format 2, expected 1; another version of openpi_like wrote it .*"],
-    ),
-    "newer class": (
-        "imported",
-        _edited(lambda record: record["contract"]["policy"].update(width=3), sign=True),
-        [r"contract: .*Pi0Config: stored fields do not match this version: unknown \['width'\].*"],
-    ),
-    "robots and tokenizer": (
-        "imported",
-        _edited(lambda record: record["contract"].update(normalizations={}, tokenizer="eHk="), sign=True),
-        ["contract: robot 'sawyer': .*", r"contract: not a SentencePiece model \(2 bytes\).*"],
-    ),
-    "no base": (
-        "kept",
-        lambda step: shutil.rmtree(step.parents[1] / "base"),
-        ["base: .*base is missing: the weights that this run does not train; .*"],
-    ),
-    "another base": (
-        "kept",
-        _in_base(lambda weights: weights.update({"vlm/final_norm/scale": weights["vlm/final_norm/scale"] + 1})),
-        ["base, vlm/final_norm/scale: " + NOT_TRAINED_ON.format("vlm/final_norm/scale")],
-    ),
-    "part of a base": (
-        "kept",
-        _in_base(lambda weights: weights.pop("vlm/layers/q/scale")),
-        ["base, vlm/layers/q/scale: missing, .*", "base, vlm/layers/q: cannot be read: .*"],
-    ),
-    "another noted base": (
-        "noted",
-        _edited(lambda record: record["base"]["digest"].update({"vlm/layers/q": 0})),
-        ["base, vlm/layers/q: " + NOT_TRAINED_ON.format("vlm/layers/q")],
-    ),
-    "noted base gone": (
-        "noted",
-        _edited(lambda record: record["base"]["source"].update(checkpoint="nowhere")),
-        ["base: no weights at nowhere: .*"],
-    ),
-    "overlay": (
-        "noted",
-        lambda step: _rewrite(step / "ema", lambda weights: weights.pop("vlm/layers/down_lora/b")),
-        ["ema, vlm/layers/down_lora/b: missing, .*"],
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_named(call, copy, damage):
-    name, do, expected = DAMAGES[damage]
-    run = copy(name)
-    step = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    for other in set((run / "checkpoints").iterdir()) - {step}:
-        shutil.rmtree(other)
-    if damage == "no contract":  # there is another step
-        shutil.copytree(step, step.parent / "1")
-        _edit(step.parent / "1", lambda record: record.update(step=1))
-    do(step)
-    status, text = call("verify", run)
-    assert status == 1
-    lines = _lines(text)
-    assert len(lines) == len(expected), text
-    for pattern in expected:
-        assert any(re.fullmatch(f"step {step.name}, {pattern}", line) for line in lines), (pattern, text)
-
-
-def test_what_cannot_be_compared_is_said_and_read(call, copy):
-    """The config of the record names no optimiser, and slots that the policy does not see are no problem."""
-    run = copy("kept")
-    step = run / "checkpoints" / "5"
-
-    def more(record: dict[str, Any]) -> None:
-        robot = record["contract"]["robots"][0]
-        robot["cameras"].append({**robot["cameras"][0], "name": "roof"})
-        del record["config"]["optimizer"]
-
-    _edit(step, more, sign=True)
-    status, text = call("verify", run)
-    assert status == 1
-    assert _lines(text) == [
-        "step 5, contract: robot 'sawyer': camera 'roof' is not a slot of the policy (known: 'base'); add it to the "
-        "policy's cameras, or to drop_cameras"
-    ]
-    assert "step 5: opt_state was read, but the config in the record does not say what belongs in it" in text
-    _edit(step, lambda record: record["config"]["data"].update(drop_cameras=["roof"]))
-    shutil.move(step, run / "checkpoints" / "best")  # a copy of a step under another name
-    assert "step best: sound" in call("verify", run / "checkpoints" / "best")[1]
 
 
 # ---- diff ------------------------------------------------------------------------------------------------------------
@@ -458,7 +123,7 @@ def test_diff_of_two_steps(call, runs):
         *("contract: equal", "trainable: equal", "config: equal", "versions: equal", "weights: 50 of 50 equal"),
     ]
     first, last = (runs / "base" / "checkpoints" / step for step in ("10", "30"))
-    of = {item: [_read(step / item) for step in (first, last)] for item in ("ema", "params")}
+    of = {item: [read(step / item) for step in (first, last)] for item in ("ema", "params")}
     sizes = collections.Counter(name.rpartition("/")[0] for name in of["ema"][0])
     status, text = call("diff", first, runs / "base", "--all")
     assert status == 1
@@ -483,8 +148,8 @@ def test_diff_merges_lora(call, runs):
     assert "contract: equal" in text
     assert "trainable: fields that differ: 1" in text
     assert "  run_dir: '" in text
-    overlay = _read(runs / "noted" / "checkpoints" / "5" / "ema")
-    before = _read(runs / "base" / "checkpoints" / "30" / "ema")
+    overlay = read(runs / "noted" / "checkpoints" / "5" / "ema")
+    before = read(runs / "base" / "checkpoints" / "30" / "ema")
     after = before | {name: value for name, value in overlay.items() if name in before}
     for name in ("vlm/layers/down", "expert/layers/down"):
         a, b = (np.float64(overlay[f"{name}_lora/{end}"]) for end in "ab")
@@ -496,18 +161,18 @@ def test_diff_merges_lora(call, runs):
     assert changed == {name for name in before if name in overlay or name.endswith("layers/down")}
 
 
-def test_diff_names_what_only_one_has(call, runs, copy):
+def test_diff_names_what_only_one_has(call, runs, copy_run):
     base = runs / "base"
-    run = copy("base")
+    run = copy_run("base")
     step = run / "checkpoints" / "30"
 
     def change(weights: dict[str, Any]) -> None:
         weights["new/kernel"] = weights.pop("state_in/kernel")
         weights["action_in/kernel"] = weights["action_in/kernel"].T.copy()
 
-    _rewrite(step / "ema", change)
-    _edit(step, lambda record: record["contract"]["policy"].update(action_horizon=9), sign=True)
-    _edit(step, lambda record: record["versions"].update(jax="9.9"))
+    rewrite(step / "ema", change)
+    edit(step, lambda record: record["contract"]["policy"].update(action_horizon=9), sign=True)
+    edit(step, lambda record: record["versions"].update(jax="9.9"))
     status, text = call("diff", base, run)
     assert status == 1
     lines = [line.strip() for line in text.splitlines()]
@@ -555,7 +220,7 @@ SCORES = {1: 3.0, 2: 0.5, 3: 2.0, 4: 1.0, 5: 4.0, 6: None, 7: 5.0}
 def seven(tmp_path_factory: pytest.TempPathFactory, policy: Pi0Config, small: Callable[..., dict[str, Any]]) -> Path:
     """A run of seven steps that are all there, whose rules keep five."""
     root = tmp_path_factory.mktemp("seven")
-    run = config(root, policy, keep=Keep(newest=2, best=2, every=3))
+    run = run_config(root, policy, keep=Keep(newest=2, best=2, every=3))
     checkpointer = Checkpointer(root / "checkpoints", keep=Keep(newest=9))
     for step, score in SCORES.items():
         checkpointer.save(**small(step, config=run), score=score)
@@ -605,7 +270,7 @@ def test_prune_keeps_what_the_rules_keep(call, many, options, left):
     assert call("verify", many)[1].count("cannot be read") == 0
 
 
-def test_prune_refuses(call, many, runs, program, monkeypatch):
+def test_prune_refuses(call, many, runs):
     with pytest.raises(ValueError, match="give --dry-run to see what would go, or --yes"):
         call("prune", many)
     with pytest.raises(ValueError, match="newest=0, expected at least 1"):
@@ -621,7 +286,7 @@ def test_prune_refuses(call, many, runs, program, monkeypatch):
     with pytest.raises(CheckpointError, match=r"best=2 ranks steps by 'loss', .* \(measured: \['action_mae'\]\); give"):
         call("prune", many, "--yes")
     assert _left(many) == list(SCORES)
-    _edit(many / "checkpoints" / "7", lambda record: record["contract"].update(tokenizer=""))
+    edit(many / "checkpoints" / "7", lambda record: record["contract"].update(tokenizer=""))
     with pytest.raises(CheckpointError, match="7: contract hash"):  # whether it can be gone on from is not known
         call("prune", many, "--newest", 1, "--yes")
     assert _left(many) == list(SCORES)
