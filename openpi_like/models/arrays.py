@@ -101,7 +101,7 @@ class OrbaxArrays:
         if metadata is None:
             raise ValueError("its metadata cannot be read")
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=_is_array)
-        stored = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in leaves]
+        stored = [leaf_name(path) for path, _ in leaves]
         prefix = "params/" if all(k.startswith("params/") for k in stored) else ""
         suffix = "/value" if all(k.endswith("/value") for k in stored) else ""
         self._names = [k.removeprefix(prefix).removesuffix(suffix) for k in stored]
@@ -113,6 +113,11 @@ class OrbaxArrays:
         args = jax.tree.unflatten(self._structure, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(self._names))
         restored = self._checkpointer.restore(self._path, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
         return np.asarray(jax.tree.leaves(restored, is_leaf=_is_array)[i])
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Returns what a leaf of a tree is called where Orbax has written it, for its path in JAX."""
+    return "/".join(str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path)
 
 
 def _is_array(x: Any) -> bool:

@@ -60,12 +60,13 @@ def differences(mine: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, A
 def describe_differences(mine: Any, theirs: Any) -> str:
     """Returns the first differences as text, and how many more there are; empty where there are none."""
     found = list(differences(mine, theirs))
-    lines = [f"{path or 'value'}: {_short(a)} here, {_short(b)} there" for path, a, b in found[:SHOWN]]
+    lines = [f"{path or 'value'}: {short(a)} here, {short(b)} there" for path, a, b in found[:SHOWN]]
     if len(found) > SHOWN:
         lines.append(f"and {len(found) - SHOWN} more")
     return "; ".join(lines)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Returns a value, or `ABSENT`, as text for an error: its beginning where it is long."""
     text = "absent" if value is ABSENT else repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -3,20 +3,22 @@
 Layout of a run (Orbax):
     checkpoints/<step>/params/     float32 weights that are trained     ema/  their moving average, when kept
     checkpoints/<step>/opt_state/  optax state                          contract/  one JSON object, see `Contract`
+    checkpoints/<step>/metrics/    what it is ranked by, see `Keep`
     base/                          weights that are not trained, if any; see `openpi_like.train.base`
 """
 
 import dataclasses
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
 
-from openpi_like.config import from_json, to_json
+from openpi_like.config import from_json, near_names, to_json
 from openpi_like.train.base import BASE, base_record, check_digest, read_base, run_of, save_base
 from openpi_like.train.contract import (
     FORMAT,
@@ -29,7 +31,8 @@ from openpi_like.train.contract import (
 )
 from openpi_like.train.state import Params, Trainable, TrainState
 
-_METRIC = "score"
+TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # in the name of a directory that Orbax has not finished
+_SCORE = Path("metrics") / "metrics"  # of a step, as Orbax writes it: {metric: score or null}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,34 +73,53 @@ class Keep:
             raise ValueError(f"keep.metric={self.metric!r} is not measured in validation; got {sorted(line)}")
         return None
 
-    def policy(self) -> AnyPreservationPolicy:
-        """Returns the rules for Orbax."""
-        rules: list[Any] = [LatestN(self.newest)]
-        if self.best:
-            lowest = BestN(
-                get_metric_fn=lambda metrics: metrics[_METRIC],
-                reverse=True,
-                n=self.best,
-                keep_checkpoints_without_metrics=False,
-            )
-            rules.append(lowest)
-        if self.every is not None:
-            rules.append(EveryNSteps(self.every))
-        return AnyPreservationPolicy(rules)
+    def kept_by(self, scores: Mapping[int, float | None]) -> dict[int, tuple[str, ...]]:
+        """Returns which rules keep each step, by the names they have here; of those that go, none.
+
+        scores: of each step, see `score`; one that was not measured, or is not finite, is never among the best.
+        """
+        steps = sorted(scores)
+        measured = [(score, -step) for step, score in scores.items() if score is not None and math.isfinite(score)]
+        keeps = {
+            "newest": steps[-self.newest :],
+            "best": [-negative for _, negative in sorted(measured)[: self.best]],
+            "every": [step for step in steps if self.every is not None and step % self.every == 0],
+        }
+        return {step: tuple(rule for rule, kept in keeps.items() if step in kept) for step in steps}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns which steps stay, of those that Orbax knows of: its protocol for such rules."""
+        kept = self.kept_by({known.step: (known.metrics or {}).get(self.metric) for known in checkpoints})
+        return [bool(kept[known.step]) for known in checkpoints]
 
 
 class Checkpointer:
     """Saves asynchronously and restores; one per run directory."""
 
     def __init__(self, directory: str | Path, *, keep: Keep = Keep(), trainable: Trainable = Trainable()) -> None:
-        """trainable: of the run."""
+        """trainable: of the run.
+
+        Raises:
+            CheckpointError: a step that is not complete is newer than all that are; none could be saved before it.
+        """
         self.directory = Path(directory).resolve()
-        self._trainable = trainable
+        self._keep, self._trainable = keep, trainable
         self.last_saved: int | None = None  # by this object; it may still be being written
         self._base: dict[str, Any] | None = None
+        newest, broken = self.latest_step(), incomplete_steps(self.directory)
+        if broken and (newest is None or max(broken) > newest):
+            raise CheckpointError(
+                f"{broken[max(broken)]} is not complete: it has no contract, as it was copied or deleted in part; copy "
+                f"it again or remove it; the newest complete step is {newest}"
+            )
         # Only complete steps count: Orbax renames a step into place when all of it is written, and what a kill left
-        # behind is removed here.
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep.policy(), cleanup_tmp_directories=True)
+        # behind is removed here. It writes scores, which outlive this process, only where it is told what is best.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            best_fn=lambda metrics: metrics[keep.metric],
+            best_mode="min",
+            cleanup_tmp_directories=True,
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
@@ -131,8 +153,8 @@ class Checkpointer:
         run's, for the record. score: see `Keep.score`, of these very weights.
 
         Raises:
-            CheckpointError: this step, or the one saved before it, could not be written. Steps written before are
-                intact.
+            CheckpointError: this step, or the one saved before it, could not be written, or a later one is there.
+                Steps written before are intact.
         """
         step = int(state.step)
         record = {
@@ -152,14 +174,19 @@ class Checkpointer:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if score is None else {_METRIC: score}
-        self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics), step)
+        metrics = {self._keep.metric: score}
+        begun = self._written(lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics), step)
+        if not begun:
+            raise CheckpointError(
+                f"step {step} is not saved: {self.directory} holds {sorted(complete_steps(self.directory))}, expected "
+                "none from this step on"
+            )
         self.last_saved = step
 
-    def _written(self, write: Callable[[], Any], step: int | None) -> None:
+    def _written(self, write: Callable[[], Any], step: int | None) -> Any:
         """Orbax writes in the background, and reports what failed when it is called next."""
         try:
-            write()
+            return write()
         except Exception as e:  # of many kinds: OSError, ValueError of TensorStore ...
             first = str(e.__cause__ or e).strip().split("\n")[0]
             newest = self.latest_step()
@@ -271,6 +298,21 @@ def stored_trainable(record: dict[str, Any]) -> Trainable:
     return from_json(record["trainable"]) if record.get("trainable") else Trainable()
 
 
+def stored_keep(record: dict[str, Any]) -> Keep | None:
+    """Returns the rules of the run of a record; None where its config has none."""
+    keep = record["config"].get("keep")
+    return None if keep is None else from_json(keep)
+
+
+def stored_scores(step_dir: Path) -> dict[str, float]:
+    """Returns what a step is ranked by, {metric: score}; empty where nothing was measured."""
+    try:
+        scores = json.loads((step_dir / _SCORE).read_text())
+    except FileNotFoundError:
+        return {}
+    return {metric: score for metric, score in scores.items() if score is not None}
+
+
 def save_policy(directory: str | Path, params: Params, *, contract: Contract, origin: str) -> Path:
     """Writes weights that were not trained here as step 0 of a run, to be served or to start from; returns the step.
 
@@ -302,9 +344,41 @@ def save_policy(directory: str | Path, params: Params, *, contract: Contract, or
 
 def complete_steps(directory: Path) -> dict[int, Path]:
     """Returns the complete steps in a directory of checkpoints. Orbax renames a step when all of it is written."""
+    return {step: path for step, path in _steps(directory) if (path / "contract").is_dir()}
+
+
+def incomplete_steps(directory: Path) -> dict[int, Path]:
+    """Returns what is called like a step and is none."""
+    return {step: path for step, path in _steps(directory) if not (path / "contract").is_dir()}
+
+
+def _steps(directory: Path) -> list[tuple[int, Path]]:
+    return [(int(p.name), p) for p in directory.iterdir() if p.name.isdigit()] if directory.is_dir() else []
+
+
+def temporary_directories(directory: Path) -> list[Path]:
+    """Returns what is being written for a run, or was when it was killed: of its steps, and of its base."""
+    places = {directory, run_of(directory / "0")}
+    return sorted(p for place in places for p in place.iterdir() if TEMPORARY in p.name and p.is_dir())
+
+
+def steps_directory(directory: str | Path) -> Path:
+    """Returns where a run has its steps: `directory` itself, or its `checkpoints`.
+
+    Raises:
+        CheckpointError: that is no run; says what is there instead.
+    """
+    directory = Path(directory).resolve()
     if not directory.is_dir():
-        return {}
-    return {int(p.name): p for p in directory.iterdir() if p.name.isdigit() and (p / "contract").is_dir()}
+        beside = sorted(p.name for p in directory.parent.iterdir() if p.is_dir()) if directory.parent.is_dir() else []
+        hint = near_names(directory.name, beside) if beside else "nothing"
+        raise CheckpointError(f"no checkpoint directory {directory}; in {directory.parent}: {hint}")
+    if (directory / "checkpoints").is_dir():
+        return directory / "checkpoints"
+    if directory.name == "checkpoints" or any(directory.glob("[0-9]*/contract")):
+        return directory
+    runs = sorted(p.name for p in directory.iterdir() if p.is_dir() and is_run(p))
+    raise CheckpointError(_no_steps(directory) + (f"; runs in it: {', '.join(runs)}" if runs else ""))
 
 
 def find_step(directory: str | Path, step: int | None = None) -> Path:
@@ -314,21 +388,22 @@ def find_step(directory: str | Path, step: int | None = None) -> Path:
         CheckpointError: there is none; says what is there instead.
     """
     directory = Path(directory).resolve()
-    if not directory.is_dir():
-        beside = sorted(p.name for p in directory.parent.iterdir() if p.is_dir()) if directory.parent.is_dir() else []
-        raise CheckpointError(f"no checkpoint directory {directory}; in {directory.parent}: {beside or 'nothing'}")
     if step is None and (directory / "contract").is_dir():
         return directory
-    root = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    root = steps_directory(directory)
     steps = complete_steps(root)
     if not steps:
-        raise CheckpointError(
-            f"{directory} holds no complete checkpoint; expected a directory per step with params/ and contract/, "
-            f"got {sorted(p.name for p in root.iterdir()) or 'an empty directory'}"
-        )
+        raise CheckpointError(_no_steps(root))
     if step is not None and step not in steps:
         raise CheckpointError(f"{directory} has no step {step}; steps there: {sorted(steps)}")
     return steps[max(steps) if step is None else step]
+
+
+def _no_steps(directory: Path) -> str:
+    return (
+        f"{directory} holds no complete checkpoint; expected a directory per step with params/ and contract/, "
+        f"got {sorted(p.name for p in directory.iterdir()) or 'an empty directory'}"
+    )
 
 
 def is_run(path: str | Path) -> bool:

@@ -136,8 +136,14 @@ def read_record(step_dir: Path) -> dict[str, Any]:
             record = checkpointer.restore(step_dir / "contract")
     except (OSError, ValueError) as e:
         raise CheckpointError(f"cannot read the contract of {step_dir}: {e}; the checkpoint is damaged") from e
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{step_dir}: format {record.get('format')!r}, expected {FORMAT}; use a matching version")
+    lost = {"format", "contract", "hash"} - set(record if isinstance(record, dict) else ())
+    if lost:
+        raise CheckpointError(f"the contract of {step_dir} lacks {', '.join(sorted(lost))}; the checkpoint is damaged")
+    if record["format"] != FORMAT:
+        raise CheckpointError(
+            f"{step_dir}: format {record['format']!r}, expected {FORMAT}; another version of openpi_like wrote it "
+            f"(packages: {record.get('versions', 'not noted')}); use that one"
+        )
     digest = hashlib.sha256(json.dumps(record["contract"], sort_keys=True).encode()).hexdigest()
     if digest != record["hash"]:
         raise CheckpointError(

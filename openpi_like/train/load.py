@@ -1,6 +1,7 @@
 """A checkpoint as what serving needs: the policy with its weights, robots, normalisation, tokenisers."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,11 @@ def load_policy_parts(
         params = _read_weights(step_dir, average=ema, dtype=dtype)
     else:
         params = _merged_weights(step_dir, contract.policy, average=ema, dtype=dtype)
-    problems = _mismatches(params, model.shapes)
+    have, want = ({k: tuple(v.shape) for k, v in flatten(of).items()} for of in (params, model.shapes))
+    problems = misfits(have, want)
     if problems:
-        raise CheckpointError(f"{step_dir}: weights do not fit the model config:\n  " + "\n  ".join(problems))
+        lines = [f"{name}: {problem}" for name, problem in problems.items()]
+        raise CheckpointError(f"{step_dir}: weights do not fit the model config:\n  " + "\n  ".join(lines))
     return PolicyParts(
         model=model.bind(params),
         robots=contract.robots,
@@ -96,13 +99,9 @@ def load_policy_parts(
     )
 
 
-def _mismatches(params: Params, shapes: Params) -> list[str]:
-    have, want = flatten(params), flatten(shapes)
-    problems = [f"{k}: missing, {near_names(k, list(have))}" for k in sorted(want.keys() - have.keys())]
-    problems += [f"{k}: not part of this model" for k in sorted(have.keys() - want.keys())]
-    problems += [
-        f"{k}: got shape {tuple(have[k].shape)}, expected {want[k].shape}"
-        for k in sorted(have.keys() & want.keys())
-        if tuple(have[k].shape) != tuple(want[k].shape)
-    ]
-    return problems
+def misfits(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Returns what is wrong with arrays of these shapes, by name, where others are expected."""
+    problems = {k: f"missing, {near_names(k, list(have))}" for k in sorted(want.keys() - have.keys())}
+    problems |= {k: "not part of this model" for k in sorted(have.keys() - want.keys())}
+    both = sorted(have.keys() & want.keys())
+    return problems | {k: f"got shape {have[k]}, expected {want[k]}" for k in both if have[k] != want[k]}

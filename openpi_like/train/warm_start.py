@@ -73,9 +73,34 @@ class RunArrays:
         """
         self._model = ModelDef(from_json(record["contract"]).policy, stored_trainable(record))
         self._overlays = overlays(self._model.abstract) if merge else {}
-        self._trained, self._digest = open_arrays(item), record["base"]["digest"]
+        self._trained, self._frozen = open_arrays(item), BaseArrays(step_dir, record, self._model)
         model = ModelDef(self._model.config) if merge else self._model
         self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one weight, in float32 where something is merged into it.
+
+        Raises:
+            CheckpointError: it is not the one that was trained on.
+        """
+        value = self._trained.read(name) if name in self._model.trained else self._frozen.read(name)
+        overlay = self._overlays.get(name)
+        if overlay is None:
+            return np.asarray(value)
+        a, b = (jnp.asarray(self._trained.read(f"{name}{SUFFIX}/{end}")) for end in "ab")
+        return np.asarray(value.astype(np.float32) + overlay.delta(a, b))
+
+
+class BaseArrays:
+    """The weights that a run does not train, from where it keeps or notes them, each checked."""
+
+    def __init__(self, step_dir: Path, record: dict[str, Any], model: ModelDef) -> None:
+        """
+        Raises:
+            CheckpointError, WeightsError: the base is not there.
+        """
+        self._model, self._digest = model, record["base"]["digest"]
+        self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items() if k not in model.trained}
         source = record["base"]["source"]
         if source is None:
             self._where: Path | str = run_of(step_dir) / BASE
@@ -84,22 +109,14 @@ class RunArrays:
         else:
             start: WarmStart = from_json(source)
             self._where, self._base = start.checkpoint, open_weights(start.checkpoint, lora_scale=start.lora_scale)
-            self._reader = WeightReader(self._base, base_plan(start, self._model, self._base))
+            self._reader = WeightReader(self._base, base_plan(start, model, self._base))
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one weight, in float32 where something is merged into it.
+        """Returns one weight, in the dtype it is held in; in float32 where that is of fewer bits than 16.
 
         Raises:
             CheckpointError: it is not the one that was trained on.
         """
-        value = self._trained.read(name) if name in self._model.trained else self._frozen(name)
-        overlay = self._overlays.get(name)
-        if overlay is None:
-            return np.asarray(value)
-        a, b = (jnp.asarray(self._trained.read(f"{name}{SUFFIX}/{end}")) for end in "ab")
-        return np.asarray(value.astype(np.float32) + overlay.delta(a, b))
-
-    def _frozen(self, name: str) -> np.ndarray:
         if self._reader is not None:
             held = self._model.hold(name, jnp.asarray(self._reader.weight(name, np.float32)))
         elif f"{name}/qvalue" in self._base.shapes:

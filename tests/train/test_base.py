@@ -22,7 +22,7 @@ from openpi_like.models.weights import WeightsError, flatten, plan_load, read_we
 from openpi_like.partition import ShardingRules
 from openpi_like.train.base import bit_sum, digest
 from openpi_like.train.checkpoint import Checkpointer
-from openpi_like.train.contract import CheckpointError
+from openpi_like.train.contract import CheckpointError, read_record
 from openpi_like.train.load import load_policy_parts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
@@ -107,8 +107,12 @@ def test_it_goes_on_with_the_same_base_on_another_mesh(tuned, tiny_policy, contr
     placed = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, other.shardings)
     assert all(jax.tree.leaves(placed))
     # What it notes of its base, it notes again.
-    checkpointer.save(restored, position=24, contract=contract_of(tiny_policy), **SAVED)
+    later = dataclasses.replace(restored, step=jnp.int32(3))
+    checkpointer.save(later, position=24, contract=contract_of(tiny_policy), **SAVED)
     checkpointer.close()
+    before, after = (read_record(dirs[name] / "checkpoints" / step)["base"] for step in "23")
+    assert before == after
+    assert after["digest"].keys() == flatten(other.model.shapes).keys() - other.model.trained
 
 
 @pytest.mark.parametrize("name", ["kept", "noted"])

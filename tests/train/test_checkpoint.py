@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import WeightsError, export_weights, flatten, write_openpi
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import Checkpointer, Keep, find_step
+from openpi_like.train.checkpoint import Checkpointer, Keep, find_step, stored_scores
 from openpi_like.train.contract import CheckpointError, contract_problems
 from openpi_like.train.load import load_policy_parts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
-from openpi_like.train.state import ModelDef, Trainer, TrainState
+from openpi_like.train.state import ModelDef, Trainer
 from openpi_like.train.warm_start import WarmStart, warm_start
+from tests.train.run_files import ORDER
 
 # When one array of a damaged Orbax directory cannot be read, the reads of all others are left behind, and reported at
 # any later moment.
@@ -42,9 +44,6 @@ def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
         rules=ShardingRules(),
         dataset_names=("one", "two"),
     )
-
-
-ORDER = {"seed": 3, "group_episodes": None, "entries": [{"robot": "sawyer_sim", "frames": 7}]}
 
 
 @pytest.fixture(scope="module")
@@ -235,19 +234,6 @@ def test_what_cannot_be_served_is_listed_but_for_cameras_that_are_dropped(tiny_p
 # ---- Which are kept, and what cannot be written ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(contract_of, tiny_policy):
-    """Returns a function that makes a state of a step with hardly any weights, and what is saved with it."""
-
-    def make(step: int, size: int = 4) -> dict:
-        weights = {"w": jax.numpy.full(size, float(step))}
-        state = TrainState(np.int32(step), weights, {}, None, {"count": jax.numpy.int32(step)})
-        rest = {"order": ORDER, "contract": contract_of(tiny_policy), "config": OptimizerConfig()}
-        return {"state": state, "position": 8 * step, **rest}
-
-    return make
-
-
 def _steps(directory):
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
@@ -255,18 +241,54 @@ def _steps(directory):
 def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path, small):
     scores = {1: 3.0, 2: 0.5, 3: 2.0, 4: 1.0, 5: 4.0, 6: None, 7: 5.0}
     keep = Keep(newest=2, best=2, every=3)
-    checkpointer = Checkpointer(tmp_path, keep=keep)
-    for step, score in scores.items():
-        checkpointer.save(**small(step), score=score)
-        checkpointer.wait()
-    checkpointer.close()
+    for steps in (range(1, 5), range(5, 8)):  # in two processes' lives: the second knows what the first has measured
+        checkpointer = Checkpointer(tmp_path, keep=keep)
+        for step in steps:
+            checkpointer.save(**small(step), score=scores[step])
+            checkpointer.wait()
+        checkpointer.close()
     assert _steps(tmp_path) == [2, 3, 4, 6, 7]  # 2 and 4 are the best, 3 and 6 multiples, 6 and 7 the newest
+    kept = {1: (), 2: ("best",), 3: ("every",), 4: ("best",), 5: (), 6: ("newest", "every"), 7: ("newest",)}
+    assert keep.kept_by(scores) == kept
+    assert Keep(newest=1, best=1).kept_by({1: math.nan, 2: 3.0, 3: 3.0, 4: None}) == {
+        1: (), 2: (), 3: ("best",), 4: ("newest",)
+    }  # fmt: skip
     assert keep.score({"loss/a": 1.0, "loss/b": 2.0, "action_mae/a/x": 9.0}) == 1.5
     assert Keep(metric="action_mae", best=1).score({"loss/a": 1.0, "action_mae/a/x": 9.0}) == 9.0
     with pytest.raises(ValueError, match=r"keep.metric='los' is not measured in validation; got \['loss/a'\]"):
         Keep(metric="los", best=1).score({"loss/a": 1.0})
     with pytest.raises(ValueError, match=r"newest=0.*best=-1.*every=0"):
         Keep(newest=0, best=-1, every=0)
+
+
+def test_scores_of_another_metric_are_not_compared(tmp_path, small):
+    """A run may go on with another one: its best are then those that have it."""
+    for metric, scores in (("loss", {1: 0.1}), ("action_mae", {2: 5.0, 3: 9.0, 4: 7.0})):
+        checkpointer = Checkpointer(tmp_path, keep=Keep(newest=1, best=1, metric=metric))
+        for step, score in scores.items():
+            checkpointer.save(**small(step), score=score)
+            checkpointer.wait()
+        checkpointer.close()
+    assert _steps(tmp_path) == [2, 4]
+    assert [stored_scores(tmp_path / str(step)) for step in (2, 4)] == [{"action_mae": 5.0}, {"action_mae": 7.0}]
+
+
+def test_a_step_that_is_not_complete_is_in_the_way_of_no_save_unseen(tmp_path, small):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(**small(5))
+    with pytest.raises(CheckpointError, match=r"step 4 is not saved: .*, expected none from this step on"):
+        checkpointer.save(**small(4))
+    checkpointer.close()
+    with pytest.raises(CheckpointError, match=r"step 5 is not saved"):
+        Checkpointer(tmp_path).save(**small(5))
+    (tmp_path / "9" / "params").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"9 is not complete: .*; the newest complete step is 5"):
+        Checkpointer(tmp_path)
+    (tmp_path / "9").rename(tmp_path / "3")  # of an old one that was being deleted: it goes
+    checkpointer = Checkpointer(tmp_path, keep=Keep(newest=1))
+    checkpointer.save(**small(6))
+    checkpointer.close()
+    assert _steps(tmp_path) == [6]
 
 
 def test_a_full_disk_costs_no_checkpoint_but_the_one_that_did_not_fit(tmp_path):

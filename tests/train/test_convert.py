@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,14 @@ from rich.console import Console
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.fast import FastTokenizer, fit_fast
-from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.stats import save_normalization
-from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import WeightsError, export_weights, flat_weights, flatten, load_weights, write_openpi
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoint import save_policy
-from openpi_like.train.contract import CheckpointError, Contract, encode_tokenizer, read_contract
+from openpi_like.train.contract import CheckpointError, Contract, read_contract
 from openpi_like.train.load import load_policy_parts
 from openpi_like.train.state import ModelDef
 
@@ -37,32 +36,8 @@ def program() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_policy: Pi0Config) -> Pi0Config:
-    """With room for the robot."""
-    return dataclasses.replace(
-        tiny_policy,
-        cameras=tuple(c.name for c in SAWYER.cameras),
-        state_dim=SAWYER.state_size,
-        action_dim=SAWYER.action_size,
-        action_horizon=SAWYER.action_horizon,
-    )
-
-
-@pytest.fixture(scope="module")
-def contract(policy: Pi0Config) -> Contract:
-    def stats(names: tuple[str, ...]) -> FieldStats:
-        n = len(names)
-        return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
-
-    return Contract(
-        policy=policy,
-        robots=(SAWYER,),
-        normalizations={
-            SAWYER.name: Normalization(SAWYER.name, "zscore", stats(SAWYER.state_names), stats(SAWYER.action_names))
-        },
-        tokenizer=encode_tokenizer(fit_text_tokenizer(["press the button"], 300)),
-        renderers={SAWYER.name: None},
-    )
+def contract(policy: Pi0Config, contract_of: Callable[[Any], Contract]) -> Contract:
+    return dataclasses.replace(contract_of(policy), renderers={SAWYER.name: None})
 
 
 @pytest.fixture(scope="module")
