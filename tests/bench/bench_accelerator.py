@@ -14,6 +14,7 @@ and 36.8 ms on an RTX 4090.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -57,7 +58,6 @@ class Args:
     seconds: float = 520.0
     profile: Path | None = None
     train_batches: tuple[int, ...] = (8, 32)
-    part: tyro.conf.Suppress[str | None] = None  # a process of this program for one part
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
@@ -137,6 +137,12 @@ def latencies(call: Callable[[], Any], *, seconds: float, least: int = 5) -> dic
     return {"p50_ms": statistics.median(times), "p95_ms": statistics.quantiles(times, n=20)[-1], "calls": len(times)}
 
 
+def _fetched(function: Any, args: tuple[Any, ...]) -> Any:
+    import numpy as np
+
+    return np.asarray(function(*args))
+
+
 def compiled_memory(compiled: Any) -> float:
     """Returns GiB by the compiler's account."""
     m = compiled.memory_analysis()
@@ -152,7 +158,7 @@ def peak_memory() -> float | None:
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
-# ---- Parts: each yields rows ------------------------------------------------------------------------------------------
+# ---- Parts: each yields rows -----------------------------------------------------------------------------------------
 
 
 def sampling(args: Args, quantize: str | None) -> Iterator[dict[str, Any]]:
@@ -185,13 +191,12 @@ def sampling(args: Args, quantize: str | None) -> Iterator[dict[str, Any]]:
         compiled = jax.jit(sample).lower(*call).compile()
         row = {"what": "pi0 sampling", "cameras": cameras, "batch": B, "weights": quantize or "bfloat16"}
         row |= {"compile_s": time.perf_counter() - started, "gib": compiled_memory(compiled)}
-        yield row | latencies(lambda f=compiled, a=call: np.asarray(f(*a)), seconds=seconds)
+        yield row | latencies(functools.partial(_fetched, compiled, call), seconds=seconds)
 
 
 def fast(args: Args) -> Iterator[dict[str, Any]]:
     """Prompt and tokens apart: the time of one token, and of many more."""
     import jax
-    import numpy as np
     from flax import nnx
 
     config = pi0_fast(args.size)
@@ -215,7 +220,7 @@ def fast(args: Args) -> Iterator[dict[str, Any]]:
             return jax.lax.fori_loop(0, new, body, (x, cache, jax.numpy.zeros(new, "int32")))[2]
 
         compiled = jax.jit(write).lower(weights, observation).compile()
-        call = lambda f=compiled: np.asarray(f(weights, observation))  # noqa: E731
+        call = functools.partial(_fetched, compiled, (weights, observation))
         found[new] = latencies(call, seconds=4.0 if args.size == "released" else 0.2)["p50_ms"]
     (one, first), (many, last) = found.items()
     per_token = (last - first) / (many - one)
@@ -247,23 +252,19 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
         rules=ShardingRules(),
         dataset_names=("bench",),
     )
-    state = None
+    state: Any = None
+    same = {"what": f"pi0 training, {name}", "cameras": 3}
     for B in args.train_batches if args.size == "released" else (8,):
         shapes = model.config.batch_shapes(B)
         batch = put_batch(inputs(shapes) | {"dataset_id": np.zeros(B, np.int32)}, mesh)
         started = time.perf_counter()
         try:
             compiled = trainer.train_step.lower(state or trainer.abstract, batch).compile()
-            row = {
-                "what": f"pi0 training, {name}",
-                "cameras": 3,
-                "batch": B,
-                "compile_s": time.perf_counter() - started,
-            }
+            row = {**same, "batch": B, "compile_s": time.perf_counter() - started}
             state = trainer.init() if state is None else state
             state, values = compiled(state, batch)
             loss = float(values["loss"])
-            times = []
+            times: list[float] = []
             until = time.perf_counter() + (8.0 if args.size == "released" else 0.5)
             while time.perf_counter() < until or len(times) < 4:
                 started = time.perf_counter()
@@ -271,12 +272,7 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
                 jax.block_until_ready(values)
                 times.append(time.perf_counter() - started)
         except Exception as e:  # out of memory, in as many words as there are backends
-            yield {
-                "what": f"pi0 training, {name}",
-                "cameras": 3,
-                "batch": B,
-                "failed": str(e).strip().split("\n")[0][:300],
-            }
+            yield {**same, "batch": B, "failed": str(e).strip().split("\n")[0][:300]}
             return
         step = statistics.median(times)
         mfu = None if chip is None else B * flops / step / (chip.tflops * 1e12 * jax.device_count())
@@ -342,9 +338,9 @@ def run_part(args: Args, part: str) -> Iterator[dict[str, Any]]:
 
 def start_part(args: Args, part: str, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
     """Returns the rows of a part, run in a process of its own, and what went wrong, if anything did."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--size", args.size]
-    command += ["--train-batches", *map(str, args.train_batches)]
-    command += [] if args.profile is None else ["--profile", str(args.profile)]
+    profile = "" if args.profile is None else str(args.profile)
+    command = [sys.executable, str(Path(__file__).resolve()), "worker", part, args.size, profile]
+    command += map(str, args.train_batches)
     # Memory as it is needed, so that its peak says something; compiled programs are kept for the next time.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT), **os.environ}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -369,14 +365,17 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
-def main(args: Args) -> int:
-    if args.part is not None:
-        from openpi_like.train.compile_cache import use_compile_cache
+def worker(part: str, size: str, profile: str, *batches: str) -> None:
+    """A process of this program, for one part."""
+    from openpi_like.train.compile_cache import use_compile_cache
 
-        use_compile_cache(None)
-        for row in run_part(args, args.part):
-            print("ROW " + json.dumps(row), flush=True)
-        return 0
+    use_compile_cache(None)
+    args = Args(size=size, profile=Path(profile) if profile else None, train_batches=tuple(map(int, batches)))
+    for row in run_part(args, part):
+        print("ROW " + json.dumps(row), flush=True)
+
+
+def main(args: Args) -> int:
     unknown = sorted(set(args.only) - set(PARTS))
     if unknown or args.size not in ("released", "tiny"):
         sys.exit(f"got only={unknown}, size={args.size!r}; parts are {list(PARTS)}, sizes released and tiny")
@@ -406,4 +405,7 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    if sys.argv[1:2] == ["worker"]:
+        worker(*sys.argv[2:])
+    else:
+        sys.exit(main(tyro.cli(Args)))
