@@ -9,9 +9,9 @@ fresh, and the run prints which weight came from where. Two CPU cores: about 3 m
 from openpi_like.data.loader import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.aloha import ALOHA
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.warm_start import WarmStart
 
 config = TrainConfig(
     run_dir="runs/demo/finetune",

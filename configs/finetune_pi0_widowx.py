@@ -16,9 +16,9 @@ from openpi_like.data.augment import Augment
 from openpi_like.data.loader import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.widowx import WIDOWX
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.warm_start import WarmStart
 
 config = TrainConfig(
     run_dir="runs/pi0_widowx",

@@ -14,10 +14,10 @@ from openpi_like.data.augment import Augment
 from openpi_like.data.loader import DataConfig
 from openpi_like.data.oxe import mixture
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
-from openpi_like.train.warm_start import WarmStart
 
 config = TrainConfig(
     run_dir="runs/pretrain_pi0",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from openpi_like.config import load_run
 from openpi_like.models.pi0_fast import Pi0FastConfig
-from openpi_like.train.warm_start import WarmStart
+from openpi_like.train.checkpoints.warm_start import WarmStart
 
 config = dataclasses.replace(
     load_run(Path(__file__).with_name("pretrain_pi0.py")),

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _CLASS = "__class__"
 _PACKAGE = "openpi_like"
+# Where classes are now that older checkpoints name by where they were.
+_MOVED = {"openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract"}
 
 
 def near_names(name: str, known: Sequence[str]) -> str:
@@ -60,7 +62,7 @@ def from_json(data: Any) -> Any:
         return data
     if _CLASS not in data:
         return {k: from_json(v) for k, v in data.items()}
-    module, _, name = data[_CLASS].partition(":")
+    module, _, name = _MOVED.get(data[_CLASS], data[_CLASS]).partition(":")
     # A checkpoint may come from anyone: it can name our own dataclasses and nothing else.
     if module.split(".")[0] != _PACKAGE:
         raise ValueError(f"class {data[_CLASS]!r} is outside {_PACKAGE}; the file is not one of ours or was changed")

@@ -14,7 +14,7 @@ import tyro
 
 from openpi_like.serve.policy import ObservationError, Policy
 from openpi_like.serve.server import PolicyServer, run
-from openpi_like.train.contract import CheckpointError
+from openpi_like.train.checkpoints.contract import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, wilson
-from openpi_like.train.metrics import read_metrics
+from openpi_like.train.watching.metrics import read_metrics
 
 RUNS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 COMPARED = {"flow": "pi0, flow matching", "fast": "pi0-FAST, action tokens", "insulated": "pi0.5, knowledge insulation"}

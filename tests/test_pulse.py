@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from openpi_like.robots.sims.sawyer import SawyerSim
-from openpi_like.train.metrics import read_metrics
+from openpi_like.train.watching.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One device, as a user on a laptop has, and compiled programs shared between the runs: most of them are the same.

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from openpi_like.models.weights import WeightsError
-from openpi_like.train.agreement import short
-from openpi_like.train.base import run_of
-from openpi_like.train.checkpoint import find_step, steps_directory
-from openpi_like.train.comparison import Change, by_module, compare_records, compare_weights
-from openpi_like.train.contract import CheckpointError, read_record
-from openpi_like.train.inspection import RunInfo, StepInfo, in_use, inspect_run, plan_pruning, prune
-from openpi_like.train.lock import RunLockedError
-from openpi_like.train.verification import verify_run
-from openpi_like.train.warm_start import open_weights
+from openpi_like.train.checkpoints.base import run_of
+from openpi_like.train.checkpoints.checkpoint import find_step, steps_directory
+from openpi_like.train.checkpoints.compare import Change, by_module, compare_records, compare_weights
+from openpi_like.train.checkpoints.contract import CheckpointError, read_record
+from openpi_like.train.checkpoints.inspection import RunInfo, StepInfo, in_use, inspect_run, plan_pruning, prune
+from openpi_like.train.checkpoints.verify import verify_run
+from openpi_like.train.checkpoints.warm_start import open_weights
+from openpi_like.train.hosts.agreement import short
+from openpi_like.train.hosts.lock import RunLockedError
 
 SHOWN = 20  # fields that differ, of one kind
 SHOWN_WEIGHTS = 3  # of one module

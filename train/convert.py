@@ -48,8 +48,8 @@ from openpi_like.models.weights import (
     write_safetensors,
 )
 from openpi_like.robots import find_robot
-from openpi_like.train.checkpoint import find_step, is_run, save_policy, stored_trainable
-from openpi_like.train.contract import (
+from openpi_like.train.checkpoints.checkpoint import find_step, is_run, save_policy, stored_trainable
+from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
     contract_problems,
@@ -57,7 +57,7 @@ from openpi_like.train.contract import (
     read_contract,
     read_record,
 )
-from openpi_like.train.warm_start import open_weights
+from openpi_like.train.checkpoints.warm_start import open_weights
 
 RELEASED = {
     "pi0": lambda: Pi0Config.released(),

@@ -170,9 +170,9 @@ def print_search(plans: list[Any], console: Console) -> None:
 def main(args: Args, console: Console) -> int:
     # Imported here, as what is in the environment decides what jax sees.
     from openpi_like.config import load_run, override
-    from openpi_like.train.plan_search import search, suggestions
-    from openpi_like.train.planning import plan_sampler, plan_step
-    from openpi_like.train.topology import find_target
+    from openpi_like.train.planning.plan import plan_sampler, plan_step
+    from openpi_like.train.planning.search import search, suggestions
+    from openpi_like.train.planning.topology import find_target
 
     config = override(load_run(args.config), args.overrides)
     target = find_target(args.topology, slices=args.slices)

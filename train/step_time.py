@@ -8,8 +8,8 @@ and the backward pass and what was computed again for it; by kind of work; and w
 import sys
 from pathlib import Path
 
-from openpi_like.train.step_time import find_traces, step_time, table
-from openpi_like.train.xplane import TraceError
+from openpi_like.train.watching.step_time import find_traces, step_time, table
+from openpi_like.train.watching.xplane import TraceError
 
 
 def main(directory: Path) -> None:

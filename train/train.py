@@ -24,24 +24,30 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader, order_changes
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import print_load_report
-from openpi_like.train.agreement import software
-from openpi_like.train.checkpoint import Checkpointer, find_step, is_run
+from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step, is_run
+from openpi_like.train.checkpoints.contract import (
+    CheckpointError,
+    Contract,
+    contract_problems,
+    encode_tokenizer,
+    read_contract,
+)
+from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
 from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.contract import CheckpointError, Contract, contract_problems, encode_tokenizer, read_contract
-from openpi_like.train.hosts import HostsError
-from openpi_like.train.lock import run_directory
-from openpi_like.train.metrics import MetricsWriter
-from openpi_like.train.nonfinite import BadSteps
-from openpi_like.train.pictures import picture_batch
-from openpi_like.train.process_group import ProcessGroup, join
-from openpi_like.train.profiling import DATA_WAIT, DEVICE_WAIT, Profiler
+from openpi_like.train.hosts.agreement import software
+from openpi_like.train.hosts.lock import run_directory
+from openpi_like.train.hosts.places import HostsError
+from openpi_like.train.hosts.process_group import ProcessGroup, join
 from openpi_like.train.sharding import check_batch, put_batch
 from openpi_like.train.state import ModelDef, Trainer
-from openpi_like.train.step_log import StepLog, progress_bar
-from openpi_like.train.trackers import TrackerError, check_trackers
 from openpi_like.train.validation import Validator, dataset_name
-from openpi_like.train.warm_start import frozen_from, warm_start
+from openpi_like.train.watching.metrics import MetricsWriter
+from openpi_like.train.watching.nonfinite import BadSteps
+from openpi_like.train.watching.pictures import picture_batch
+from openpi_like.train.watching.profiling import DATA_WAIT, DEVICE_WAIT, Profiler
+from openpi_like.train.watching.step_log import StepLog, progress_bar
+from openpi_like.train.watching.trackers import TrackerError, check_trackers
 
 
 def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:

@@ -16,7 +16,7 @@ from openpi_like.data.images import fit
 from openpi_like.models.quantize import QUANTIZED, quantized_model
 from openpi_like.robots import Robot
 from openpi_like.serve.protocol import PROTOCOL
-from openpi_like.train.load import PolicyParts, load_policy_parts
+from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
 
 
 class ObservationError(ValueError):

@@ -7,13 +7,13 @@ from openpi_like.config import near_names
 from openpi_like.data.loader import DataConfig
 from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
-from openpi_like.train.checkpoint import Keep
+from openpi_like.train.checkpoints.checkpoint import Keep
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.fastest import AUTO
-from openpi_like.train.hosts import Hosts
+from openpi_like.train.hosts.places import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import Trainable
-from openpi_like.train.warm_start import WarmStart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainConfig:
         without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
     trackers: where metrics go besides metrics.jsonl, for example `(TensorBoard(), Wandb(project="pi0"))`, see
-        `openpi_like.train.trackers`.
+        `openpi_like.train.watching.trackers`.
     profile: first and last step of a profile, see `train/step_time.py`; None makes none.
     draw_batch: draw the first batch as pictures, `first_batch.png`: None when the run begins, True whenever it starts,
         False never.

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
 from openpi_like.robots import Robot
+from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.contract import Contract
 from openpi_like.train.sharding import put_batch
 from openpi_like.train.state import ModelDef, Params, TrainState
 

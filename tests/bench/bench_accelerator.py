@@ -234,9 +234,9 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
 
     from openpi_like.models.attention import VARIANTS  # noqa: F401  # so that an error there is one of this part
     from openpi_like.partition import ShardingRules
-    from openpi_like.train.chips import find_chip
-    from openpi_like.train.flops import model_flops
     from openpi_like.train.optimizer import OptimizerConfig
+    from openpi_like.train.planning.chips import find_chip
+    from openpi_like.train.planning.flops import model_flops
     from openpi_like.train.sharding import MeshConfig, put_batch
     from openpi_like.train.state import ModelDef, Trainer
 

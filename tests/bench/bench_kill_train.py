@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from openpi_like.train.metrics import read_metrics
+from openpi_like.train.watching.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = (2, 1)  # devices of a process, processes

@@ -12,7 +12,7 @@ from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.serve.policy import ObservationError, Policy
-from openpi_like.train.load import PolicyParts
+from openpi_like.train.checkpoints.load import PolicyParts
 
 ARM = Robot(
     name="arm",

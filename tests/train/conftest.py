@@ -20,12 +20,12 @@ from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import flatten, unflatten
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import Checkpointer, save_policy
+from openpi_like.train.checkpoints.checkpoint import Checkpointer, save_policy
+from openpi_like.train.checkpoints.contract import Contract, encode_tokenizer
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.contract import Contract, encode_tokenizer
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.state import ModelDef, TrainState
-from openpi_like.train.warm_start import WarmStart
 from tests.conftest import REPOSITORY
 from tests.data.conftest import tfds, toy  # noqa: F401  fixtures
 from tests.train.run_files import LORA_BASE, ORDER, read, run_config

@@ -21,9 +21,9 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.partition import ShardingRules
-from openpi_like.train.hosts import Hosts
+from openpi_like.train.hosts.places import Hosts
+from openpi_like.train.hosts.process_group import join
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.process_group import join
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
 

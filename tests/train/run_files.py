@@ -16,7 +16,7 @@ from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import unflatten
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoint import Keep
+from openpi_like.train.checkpoints.checkpoint import Keep
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.state import Trainable
 

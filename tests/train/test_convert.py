@@ -22,9 +22,9 @@ from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import WeightsError, export_weights, flat_weights, flatten, load_weights, write_openpi
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.policy import Policy
-from openpi_like.train.checkpoint import save_policy
-from openpi_like.train.contract import CheckpointError, Contract, read_contract
-from openpi_like.train.load import load_policy_parts
+from openpi_like.train.checkpoints.checkpoint import save_policy
+from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_contract
+from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.state import ModelDef
 
 ROOT = Path(__file__).parents[2]
