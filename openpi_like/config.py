@@ -62,7 +62,8 @@ def from_json(data: Any) -> Any:
         return data
     if _CLASS not in data:
         return {k: from_json(v) for k, v in data.items()}
-    module, _, name = _MOVED.get(data[_CLASS], data[_CLASS]).partition(":")
+    path: str = data[_CLASS]
+    module, _, name = _MOVED.get(path, path).partition(":")
     # A checkpoint may come from anyone: it can name our own dataclasses and nothing else.
     if module.split(".")[0] != _PACKAGE:
         raise ValueError(f"class {data[_CLASS]!r} is outside {_PACKAGE}; the file is not one of ours or was changed")

@@ -35,13 +35,15 @@ from openpi_like.train.checkpoints.contract import (
 from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
 from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.fastest import AUTO, attention_of_run, decode_choices, encode_choices
 from openpi_like.train.hosts.agreement import software
 from openpi_like.train.hosts.lock import run_directory
 from openpi_like.train.hosts.places import HostsError
 from openpi_like.train.hosts.process_group import ProcessGroup, join
+from openpi_like.train.planning.chips import peak_flops
+from openpi_like.train.planning.flops import model_flops
 from openpi_like.train.sharding import check_batch, put_batch
-from openpi_like.train.state import ModelDef, Trainer
-from openpi_like.train.validation import Validator, dataset_name
+from openpi_like.train.validation import Validator
 from openpi_like.train.watching.metrics import MetricsWriter
 from openpi_like.train.watching.nonfinite import BadSteps
 from openpi_like.train.watching.pictures import picture_batch
@@ -93,18 +95,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         raise CheckpointError("a policy that cannot be trained and served:\n  " + "\n  ".join(problems))
 
     # ---- State: resume if this run has a checkpoint, else warm start if asked for, else fresh weights ----------------
-    model = ModelDef(config.model, config.trainable)
-    trainer = Trainer(
-        model,
-        config.optimizer.create(),
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        mesh=mesh,
-        rules=config.sharding,
-        dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
-        augment=config.data.augment,
-        accumulate=config.accumulate,
-    )
+    trainer = config.trainer(mesh)
     check_batch(config.batch_size, config.accumulate, mesh)
     checkpointer = Checkpointer(run_dir / "checkpoints", keep=config.keep, trainable=config.trainable)
     group.goes_on_from(lambda: resume_point(run_dir))
@@ -118,7 +109,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         )
         console.print(f"resumed at step {int(state.step)}, sample {position}")
     elif config.warm_start is not None:
-        weights, plan = warm_start(config.warm_start, trainer)
+        weights, plan = warm_start(config.warm_start, trainer, again=not config.save_frozen)
         state = trainer.init_from(weights)
         if lead:
             print_load_report(plan, console)
@@ -157,7 +148,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         )
     for change in changes:
         console.print(f"the order of samples has changed: {change}")
-    validator = Validator(config, contract, model, mesh)
+    validator = Validator(config, contract, trainer.model, mesh)
 
     # ---- Watching ----------------------------------------------------------------------------------------------------
     say = functools.partial(console.print, markup=False, soft_wrap=True)
@@ -167,11 +158,27 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if lead and (step == 0 if config.draw_batch is None else config.draw_batch):
         reader, path = contract.text_tokenizer(), run_dir / "first_batch.png"
         metrics.pictures(step, picture_batch(loader.peek(), trainer, reader, path, say=say))
+    if config.attention == AUTO:
+        # The lead measures, for all: they have to compile the same program, and the same one again after a resume.
+        sizes = trainer.attention_sizes(config.model.batch_shapes(config.batch_size))
+        choices = attention_of_run(run_dir / "attention.json", sizes, mesh) if lead else []
+        trainer.attention = decode_choices(group.broadcast("attention", encode_choices(choices)))
+        for choice in choices:
+            say(str(choice))
+    else:
+        trainer.attention = config.attention
     if step < config.steps:
         started = time.perf_counter()
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
-    log = StepLog(loader, step=step, batch_size=config.batch_size, schedule=config.optimizer.schedule())
+    log = StepLog(
+        loader,
+        step=step,
+        batch_size=config.batch_size,
+        schedule=config.optimizer.schedule(),
+        model_flops_per_sample=model_flops(trainer.model),
+        peak_flops=peak_flops(jax.devices()),
+    )
     watching: dict[str, Any] = {"paused": log.paused, "say": say}
     profiler = Profiler(config.profile if lead else None, run_dir / "profile", **watching)
     skipped, most = metrics.before["skipped"], config.skip_bad_steps

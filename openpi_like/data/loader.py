@@ -94,6 +94,11 @@ class MixtureEntry:
     selection: Selection = Selection()
     blank_language: bool = False
 
+    @property
+    def name(self) -> str:
+        """What it is called in metrics."""
+        return self.robot.name if self.actions else f"{self.robot.name}, text"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -163,11 +168,13 @@ class Description:
 class ValidationBatch:
     """A batch of held-out frames of one dataset, with the same numbers in robot space for errors in physical units.
 
-    state: (B, Ds). actions: (B, A, Js), A the robot's horizon. action_mask: (B, A), False past the end of the episode.
+    name: see `MixtureEntry.name`. state: (B, Ds). actions: (B, A, Js), A the robot's horizon. action_mask: (B, A),
+        False past the end of the episode.
     acts: whether actions are to be predicted, see `MixtureEntry.actions`. saturated: coefficients, see `DataConfig`.
     """
 
     batch: Batch
+    name: str
     robot: Robot
     state: np.ndarray
     actions: np.ndarray
@@ -948,6 +955,7 @@ def validation_batches(
                 batch, saturated = assemble(np.full(local, i), mine, positions, held_out=True)
                 yield ValidationBatch(
                     batch=batch,
+                    name=config.entries[i].name,
                     acts=config.entries[i].actions,
                     saturated=saturated,
                     robot=dataset.robot,

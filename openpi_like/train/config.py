@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jax.sharding import Mesh
+
 from openpi_like.config import near_names
 from openpi_like.data.loader import DataConfig
 from openpi_like.models.attention import VARIANTS
@@ -13,7 +15,7 @@ from openpi_like.train.fastest import AUTO
 from openpi_like.train.hosts.places import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
-from openpi_like.train.state import Trainable
+from openpi_like.train.state import ModelDef, Trainable, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,3 +107,17 @@ class TrainConfig:
             problems.append("tokenizer=None needs a warm_start checkpoint to take it from")
         if problems:
             raise ValueError("TrainConfig: " + "; ".join(problems))
+
+    def trainer(self, mesh: Mesh) -> Trainer:
+        """Returns what makes the state of this run and its steps."""
+        return Trainer(
+            ModelDef(self.model, self.trainable),
+            self.optimizer.create(),
+            ema_decay=self.ema_decay,
+            seed=self.seed,
+            mesh=mesh,
+            rules=self.sharding,
+            dataset_names=tuple(entry.name for entry in self.data.entries),
+            augment=self.data.augment,
+            accumulate=self.accumulate,
+        )

@@ -1,8 +1,10 @@
 """Which variant of attention is fastest, measured on this device at the sizes of this run."""
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ class Choice:
     ms: dict[str, float]
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.ms.items())
+        tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.ms.items()) or "not measured"
         s = self.sizes
         return f"attention of {s.T} queries to {s.S} keys (B {s.B}, N {s.N}, K {s.K}, H {s.H}): {self.name} ({tried})"
 
@@ -38,7 +40,7 @@ def on_one_device(sizes: Sizes, mesh: Mesh) -> Sizes:
     return dataclasses.replace(sizes, B=max(sizes.B // rows, 1), N=N, K=K)
 
 
-def choose(every: Iterable[Sizes], mesh: Mesh, *, gradient: bool = True) -> list[Choice]:
+def fastest_attention(every: Iterable[Sizes], mesh: Mesh, *, gradient: bool = True) -> list[Choice]:
     """Returns the fastest variant for each of these sizes, as seen by all devices together.
 
     gradient: measure forward and backward passes, as in training. Where only one variant can run, nothing is measured.
@@ -46,6 +48,33 @@ def choose(every: Iterable[Sizes], mesh: Mesh, *, gradient: bool = True) -> list
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return [_choose(sizes, on_one_device(sizes, mesh), device, platform, gradient) for sizes in sorted(every, key=str)]
+
+
+def encode_choices(choices: Iterable[Choice]) -> str:
+    """Returns choices as a text for other processes."""
+    return json.dumps([[dataclasses.asdict(choice.sizes), choice.name] for choice in choices])
+
+
+def decode_choices(text: str) -> dict[Sizes, str]:
+    """Returns what `Trainer.attention` takes, of a text of `encode_choices`."""
+    return {Sizes(**sizes): name for sizes, name in json.loads(text)}
+
+
+def attention_of_run(path: Path, every: Collection[Sizes], mesh: Mesh) -> list[Choice]:
+    """Returns the variants that a run computes attention by: those it has had before, else the fastest ones.
+
+    path: where they are kept. Another variant would round otherwise, so a run that goes on would not compute the same.
+    They are measured anew where the sizes or the kind of device are others.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        before = decode_choices(stored["choices"])
+        if stored["kind"] == kind and set(every) <= set(before):
+            return [Choice(sizes, before[sizes], {}) for sizes in sorted(every, key=str)]
+    choices = fastest_attention(every, mesh)
+    path.write_text(json.dumps({"kind": kind, "choices": encode_choices(choices)}))
+    return choices
 
 
 def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradient: bool) -> Choice:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
-from openpi_like.robots import Robot
 from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import put_batch
@@ -19,11 +18,6 @@ from openpi_like.train.state import ModelDef, Params, TrainState
 
 # Noise is the same at every call, so losses move only when the weights do.
 NOISE_SEED = 0
-
-
-def dataset_name(robot: Robot, *, acts: bool) -> str:
-    """Returns what a dataset is called in metrics."""
-    return robot.name if acts else f"{robot.name}, text"
 
 
 class Validator:
@@ -63,7 +57,7 @@ class Validator:
         saturated = 0
         for i, item in enumerate(self._batches(count=self._config.validation_batches)):
             robot, batch = item.robot, put_batch(item.batch, self._mesh)
-            name = dataset_name(robot, acts=item.acts)
+            name = item.name
             key = jax.random.fold_in(jax.random.key(NOISE_SEED), i)
             saturated += item.saturated
             for part, value in self._losses(params, batch, key).items():

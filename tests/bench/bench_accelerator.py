@@ -312,7 +312,7 @@ def attention(args: Args) -> Iterator[dict[str, Any]]:
     sample = lambda w, o: model.bind(w).sample_actions(jax.random.key(0), o)  # noqa: E731
     served = sizes_in(sample, model.shapes, config.input_shapes(1, actions=False))
     for what, sizes, gradient in (("training, batch 8", trained, True), ("sampling, batch 1", served, False)):
-        for choice in fastest.choose(sizes, mesh, gradient=gradient):
+        for choice in fastest.fastest_attention(sizes, mesh, gradient=gradient):
             yield {"what": f"attention in {what}", "sizes": str(choice), "fastest": choice.name, **choice.ms}
 
 

@@ -135,7 +135,7 @@ def test_the_fastest_that_is_right_is_chosen(monkeypatch):
     sizes = Sizes(B=8, T=5, S=7, N=4, K=1, H=8, dtype="float32", masked=True)
     mesh = MeshConfig(data=2, fsdp=2).create()
     monkeypatch.setattr(fastest, "_choose", functools.partial(_as_on_a_gpu, fastest._choose))
-    (choice,) = fastest.choose({sizes}, mesh)
+    (choice,) = fastest.fastest_attention({sizes}, mesh)
     assert (choice.name, set(choice.ms)) == ("xla", {"einsum", "wrong", "xla"})
     assert np.isnan(choice.ms["wrong"])
     assert choice.ms["xla"] == pytest.approx(1e3 * 4 / fastest.REPEATS)
@@ -147,10 +147,31 @@ def _as_on_a_gpu(function, sizes, local, device, platform, gradient):
     return function(sizes, local, device, "gpu", gradient)
 
 
+def test_a_run_goes_on_with_the_variants_it_has_had(tmp_path, monkeypatch):
+    sizes = Sizes(B=8, T=5, S=7, N=4, K=1, H=8, dtype="float32", masked=True)
+    other, mesh = dataclasses.replace(sizes, T=6), MeshConfig().create()
+    measured = []
+
+    def measure(every, mesh):
+        measured.append(set(every))
+        return [fastest.Choice(s, "xla" if len(measured) == 1 else "einsum", {"xla": 1.0}) for s in every]
+
+    monkeypatch.setattr(fastest, "fastest_attention", measure)
+    path = tmp_path / "attention.json"
+    for every, expected in (({sizes}, "xla"), ({sizes}, "xla"), ({sizes, other}, "einsum"), ({other}, "einsum")):
+        assert {c.name for c in fastest.attention_of_run(path, every, mesh)} == {expected}
+    assert measured == [{sizes}, {sizes, other}]
+    path.write_text(path.read_text().replace('"kind": "cpu"', '"kind": "another"'))
+    fastest.attention_of_run(path, {sizes}, mesh)
+    assert len(measured) == 3
+
+
 def test_on_a_cpu_nothing_is_measured():
     sizes = Sizes(B=8, T=5, S=7, N=4, K=1, H=8, dtype="float32", masked=True)
-    (choice,) = fastest.choose({sizes}, MeshConfig().create())
+    (choice,) = fastest.fastest_attention({sizes}, MeshConfig().create())
+    assert str(choice).endswith("H 8): einsum (not measured)")
     assert (choice.name, choice.ms) == ("einsum", {})
+    assert fastest.decode_choices(fastest.encode_choices([choice])) == {sizes: "einsum"}
 
 
 def test_heads_that_do_not_divide_are_whole():

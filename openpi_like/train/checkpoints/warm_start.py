@@ -164,20 +164,33 @@ def base_plan(start: WarmStart, model: ModelDef, arrays: Arrays) -> LoadPlan:
         ) from e
 
 
-def warm_start(start: WarmStart, trainer: "Trainer") -> tuple[Params, LoadPlan]:
+def warm_start(start: WarmStart, trainer: "Trainer", *, again: bool = False) -> tuple[Params, LoadPlan]:
     """Returns weights taken from a checkpoint where they fit and fresh where asked for, and what was done.
 
     They are held as `Trainer.init_from` takes them.
+    again: those that are not trained have to be read again from there, see `frozen_from`.
 
     Raises:
         CheckpointError, WeightsError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of
-            them, and patterns that match nothing.
+            them, and patterns that match nothing. With `again`: some of those start fresh.
     """
     arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
     plan = base_plan(start, trainer.model, arrays)
+    if again:
+        _check_frozen(start, trainer, plan)
     weights = read_weights(arrays, plan, shardings=trainer.placement, hold=trainer.hold)
     fresh = trainer.fresh_weights([row["weight"] for row in plan.report if row["from"] == "fresh"])
     return unflatten(weights | fresh), plan
+
+
+def _check_frozen(start: WarmStart, trainer: "Trainer", plan: LoadPlan) -> None:
+    names = flatten(trainer.abstract.frozen)
+    fresh = sorted(row["weight"] for row in plan.report if row["from"] == "fresh" and row["weight"] in names)
+    if fresh:
+        raise CheckpointError(
+            f"frozen weights that {start.checkpoint} does not have: {', '.join(fresh)}; they are kept with the run "
+            "with save_frozen=True only"
+        )
 
 
 def frozen_from(start: WarmStart, trainer: "Trainer") -> Params:
@@ -188,11 +201,7 @@ def frozen_from(start: WarmStart, trainer: "Trainer") -> Params:
     """
     arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
     plan = base_plan(start, trainer.model, arrays)
+    _check_frozen(start, trainer, plan)
     names = flatten(trainer.abstract.frozen)
-    fresh = sorted(row["weight"] for row in plan.report if row["from"] == "fresh" and row["weight"] in names)
-    if fresh:
-        raise CheckpointError(
-            f"frozen weights that {start.checkpoint} does not have: {', '.join(fresh)}; save the base"
-        )
     only = dataclasses.replace(plan, rows={name: rows for name, rows in plan.rows.items() if name in names})
     return unflatten(read_weights(arrays, only, shardings=trainer.placement, hold=trainer.hold))

@@ -1,6 +1,7 @@
 """Published peaks of accelerators, for rooflines and model FLOPs utilisation."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -69,3 +70,9 @@ def find_chip(name: Any) -> Chip | None:
     """Returns the chip of this name, `device_kind` or jax device; None where its peaks are not known."""
     wanted = str(getattr(name, "device_kind", name)).lower()
     return next((c for c in CHIPS if wanted in (c.name, *(k.lower() for k in c.kinds))), None)
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """Returns the FLOP/s at the published peaks of jax devices together; None where those of one are not known."""
+    chips = [find_chip(device) for device in devices]
+    return None if None in chips else sum(1e12 * chip.tflops for chip in chips if chip is not None)

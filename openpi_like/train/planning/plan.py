@@ -13,14 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from openpi_like.partition import replication
-from openpi_like.train.fastest import AUTO
 from openpi_like.train.planning.chips import Chip
 from openpi_like.train.planning.flops import model_flops
 from openpi_like.train.planning.hlo_cost import Collective, read_program
 from openpi_like.train.planning.topology import GIB, Target
 from openpi_like.train.sharding import MeshConfig, batch_sharding, check_batch, replicated
-from openpi_like.train.state import ModelDef, Trainer
-from openpi_like.train.validation import dataset_name
+from openpi_like.train.state import Trainer
 
 MIB = 2**20
 
@@ -144,26 +142,6 @@ class Plan:
 # ---- The training step -----------------------------------------------------------------------------------------------
 
 
-def make_trainer(config: Any, mesh: Mesh) -> Trainer:
-    """Returns the trainer of a run, as train/train.py makes it.
-
-    Attention that is to be measured is an einsum here.
-    """
-    trainer = Trainer(
-        ModelDef(config.model, config.trainable),
-        config.optimizer.create(),
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        mesh=mesh,
-        rules=config.sharding,
-        dataset_names=tuple(dataset_name(e.robot, acts=e.actions) for e in config.data.entries),
-        augment=config.data.augment,
-        accumulate=config.accumulate,
-    )
-    trainer.attention = "einsum" if config.attention == AUTO else config.attention
-    return trainer
-
-
 def _placed(shapes: Any, shardings: Any) -> Any:
     """Returns shapes with where they lie. shardings: a tree, or one for all."""
     if isinstance(shardings, jax.sharding.Sharding):
@@ -217,7 +195,7 @@ def plan_step(config: Any, target: Target) -> Plan:
     """
     mesh = config.mesh.create(target.devices)
     check_batch(config.batch_size, config.accumulate, mesh)
-    trainer = make_trainer(config, mesh)
+    trainer = config.trainer(mesh)
     state = abstract_state(trainer)
     batch = _placed(config.model.batch_shapes(config.batch_size), batch_sharding(mesh))
     parts = state_bytes(state) | {"batch": bytes_per_chip(batch)}

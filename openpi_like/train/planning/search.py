@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from openpi_like.train.planning.flops import model_flops
-from openpi_like.train.planning.plan import Plan, abstract_state, make_trainer, plan_step, state_bytes
+from openpi_like.train.planning.plan import Plan, abstract_state, plan_step, state_bytes
 from openpi_like.train.planning.topology import GIB, Target
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef
@@ -86,7 +86,7 @@ def candidates(config: Any, target: Target) -> list[Candidate]:
         parts = [n for n in ACCUMULATE if config.batch_size % (ways * n) == 0]
         for fsdp in (f for f in range(1, ways + 1) if ways % f == 0 and ways // f % slices == 0 and parts):
             mesh = MeshConfig(data=ways // fsdp, fsdp=fsdp, tensor=tensor, slices=slices)
-            trainer = make_trainer(config, mesh.create(target.devices))
+            trainer = config.trainer(mesh.create(target.devices))
             state = sum(state_bytes(abstract_state(trainer)).values())
             if state > 0.95 * limit:
                 continue

@@ -192,8 +192,10 @@ def test_other_weights_cannot_be_trained_halfway(tuned, tiny_policy, contract_of
 def test_fresh_weights_cannot_be_noted(base_run, tiny_policy):
     """They are nowhere to be read again."""
     start = WarmStart(str(base_run), reinitialize=("^vision/",))
-    with pytest.raises(CheckpointError, match=r"frozen weights that .* does not have: vision/.*; save the base"):
+    with pytest.raises(CheckpointError, match=r"frozen weights that .* does not have: vision/.* save_frozen=True"):
         frozen_from(start, _trainer(tiny_policy, Trainable(LORA)))
+    with pytest.raises(CheckpointError, match="does not have: vision/"):
+        warm_start(start, _trainer(tiny_policy, Trainable(LORA)), again=True)
     with pytest.raises(WeightsError, match="matches no weight"):
         warm_start(WarmStart(str(base_run), reinitialize=("^visoin/",)), _trainer(tiny_policy, Trainable(LORA)))
 

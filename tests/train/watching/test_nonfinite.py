@@ -113,7 +113,8 @@ def test_the_samples_of_a_bad_step_are_named_by_file_and_episode(
         assert loader.where(position) in line
         assert re.search(r"episode \d+, step \d+ \(\S*tfrecord\S*, record \d+\)", line)
         assert line.endswith(f"loss nan, sample {position}")
-    kept = np.load(tmp_path / "nonfinite_step3.npz")
+    with np.load(tmp_path / "nonfinite_step3.npz") as file:
+        kept = dict(file)
     np.testing.assert_array_equal(kept["actions"], batch["actions"])
 
 
