@@ -39,7 +39,7 @@ def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
     """Eight devices; and two processes with four each, which gather weights from one another, or are a slice each."""
     others = MESHES if EVERYTHING else ("1x1x1", "2x2x2")
     lines = _lines(_start(8, "pi0", *MESHES)) + _lines(_start(8, "insulated,fast", *others))
-    shared = ",".join(POLICIES) if EVERYTHING else "insulated"  # which has all there is
+    shared = ",".join(POLICIES) if EVERYTHING else "pi0"
     split, nothing = map(_lines, [_start(4, shared, "1x8x1", "2x4x1:2", address, "2", str(rank)) for rank in range(2)])
     assert not nothing  # the first process speaks for both
     alone = {line["policy"]: line["losses"] for line in lines if line["mesh"] == "1x1x1"}
