@@ -10,6 +10,7 @@ newest complete checkpoint when the same command is given again; what it then co
 
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ from openpi_like.train.hosts.agreement import software
 from openpi_like.train.hosts.lock import run_directory
 from openpi_like.train.hosts.places import HostsError
 from openpi_like.train.hosts.process_group import ProcessGroup, join
-from openpi_like.train.planning.chips import peak_flops
+from openpi_like.train.planning.chips import GPU_PART, peak_flops
 from openpi_like.train.planning.flops import model_flops
 from openpi_like.train.sharding import check_batch, put_batch
 from openpi_like.train.validation import Validator
@@ -117,7 +118,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     else:
         state = trainer.init()
     step = int(state.step)
-    if step == 0:
+    if checkpointer.latest_step() is None:
         checkpointer.begin(state, source=None if config.save_frozen else config.warm_start)
     trained, frozen = (sum(x.size for x in jax.tree.leaves(of)) for of in (state.params, state.frozen))
     said = f"{trained:,} parameters" + (f" beside {frozen:,} that are not trained" if frozen else "")
@@ -165,19 +166,20 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         trainer.attention = decode_choices(group.broadcast("attention", encode_choices(choices)))
         for choice in choices:
             say(str(choice))
-    else:
-        trainer.attention = config.attention
     if step < config.steps:
         started = time.perf_counter()
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
+    peak = peak_flops(jax.devices())
+    if peak is None and jax.default_backend() != "cpu":
+        say(f"MFU is not logged: the peak of {jax.devices()[0].device_kind} is not in openpi_like/train/planning/chips.py")
     log = StepLog(
         loader,
         step=step,
         batch_size=config.batch_size,
         schedule=config.optimizer.schedule(),
         model_flops_per_sample=model_flops(trainer.model),
-        peak_flops=peak_flops(jax.devices()),
+        peak_flops=peak,
     )
     watching: dict[str, Any] = {"paused": log.paused, "say": say}
     profiler = Profiler(config.profile if lead else None, run_dir / "profile", **watching)
@@ -219,7 +221,8 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
             score = None
-            if step % config.validate_every == 0 or step == config.steps:
+            # Who stops a run waits for its checkpoint, not for a validation.
+            if (step % config.validate_every == 0 or step == config.steps) and not stop:
                 with log.paused():
                     line = validator(state)
                 score = config.keep.score(line)
@@ -229,6 +232,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
             if saving:
                 checkpointer.save(state, score=score, **saved())
+                metrics.sync()
             progress.update(bar, completed=step)
     profiler.close()
     ended = time.perf_counter()
@@ -258,6 +262,8 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    # Before the GPUs are asked for: JAX leaves a quarter of their memory alone otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_PART))
     config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()
     use_compile_cache(config.compile_cache)
     try:

@@ -109,8 +109,8 @@ class TrainConfig:
             raise ValueError("TrainConfig: " + "; ".join(problems))
 
     def trainer(self, mesh: Mesh) -> Trainer:
-        """Returns what makes the state of this run and its steps."""
-        return Trainer(
+        """Returns what makes the state of this run and its steps. attention="auto" is still to be measured."""
+        trainer = Trainer(
             ModelDef(self.model, self.trainable),
             self.optimizer.create(),
             ema_decay=self.ema_decay,
@@ -121,3 +121,6 @@ class TrainConfig:
             augment=self.data.augment,
             accumulate=self.accumulate,
         )
+        if self.attention != AUTO:
+            trainer.attention = self.attention
+        return trainer

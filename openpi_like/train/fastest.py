@@ -94,6 +94,8 @@ def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradi
         if not _close(got, expected):
             ms[name] = float("nan")
     sound = {name: value for name, value in ms.items() if np.isfinite(value)}
+    if not sound:  # as where memory is short: the run is to say so itself
+        return Choice(sizes, able[0], ms)
     return Choice(sizes, min(sound, key=lambda name: sound[name]), ms)
 
 

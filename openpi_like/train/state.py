@@ -1,8 +1,9 @@
 """The training state as plain nested dicts of arrays, and the compiled step over it."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -289,6 +290,12 @@ class Trainer:
 
     # ---- Step --------------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """While a function is traced: its arrays lie on the mesh as the rules say, and attention is that of the step."""
+        with placed(self.mesh, self.rules), computed_by(self.attention):
+            yield
+
     def attention_sizes(self, batch: Batch) -> set[Sizes]:
         """Returns the sizes of attention in a step. batch: of shapes, over all devices."""
         part = jax.tree.map(
@@ -355,7 +362,7 @@ class Trainer:
 
         metrics["skipped"] is then 1. It costs no memory, and less than a hundredth of the time.
         """
-        with placed(self.mesh, self.rules), computed_by(self.attention):
+        with self.tracing():
             compute = self._gradients if self.accumulate == 1 else self._accumulated
             loss, per_sample, grads = compute(state, batch)
         norm = optax.tree.norm(grads)

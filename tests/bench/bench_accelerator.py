@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,20 +34,20 @@ ROOT = Path(__file__).resolve().parents[2]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 # Parts, in the order of what is wanted most, and the seconds that each may take.
 PARTS = {
-    "sampling, bfloat16": 130,
+    "sampling, bfloat16": 110,
     "training, all weights": 100,
-    "training, LoRA": 90,
-    "pi0-FAST": 70,
-    "sampling, int8": 60,
-    "sampling, float8_e4m3fn": 60,
-    "attention": 60,
-    "training, LoRA on int8": 70,
+    "training, LoRA": 75,
+    "pi0-FAST": 60,
+    "attention": 45,
+    "sampling, int8": 45,
+    "training, LoRA on int8": 55,
+    "sampling, float8_e4m3fn": 40,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """See the file's head. size: released or tiny. out: JSON with all numbers. profile: directory of a profile.
+    """See the file's head. size: released or tiny. out: JSON with all numbers. profile: directory to keep profiles in.
 
     only: parts to run, default all. seconds: for everything; parts that would begin later are left out, and named.
     train_batches: sizes to try, each for all weights and LoRA; the largest that fits counts.
@@ -239,21 +240,23 @@ def fast(args: Args) -> Iterator[dict[str, Any]]:
         found[new] = latencies(call, seconds=4.0 if args.size == "released" else 0.2)["p50_ms"]
     (one, first), (many, last) = found.items()
     per_token = (last - first) / (many - one)
-    row = {"what": "pi0-FAST", "cameras": len(config.cameras), "batch": 1, "weights": "bfloat16"}
-    yield row | {"prompt_ms": first - per_token, "token_ms": per_token, "tokens": many, "chunk_ms": last}
+    row = {"what": "pi0-FAST", "cameras": len(config.cameras), "batch": 1, "weights": "bfloat16", "tokens": many}
+    sound = per_token > 0  # or what is measured is noise
+    row |= {"prompt_ms": first - per_token, "token_ms": per_token} if sound else {"prompt_ms": None, "token_ms": None}
+    yield row | {"first_token_ms": first, "chunk_ms": last}
 
 
 def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
     import jax
     import numpy as np
 
-    from openpi_like.models.attention import VARIANTS  # noqa: F401  # so that an error there is one of this part
     from openpi_like.partition import ShardingRules
     from openpi_like.train.optimizer import OptimizerConfig
     from openpi_like.train.planning.chips import find_chip
     from openpi_like.train.planning.flops import model_flops
     from openpi_like.train.sharding import MeshConfig, put_batch
     from openpi_like.train.state import ModelDef, Trainer
+    from openpi_like.train.watching.profiling import STEP
 
     model = ModelDef(pi0(args.size, 3), trainable)
     chip, flops = find_chip(jax.devices()[0]), model_flops(model)
@@ -292,13 +295,29 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
         step = statistics.median(times)
         mfu = None if chip is None else B * flops / step / (chip.tflops * 1e12 * jax.device_count())
         row |= {"step_ms": 1e3 * step, "samples_per_s": B / step, "mfu": mfu, "model_tflop_a_sample": flops / 1e12}
-        yield row | {"gib": compiled_memory(compiled), "peak_gib": peak_memory(), "loss": loss}
-        if args.profile is not None:
-            with jax.profiler.trace(str(args.profile / f"{name.replace(' ', '_')}_batch_{B}")):
+        row |= {"gib": compiled_memory(compiled), "peak_gib": peak_memory(), "loss": loss}
+        yield row
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) if args.profile is None else args.profile / f"{name.replace(' ', '_')}_batch_{B}"
+            with jax.profiler.trace(str(kept)):
                 for i in range(3):
-                    with jax.profiler.StepTraceAnnotation("train", step_num=i):
+                    with jax.profiler.StepTraceAnnotation(STEP, step_num=i):
                         state, values = compiled(state, batch)
-                jax.block_until_ready(values)
+                        jax.block_until_ready(values)  # or it would be done after the step is over
+            yield {"what": f"where a step goes, {name}", "batch": B, **where_it_goes(kept)}
+
+
+def where_it_goes(trace: Path) -> dict[str, Any]:
+    """Returns milliseconds of a step from its trace: all of it, the most of it by part and kind, and the idle time."""
+    from openpi_like.train.watching.step_time import find_traces, step_time
+
+    found = step_time(find_traces(trace))
+    by: dict[str, float] = {}
+    for part, seconds in found.parts.items():
+        name = f"{part.scope[0] if part.scope else 'other'}, {part.kind}"
+        by[name] = by.get(name, 0.0) + 1e3 * seconds
+    most = dict(sorted(by.items(), key=lambda item: -item[1])[:12])
+    return {"step_ms": 1e3 * found.total, "idle_ms": 1e3 * found.idle} | most
 
 
 def attention(args: Args) -> Iterator[dict[str, Any]]:
@@ -357,7 +376,8 @@ def start_part(args: Args, part: str, seconds: float) -> tuple[list[dict[str, An
     command = [sys.executable, str(Path(__file__).resolve()), "worker", part, args.size, profile]
     command += map(str, args.train_batches)
     # Memory as it is needed, so that its peak says something; compiled programs are kept for the next time.
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT), **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=seconds)
@@ -396,7 +416,10 @@ def main(args: Args) -> int:
         sys.exit(f"got only={unknown}, size={args.size!r}; parts are {list(PARTS)}, sizes released and tiny")
     console, started = Console(width=160), time.perf_counter()
     probe = "import jax; d = jax.devices(); print(len(d), d[0].platform, d[0].device_kind, jax.__version__, sep='|')"
-    machine = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+    asked = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if asked.returncode:
+        sys.exit(f"jax does not start here:\n{asked.stderr.strip()[-2000:]}")
+    machine = asked.stdout.strip()
     count, platform, kind, version = machine.splitlines()[-1].split("|")
     result: dict[str, Any] = {"devices": int(count), "platform": platform, "kind": kind, "jax": version}
     result |= {"size": args.size, "rows": [], "problems": {}}

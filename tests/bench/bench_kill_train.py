@@ -108,20 +108,35 @@ class Run:
         return [line for line in read_metrics(self.folder / "run" / "metrics.jsonl") if line["split"] == "train"]
 
     def live(self, devices: int, processes: int, until: int | None, pause: float = 0.0) -> None:
-        """Runs to the end, or until so many steps are in the log, and then some seconds, and kills it."""
+        """Runs to the end, or until so many steps are in the log, and then some seconds, and kills it.
+
+        A life that would have ended so before it did anything does one step more.
+        """
+        before = len(self.lines())
         started = self.start(devices, processes)
-        while until is not None and (not self.lines() or self.lines()[-1]["step"] < until):
-            if any(p.poll() is not None for p in started):
-                break
-            time.sleep(0.02)
         if until is not None:
+            while len(self.lines()) == before or self.lines()[-1]["step"] < until:
+                self._check_alive(started)
+                before = min(before, len(self.lines()))  # what was done twice is removed when it resumes
+                time.sleep(0.02)
             time.sleep(pause)
+            self._check_alive(started)
             for process in started:
                 process.send_signal(signal.SIGKILL)
         codes = [process.wait() for process in started]
         if until is None and any(codes):
-            logs = [p.read_text()[-3000:] for p in sorted(self.folder.glob(f"log-{self._life}-*"))]
-            raise SystemExit(f"a life that was not killed ended with {codes}:\n" + "\n".join(logs))
+            self._ended(codes)
+
+    def _check_alive(self, started: list[subprocess.Popen[bytes]]) -> None:
+        codes = [process.poll() for process in started]
+        if any(code is not None for code in codes):
+            for process in started:
+                process.kill()
+            self._ended(codes)
+
+    def _ended(self, codes: list[int | None]) -> None:
+        logs = [p.read_text()[-3000:] for p in sorted(self.folder.glob(f"log-{self._life}-*"))]
+        raise SystemExit(f"a life that was not killed ended with {codes}:\n" + "\n".join(logs))
 
     def read_samples(self) -> dict[int, set[str]]:
         """Returns the digests by position, of all lives; one each, where nothing differs."""

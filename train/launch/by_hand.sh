@@ -6,7 +6,7 @@ HOSTS=(10.0.0.1 10.0.0.2)
 PORT=1234                                # free on the first host, and open to the others
 CODE=/shared/openpi_like
 RUN=/shared/runs/my_run                  # on a file system that all of them share
-TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.fsdp=8)
+TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.data=1 mesh.fsdp=-1)
 
 for i in "${!HOSTS[@]}"; do
   place=("hosts.coordinator=${HOSTS[0]}:$PORT" "hosts.count=${#HOSTS[@]}" "hosts.rank=$i")

@@ -13,11 +13,11 @@
 set -uo pipefail
 CODE=/shared/openpi_like                 # with its .venv
 RUN=/shared/runs/$SLURM_JOB_NAME         # on a file system that all nodes share
-TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.fsdp=32)
+TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.data=1 mesh.fsdp=-1)
 
 cd "$CODE" || exit 2
 # The coordinator's port follows from the job's number; JAX_COORDINATOR_PORT sets another.
-srun --kill-on-bad-exit=1 --label .venv/bin/python train/train.py "${TRAIN[@]}"
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --label .venv/bin/python train/train.py "${TRAIN[@]}"
 code=$?
 # 143: stopped by SIGTERM and saved, as at the end of the time. Other errors end the job, as they would come again;
 # nodes that fail or are taken away requeue it by themselves.

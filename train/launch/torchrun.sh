@@ -7,7 +7,7 @@
 set -euo pipefail
 CODE=/shared/openpi_like                 # with its .venv
 RUN=/shared/runs/my_run                  # on a file system that all nodes share
-TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.fsdp=32)
+TRAIN=(configs/finetune_pi0_widowx.py "run_dir=$RUN" mesh.data=1 mesh.fsdp=-1)
 : "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
 export MASTER_ADDR MASTER_PORT WORLD_SIZE="${WORLD_SIZE:-$NODES}" RANK="${RANK:-$NODE}"
 

@@ -8,7 +8,7 @@ TPU=my-tpu
 ZONE=us-east5-a
 CODE=openpi_like                         # below the home directory
 RUN=/bucket/runs/my_run
-TRAIN="configs/finetune_pi0_widowx.py run_dir=$RUN mesh.fsdp=16"
+TRAIN="configs/finetune_pi0_widowx.py run_dir=$RUN mesh.data=1 mesh.fsdp=-1"
 
 on() { gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker="$1" --command "$2"; }
 

@@ -48,11 +48,9 @@ def digest(frozen: Params) -> dict[str, int]:
 
 
 def save_base(run_dir: Path, frozen: Params) -> None:
-    """Writes the frozen weights of a run beside its checkpoints; does nothing where they are there already."""
-    directory = run_dir.resolve() / BASE
-    if not (directory / "_METADATA").exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(directory, plain(frozen), force=True)
+    """Writes the frozen weights of a run beside its checkpoints, over those of a try that got to no checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(run_dir.resolve() / BASE, plain(frozen), force=True)
 
 
 def run_of(step_dir: Path) -> Path:

@@ -173,7 +173,8 @@ def _verify_array(
     try:
         array = read(name)
     except Exception as e:  # Orbax raises bare Exception for a damaged array
-        report.add(item, name, f"cannot be read: {str(e.__cause__ or e).strip().splitlines()[0]}")
+        first = str(e.__cause__ or e).strip().split("\n")[0]
+        report.add(item, name, f"cannot be read: {first}")
         return
     report.arrays += 1
     if dtype is not None and array.dtype != dtype:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -13,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from openpi_like.train.hosts.places import HostsError
+from openpi_like.train.hosts.places import HostsError, boot_id
 from openpi_like.train.hosts.process_group import ProcessGroup
 
 LOCK, OWNER = "run.lock", "running.json"
 BEAT_S = 10.0
 STALE_S = 90.0  # a run that has not written for so long is over; file systems may show a minute-old file to other hosts
+LONG_AGO_S = 3600.0  # a run that wrote before that is over, unless the clocks of two hosts are this far apart
 VISIBLE_S = 120.0  # shared file systems show a new file to other hosts after their caches' lifetime
 
 
@@ -28,13 +30,20 @@ class RunLockedError(HostsError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who uses a run directory. started, seen: seconds since 1970. token: of this use, drawn at random."""
+    """Who uses a run directory. started, seen: seconds since 1970, by that host's clock. token: of this use, drawn at
+    random. boot: see `boot_id`."""
 
     host: str
     pid: int
     started: float
     seen: float
     token: str
+    boot: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, on this host since that was started."""
+        return (self.host, self.boot) == (socket.gethostname(), boot_id())
 
     def __str__(self) -> str:
         since = datetime.datetime.fromtimestamp(self.started).astimezone().isoformat(sep=" ", timespec="seconds")
@@ -46,8 +55,8 @@ class RunLock:
 
     An advisory lock on `run.lock` refuses a second run at once, and ends with the process, however that ends. Some
     shared file systems (buckets mounted by gcsfuse, NFS without its lock service) keep such locks to one host, others
-    have none. So the owner also writes `running.json` again every few seconds: who finds a recent one of another host
-    waits to see whether it changes.
+    have none. So the owner also writes `running.json` again every few seconds: who finds that of another host waits to
+    see whether it changes, by its own clock.
     """
 
     def __init__(
@@ -109,12 +118,16 @@ class RunLock:
 
     def _check_owner(self, alone_here: bool) -> None:
         owner = read_owner(self._run_dir)
-        if owner is None or time.time() - owner.seen > self._stale_s:
+        if owner is None or time.time() - owner.seen > LONG_AGO_S:
             return
-        if owner.host == socket.gethostname() and (alone_here or not _is_running(owner.pid)):
+        if owner.is_here and (alone_here or not _is_running(owner.pid)):
             return  # it was killed here
-        self._say(f"{self._run_dir} was in use a moment ago ({owner}); waiting to see whether it still is")
-        while time.time() - owner.seen < self._stale_s:
+        self._say(
+            f"{self._run_dir} was not given back by its last run ({owner}); waiting {self._stale_s:g} s to see whether "
+            "that still runs"
+        )
+        until = time.monotonic() + self._stale_s
+        while time.monotonic() < until:
             time.sleep(self._beat_s / 10)
             now = read_owner(self._run_dir)
             if now is None:
@@ -142,7 +155,7 @@ class RunLock:
                         self._write()
 
     def _write(self) -> None:
-        owner = Owner(socket.gethostname(), os.getpid(), self._started, time.time(), self.token)
+        owner = Owner(socket.gethostname(), os.getpid(), self._started, time.time(), self.token, boot_id())
         temporary = self._run_dir / f"{OWNER}.new"
         temporary.write_text(json.dumps(dataclasses.asdict(owner)))
         os.replace(temporary, self._run_dir / OWNER)
@@ -150,10 +163,15 @@ class RunLock:
 
 def read_owner(run_dir: Path) -> Owner | None:
     """Returns who uses a run directory, or used it until it was killed; None for nobody."""
-    try:
-        return Owner(**json.loads((run_dir / OWNER).read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
-        return None
+    for _ in range(3):
+        try:
+            return Owner(**json.loads((run_dir / OWNER).read_text()))
+        except (FileNotFoundError, TypeError, ValueError):
+            return None
+        except OSError as e:
+            if e.errno != errno.ESTALE:  # NFS: it was written anew while this host opened it
+                raise
+    return None
 
 
 def wait_for_token(run_dir: Path, token: str, *, timeout_s: float = VISIBLE_S) -> None:

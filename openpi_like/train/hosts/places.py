@@ -8,6 +8,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from jax._src import clusters  # JAX's own list of clusters has no public name
@@ -19,6 +20,12 @@ class HostsError(RuntimeError):
     """What went wrong between the processes of a run; its text is meant to be read without a traceback."""
 
     exit_code = 1
+
+
+def boot_id() -> str:
+    """Returns what the system of this host has called itself since it was started; two hosts may have one name."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 @dataclasses.dataclass(frozen=True)

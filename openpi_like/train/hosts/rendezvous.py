@@ -14,10 +14,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
-from openpi_like.train.hosts.places import HostsError, Place, split_address
+from openpi_like.train.hosts.places import HostsError, Place, boot_id, split_address
 
 UPDATE_S = 1.0  # how often those that wait are told who is missing
 SILENCE_S = 10.0  # a coordinator that tells nothing for so long is asked again
@@ -50,9 +49,7 @@ def call_roll(place: Place, *, timeout_s: float, say: Callable[[str], None]) -> 
         HostsError: one is missing after `timeout_s`, the coordinator cannot be reached, or two processes have other
             ideas of the run (the same rank, another count).
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    boot_id = boot.read_text().strip() if boot.exists() else ""
-    me = Member(place.rank, place.count, socket.gethostname(), os.getpid(), boot_id)
+    me = Member(place.rank, place.count, socket.gethostname(), os.getpid(), boot_id())
     return (_call if place.rank == 0 else _answer)(place, me, timeout_s, say)
 
 

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+# Of a GPU's memory, what a program may take: the driver, libraries and fragments take the rest.
+GPU_PART = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -56,9 +59,14 @@ CHIPS = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 32.0, 1_640.0, 224.0, 12.5, torus=2, largest=256),
     Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312.0, 80.0, 2_039.0, 300.0, 25.0, domain=8),
     Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312.0, 40.0, 1_555.0, 300.0, 25.0, domain=8),
+    Chip("a100-pcie", ("NVIDIA A100 80GB PCIe",), 312.0, 80.0, 1_935.0, 32.0, domain=8),
+    Chip("a100-pcie-40gb", ("NVIDIA A100-PCIE-40GB",), 312.0, 40.0, 1_555.0, 32.0, domain=8),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.0, 80.0, 3_350.0, 450.0, 50.0, domain=8),
+    Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756.0, 80.0, 2_000.0, 64.0, domain=8),
+    Chip("h100-nvl", ("NVIDIA H100 NVL",), 835.0, 94.0, 3_900.0, 64.0, domain=8),
     Chip("h200", ("NVIDIA H200",), 989.0, 141.0, 4_800.0, 450.0, 50.0, domain=8),
     Chip("b200", ("NVIDIA B200",), 2_250.0, 180.0, 8_000.0, 900.0, 50.0, domain=8),
+    Chip("gb200", ("NVIDIA GB200",), 2_500.0, 186.0, 8_000.0, 900.0, 50.0, domain=72),
     Chip("l4", ("NVIDIA L4",), 121.0, 24.0, 300.0, 32.0, domain=8),
     Chip("l40s", ("NVIDIA L40S",), 362.0, 48.0, 864.0, 32.0, domain=8),
     Chip("rtx4090", ("NVIDIA GeForce RTX 4090",), 165.0, 24.0, 1_008.0, 32.0, domain=8),

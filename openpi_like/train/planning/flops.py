@@ -117,7 +117,7 @@ class _Graph:
         return outputs
 
     def _scan(self, eqn: Any, inputs: list[int]) -> list[int]:
-        body, consts, carried = _open(eqn.params["jaxpr"]), eqn.params["num_consts"], eqn.params["num_carry"]
+        body, (consts, carried) = _open(eqn.params["jaxpr"]), _scanned(eqn.params)
         fixed, carry, each = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
         stacked = [self.node() for _ in eqn.outvars[carried:]]
         # Written out, so that what only the carry of the last round would need has no gradient.
@@ -149,6 +149,15 @@ class _Graph:
         body = _Graph()
         body.add(_open(params["jaxpr"]), [body.node() for _ in _open(params["jaxpr"]).invars])
         return math.prod(params["grid_mapping"].grid) * _total(body.products)
+
+
+def _scanned(params: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many inputs of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # Since jax 0.12: inputs by kind, with a place for each.
+    consts, carry, _ = (jax.tree.leaves(kind, is_leaf=lambda x: x is None) for kind in params["ft_in"])
+    return len(consts), len(carry)
 
 
 def _total(products: Sequence[_Product]) -> float:

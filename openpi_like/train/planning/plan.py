@@ -93,7 +93,7 @@ class Roofline:
 class Plan:
     """One compiled program on one machine.
 
-    parameters: weights of the policy, all chips together. problem: why it does not fit, None where it does.
+    parameters: weights of the policy, all chips together. attention: what computes it. problem: why it does not fit, None where it does.
     model_flops, flops: of one chip, without and with what is computed again or on several chips alike.
     traffic, host: bytes between a chip and its memory, and that of the host. unknown: kernels that say nothing about
     their FLOPs and are not in them. endless: loops that end on what they compute, taken as if they ran `rounds` times.
@@ -106,6 +106,7 @@ class Plan:
     batch: int
     remat: str | None = None
     accumulate: int = 1
+    attention: str = "einsum"
     parameters: int = 0
     compile_seconds: float = 0.0
     memory: Memory | None = None
@@ -188,7 +189,7 @@ def replicated_weights(params: Any, least: int = MIB) -> tuple[Replicated, ...]:
 
 
 def plan_step(config: Any, target: Target) -> Plan:
-    """Compiles the training step of a run.
+    """Compiles the training step of a run, its attention as an einsum where that is to be measured.
 
     Raises:
         ValueError: the run cannot be split over these chips, see `MeshConfig.create` and `check_batch`.
@@ -207,6 +208,7 @@ def plan_step(config: Any, target: Target) -> Plan:
         batch=config.batch_size,
         remat=config.model.remat,
         accumulate=config.accumulate,
+        attention=str(trainer.attention),
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.shapes)),
         replicated=replicated_weights({"trained": state.params, "frozen": state.frozen}),
         model_flops=model_flops(trainer.model) * config.batch_size / target.count,
@@ -262,8 +264,8 @@ def out_of_memory(message: str) -> tuple[int, int, bool] | None:
     return None
 
 
-def _compiled(plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, int], *, rounds: int = 1) -> Plan:
-    """Returns a plan with what compiling says. parts: bytes of the arguments. rounds: see `read_program`."""
+def _compiled(plan: Plan, lowered: Any, mesh: Mesh, target: Target, parts: dict[str, int]) -> Plan:
+    """Returns a plan with what compiling says. parts: bytes of the arguments."""
     started, chip = time.perf_counter(), target.chip
     try:
         compiled = lowered.compile()

@@ -15,12 +15,10 @@ import psutil
 from jax.experimental import topologies
 
 from openpi_like.config import near_names
-from openpi_like.train.planning.chips import CHIPS, Chip, find_chip
+from openpi_like.train.planning.chips import GPU_PART, CHIPS, Chip, find_chip
 
 GIB = 2**30
 STAND_IN = "v5p"
-# Of a GPU's memory, what a program may take: the driver, libraries and fragments take the rest.
-GPU_PART = 0.9
 # Slices of chips with a two-dimensional topology, as they are offered.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 

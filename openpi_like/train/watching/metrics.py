@@ -86,6 +86,11 @@ class MetricsWriter:
         for tracker, started in self._trackers:
             self._try(tracker, functools.partial(started.pictures, step, pictures))
 
+    def sync(self) -> None:
+        """Makes sure of what has been written: a mounted bucket uploads a file that stays open only when it is told."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def __enter__(self) -> "MetricsWriter":
         return self
 

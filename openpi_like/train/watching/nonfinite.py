@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from openpi_like.batch import Batch
 from openpi_like.models.weights import flatten
-from openpi_like.partition import placed
 from openpi_like.train.sharding import put_batch, replicated
 from openpi_like.train.state import Params, Trainer, TrainState
 
@@ -49,7 +48,7 @@ class SampleLoss:
         self, weights: Params, batch: Batch
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], UInt32[Array, "B 2"], Int[Array, ""]]:
         trainer = self._trainer
-        with placed(trainer.mesh, trainer.rules):
+        with trainer.tracing():
             loss = trainer.losses(weights, batch)[1]["loss"]
         bad = sum((~jnp.isfinite(w)).sum() for w in jax.tree.leaves(weights))
         return loss, batch["dataset_id"], batch["position"], jnp.asarray(bad)

@@ -42,8 +42,12 @@ class Profiler:
             with self._paused():
                 jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self._first = number
-        with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
-            yield
+        try:
+            with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
+                yield
+        except BaseException:
+            self.close()  # what was recorded until then may tell why
+            raise
         if self._window is not None and number == self._window[1]:
             self.close()
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from openpi_like.train.hosts.lock import OWNER, RunLock, RunLockedError, read_owner, run_directory, wait_for_token
+from openpi_like.train.hosts.places import boot_id
 from openpi_like.train.hosts.process_group import ProcessGroup
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -38,9 +39,10 @@ def lock(run_dir: Path, **options: Any) -> RunLock:
     return RunLock(run_dir, **defaults | options)
 
 
-def write_owner(run_dir: Path, *, host: str = socket.gethostname(), pid: int = 1, seen: float = 0.0) -> None:
-    """As a run has left it that was killed `seen` seconds ago."""
-    owner = {"host": host, "pid": pid, "started": 1.7e9, "seen": time.time() - seen, "token": "other"}
+def write_owner(run_dir: Path, *, host: str | None = None, pid: int = 1, seen: float = 0.0, boot: str = "") -> None:
+    """As a run has left it that was killed `seen` seconds ago, by the clock of its host."""
+    owner = {"host": host or socket.gethostname(), "pid": pid, "started": 1.7e9, "token": "other"}
+    owner |= {"seen": time.time() - seen, "boot": boot or boot_id()}
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / OWNER).write_text(json.dumps(owner))
 
@@ -100,30 +102,38 @@ def test_a_run_shows_that_it_lives_and_notices_that_another_took_its_directory(t
     assert (tmp_path / OWNER).exists()  # that of the other run
 
 
-def test_a_run_on_another_host_whose_lock_cannot_be_seen_is_noticed(tmp_path):
-    """As on a bucket mounted on two hosts: each host has locks of its own."""
+@pytest.mark.parametrize(
+    ("host", "boot", "behind"),
+    [("elsewhere", "", 0.0), ("", "another machine of that name", 0.0), ("elsewhere", "", 5.0), ("elsewhere", "", -1e5)],
+    ids=["other-name", "same-name", "late-clock", "early-clock"],
+)
+def test_a_run_on_another_host_whose_lock_cannot_be_seen_is_noticed(tmp_path, host, boot, behind):
+    """As on a bucket mounted on two hosts: each host has locks of its own, and a clock of its own."""
     said: list[str] = []
-    write_owner(tmp_path, host="elsewhere", pid=77)
+    other: dict[str, Any] = {"host": host or socket.gethostname(), "boot": boot, "seen": behind}
+    write_owner(tmp_path, **other)
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(0.05):
-            write_owner(tmp_path, host="elsewhere", pid=77)
+            write_owner(tmp_path, **other)
 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(RunLockedError, match="host elsewhere, pid 77"), lock(tmp_path, say=said.append):
+        with pytest.raises(RunLockedError, match=r"in use by another run \(host .*, pid 1,"), lock(
+            tmp_path, say=said.append
+        ):
             pass
     finally:
         ended.set()
         thread.join()
-    assert "waiting to see whether it still is" in said[0]
+    assert "waiting 0.6 s to see whether that still runs" in said[0]
     # It is killed: the directory is free when it has not been written for a while, and not before.
     begun = time.monotonic()
     with lock(tmp_path, say=said.append):
         assert 0.3 < time.monotonic() - begun < 5
-    write_owner(tmp_path, host="elsewhere", seen=3600)
+    write_owner(tmp_path, host="elsewhere", seen=7200)
     with lock(tmp_path):  # without waiting
         pass
 

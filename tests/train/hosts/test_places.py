@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from openpi_like.config import override
+from openpi_like.config import load_run, override
 from openpi_like.train.hosts.places import Hosts, HostsError, Place, find_place
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -149,12 +149,21 @@ def test_settings_that_cannot_be_are_refused_all_at_once():
 LAUNCH = REPOSITORY / "train" / "launch"
 
 
+def check_mesh(command: str, slices: int) -> None:
+    """Checks that a recipe splits its run over all devices, whatever their number, weights within a slice."""
+    config = override(load_run(REPOSITORY / "configs" / "finetune_pi0_widowx.py"), re.findall(r"\bmesh\.\S+=-?\d+", command))
+    assert config.mesh.slices == slices
+    for devices in (4, 8, 24, 32):
+        assert config.mesh.shape(devices * slices) == (slices, devices, 1)
+
+
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.sh")), ids=lambda p: p.name)
 def test_shell_recipes_parse_and_are_short(path):
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert len(path.read_text().splitlines()) <= 40
     assert "train/train.py" in path.read_text()
+    check_mesh(path.read_text(), 1)
     assert path.name in (LAUNCH / "README.md").read_text()
 
 
@@ -177,6 +186,7 @@ def test_kubernetes_recipes_parse_and_say_what_a_process_needs(environ, path):
     command = " ".join(container["command"])
     assert "train/train.py" in command
     assert "run_dir=/bucket/" in command
+    check_mesh(command, 1 if "gpu" in path.name else 4)
     assert container["volumeMounts"][0]["mountPath"] == "/bucket"
     if "gpu" not in path.name:
         assert "google.com/tpu" in container["resources"]["limits"]  # GKE tells TPU hosts who they are
