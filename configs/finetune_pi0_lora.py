@@ -4,9 +4,9 @@
     python train/train.py configs/finetune_pi0_lora.py
     python train/convert.py runs/pi0_widowx_lora weights/pi0_widowx --to openpi
 
-Everything else is as in `finetune_pi0_widowx.py`. The overlay is 0.92 % of the base, and so are its checkpoints. The run is
-served, and converted, merged; `--keep-lora` writes the overlay as openpi has it. Other maps, ranks and scales: `LoraRule`.
-Without `frozen_dtype` the base is held in bfloat16, for 2.6 GiB more.
+Everything else is as in `finetune_pi0_widowx.py`. The overlay is 0.92 % of the base, and so are its checkpoints. The
+run is served, and converted, merged; `--keep-lora` writes the overlay as openpi has it. Other maps, ranks and scales:
+`LoraRule`. Without `frozen_dtype` the base is held in bfloat16, for 2.6 GiB more.
 """
 
 import dataclasses

@@ -23,18 +23,18 @@ from openpi_like.config import near_names
 
 Axes = tuple[str | None, ...]
 Target = str | tuple[str, ...] | None
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # what the batch is split over
 # Axes that are taken apart one element at a time, so they are never split: a loop over layers, q/k/v, gate/up.
-_WHOLE = ("layers", "stack")
+WHOLE = ("layers", "stack")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis -> mesh axis (None: not split). The field names are all logical axes there are.
-
-    batch: of activations. heads, kv_heads, mlp and vocab are axes of both.
+    """Logical axis -> mesh axis (None: not split). The field names are all logical axes there are, besides "batch", an
+    axis of activations, which is split over `BATCH`. heads, kv_heads, mlp and vocab are axes of both.
     """
 
-    batch: tuple[str, ...] = ("data", "fsdp")
     layers: None = None
     stack: None = None  # small fixed axes: q/k/v, gate/up
     embed: str | None = "fsdp"
@@ -49,12 +49,23 @@ class ShardingRules:
     norm: str | None = None
     rank: str | None = None
 
+    def __post_init__(self) -> None:
+        problems = [
+            f"{f.name}={value!r}; {near_names(str(value), MESH_AXES)}"
+            for f in dataclasses.fields(self)
+            if (value := getattr(self, f.name)) not in (None, *MESH_AXES)
+        ]
+        if problems:
+            raise ValueError("ShardingRules: " + "; ".join(problems))
+
     def target(self, axis: str | None) -> Target:
         """Returns the mesh axis (or axes) of a logical axis.
 
         Raises:
             ValueError: there is no such logical axis.
         """
+        if axis == "batch":
+            return BATCH
         known = [f.name for f in dataclasses.fields(self)]
         if axis is not None and axis not in known:
             raise ValueError(f"logical axis {axis!r} has no rule; {near_names(axis, known)}")
@@ -64,7 +75,8 @@ class ShardingRules:
         """Returns the partition of one weight.
 
         Where a mesh axis does not divide the axis it belongs to, it takes the largest other one that it divides; only
-        where there is none is the weight whole on all devices of that mesh axis, see `replication`.
+        where there is none is the weight whole on all devices of that mesh axis, see `replication`. Mesh axes of one
+        device take nothing.
 
         Raises:
             ValueError: unknown logical axis, wrong number of axes, or two axes of one weight on one mesh axis.
@@ -72,13 +84,15 @@ class ShardingRules:
         if len(axes) != len(shape):
             raise ValueError(f"weight of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")
         targets = [self.target(axis) for axis in axes]
-        wanted = [t for t in targets if t is not None]
-        if len(wanted) != len(set(wanted)):
+        named = [t for t in targets if t is not None]
+        if len(named) != len(set(named)):
             raise ValueError(f"weight with axes {axes}: rules put two axes on one mesh axis, got {targets}")
+        targets = [t if _size(mesh, t) > 1 else None for t in targets]
+        wanted = [t for t in targets if t is not None]
         fits = lambda i, target: shape[i] % _size(mesh, target) == 0  # noqa: E731
         placed = [t if t is not None and fits(i, t) else None for i, t in enumerate(targets)]
         for target in wanted:
-            free = [i for i, axis in enumerate(axes) if placed[i] is None and axis not in _WHOLE and fits(i, target)]
+            free = [i for i, axis in enumerate(axes) if placed[i] is None and axis not in WHOLE and fits(i, target)]
             if target not in placed and free:
                 placed[max(free, key=lambda i: (shape[i], -i))] = target
         return PartitionSpec(*placed)
@@ -193,14 +207,16 @@ def lookup(table_VD: Float[Array, "V D"], axes: Axes, ids_BS: Int[Array, "B S"])
     """Returns rows of a table, table[ids]; the batch is split and so is the table.
 
     Where the width is split over `fsdp`, a device reads its columns for the ids of all of them, and each gets its own
-    rows back: what moves is as much as the rows, where gathering the table would move all of it, and its gradient.
+    rows back: what moves is as much as the rows, where gathering the table would move all of it, and its gradient. Rows
+    of ids that are not in the table are NaN.
     """
     place = _placement.get()
     if place is None:
         return jnp.take(table_VD, ids_BS, axis=0)
     mesh, spec = place.mesh, place.rules.spec(axes, table_VD.shape, place.mesh)
     batch = place.rules.activation_spec(("batch", None), ids_BS.shape, mesh)
-    if spec[1] != "fsdp" or spec[0] not in (None, "tensor") or batch[0] is None:
+    columns = "fsdp" if mesh.shape["fsdp"] > 1 else None
+    if spec[1] != columns or spec[0] not in (None, "tensor") or batch[0] is None:
         return pin(jnp.take(gathered(table_VD, axes, table_VD.dtype), ids_BS, axis=0), "batch", None, None)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -215,7 +231,8 @@ def lookup(table_VD: Float[Array, "V D"], axes: Axes, ids_BS: Int[Array, "B S"])
         mine = jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=0)  # (fsdp, b * S, D / fsdp)
         if spec[0] == "tensor":  # one of them has the row, the others have zeros
             mine = jax.lax.psum(mine, "tensor")
-        return mine.swapaxes(0, 1).reshape(*ids.shape, -1)
+        there = (ids >= 0) & (ids < table_VD.shape[0])
+        return jnp.where(there[..., None], mine.swapaxes(0, 1).reshape(*ids.shape, -1), jnp.nan)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec, batch), out_specs=PartitionSpec(*batch, None))
     return mapped(table_VD, ids_BS)

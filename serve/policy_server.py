@@ -55,7 +55,7 @@ def main(args: Args) -> None:
         )
     except (CheckpointError, ValueError) as e:
         sys.exit(f"cannot serve {args.checkpoint}: {e}")
-    policy.warm_up()
+    policy.warm_up(say=print)
     server = PolicyServer(
         policy.infer,
         policy.metadata(),

@@ -9,8 +9,8 @@ sizes; nothing is allocated, and no data are needed. For TPUs this needs the ext
 Memory is the compiler's own account. Times are bounds: work divided by published peaks, as if all overlapped perfectly;
 a real step takes longer. GPUs are planned with a program for TPUs in their place, and say so.
 
-Exit code: 0 where the training step fits, 1 where it does not, 2 where there is no such run or machine, 3 where there is
-and something else went wrong.
+Exit code: 0 where the training step fits, 1 where it does not, 2 where there is no such run or machine, 3 where
+something else went wrong.
 """
 
 import dataclasses
@@ -88,8 +88,8 @@ def print_step(plan: Any, console: Console) -> None:
     """Prints a training step, all numbers of one chip."""
     mesh = " x ".join(f"{name} {n}" for name, n in plan.mesh.items())
     console.print(
-        f"mesh {mesh}, batch {plan.batch} in {plan.accumulate} part(s), remat {plan.remat}, attention by {plan.attention}; {plan.parameters:,} "
-        f"parameters; compiled in {plan.compile_seconds:.0f} s"
+        f"mesh {mesh}, batch {plan.batch} in {plan.accumulate} part(s), remat {plan.remat}, attention by "
+        f"{plan.attention}; {plan.parameters:,} parameters; compiled in {plan.compile_seconds:.0f} s"
     )
     if plan.memory is not None:
         notes = {

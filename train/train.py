@@ -23,8 +23,9 @@ from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import describe, make_loader, order_changes
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import load_normalization
-from openpi_like.models.weights import print_load_report
+from openpi_like.models.weights import WeightsError, print_load_report
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step, is_run
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
@@ -36,7 +37,7 @@ from openpi_like.train.checkpoints.contract import (
 from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
 from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.fastest import AUTO, attention_of_run, decode_choices, encode_choices
+from openpi_like.train.fastest import AUTO, attention_of_run, check_attention, decode_choices, encode_choices
 from openpi_like.train.hosts.agreement import software
 from openpi_like.train.hosts.lock import run_directory
 from openpi_like.train.hosts.places import HostsError
@@ -62,7 +63,6 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     lead = group.lead
     run_dir = Path(config.run_dir)
     if lead:
-        (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=1))
         console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
 
     # ---- Contract: what serving will depend on -----------------------------------------------------------------------
@@ -149,7 +149,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         )
     for change in changes:
         console.print(f"the order of samples has changed: {change}")
-    validator = Validator(config, contract, trainer.model, mesh)
+    validator = Validator(config, contract, trainer)
+
+    if lead:  # by now, the run can do what it says
+        (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=1))
 
     # ---- Watching ----------------------------------------------------------------------------------------------------
     say = functools.partial(console.print, markup=False, soft_wrap=True)
@@ -159,20 +162,22 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if lead and (step == 0 if config.draw_batch is None else config.draw_batch):
         reader, path = contract.text_tokenizer(), run_dir / "first_batch.png"
         metrics.pictures(step, picture_batch(loader.peek(), trainer, reader, path, say=say))
+    sizes = trainer.attention_sizes(config.model.batch_shapes(config.batch_size))
     if config.attention == AUTO:
         # The lead measures, for all: they have to compile the same program, and the same one again after a resume.
-        sizes = trainer.attention_sizes(config.model.batch_shapes(config.batch_size))
         choices = attention_of_run(run_dir / "attention.json", sizes, mesh) if lead else []
         trainer.attention = decode_choices(group.broadcast("attention", encode_choices(choices)))
         for choice in choices:
             say(str(choice))
+    else:
+        check_attention(config.attention, sizes, mesh)
     if step < config.steps:
         started = time.perf_counter()
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
     peak = peak_flops(jax.devices())
     if peak is None and jax.default_backend() != "cpu":
-        say(f"MFU is not logged: the peak of {jax.devices()[0].device_kind} is not in openpi_like/train/planning/chips.py")
+        say(f"no MFU: the peak of {jax.devices()[0].device_kind} is not in openpi_like/train/planning/chips.py")
     log = StepLog(
         loader,
         step=step,
@@ -270,5 +275,5 @@ if __name__ == "__main__":
         check_trackers(config.trackers)
         with join(config.hosts, console.out) as group, run_directory(config.run_dir, group, console.out):
             main(config, group, Console(quiet=not group.lead))
-    except (HostsError, TrackerError) as e:
+    except (HostsError, TrackerError, CheckpointError, WeightsError, DatasetError) as e:
         sys.exit(str(e))

@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Key
 from openpi_like.config import near_names
 from openpi_like.draws import named_key
 from openpi_like.models.param import map_weight, use
-from openpi_like.partition import Axes
+from openpi_like.partition import WHOLE, Axes
 
-_STACKS = ("layers", "stack")
 HEADS = ("heads", "kv_heads")
 SUFFIX = "_lora"
 
@@ -102,7 +101,7 @@ class _Dims:
     @classmethod
     def of(cls, axes: Axes, inputs: Sequence[int], *, per_head: bool) -> "_Dims":
         every = range(len(axes))
-        stacks = tuple(i for i in every if axes[i] in _STACKS)
+        stacks = tuple(i for i in every if axes[i] in WHOLE)
         heads = tuple(i for i in every if per_head and axes[i] in HEADS and i not in inputs)
         outputs = tuple(i for i in every if i not in (*stacks, *heads, *inputs))
         return cls(stacks, heads, tuple(inputs), outputs)
@@ -176,20 +175,26 @@ def add_lora(model: nnx.Module, config: Lora, key: Key[Array, ""]) -> nnx.Module
     """Gives a model its overlays, in place, and returns it. A's draw depends on `key` and the map's name only.
 
     Raises:
-        ValueError: a pattern matches no map; lists all such.
+        ValueError: a rule is for no map, as its pattern matches none, or only such as earlier rules take; lists all.
     """
     maps = list(linear_maps(model))
     names = [name for name, *_ in maps]
-    lost = [rule.pattern for rule in config.rules if not any(re.search(rule.pattern, name) for name in names)]
-    if lost:
-        raise ValueError(
-            "LoRA patterns that match no linear map:\n  "
-            + "\n  ".join(f"{pattern!r}; {near_names(pattern, names)}" for pattern in lost)
-        )
+    chosen = {name: next((r for r in config.rules if re.search(r.pattern, name)), None) for name in names}
+    problems = []
+    for rule in config.rules:
+        matched = [name for name in names if re.search(rule.pattern, name)]
+        if not matched:
+            problems.append(f"{rule.pattern!r} matches no linear map; {near_names(rule.pattern, names)}")
+        elif rule not in chosen.values():
+            problems.append(
+                f"{rule.pattern!r}: earlier rules take all that it matches ({matched[0]} ...); put it first"
+            )
+    if problems:
+        raise ValueError("LoRA patterns:\n  " + "\n  ".join(problems))
     for name, module, attribute, weight in maps:
-        rule = next((r for r in config.rules if re.search(r.pattern, name)), None)
-        if rule is not None:
-            setattr(module, f"{attribute}{SUFFIX}", LoraPair(named_key(key, name), weight, rule))
+        rule_of = chosen[name]
+        if rule_of is not None:
+            setattr(module, f"{attribute}{SUFFIX}", LoraPair(named_key(key, name), weight, rule_of))
     return model
 
 

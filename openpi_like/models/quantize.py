@@ -1,7 +1,8 @@
 """Weights of linear maps in 8 or 4 bits, by qwix: for a frozen base in training, and for sampling.
 
-One scale for each output of a map (8 bits), or for each output and group of inputs (4 bits). Activations are not
-quantised: weights are what a small batch reads.
+One scale for each output of a map (8 bits), or for each output and group of inputs (4 bits): as many as divide the last
+axis of inputs, from `SMALL` to `GROUP`, or else all of that axis. Activations are not quantised: weights are what a
+small batch reads.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from openpi_like.config import near_names
 from openpi_like.models.lora import linear_maps
 from openpi_like.partition import Axes
 
-GROUP = 128  # inputs that share a scale in 4 bits
+SMALL, GROUP = 16, 128  # inputs that share a scale in 4 bits: scales of fewer would take more than they save
 # Name -> the type that weights are held in, and the number of inputs that share a scale (None: all of them).
 QUANTIZED: dict[str, tuple[Any, int | None]] = {
     "int8": (jnp.int8, None),
@@ -33,10 +34,13 @@ def quantize(value: jax.Array, inputs: tuple[int, ...], dtype: str) -> qwix.QArr
     if dtype not in QUANTIZED:
         raise ValueError(f"quantised dtype {dtype!r} is unknown; {near_names(dtype, list(QUANTIZED))}")
     held, group = QUANTIZED[dtype]
-    outputs = [i for i in range(value.ndim) if i not in inputs]
     last = inputs[-1]
-    tiled = {last: group} if group is not None and value.shape[last] % group == 0 else {}
-    return qwix.quantize(value.astype(jnp.float32), held, channelwise_axes=outputs, tiled_axes=tiled)
+    tiled, alone = {}, [i for i in range(value.ndim) if i not in inputs]
+    if group is not None:
+        n = value.shape[last]
+        tiled = {last: next((size for size in range(min(group, n), SMALL - 1, -1) if n % size == 0), n)}
+        alone += inputs[:-1]
+    return qwix.quantize(value.astype(jnp.float32), held, channelwise_axes=sorted(alone), tiled_axes=tiled)
 
 
 def quantized_model(model: Any, dtype: str) -> Any:

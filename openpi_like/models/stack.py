@@ -31,6 +31,7 @@ def remat_problem(remat: str | None) -> str | None:
     """
     if remat is None or remat in POLICIES:
         return None
+    named: set[str] = set()
     for part in remat.split("+"):
         how, colon, names = part.partition(":")
         if not colon or how not in ("save", "offload"):
@@ -39,6 +40,9 @@ def remat_problem(remat: str | None) -> str | None:
         for name in names.split(","):
             if name not in NAMES:
                 return f"remat={remat!r}: nothing is called {name!r}; {near_names(name, NAMES)}"
+            if name in named:
+                return f"remat={remat!r}: {name!r} is named twice"
+            named.add(name)
     return None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from flax import nnx
 from openpi_like.batch import Observation
 from openpi_like.config import near_names
 from openpi_like.data.images import fit
+from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.quantize import QUANTIZED, quantized_model
 from openpi_like.robots import Robot
 from openpi_like.serve.protocol import PROTOCOL
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
+from openpi_like.train.fastest import fastest_attention
+from openpi_like.train.sharding import MeshConfig
 
 
 class ObservationError(ValueError):
@@ -72,9 +76,11 @@ class Policy:
         def sample(
             weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
         ) -> jax.Array:
-            return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options, **drawn)
+            with computed_by(self._attention):
+                return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options, **drawn)
 
-        self._sample = jax.jit(sample)
+        self._attention: Mapping[Sizes, str] | str = "einsum"
+        self._compute, self._sample = sample, jax.jit(sample)
 
     @classmethod
     def load(
@@ -121,12 +127,24 @@ class Policy:
         """The robot's cameras that the policy sees; others were left out of training with drop_cameras."""
         return [c for c in robot.cameras if c.name in self._config.cameras]
 
-    def warm_up(self) -> None:
-        """Compiles, by sampling once for every robot from the middle of its training data."""
+    def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Compiles, by sampling once for every robot from the middle of its training data; before the first request.
+
+        What computes attention fastest is measured before; say: is called with the choices.
+        """
+        calls = []
         for robot in self.robots.values():
             images = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in self._cameras(robot)}
             state = np.zeros(robot.state_size, np.float32)
-            self._sample_normalized(robot, images, state, self._tokens("", state), jax.random.key(0))
+            calls.append(self._call(robot, images, state, self._tokens("", state), jax.random.key(0)))
+        # All robots are one size to the network.
+        sizes, mesh = sizes_in(self._compute, *calls[0]), MeshConfig().create(jax.local_devices()[:1])
+        choices = fastest_attention(sizes, mesh, gradient=False)
+        self._attention = {choice.sizes: choice.name for choice in choices}
+        for choice in choices:
+            say(str(choice))
+        for call in calls:
+            jax.block_until_ready(self._sample(*call))
 
     def infer(self, observation: Any) -> dict[str, Any]:
         """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}; A is the robot's horizon.
@@ -154,7 +172,8 @@ class Policy:
             tokens = self._tokens(prompt, encoded)
         except ValueError as e:
             raise ObservationError(f"prompt: {e}") from e
-        sampled = self._sample_normalized(robot, observation["images"], encoded, tokens, key)
+        padded = np.asarray(self._sample(*self._call(robot, observation["images"], encoded, tokens, key)))[0]
+        sampled = padded[: robot.action_horizon, : robot.action_size]
         actions = robot.decode_actions(normalization.invert_actions(sampled), state)
         if not np.isfinite(actions).all():
             raise FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
@@ -234,15 +253,15 @@ class Policy:
         """Returns ids and mask, (1, S), of an instruction and a normalised state (De,)."""
         return self._parts.tokenizer.batch([prompt], [state])
 
-    def _sample_normalized(
+    def _call(
         self,
         robot: Robot,
         images: dict[str, np.ndarray],
         state: np.ndarray,
         tokens: tuple[np.ndarray, np.ndarray],
         key: jax.Array,
-    ) -> np.ndarray:
-        """Returns normalised actions (A, J) for a normalised state (De,)."""
+    ) -> tuple[Any, ...]:
+        """Returns what is sampled from, for a normalised state (De,)."""
         c = self._config
         pixels = {name: np.zeros((1, *c.image_size, 3), np.uint8) for name in c.cameras}
         for camera in self._cameras(robot):
@@ -259,5 +278,4 @@ class Policy:
             "prompt_mask": tokens[1],
         }
         mask = c.chunk_mask(robot.action_horizon, robot.action_size)
-        sampled = np.asarray(self._sample(self._weights, key, inputs, mask[None], self._options))[0]
-        return sampled[: robot.action_horizon, : robot.action_size]
+        return self._weights, key, inputs, mask[None], self._options

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -20,14 +21,20 @@ REPEATS, TOLERANCE = 20, 0.03  # of the largest output: bfloat16 results differ 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The variant for some sizes, and the milliseconds of all that were tried; NaN where one gave other numbers."""
+    """The variant for some sizes, and the milliseconds of all that were tried; NaN where one gave other numbers.
+
+    failed: what went wrong with those that could not be measured.
+    """
 
     sizes: Sizes
     name: str
     ms: dict[str, float]
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.ms.items()) or "not measured"
+        lines = [f"{name} {ms:.2f} ms" for name, ms in self.ms.items()]
+        lines += [f"{name} failed: {why}" for name, why in self.failed.items()]
+        tried = ", ".join(lines) or "not measured"
         s = self.sizes
         return f"attention of {s.T} queries to {s.S} keys (B {s.B}, N {s.N}, K {s.K}, H {s.H}): {self.name} ({tried})"
 
@@ -46,7 +53,7 @@ def fastest_attention(every: Iterable[Sizes], mesh: Mesh, *, gradient: bool = Tr
     gradient: measure forward and backward passes, as in training. Where only one variant can run, nothing is measured.
     """
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    platform = _platform(device)
     return [_choose(sizes, on_one_device(sizes, mesh), device, platform, gradient) for sizes in sorted(every, key=str)]
 
 
@@ -73,8 +80,28 @@ def attention_of_run(path: Path, every: Collection[Sizes], mesh: Mesh) -> list[C
         if stored["kind"] == kind and set(every) <= set(before):
             return [Choice(sizes, before[sizes], {}) for sizes in sorted(every, key=str)]
     choices = fastest_attention(every, mesh)
-    path.write_text(json.dumps({"kind": kind, "choices": encode_choices(choices)}))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"kind": kind, "choices": encode_choices(choices)}))
+    os.replace(temporary, path)
     return choices
+
+
+def check_attention(name: str, every: Collection[Sizes], mesh: Mesh) -> None:
+    """Checks that a variant can compute attention of these sizes on the devices of a mesh.
+
+    Raises:
+        ValueError: it cannot; lists the sizes, and what can.
+    """
+    platform = _platform(mesh.devices.flat[0])
+    local = {str(sizes): on_one_device(sizes, mesh) for sizes in every}
+    lost = [sizes for sizes, part in local.items() if not VARIANTS[name].takes(part, platform)]
+    if lost:
+        able = [n for n, v in VARIANTS.items() if all(v.takes(part, platform) for part in local.values())]
+        raise ValueError(f"attention={name!r} cannot compute {', '.join(lost)} on {platform}; {', '.join(able)} can")
+
+
+def _platform(device: jax.Device) -> str:
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
 def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradient: bool) -> Choice:
@@ -83,20 +110,22 @@ def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradi
     able = [name for name, variant in VARIANTS.items() if variant.takes(local, platform)]
     inputs = jax.device_put(_inputs(local), device)
     ms: dict[str, float] = {}
+    failed: dict[str, str] = {}
     expected = None
     for name in able:
         function = _function(name, gradient)
         try:
             got, ms[name] = _measure(function, inputs)
-        except Exception:  # sizes or hardware that a kernel does not take; each has errors of its own
+        except Exception as e:  # sizes or hardware that a kernel does not take; each has errors of its own
+            failed[name] = str(e).strip().split("\n")[0][:200]
             continue
         expected = got if expected is None else expected
         if not _close(got, expected):
             ms[name] = float("nan")
     sound = {name: value for name, value in ms.items() if np.isfinite(value)}
     if not sound:  # as where memory is short: the run is to say so itself
-        return Choice(sizes, able[0], ms)
-    return Choice(sizes, min(sound, key=lambda name: sound[name]), ms)
+        return Choice(sizes, able[0], ms, failed)
+    return Choice(sizes, min(sound, key=lambda name: sound[name]), ms, failed)
 
 
 def _inputs(s: Sizes) -> tuple[Any, ...]:
@@ -123,8 +152,9 @@ def _measure(function: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Any
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        last = [function(*inputs) for _ in range(REPEATS)][-1]
-        jax.block_until_ready(last)
+        for _ in range(REPEATS):
+            out = function(*inputs)  # the one before is let go
+        jax.block_until_ready(out)
         times.append((time.perf_counter() - started) / REPEATS)
     return jax.device_get(out), 1e3 * min(times)
 

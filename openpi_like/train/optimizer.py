@@ -39,7 +39,7 @@ class Linear:
 
     def schedule(self, peak: float, end: float, steps: int) -> optax.Schedule:
         """Returns step -> learning rate."""
-        held = round(self.hold * steps)
+        held = min(round(self.hold * steps), steps - 1)
         return optax.linear_schedule(peak, end, steps - held, transition_begin=held)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from openpi_like.partition import ShardingRules
+from openpi_like.partition import BATCH, MESH_AXES, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        if any(size < 1 and size != -1 for size in (*sizes, abs(self.slices))) or sizes.count(-1) > 1:
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1 or self.slices < 1:
             raise ValueError(
                 f"mesh: got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}, slices={self.slices}; expected "
                 "sizes of at least 1, and -1 for one of data, fsdp and tensor at most"
@@ -82,7 +82,7 @@ class MeshConfig:
         """
         devices = jax.devices() if devices is None else devices
         data, fsdp, tensor = self.shape(len(devices))
-        auto, names = (jax.sharding.AxisType.Auto,) * 3, ("data", "fsdp", "tensor")
+        auto, names = (jax.sharding.AxisType.Auto,) * 3, MESH_AXES
         # Where slices do not tell devices apart, processes do.
         by_slice = len({getattr(d, "slice_index", None) for d in devices}) > 1
         groups = {d.slice_index if by_slice else d.process_index for d in devices}
@@ -124,22 +124,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batches: the first axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    """Checks that every device gets as many samples as any other, in every part of a step.
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, *, name: str = "batch_size") -> None:
+    """Checks that every device gets as many samples as any other, in every part of a step. name: of the option.
 
     Raises:
         ValueError: it does not, with the nearest sizes that do.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = devices * accumulate
+    unit = math.prod(mesh.shape[axis] for axis in BATCH) * accumulate
     if batch_size % unit:
         near = sorted({max(unit, batch_size // unit * unit), -(-batch_size // unit) * unit})
         raise ValueError(
-            f"batch_size={batch_size} on a mesh of data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices in "
-            f"accumulate={accumulate} parts: expected a multiple of {unit}, such as {' or '.join(map(str, near))}"
+            f"{name}={batch_size} on a mesh of data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices in "
+            f"{accumulate} part(s): expected a multiple of {unit}, such as {' or '.join(map(str, near))}"
         )
 
 

@@ -61,7 +61,8 @@ def trained_names(names: Sequence[str], trainable: Trainable) -> frozenset[str]:
     """Returns which of a model's weights are trained, by name; with LoRA, the names of its overlay are among them.
 
     Raises:
-        ValueError: a pattern matches no weight, or nothing is left; lists all such patterns.
+        ValueError: a pattern matches no weight, or an overlay; nothing is left, or nothing is held in `frozen_dtype`.
+            Lists all that is wrong.
     """
     lora, frozen = trainable.lora, trainable.frozen
     also = () if lora is None else lora.also_train
@@ -77,6 +78,13 @@ def trained_names(names: Sequence[str], trainable: Trainable) -> frozenset[str]:
         if (lora is None or is_lora(name) or any(re.search(p, name) for p in also))
         and not any(re.search(p, name) for p in frozen)
     ]
+    problems += [
+        f"frozen {p!r} matches overlays, such as {over[0]}; narrow the LoRA patterns, or leave it out"
+        for p in frozen
+        if (over := [name for name in names if is_lora(name) and re.search(p, name)])
+    ]
+    if len(trained) == len(names) and trainable.frozen_dtype != "float32":
+        problems.append(f"frozen_dtype={trainable.frozen_dtype!r}, but all weights are trained, which float32 is for")
     if not trained:
         problems.append(f"nothing is left to train: frozen={frozen} matches all weights")
     if problems:
@@ -292,7 +300,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """While a function is traced: its arrays lie on the mesh as the rules say, and attention is that of the step."""
+        """While a function is traced: where its arrays lie on the mesh, and what computes attention, as in a step."""
         with placed(self.mesh, self.rules), computed_by(self.attention):
             yield
 
@@ -326,15 +334,25 @@ class Trainer:
         (loss, per_sample), grads = jax.value_and_grad(of, has_aux=True)(state.params)
         return loss, per_sample, grads
 
-    def _accumulated(self, state: TrainState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], Params]:
-        """As `_gradients` of the whole batch, in parts: row i is in part i % accumulate, so no row moves."""
+    def parts(self, batch: Batch) -> Batch:
+        """Returns a batch in parts (parts, rows, ...): row i is in part i % accumulate, so no row moves."""
         n = self.accumulate
-        # Each part's loss is a part of the whole batch's: a sum over its own samples, by what counts in all of them.
-        counts = self.model.bind(state.weights(average=False)).loss_counts(batch)
 
         def rows(x: jax.Array) -> jax.Array:
             parts = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
             return pin(parts, None, "batch", *[None] * (x.ndim - 1))
+
+        return jax.tree.map(rows, batch)
+
+    @staticmethod
+    def whole(parts: Any) -> Any:
+        """Inverse of `parts`."""
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+    def _accumulated(self, state: TrainState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], Params]:
+        """As `_gradients` of the whole batch, in parts."""
+        # Each part's loss is a part of the whole batch's: a sum over its own samples, by what counts in all of them.
+        counts = self.model.bind(state.weights(average=False)).loss_counts(batch)
 
         def add(carry: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
             loss, per_sample, grads = self._gradients(state, part, counts)
@@ -343,8 +361,8 @@ class Trainer:
 
         zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
         zero = jax.lax.with_sharding_constraint(zero, self.shardings.params)
-        (loss, grads), every = jax.lax.scan(add, (jnp.float32(0), zero), jax.tree.map(rows, batch))
-        return loss, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), every), grads
+        (loss, grads), every = jax.lax.scan(add, (jnp.float32(0), zero), self.parts(batch))
+        return loss, self.whole(every), grads
 
     def _updated(self, state: TrainState, grads: Params) -> TrainState:
         with jax.named_scope("optimizer"):

@@ -1,5 +1,6 @@
 """Validation on held-out episodes: a loss that can be compared between steps and runs, and errors in physical units."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,41 +8,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
 from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.sharding import put_batch
-from openpi_like.train.state import ModelDef, Params, TrainState
+from openpi_like.train.sharding import check_batch, put_batch
+from openpi_like.train.state import Params, Trainer, TrainState
 
 # Noise is the same at every call, so losses move only when the weights do.
 NOISE_SEED = 0
 
 
+def held_out_losses(trainer: Trainer, params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Returns the policy's losses of a batch. params: all weights, nested."""
+    with trainer.tracing():
+        return trainer.model.bind(params).validation_losses(key, batch)
+
+
+def sampled_chunks(
+    trainer: Trainer, params: Params, batch: Batch, key: jax.Array, action_mask: jax.Array, options: dict[str, Any]
+) -> jax.Array:
+    """Returns sampled actions (B, A, J), normalised. params: all weights, nested. action_mask: (A, J)."""
+    with trainer.tracing():
+        policy = trainer.model.bind(params)
+        mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
+        return policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
+
+
 class Validator:
     """Evaluates the averaged weights (the raw ones where no average is kept)."""
 
-    def __init__(self, config: TrainConfig, contract: Contract, model: ModelDef, mesh: Mesh) -> None:
+    def __init__(self, config: TrainConfig, contract: Contract, trainer: Trainer) -> None:
         """
         Raises:
             DatasetError, ValueError: the held-out data cannot be used, which a run is to learn before its first step.
         """
-        self._config, self._contract, self._model, self._mesh = config, contract, model, mesh
+        check_batch(config.validation_batch_size, 1, trainer.mesh, name="validation_batch_size")
+        self._config, self._contract, self._mesh = config, contract, trainer.mesh
         self._options = contract.sampling_options()
         for _ in self._batches(count=1):
             pass
-        self._losses = jax.jit(lambda params, batch, key: model.bind(params).validation_losses(key, batch))
-        self._actions = jax.jit(self._sample)
-
-    def _sample(
-        self, params: Params, batch: Batch, key: jax.Array, action_mask: jax.Array, options: dict[str, Any]
-    ) -> jax.Array:
-        """Returns sampled actions (B, A, J), normalised. action_mask: (A, J)."""
-        policy = self._model.bind(params)
-        mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
-        return policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
+        self._losses = jax.jit(functools.partial(held_out_losses, trainer))
+        self._actions = jax.jit(functools.partial(sampled_chunks, trainer))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns, per robot, "loss/<robot>", its parts where it has any, and "action_mae/<robot>/<dim [unit]>".

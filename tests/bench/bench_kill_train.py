@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,7 +135,7 @@ class Run:
                 process.kill()
             self._ended(codes)
 
-    def _ended(self, codes: list[int | None]) -> None:
+    def _ended(self, codes: Sequence[int | None]) -> None:
         logs = [p.read_text()[-3000:] for p in sorted(self.folder.glob(f"log-{self._life}-*"))]
         raise SystemExit(f"a life that was not killed ended with {codes}:\n" + "\n".join(logs))
 

@@ -138,6 +138,8 @@ def test_the_fastest_that_is_right_is_chosen(monkeypatch):
     (choice,) = fastest.fastest_attention({sizes}, mesh)
     assert (choice.name, set(choice.ms)) == ("xla", {"einsum", "wrong", "xla"})
     assert np.isnan(choice.ms["wrong"])
+    assert choice.failed == {"unable": "not these sizes"}
+    assert "unable failed: not these sizes" in str(choice)
     assert choice.ms["xla"] == pytest.approx(1e3 * 4 / fastest.REPEATS)
     assert str(choice).startswith("attention of 5 queries to 7 keys (B 8, N 4, K 1, H 8): xla (einsum 450.00 ms")
 
@@ -164,6 +166,15 @@ def test_a_run_goes_on_with_the_variants_it_has_had(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace('"kind": "cpu"', '"kind": "another"'))
     fastest.attention_of_run(path, {sizes}, mesh)
     assert len(measured) == 3
+
+
+def test_a_variant_that_cannot_run_here_is_refused_before_anything_is_compiled():
+    sizes = Sizes(B=8, T=5, S=7, N=4, K=1, H=8, dtype="float32", masked=True)
+    mesh = MeshConfig().create()
+    fastest.check_attention("xla", {sizes}, mesh)
+    for name in ("cudnn", "splash"):
+        with pytest.raises(ValueError, match=f"attention='{name}' cannot compute .*T=5.* on cpu; einsum, xla can"):
+            fastest.check_attention(name, {sizes}, mesh)
 
 
 def test_on_a_cpu_nothing_is_measured():

@@ -148,9 +148,12 @@ def test_patterns_that_match_nothing_are_all_named(tiny_policy):
     fast = Pi0FastConfig.released()
     model = nnx.eval_shape(lambda: tiny_policy.create(KEY))
     lora = Lora((LoraRule("^vlm/layers/qq$"), LoraRule("^vlm/layers/q$"), LoraRule("gate_upp")))
-    with pytest.raises(ValueError, match="'gate_upp'; did you mean") as e:
+    with pytest.raises(ValueError, match="'gate_upp' matches no linear map; did you mean") as e:
         add_lora(model, lora, KEY)
-    assert "'^vlm/layers/qq$'; did you mean 'vlm/layers/q'" in str(e.value)
+    assert "'^vlm/layers/qq$' matches no linear map; did you mean 'vlm/layers/q'" in str(e.value)
+    shadowed = Lora((LoraRule(".*layers.*", rank=2), LoraRule("^expert/", rank=32)))
+    with pytest.raises(ValueError, match=r"'\^expert/': earlier rules take all that it matches \(expert/layers/"):
+        add_lora(nnx.eval_shape(lambda: tiny_policy.create(KEY)), shadowed, KEY)
     with pytest.raises(ValueError, match=r"lora\.also_train .* matches no weight"):
         ModelDef(fast, Trainable(Lora()))  # it has no projections of actions
     names = ["vlm/q", "vision/patch"]

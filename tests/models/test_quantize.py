@@ -36,7 +36,11 @@ def test_four_bits_have_a_scale_per_group_of_inputs():
     assert held.scale.shape == (1, 3, 4)
     error = np.abs(np.asarray(qwix.dequantize(held)) - w)
     assert error[:, GROUP:].max() < 0.5 < error[:, :GROUP].max()
-    assert quantize(jnp.asarray(w[:, :-1]), (1,), "int4").scale.shape == (1, 1, 4)  # not a number of groups
+    # 383 is prime, so all its inputs share one; of 8 heads of 72, which GROUP does not divide, each has one.
+    assert quantize(jnp.asarray(w[:, :-1]), (1,), "int4").scale.shape == (1, 1, 4)
+    heads = quantize(jnp.ones((2, 8, 72, 5)), (1, 2), "int4")
+    assert heads.scale.shape == (2, 8, 1, 5)
+    np.testing.assert_allclose(qwix.dequantize(heads), 1.0, rtol=0.07)
 
 
 def test_eight_bit_floats_keep_three_bits():

@@ -26,7 +26,10 @@ def _rows(bench: SimpleNamespace, part: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("weights", ["int8", "float8_e4m3fn"])
 def test_sampling_in_fewer_bits(bench, weights):
     one, three = _rows(bench, f"sampling, {weights}")
-    assert [(row["cameras"], row["batch"], row["weights"]) for row in (one, three)] == [(1, 1, weights), (3, 1, weights)]
+    assert [(row["cameras"], row["batch"], row["weights"]) for row in (one, three)] == [
+        (1, 1, weights),
+        (3, 1, weights),
+    ]
     for row in (one, three):
         assert 0 < row["p50_ms"] <= row["p95_ms"]
         assert row["calls"] >= 5
@@ -51,7 +54,7 @@ def test_training_with_lora_and_where_its_steps_go(bench):
 
 def test_tokens_and_attention(bench):
     (row,) = _rows(bench, "pi0-FAST")
-    assert 0 < row["first_token_ms"]
+    assert row["first_token_ms"] > 0
     assert row["token_ms"] is None or (row["token_ms"] > 0 and row["chunk_ms"] > row["first_token_ms"])
     rows = _rows(bench, "attention")
     assert {row["what"] for row in rows} == {"attention in training, batch 8", "attention in sampling, batch 1"}

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import flatten
-from openpi_like.partition import ShardingRules, gathered, lookup, pin, placed, replication
+from openpi_like.partition import WHOLE, ShardingRules, gathered, lookup, pin, placed, replication
 from openpi_like.train.sharding import MeshConfig, check_batch, put_batch, weight_shardings
 from openpi_like.train.state import ModelDef
 
@@ -44,6 +44,7 @@ def test_meshes_that_do_not_fit_are_refused():
         ({"data": 3}, "data=3, fsdp=1, tensor=1 for 4 devices"),
         ({"data": -1, "fsdp": -1}, "-1 for one of data, fsdp and tensor at most"),
         ({"fsdp": 0}, "fsdp=0.*sizes of at least 1"),
+        ({"slices": -1}, "slices=-1; expected sizes of at least 1"),
         ({"fsdp": -1, "data": 8}, "data=8, fsdp=-1, tensor=1 for 4 devices"),
         ({"data": 1, "fsdp": -1, "slices": 2}, "data=1, expected a multiple of slices=2"),
         ({"data": 2, "fsdp": -1, "slices": 2}, "slices=2, expected 1: so many processes these devices are of"),
@@ -102,6 +103,12 @@ def test_rules(mesh, axes, shape, expected):
     assert ShardingRules().spec(axes, shape, mesh) == expected
 
 
+def test_an_axis_of_one_device_takes_no_place():
+    alone = MeshConfig(data=1, fsdp=4).create()
+    assert ShardingRules().spec(("embed", "mlp"), (7, 16), alone) == P(None, "fsdp")
+    assert ShardingRules().spec(("vocab", "embed"), (32, 8), alone) == P(None, "fsdp")
+
+
 def test_what_is_whole_on_many_devices_is_known(mesh):
     """Over fsdp and tensor; data is there to hold the same weights."""
     for spec, expected in ((P("tensor", "fsdp"), 1), (P(None, "fsdp"), 2), (P(), 4), (P(("fsdp", "tensor")), 1)):
@@ -110,24 +117,49 @@ def test_what_is_whole_on_many_devices_is_known(mesh):
 
 
 def test_large_weights_of_released_policies_are_split():
-    """On 16 and 128 devices nothing above 1 MiB is whole; on 256 SigLIP, whose 1152 has no place for them, is."""
+    """On any number of devices a weight above 1 MiB is whole only where none of its axes divides: none on 16 and 128,
+    on 256 SigLIP, whose 1152 has no place for them."""
     model = ModelDef(Pi0Config.released())
     axes, shapes = flatten(model.axes), flatten(model.shapes)
-    for fsdp, expected in ((16, set()), (128, set()), (256, {"vision"})):
+    whole: dict[int, set[str]] = {}
+    for fsdp in (2, 7, 16, 24, 28, 48, 56, 64, 112, 128, 224, 256, 512):
         absent = AbstractMesh((1, fsdp, 1), ("data", "fsdp", "tensor"))
-        whole = {
-            name.split("/")[0]
-            for name, leaf in shapes.items()
-            if leaf.size * 4 > 2**20 and not any(ShardingRules().spec(axes[name], leaf.shape, absent))
-        }
-        assert whole == expected
+        large = {name: leaf for name, leaf in shapes.items() if leaf.size * 4 > 2**20}
+        split = {name: "fsdp" in ShardingRules().spec(axes[name], leaf.shape, absent) for name, leaf in large.items()}
+        for name, leaf in large.items():
+            divided = [n for axis, n in zip(axes[name], leaf.shape, strict=True) if axis not in WHOLE and n % fsdp == 0]
+            assert split[name] == bool(divided), (name, fsdp)
+        whole[fsdp] = {name for name, is_split in split.items() if not is_split}
+    assert whole[16] == whole[128] == set()
+    assert {name.split("/")[0] for name in whole[256]} == {"vision"}
+    assert "vlm/embedding" not in whole[7]  # 257,152 rows divide by it
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=1, fsdp=4), MeshConfig(data=1, fsdp=2, tensor=2)])
+def test_ids_that_are_in_no_table_are_not_finite(config):
+    """As without a mesh: a bad id is not to be the mean of a table here and nothing there."""
+    mesh, rules, table = config.create(), ShardingRules(), np.ones((12, 8), np.float32)
+
+    @jax.jit
+    def rows(table, ids):
+        with placed(mesh, rules):
+            return lookup(table, ("vocab", "embed"), ids)
+
+    found = np.asarray(rows(table, put_batch(np.array([[0], [11], [12], [3]], np.int32), mesh)))
+    np.testing.assert_array_equal(np.isfinite(found).all((1, 2)), [True, True, False, True])
 
 
 # ---- In models -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "config", [MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=1, fsdp=2, tensor=2)]
+    "config",
+    [
+        MeshConfig(data=1, fsdp=4),
+        MeshConfig(data=2, fsdp=2),
+        MeshConfig(data=1, fsdp=2, tensor=2),
+        MeshConfig(data=2, fsdp=1, tensor=2),
+    ],
 )
 @pytest.mark.parametrize("width", [8, 7])  # of which only the first can be split
 def test_rows_of_a_table_and_their_gradient(config, width):
@@ -185,6 +217,8 @@ def test_rules_refuse_what_they_do_not_know(mesh):
         ShardingRules().spec(("embedd",), (4,), mesh)
     with pytest.raises(ValueError, match="expected 2 of them"):
         ShardingRules().spec(("embed",), (4, 4), mesh)
+    with pytest.raises(ValueError, match="ShardingRules: mlp='tensr'; did you mean 'tensor'"):
+        ShardingRules(mlp="tensr")
     with pytest.raises(ValueError, match="two axes on one mesh axis"):
         ShardingRules().spec(("mlp", "heads"), (4, 4), mesh)
 

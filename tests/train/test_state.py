@@ -1,6 +1,7 @@
 """One training step against the same step written out by hand, on one device and on four."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
+from openpi_like.models.lora import Lora
 from openpi_like.models.weights import flatten
 from openpi_like.partition import ShardingRules
 from openpi_like.train.optimizer import OptimizerConfig
@@ -79,12 +81,14 @@ def test_a_step_is_what_it_says(trainer, tiny_batch):
 
 
 def test_four_devices_compute_what_one_does(trainer, tiny_policy, tiny_batch):
+    """Their gradients, not weights: Adam's first steps are the sign of gradients, however tiny."""
+    expected, values = _first_gradient(trainer, tiny_batch)
+    scale = max(np.abs(g).max() for g in expected)
     for mesh in (MeshConfig(), MeshConfig(fsdp=4)):
-        other = _trainer(tiny_policy, mesh)
-        a, _ = _run(trainer, tiny_batch, 2)
-        b, _ = _run(other, tiny_batch, 2)
-        for x, y in zip(jax.tree.leaves(a.ema), jax.tree.leaves(b.ema), strict=True):
-            np.testing.assert_allclose(x, y, atol=2e-3)  # Adam's first steps are the sign of tiny gradients
+        got, others = _first_gradient(_trainer(tiny_policy, mesh), tiny_batch)
+        assert others["loss"] == pytest.approx(float(values["loss"]), rel=1e-6)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_the_state_is_sharded_like_its_weights(trainer):
@@ -178,8 +182,39 @@ def test_a_batch_in_parts_makes_the_same_step(tiny_policy, insulated, tiny_batch
 # ---- Parts that are not trained, steps that are not made -------------------------------------------------------------
 
 
+def test_what_is_trained_has_the_gradient_that_it_has_when_all_is(trainer, tiny_policy, tiny_batch):
+    """And is clipped by its own norm alone."""
+    some = _trainer(
+        tiny_policy, MeshConfig(data=1, fsdp=2, tensor=2), trainable=Trainable(frozen=("^vision/", "^vlm/"))
+    )
+    (state, values), (whole, _) = _run(some, tiny_batch, 1), _run(trainer, tiny_batch, 1)
+    mu, every = (flatten(of.opt_state[1][0].mu) for of in (state, whole))
+    assert set(mu) == {name for name in every if not name.startswith(("vision/", "vlm/"))}
+    norm = lambda of: float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in of.values())))  # noqa: E731
+    # Moments are 0.1 of the clipped gradients: both have norm 1 before it, each over its own weights.
+    assert values["grad_norm"] > 1
+    assert norm(mu) == pytest.approx(norm(every), rel=1e-5) == pytest.approx(0.1, rel=1e-4)
+    share = norm({name: every[name] for name in mu}) / norm(every)
+    assert share < 0.99
+    for name, g in mu.items():
+        np.testing.assert_allclose(g * share, every[name], rtol=1e-4, atol=1e-6 * np.abs(g).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        (Trainable(lora=Lora(), frozen=("^vlm/",)), "frozen '^vlm/' matches overlays, such as vlm/layers/"),
+        (Trainable(frozen_dtype="int8"), "frozen_dtype='int8', but all weights are trained"),
+        (Trainable(frozen=("^vison/", ".")), "frozen '^vison/' matches no weight"),
+        (Trainable(frozen=(".",)), "nothing is left to train"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny_policy, trainable, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelDef(tiny_policy, trainable)
+
+
 def test_frozen_weights_stay_and_take_no_moments(tiny_policy, tiny_batch):
-    """What is trained moves as it does when all is, without clipping to a norm that others have a part in."""
     frozen = Trainable(frozen=("^vision/", "^vlm/"), frozen_dtype="bfloat16")
     trainer = _trainer(tiny_policy, MeshConfig(data=1, fsdp=2, tensor=2), trainable=frozen)
     before = jax.device_get(trainer.init())

@@ -93,7 +93,8 @@ class Roofline:
 class Plan:
     """One compiled program on one machine.
 
-    parameters: weights of the policy, all chips together. attention: what computes it. problem: why it does not fit, None where it does.
+    parameters: weights of the policy, all chips together. attention: what computes it.
+    problem: why it does not fit, None where it does.
     model_flops, flops: of one chip, without and with what is computed again or on several chips alike.
     traffic, host: bytes between a chip and its memory, and that of the host. unknown: kernels that say nothing about
     their FLOPs and are not in them. endless: loops that end on what they compute, taken as if they ran `rounds` times.
@@ -196,6 +197,7 @@ def plan_step(config: Any, target: Target) -> Plan:
     """
     mesh = config.mesh.create(target.devices)
     check_batch(config.batch_size, config.accumulate, mesh)
+    check_batch(config.validation_batch_size, 1, mesh, name="validation_batch_size")
     trainer = config.trainer(mesh)
     state = abstract_state(trainer)
     batch = _placed(config.model.batch_shapes(config.batch_size), batch_sharding(mesh))

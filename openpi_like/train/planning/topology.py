@@ -15,7 +15,7 @@ import psutil
 from jax.experimental import topologies
 
 from openpi_like.config import near_names
-from openpi_like.train.planning.chips import GPU_PART, CHIPS, Chip, find_chip
+from openpi_like.train.planning.chips import CHIPS, GPU_PART, Chip, find_chip
 
 GIB = 2**30
 STAND_IN = "v5p"

@@ -49,9 +49,9 @@ class SampleLoss:
     ) -> tuple[Float[Array, "B"], Int[Array, "B"], UInt32[Array, "B 2"], Int[Array, ""]]:
         trainer = self._trainer
         with trainer.tracing():
-            loss = trainer.losses(weights, batch)[1]["loss"]
+            loss = jax.lax.map(lambda part: trainer.losses(weights, part)[1]["loss"], trainer.parts(batch))
         bad = sum((~jnp.isfinite(w)).sum() for w in jax.tree.leaves(weights))
-        return loss, batch["dataset_id"], batch["position"], jnp.asarray(bad)
+        return trainer.whole(loss), batch["dataset_id"], batch["position"], jnp.asarray(bad)
 
     def __call__(self, state: TrainState, batch: Batch) -> SampleLosses:
         """batch: this host's rows, as the loader gives them. All hosts call it together."""

@@ -104,7 +104,12 @@ def test_a_run_shows_that_it_lives_and_notices_that_another_took_its_directory(t
 
 @pytest.mark.parametrize(
     ("host", "boot", "behind"),
-    [("elsewhere", "", 0.0), ("", "another machine of that name", 0.0), ("elsewhere", "", 5.0), ("elsewhere", "", -1e5)],
+    [
+        ("elsewhere", "", 0.0),
+        ("", "another machine of that name", 0.0),
+        ("elsewhere", "", 5.0),
+        ("elsewhere", "", -1e5),
+    ],
     ids=["other-name", "same-name", "late-clock", "early-clock"],
 )
 def test_a_run_on_another_host_whose_lock_cannot_be_seen_is_noticed(tmp_path, host, boot, behind):
@@ -121,8 +126,9 @@ def test_a_run_on_another_host_whose_lock_cannot_be_seen_is_noticed(tmp_path, ho
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(RunLockedError, match=r"in use by another run \(host .*, pid 1,"), lock(
-            tmp_path, say=said.append
+        with (
+            pytest.raises(RunLockedError, match=r"in use by another run \(host .*, pid 1,"),
+            lock(tmp_path, say=said.append),
         ):
             pass
     finally:

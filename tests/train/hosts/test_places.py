@@ -151,7 +151,9 @@ LAUNCH = REPOSITORY / "train" / "launch"
 
 def check_mesh(command: str, slices: int) -> None:
     """Checks that a recipe splits its run over all devices, whatever their number, weights within a slice."""
-    config = override(load_run(REPOSITORY / "configs" / "finetune_pi0_widowx.py"), re.findall(r"\bmesh\.\S+=-?\d+", command))
+    config = override(
+        load_run(REPOSITORY / "configs" / "finetune_pi0_widowx.py"), re.findall(r"\bmesh\.\S+=-?\d+", command)
+    )
     assert config.mesh.slices == slices
     for devices in (4, 8, 24, 32):
         assert config.mesh.shape(devices * slices) == (slices, devices, 1)

@@ -8,7 +8,9 @@ chosen so that rows are unmistakable: 11 divides the batch and no other size, an
 patches, tokens, steps) is odd, so that an array whose size along one axis is 11 n has as many rows as 2 divides n.
 """
 
+import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from openpi_like.train.planning.hlo_cost import Collective, read_program
 from openpi_like.train.planning.plan import abstract_state
 from openpi_like.train.sharding import MeshConfig, batch_sharding
 from openpi_like.train.state import ModelDef, Trainer
+from openpi_like.train.validation import held_out_losses, sampled_chunks
 
 ROWS, ANSWER = 88, 5
 
@@ -52,7 +55,8 @@ def policies() -> dict[str, PolicyConfig]:
     }
 
 
-def compiled_text(policy: PolicyConfig, mesh: MeshConfig) -> tuple[str, dict[str, int]]:
+def compiled_texts(policy: PolicyConfig, mesh: MeshConfig, *, validation: bool) -> Iterator[tuple[str, str]]:
+    """Yields (what, text) of the training step, and of what validation computes if that is asked for."""
     trainer = Trainer(
         ModelDef(policy),
         OptimizerConfig().create(),
@@ -64,12 +68,20 @@ def compiled_text(policy: PolicyConfig, mesh: MeshConfig) -> tuple[str, dict[str
     )
     rows = batch_sharding(trainer.mesh)
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), policy.batch_shapes(ROWS))
-    lowered = trainer.train_step.lower(abstract_state(trainer), batch)
-    try:  # three times faster to compile; nobody runs it
-        compiled = lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
-    except jax.errors.JaxRuntimeError:  # a version without this choice
-        compiled = lowered.compile()
-    return str(compiled.as_text()), {name: int(n) for name, n in trainer.mesh.shape.items()}
+    state = abstract_state(trainer)
+    programs = {"step": trainer.train_step.lower(state, batch)}
+    if validation:
+        given = (state.weights(), batch, jax.eval_shape(lambda: jax.random.key(0)))
+        programs["losses"] = jax.jit(functools.partial(held_out_losses, trainer)).lower(*given)
+        mask = jax.ShapeDtypeStruct((policy.action_horizon, policy.action_dim), "bool")
+        sampled = jax.jit(functools.partial(sampled_chunks, trainer))
+        programs["chunks"] = sampled.lower(*given, mask, policy.sampling_shapes())
+    for what, lowered in programs.items():
+        try:  # three times faster to compile; nobody runs it
+            compiled = lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": False})
+        except jax.errors.JaxRuntimeError:  # a version without this choice
+            compiled = lowered.compile()
+        yield what, str(compiled.as_text())
 
 
 def moves(collective: Collective, mesh: dict[str, int]) -> str | None:
@@ -95,13 +107,14 @@ def main(*sizes: str) -> None:
     for name, policy in policies().items():
         for size in sizes:
             data, fsdp, tensor = map(int, size.split("x"))
-            text, mesh = compiled_text(policy, MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-            cost = read_program(text, mesh)
-            print(f"{name}, {size}: {len(cost.collectives)} collectives")
-            for collective in cost.collectives:
-                moved = moves(collective, mesh)
-                if moved:
-                    print(f"{name}, {size}: moves rows of the batch: {moved}")
+            mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            for what, text in compiled_texts(policy, MeshConfig(**mesh), validation=size == sizes[0]):
+                cost = read_program(text, mesh, rounds=ANSWER)
+                print(f"{name}, {size}, {what}: {len(cost.collectives)} collectives")
+                for collective in cost.collectives:
+                    moved = moves(collective, mesh)
+                    if moved:
+                        print(f"{name}, {size}, {what}: moves rows of the batch: {moved}")
 
 
 if __name__ == "__main__":
