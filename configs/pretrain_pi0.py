@@ -45,5 +45,6 @@ config = TrainConfig(
     ema_decay=0.999,
     mesh=MeshConfig(fsdp=64),
     validate_every=5_000,
+    validation_batch_size=256,
     save_every=1_000,
 )
