@@ -155,9 +155,9 @@ def _scanned(params: dict[str, Any]) -> tuple[int, int]:
     """Returns how many inputs of a scan are constants, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    # Since jax 0.12: inputs by kind, with a place for each.
-    consts, carry, _ = (jax.tree.leaves(kind, is_leaf=lambda x: x is None) for kind in params["ft_in"])
-    return len(consts), len(carry)
+    # Since jax 0.12: inputs by kind, each iterable over its leaves; as a whole it iterates over those of all kinds.
+    consts, carry, _ = (sum(1 for _ in kind) for kind in params["ft_in"].elts)
+    return consts, carry
 
 
 def _total(products: Sequence[_Product]) -> float:

@@ -92,6 +92,7 @@ def test_the_parts_add_up_to_the_whole(traced: Traced) -> None:
     assert 0.1 * traced.seconds < found.total < 10 * traced.seconds  # a step of its own
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="the reader of jax 0.12 ends the process on these traces")
 def test_the_time_of_the_devices_is_that_of_another_reader(traced: Traced) -> None:
     """JAX's own reader of traces, and the union of the operations of each device, on a grid of nanoseconds."""
     (path,) = find_traces(traced.directory)
