@@ -45,7 +45,7 @@ _NAMES = (
 _WRAPPED = re.compile(r"([\w-]+)\((.*)\)$")
 _NAME = re.compile(r"[\w. -]+$")  # a scope of ours; an einsum makes one of its equation
 _STRUCTURE = re.compile(
-    r"(while|body|cond|scan|closed_call|core_call|checkpoint|remat2?|rematted_computation|branch_\d+_fun|shard_map"
+    r"(while|body|cond|scan|closed_call|core_call|eval_jaxpr|checkpoint|remat2?|rematted_computation|branch_\d+_fun|shard_map"
     r"|custom_[jv]vp_call(_jaxpr)?|custom_lin)$"
 )
 

@@ -31,7 +31,7 @@ from openpi_like.train.watching.step_time import (
     step_time,
     table,
 )
-from openpi_like.train.watching.xplane import TraceError
+from openpi_like.train.watching.xplane import TraceError, read_planes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -361,14 +361,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, host: Plane, capsys: pytest
 
 
 def steps_in(directory: Path) -> list[int]:
-    numbers = []
-    for path in directory.rglob("*.xplane.pb"):
-        for plane in ProfileData.from_file(str(path)).planes:
-            for line in plane.lines:
-                numbers += [
-                    dict(e.stats)["step_num"] for e in line.events if e.name == STEP and "step_num" in dict(e.stats)
-                ]
-    return sorted(numbers)
+    planes = [plane for path in directory.rglob("*.xplane.pb") for plane in read_planes(path)]
+    events = [event for plane in planes for line in range(len(plane.lines)) for event in plane.events(line)]
+    return sorted(event.stats["step_num"] for event in events if event.name == STEP and "step_num" in event.stats)
 
 
 @pytest.mark.parametrize(
