@@ -8,7 +8,7 @@ want it. `make demo` makes the data, statistics and tokenisers, and runs all thr
 
 import dataclasses
 
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER

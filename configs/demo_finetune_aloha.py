@@ -6,7 +6,7 @@ Vision, language and expert blocks come from the checkpoint; what touches state 
 fresh, and the run prints which weight came from where. Two CPU cores: about 3 minutes.
 """
 
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.train.checkpoints.warm_start import WarmStart

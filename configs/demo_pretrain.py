@@ -5,7 +5,7 @@
 Two CPU cores: about 7 minutes; `make demo` makes the data, statistics and tokeniser it needs, and runs it.
 """
 
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER

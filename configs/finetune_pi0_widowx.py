@@ -13,7 +13,7 @@ and quantile normalisation in the robot.
 import dataclasses
 
 from openpi_like.data.augment import Augment
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.widowx import WIDOWX
 from openpi_like.train.checkpoints.warm_start import WarmStart

@@ -11,7 +11,7 @@ the hand; those that a robot lacks are masked. The mesh is for 64 chips and mult
 import dataclasses
 
 from openpi_like.data.augment import Augment
-from openpi_like.data.loader import DataConfig
+from openpi_like.data.config import DataConfig
 from openpi_like.data.oxe import mixture
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.train.checkpoints.warm_start import WarmStart

@@ -22,12 +22,13 @@ from rich.table import Table
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import load_run, override
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.fast import FastTokenizer
-from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
+from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.stats import compute_normalization, load_normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
-from openpi_like.robots import find_robot
+from openpi_like.robots.find import find_robot
 
 MIB = 2**20
 

@@ -22,9 +22,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from openpi_like.config import load_run, override
+from openpi_like.data.config import open_datasets
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastError, FastTokenizer, dct_coefficients, fit_fast
-from openpi_like.data.loader import open_datasets
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.stats import load_normalization
 from openpi_like.data.text import TextTokenizer

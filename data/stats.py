@@ -33,7 +33,7 @@ from openpi_like.data.stats import (
     load_normalization,
     save_normalization,
 )
-from openpi_like.robots import find_robot
+from openpi_like.robots.find import find_robot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def main(args: Args, console: Console) -> None:
         else:
             missing[robot.name] = out
     if missing:
-        from openpi_like.data.loader import open_datasets  # slow to import, and workers import this file
+        from openpi_like.data.config import open_datasets  # slow to import, and workers import this file
 
         entries = tuple(e for e in run.data.entries if e.robot.name in missing)
         opened = open_datasets(dataclasses.replace(run.data, entries=entries))

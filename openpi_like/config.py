@@ -17,7 +17,11 @@ T = TypeVar("T")
 _CLASS = "__class__"
 _PACKAGE = "openpi_like"
 # Where classes are now that older checkpoints name by where they were.
-_MOVED = {"openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract"}
+_MOVED = {
+    "openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract",
+    "openpi_like.data.loader:DataConfig": "openpi_like.data.config:DataConfig",
+    "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
+}
 
 
 def near_names(name: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from openpi_like.config import from_json, load_run, override, to_json
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.widowx import WIDOWX
 from openpi_like.train.optimizer import OptimizerConfig
@@ -15,6 +16,15 @@ from openpi_like.train.optimizer import OptimizerConfig
 @pytest.mark.parametrize("robot", [SAWYER, WIDOWX], ids=lambda r: r.name)
 def test_json_restores_the_same_object(robot):
     assert from_json(json.loads(json.dumps(to_json(robot)))) == robot
+
+
+@pytest.mark.parametrize("name", ["DataConfig", "MixtureEntry"])
+def test_json_written_before_a_class_moved_is_read(name):
+    entry = MixtureEntry(robot=SAWYER, path="data")
+    of = {"MixtureEntry": entry, "DataConfig": DataConfig((entry,))}[name]
+    text = json.dumps(to_json(of)).replace("openpi_like.data.config:", "openpi_like.data.loader:")
+    assert "openpi_like.data.loader:" in text
+    assert from_json(json.loads(text)) == of
 
 
 def test_json_names_fields_of_another_version():

@@ -47,7 +47,7 @@ from openpi_like.models.weights import (
     write_openpi,
     write_safetensors,
 )
-from openpi_like.robots import find_robot
+from openpi_like.robots.find import find_robot
 from openpi_like.train.checkpoints.checkpoint import find_step, is_run, save_policy, stored_trainable
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,

@@ -21,8 +21,10 @@ from rich.console import Console
 
 from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
+from openpi_like.data.config import describe
 from openpi_like.data.fast import FastTokenizer
-from openpi_like.data.loader import describe, make_loader, order_changes
+from openpi_like.data.loader import make_loader
+from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import load_normalization
 from openpi_like.models.weights import WeightsError, print_load_report

@@ -15,14 +15,9 @@ space too, so a policy that learned them answers with what a controller can exec
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
-import re
-import runpy
-import traceback
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -546,56 +541,3 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
         if got > most:
             problems.append(f"{what} {got}, the policy has room for {most}; enlarge the policy")
     return problems
-
-
-def find_robot(name: str) -> Robot:
-    """Returns a robot by its name.
-
-    name: "sawyer" (a file of this folder that defines SAWYER), "fractal20220817_data" (a dataset of `oxe.ROBOTS`),
-        "oxe:FRACTAL" (an object of a file of this folder), "package.module:OBJECT", "robots/my_robot.py" (a file with
-        one robot in it) or "robots/my_robot.py:OBJECT". A run stores the robot itself, so it needs the file no more.
-
-    Raises:
-        ValueError: there is none, or a file has several; says what there is.
-    """
-    from openpi_like.robots.oxe import ROBOTS  # it imports this module
-
-    if name in ROBOTS:
-        return ROBOTS[name]
-    if file := re.fullmatch(r"(.*\.py|[^:]*/[^:]*)(?::(\w*))?", name):
-        return _robot_of_file(Path(file[1]), file[2] or "")
-    files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem != "robot")
-    module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
-    if "." not in module and (":" not in name or module in files):
-        module = f"openpi_like.robots.{module}"
-    try:
-        found = vars(importlib.import_module(module))
-    except ImportError as e:
-        known = [*(f for f in files if f != "oxe"), *ROBOTS]
-        raise ValueError(
-            f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT, or a file like my_robot.py"
-        ) from e
-    if not isinstance(found.get(attribute), Robot):
-        near = near_names(attribute, [k for k, v in found.items() if isinstance(v, Robot)])
-        raise ValueError(f"{module} has no robot {attribute!r}; {near}")
-    return found[attribute]
-
-
-def _robot_of_file(path: Path, attribute: str) -> Robot:
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        near = near_names(path.name, beside) if beside else "no Python files"
-        raise ValueError(f"no robot file {path}; in {path.parent}: {near}")
-    try:
-        found = runpy.run_path(str(path))
-    except ValueError as e:  # a Robot that is not complete
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
-        raise ValueError(f"{path}{f', line {lines[-1]}' if lines else ''}: {e}") from e
-    robots = {k: v for k, v in found.items() if isinstance(v, Robot)}
-    if not robots:
-        raise ValueError(f"{path} has no robot, expected an object like MY_ROBOT = Robot(...); see data/draft_robot.py")
-    if attribute and attribute not in robots:
-        raise ValueError(f"{path} has no robot {attribute!r}; {near_names(attribute, list(robots))}")
-    if not attribute and len(robots) > 1:
-        raise ValueError(f"{path} has several robots; give one of {', '.join(f'{path}:{k}' for k in robots)}")
-    return robots[attribute or next(iter(robots))]

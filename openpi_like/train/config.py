@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from openpi_like.config import near_names
-from openpi_like.data.loader import DataConfig
+from openpi_like.data.config import DataConfig
 from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoints.checkpoint import Keep

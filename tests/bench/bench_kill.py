@@ -25,9 +25,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
-from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
+from openpi_like.data.loader import make_loader
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.robots.widowx import WIDOWX

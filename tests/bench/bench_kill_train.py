@@ -116,9 +116,9 @@ class Run:
         before = len(self.lines())
         started = self.start(devices, processes)
         if until is not None:
-            while len(self.lines()) == before or self.lines()[-1]["step"] < until:
+            while len(lines := self.lines()) <= before or lines[-1]["step"] < until:
                 self._check_alive(started)
-                before = min(before, len(self.lines()))  # what was done twice is removed when it resumes
+                before = min(before, len(lines))  # what will be done twice is removed when it resumes
                 time.sleep(0.02)
             time.sleep(pause)
             self._check_alive(started)

@@ -150,7 +150,8 @@ def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: 
 
     one_batch: draw a single batch and go on with it, so that the augmentation is all there is to do.
     """
-    from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
+    from openpi_like.data.config import DataConfig, MixtureEntry
+    from openpi_like.data.loader import make_loader
     from openpi_like.data.stats import load_normalization
     from openpi_like.data.text import TextTokenizer
 

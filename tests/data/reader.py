@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from openpi_like.batch import Batch
-from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
+from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.stats import load_normalization
 from openpi_like.data.text import TextTokenizer
 from tests.data.toy import CART, SOME, TOLD, Shapes

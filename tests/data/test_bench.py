@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
-from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader
+from openpi_like.data.loader import make_loader
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
@@ -20,7 +21,7 @@ from tests.data.toy import ARM, CART, Shapes, change_record, shard
 
 CONFIG = """
 from types import SimpleNamespace
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from tests.data.toy import ARM, CART, Shapes
 import dataclasses
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.schema import DatasetError, Feature, Schema
 from openpi_like.data.stats import compute_normalization, load_normalization
-from openpi_like.robots import Robot, find_robot
+from openpi_like.robots import Robot
+from openpi_like.robots.find import find_robot
 from tests.conftest import REPOSITORY
 
 PROGRAM = REPOSITORY / "data" / "draft_robot.py"

@@ -20,7 +20,7 @@ from tests.data.toy import ARM, CART
 CONFIG = """
 from types import SimpleNamespace
 from openpi_like.batch import ActionTokens
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from tests.data.toy import ARM, CART
 import dataclasses
 

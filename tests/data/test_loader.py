@@ -20,28 +20,17 @@ from hypothesis import strategies as st
 
 from openpi_like.batch import ActionTokens, Batch
 from openpi_like.config import from_json, to_json
+from openpi_like.data.assembly import keep_cameras, uniform_draws
 from openpi_like.data.augment import Augment
+from openpi_like.data.config import DataConfig, MixtureEntry, describe, open_datasets
 from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset, Selection
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.images import fit
 from openpi_like.data.index import open_index
-from openpi_like.data.loader import (
-    DataConfig,
-    Loader,
-    MixtureEntry,
-    describe,
-    distinct_episodes,
-    keep_cameras,
-    make_loader,
-    open_datasets,
-    order_changes,
-    order_record,
-    sample_order,
-    uniform_draws,
-    validation_batches,
-)
+from openpi_like.data.loader import Loader, make_loader, validation_batches
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.order import distinct_episodes, order_changes, order_record, sample_order
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer

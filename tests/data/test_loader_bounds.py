@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openpi_like.data import arrayrecord, files, loader
+from openpi_like.data import arrayrecord, assembly, files
+from openpi_like.data.config import DataConfig, MixtureEntry, open_datasets
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
 from openpi_like.data.index import open_index
-from openpi_like.data.loader import DataConfig, MixtureEntry, make_loader, memory_needed, validation_batches
+from openpi_like.data.loader import make_loader, memory_needed, validation_batches
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.order import GroupedOrder
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
@@ -51,7 +53,7 @@ def term(needed: dict[str, int], name: str) -> int:
 )
 def test_a_grouped_order_holds_no_more_than_is_counted(episodes: list[int], group: int, places: list[float]) -> None:
     """Its arrays at any time, over up to four passes in any order."""
-    order = loader._GroupedOrder(np.array(episodes), group, (0, 0))
+    order = GroupedOrder(np.array(episodes), group, (0, 0))
     most = order.most_bytes(np.array(episodes), group, 1)
     for place in places:
         order[int(place * sum(episodes))]
@@ -64,7 +66,7 @@ def test_a_grouped_order_takes_no_more_than_is_counted_while_it_sorts(episodes: 
     lengths = np.full(episodes, 400_000 // episodes)
     tracemalloc.start()
     try:
-        order = loader._GroupedOrder(lengths, group, (0, 0))
+        order = GroupedOrder(lengths, group, (0, 0))
         for k in range(0, 3 * 400_000, 30_011):
             order[k]
         _, peak = tracemalloc.get_traced_memory()
@@ -79,7 +81,7 @@ def test_a_grouped_order_takes_no_more_than_is_counted_while_it_sorts(episodes: 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40), st.integers(0, 3))
 def test_memory_is_used_again_only_when_nothing_refers_to_it(events: list[tuple[int, bool]], most: int) -> None:
     """Arrays or views of views of them are kept and let go in any order; what is kept is never written to."""
-    arrays = pickle.loads(pickle.dumps(loader._Recycled(most)))
+    arrays = pickle.loads(pickle.dumps(assembly._Recycled(most)))
     kept: list[tuple[np.ndarray, int]] = []
     for i, (let_go, view) in enumerate(events):
         del kept[:let_go]
@@ -92,7 +94,7 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it(events: list[tuple[
 
 
 def test_memory_of_a_batch_is_that_of_one_before() -> None:
-    arrays = loader._Recycled(2)
+    arrays = assembly._Recycled(2)
     first = arrays.empty((5, 7))
     place = first.ctypes.data
     view = first[2]
@@ -113,7 +115,7 @@ def test_the_places_of_frames_are_counted(toy: Path, group_episodes: int | None)
         ),
         group_episodes=group_episodes,
     )
-    datasets = [d for d in loader.open_datasets(config) if d is not None]
+    datasets = [d for d in open_datasets(config) if d is not None]
     needed = memory_needed(config, datasets, Shapes(), 8)
     held = 0
     for dataset in datasets:

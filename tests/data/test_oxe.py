@@ -16,14 +16,16 @@ from scipy.spatial.transform import Rotation
 
 from openpi_like.config import from_json, to_json
 from openpi_like.data import files
+from openpi_like.data.config import DataConfig
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.images import fit
-from openpi_like.data.loader import DataConfig, make_loader
+from openpi_like.data.loader import make_loader
 from openpi_like.data.oxe import MIXTURES, OXE, mixture
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
-from openpi_like.robots import find_robot, policy_problems, with_channel_order, with_upside_down
+from openpi_like.robots import policy_problems, with_channel_order, with_upside_down
+from openpi_like.robots.find import find_robot
 from openpi_like.robots.oxe import DISPUTED, DROID_JOINTS, ROBOTS, UPSIDE_DOWN
 from openpi_like.robots.robot import ROTATIONS
 from tests.data.oxe_schemas import PUBLISHED, Columns, Published

@@ -34,7 +34,8 @@ from openpi_like.data.stats import (
     load_normalization,
     save_normalization,
 )
-from openpi_like.robots import ActionField, Gripper, find_robot
+from openpi_like.robots import ActionField, Gripper
+from openpi_like.robots.find import find_robot
 from tests.conftest import REPOSITORY
 from tests.data.beam import BEAM, import_beam
 from tests.data.reference_stats import stats_of, stats_of_blocks
@@ -236,7 +237,7 @@ def test_bridge_lies_inside_its_published_statistics(shared: Path, bridge: Path,
 
 CONFIG = """
 from types import SimpleNamespace
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from tests.data.toy import ARM, CART, change_record, shard
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}), MixtureEntry(ARM, {toy!r}, split="val"))

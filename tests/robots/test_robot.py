@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from openpi_like.config import from_json, to_json
 from openpi_like.robots.aloha import ALOHA
+from openpi_like.robots.find import find_robot
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.robot import (
     ROTATIONS,
@@ -23,7 +24,6 @@ from openpi_like.robots.robot import (
     Gripper,
     Robot,
     StateField,
-    find_robot,
     with_channel_order,
     with_upside_down,
 )

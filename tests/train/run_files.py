@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from openpi_like.data.loader import DataConfig, MixtureEntry
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.arrays import OrbaxArrays
 from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.pi0 import Pi0Config

@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_like.config import from_json, to_json
+from openpi_like.data.assembly import action_token_problems
 from openpi_like.data.fast import FastFiles, FastTokenizer
-from openpi_like.data.loader import action_token_problems
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig

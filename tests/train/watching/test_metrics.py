@@ -176,7 +176,7 @@ def test_memory_is_the_most_of_any_device_and_includes_workers(monkeypatch):
 
 
 def test_impossible_runs_are_refused_with_all_reasons(tiny_policy):
-    from openpi_like.data.loader import DataConfig, MixtureEntry
+    from openpi_like.data.config import DataConfig, MixtureEntry
     from openpi_like.robots.sawyer import SAWYER
 
     data = DataConfig(entries=(MixtureEntry(robot=SAWYER, path="somewhere"),))

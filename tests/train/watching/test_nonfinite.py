@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 from openpi_like.data.augment import Augment
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
-from openpi_like.data.loader import DataConfig, Loader, MixtureEntry, make_loader
+from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from openpi_like.draws import sample_keys
