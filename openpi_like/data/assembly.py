@@ -1,4 +1,4 @@
-"""Batches of frames: images decoded and resized, numbers normalised, texts and actions as tokens, padded to one size."""
+"""Batches of frames: images decoded and resized, numbers normalised, texts and actions as tokens, padded to a size."""
 
 import collections
 import math

@@ -1,6 +1,6 @@
 """The Open X-Embodiment (OXE) collection as data: what each dataset needs to be read well, and mixtures of them.
 
-What the numbers mean is in `openpi_like.robots.oxe`; what the sources dispute, in its `DISPUTED`.
+What the numbers mean is in `openpi_like.robots.oxe`; what the sources dispute, in `oxe_disputed`.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ def mixture(
         images: "published" reads channels as the datasets of the OXE bucket have them, of which four are BGR; "rgb" is
             for copies in which that has been corrected.
         upside_down: dataset -> cameras whose pictures are stored upside down in your copy, and are turned. None turns
-            none; `robots.oxe.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the mixture may be
+            none; `robots.oxe_disputed.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the mixture may be
             in it.
         blank_language: replace instructions that do not say what is done by "", as octo does.
         missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning; "expect"

@@ -25,7 +25,9 @@ def find_robot(name: str) -> Robot:
         return ROBOTS[name]
     if file := re.fullmatch(r"(.*\.py|[^:]*/[^:]*)(?::(\w*))?", name):
         return _robot_of_file(Path(file[1]), file[2] or "")
-    files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem not in ("robot", "find"))
+    files = sorted(
+        p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem not in ("robot", "find", "oxe_disputed")
+    )
     module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
     if "." not in module and (":" not in name or module in files):
         module = f"openpi_like.robots.{module}"
