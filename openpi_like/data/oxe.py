@@ -151,8 +151,8 @@ def mixture(
         images: "published" reads channels as the datasets of the OXE bucket have them, of which four are BGR; "rgb" is
             for copies in which that has been corrected.
         upside_down: dataset -> cameras whose pictures are stored upside down in your copy, and are turned. None turns
-            none; `robots.oxe_disputed.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the mixture may be
-            in it.
+            none; `robots.oxe_disputed.UPSIDE_DOWN` are those that one source turns. Datasets that are not in the
+            mixture may be in it.
         blank_language: replace instructions that do not say what is done by "", as octo does.
         missing: "error", or "skip" to go on without datasets that are not there, which are named in a warning; "expect"
             names them too, and takes them to be there when the run is: for planning it where its data are not. Then

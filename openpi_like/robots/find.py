@@ -10,6 +10,8 @@ from openpi_like.config import near_names
 from openpi_like.robots.oxe import ROBOTS
 from openpi_like.robots.robot import Robot
 
+_NO_ROBOTS = ("robot", "find", "oxe_disputed")  # files of this folder
+
 
 def find_robot(name: str) -> Robot:
     """Returns a robot by its name.
@@ -25,9 +27,7 @@ def find_robot(name: str) -> Robot:
         return ROBOTS[name]
     if file := re.fullmatch(r"(.*\.py|[^:]*/[^:]*)(?::(\w*))?", name):
         return _robot_of_file(Path(file[1]), file[2] or "")
-    files = sorted(
-        p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem not in ("robot", "find", "oxe_disputed")
-    )
+    files = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py") if p.stem not in _NO_ROBOTS)
     module, _, attribute = name.partition(":") if ":" in name else (name, "", name.upper())
     if "." not in module and (":" not in name or module in files):
         module = f"openpi_like.robots.{module}"
