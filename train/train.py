@@ -228,8 +228,8 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
             score = None
-            # Who stops a run waits for its checkpoint, not for a validation.
-            if (step % config.validate_every == 0 or step == config.steps) and not stop:
+            # Who stops a run waits for its checkpoint, not for a validation, unless it is the last.
+            if step == config.steps or (step % config.validate_every == 0 and not stop):
                 with log.paused():
                     line = validator(state)
                 score = config.keep.score(line)

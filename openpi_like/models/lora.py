@@ -1,7 +1,7 @@
 """LoRA as an overlay on any linear map, chosen by name (Hu et al. 2021): y = W x + scale * B (A x).
 
 `add_lora` gives a model these weights beside those that it has, so that it is the base at first: B starts at zero. What
-is trained follows from it, see `openpi_like.train.state.trained_names`. `merge_overlay` makes one weight of W, A and B.
+is trained follows from it, see `openpi_like.train.state.trained_names`. `Overlay.merge` makes one weight of W, A and B.
 
 Letters of a kernel: those it sums over are its inputs, the others its outputs; r is the rank. Layers and stacks (q/k/v,
 gate/up) are maps of their own.
@@ -10,12 +10,12 @@ gate/up) are maps of their own.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from openpi_like.config import near_names
 from openpi_like.draws import named_key
@@ -222,6 +222,10 @@ class Overlay:
         equation = f"{lead}{name(dims.inputs)}r,{lead}r{name(dims.outputs)}->{letters}"
         return self.scale * jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
+    def merge(self, base: Shaped[Array, "..."], a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the kernel that computes the same without an overlay, in float32: bfloat16 would lose most of it."""
+        return base.astype(jnp.float32) + self.delta(a, b)
+
 
 def overlays(model: nnx.Module) -> dict[str, Overlay]:
     """Returns the overlays of a model by the names of their kernels; their weights are <name>_lora/a and /b."""
@@ -233,17 +237,3 @@ def overlays(model: nnx.Module) -> dict[str, Overlay]:
             axes, inputs = metadata["axes"], tuple(metadata["inputs"])
             found[name] = Overlay(tuple(base.shape), axes, inputs, pair.scale, pair.per_head)
     return found
-
-
-def merge_overlay(of: Mapping[str, Overlay], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the weights of the model without overlays that computes the same, in the dtypes of the base.
-
-    of: see `overlays`. weights: flat by name, with those of the overlays.
-    """
-    merged = {name: value for name, value in weights.items() if not is_lora(name)}
-    for name, overlay in of.items():
-        kept = merged[name]
-        delta = overlay.delta(weights[f"{name}{SUFFIX}/a"], weights[f"{name}{SUFFIX}/b"])
-        # In float32, whatever the base is: rounding to bfloat16 first would lose most of a delta.
-        merged[name] = (kept.astype(jnp.float32) + delta).astype(kept.dtype)
-    return merged

@@ -17,7 +17,7 @@ from openpi_like.config import near_names
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
-from openpi_like.models.lora import Lora, add_lora, is_lora, merge_overlay, overlays
+from openpi_like.models.lora import Lora, add_lora, is_lora
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
 from openpi_like.models.weights import flatten, unflatten
 from openpi_like.partition import ShardingRules, pin, placed
@@ -171,10 +171,6 @@ class ModelDef:
         if dtype == "bfloat16" or inputs is None:
             return value.astype(jnp.bfloat16)
         return quantize(value, inputs, dtype)
-
-    def merged(self, params: Params) -> Params:
-        """Returns nested weights of the policy without its overlay, which computes the same."""
-        return unflatten(merge_overlay(overlays(self.abstract), flatten(params)))
 
 
 def shardings_like(shardings: Params, shapes: Params, tree: Any, mesh: Mesh) -> Any:

@@ -26,6 +26,7 @@ from openpi_like.models.weights import (
     weight_shapes,
 )
 from openpi_like.train.state import ModelDef, Trainable, trained_names
+from tests.merged import merged
 
 KEY = jax.random.key(5)
 MAPS = "/layers/(q|kv|out|gate_up|down)$"
@@ -70,9 +71,9 @@ def test_a_fresh_overlay_is_the_base_and_a_merged_one_computes_the_same(heads_po
     assert loss(fresh) == base_loss(base.init(KEY))  # to the bit
 
     weights = _nested(_drawn(model))
-    merged = model.merged(weights)
-    assert str(jax.tree.structure(merged)) == str(jax.tree.structure(base.shapes))
-    assert loss(weights) == pytest.approx(float(base_loss(merged)), rel=2e-5)
+    plain = merged(model, weights)
+    assert str(jax.tree.structure(plain)) == str(jax.tree.structure(base.shapes))
+    assert loss(weights) == pytest.approx(float(base_loss(plain)), rel=2e-5)
     without = {k: (v * 0 if "_lora/b" in k else v) for k, v in flatten(weights).items()}
     assert loss(weights) != pytest.approx(float(loss(_nested(without))), rel=1e-3)
 
@@ -201,9 +202,9 @@ def test_openpi_holds_our_overlay(heads_policy, kv_heads, per_head):
     model = ModelDef(config, Trainable(lora))
     weights = _drawn(model)
     arrays = _exported(config, weights, lora)
-    merged = LoraMerged(MemoryArrays(arrays), 1.0)
-    got = read_weights(merged, plan_load(config, merged))
-    expected = flatten(model.merged(_nested(weights)))
+    read = LoraMerged(MemoryArrays(arrays), 1.0)
+    got = read_weights(read, plan_load(config, read))
+    expected = flatten(merged(model, _nested(weights)))
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, atol=2e-5, err_msg=name)
     again = MemoryArrays(arrays)
@@ -245,7 +246,7 @@ def test_an_expert_with_an_overlay_is_not_packed_without_it(tiny_policy, batch):
     weights = _nested(_drawn(model))
     observation = {k: v for k, v in batch.items() if k not in ("actions", "action_mask", "dataset_id", "position")}
     sample = lambda of, w: jax.jit(lambda w: of.bind(w).sample_actions(KEY, observation, num_steps=2))(w)  # noqa: E731
-    merged = sample(ModelDef(tiny_policy), model.merged(weights))
-    np.testing.assert_allclose(sample(model, weights), merged, atol=2e-3 * float(jnp.abs(merged).max()))
+    plain = sample(ModelDef(tiny_policy), merged(model, weights))
+    np.testing.assert_allclose(sample(model, weights), plain, atol=2e-3 * float(jnp.abs(plain).max()))
     state = nnx.state(model.bind(weights).packed(), nnx.Param)
     assert any("_lora" in "/".join(map(str, path)) for path, _ in nnx.to_flat_state(state))

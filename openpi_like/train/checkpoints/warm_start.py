@@ -88,7 +88,7 @@ class RunArrays:
         if overlay is None:
             return np.asarray(value)
         a, b = (jnp.asarray(self._trained.read(f"{name}{SUFFIX}/{end}")) for end in "ab")
-        return np.asarray(value.astype(np.float32) + overlay.delta(a, b))
+        return np.asarray(overlay.merge(jnp.asarray(value), a, b))
 
 
 class BaseArrays:

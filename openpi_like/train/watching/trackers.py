@@ -7,7 +7,7 @@ frozen dataclass as `TrackerConfig` describes it, whose `start` returns an objec
 import dataclasses
 import importlib.util
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -164,12 +164,14 @@ class Wandb:
             config=run.config,
             settings=wandb.Settings(console="off", quiet=True),  # progress bars are no log
         )
-        return _Wandb(started, wandb.Image)
+        return _LikeWandb(started, wandb.Image, lambda failed: started.finish(exit_code=int(failed)))
 
 
-class _Wandb:
-    def __init__(self, run: Any, image: Any) -> None:
-        self._run, self._image = run, image
+class _LikeWandb:
+    """A run of a service that is spoken to like wandb. image: its class of pictures. finish: is told of a failure."""
+
+    def __init__(self, run: Any, image: Any, finish: Callable[[bool], None]) -> None:
+        self._run, self._image, self._finish = run, image, finish
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -178,7 +180,7 @@ class _Wandb:
         self._run.log({name: self._image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+        self._finish(failed)
 
 
 # ---- Trackio ---------------------------------------------------------------------------------------------------------
@@ -213,18 +215,4 @@ class Trackio:
             config={k: v for k, v in run.config.items() if k[0] != "_"},  # which it keeps for itself
             resume="allow" if run.resume_step else "never",
         )
-        return _Trackio(started, trackio.Image)
-
-
-class _Trackio:
-    def __init__(self, run: Any, image: Any) -> None:
-        self._run, self._image = run, image
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def pictures(self, step: int, pictures: Pictures) -> None:
-        self._run.log({name: self._image(picture) for name, picture in pictures.items()}, step=step)
-
-    def close(self, *, failed: bool) -> None:
-        self._run.finish()
+        return _LikeWandb(started, trackio.Image, lambda failed: started.finish())

@@ -28,6 +28,7 @@ from openpi_like.train.checkpoints.warm_start import WarmStart, frozen_from, ope
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainable, Trainer
+from tests.merged import merged
 
 LORA = Lora((LoraRule("^(vlm|expert)/layers/(q|out|down)$", rank=2),))
 SAVED: dict[str, Any] = {"order": {"seed": 0}, "config": OptimizerConfig()}
@@ -120,13 +121,13 @@ def test_it_is_served_merged(tuned, tiny_policy, tiny_batch, name):
     """What is served computes what was trained; and so does a run that starts from it."""
     dirs, trainer, state = tuned
     parts = load_policy_parts(dirs[name])
-    merged = flatten(trainer.model.merged(_dequantized(state.weights())))
+    plain = flatten(merged(trainer.model, _dequantized(state.weights())))
     served = flatten(ModelDef(tiny_policy).shapes)
     arrays = open_weights(dirs[name])
     got = read_weights(arrays, plan_load(tiny_policy, arrays))
     assert set(got) == set(served)
     for key, value in got.items():
-        np.testing.assert_allclose(value, merged[key], atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(value, plain[key], atol=1e-6, err_msg=key)
     observation = {k: v for k, v in tiny_batch.items() if k not in ("actions", "action_mask", "dataset_id", "position")}
     sample = jax.jit(lambda model, obs: model.sample_actions(jax.random.key(0), obs, num_steps=1))
     trained = jax.jit(lambda w, obs: trainer.model.bind(w).sample_actions(jax.random.key(0), obs, num_steps=1))
@@ -235,9 +236,9 @@ def test_it_is_converted_merged_and_with_its_overlay(tuned, tiny_policy, tmp_pat
         assert program.main(program.Args(dirs["kept"], tmp_path / name, "openpi", **options), console) == 0
         return open_arrays(tmp_path / name, lora_scale=1.0 if options else None)
 
-    merged, beside = convert("merged"), convert("beside", keep_lora=True)
-    expected = flatten(trainer.model.merged(_dequantized(state.weights())))
-    for arrays in (merged, beside):
+    whole, beside = convert("merged"), convert("beside", keep_lora=True)
+    expected = flatten(merged(trainer.model, _dequantized(state.weights())))
+    for arrays in (whole, beside):
         got = read_weights(arrays, plan_load(tiny_policy, arrays))
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, atol=1e-6, err_msg=name)
