@@ -219,6 +219,10 @@ class PackedLayer(nnx.Module):
         turned = rotate(heads[:, :, : N + K], rope_2BSh[:, :, :, None])
         return turned[:, :, :N].swapaxes(1, 2), KVCache(k=turned[:, :, N:], v=heads[:, :, N + K :])
 
+    def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
+        """As `GemmaLayer.keys_and_values`."""
+        return self.project(y_BSD, rope_2BSh)[1]
+
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.project_out`."""
         B, _, S, _ = seen_BNSH.shape
@@ -242,7 +246,7 @@ def run_layer(
     x_BSD = pin(x_BSD, "batch", None, None)
     y, gate = layer.attn_norm(x_BSD, cond_BSD)
     q_BNSH, own = layer.project(y, rope_2BSh)
-    every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
+    every = own.after(past)
     seen_BNSH = kept(attention(q_BNSH, every.k, every.v, mask_BST), "attention")
     x_BSD = _residual(x_BSD, layer.project_out(seen_BNSH), gate)
     y, gate = layer.mlp_norm(x_BSD, cond_BSD)

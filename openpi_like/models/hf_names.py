@@ -5,6 +5,7 @@ Axis letters: L layers, D width, N heads, K kv heads, H head dim, F mlp width, V
 """
 
 from openpi_like.models.formats import Row
+from openpi_like.models.gemma2 import Gemma2Config
 from openpi_like.models.llama import LlamaConfig
 
 
@@ -30,6 +31,20 @@ def llama_rows(config: LlamaConfig, ours: str, theirs: str, *, head: str = "lm_h
                 Row(f"{ours}/layers/kv_bias", f"{attn}.k_proj.bias", "(K H) -> K H", at=(i, 0)),
                 Row(f"{ours}/layers/kv_bias", f"{attn}.v_proj.bias", "(K H) -> K H", at=(i, 1)),
             ]
+    return rows
+
+
+def gemma2_rows(config: Gemma2Config, ours: str, theirs: str) -> list[Row]:
+    """Returns the rows of Gemma 2, which is tied; arguments as of `llama_rows`."""
+    norms = {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
+    rows = _outside(ours, theirs)
+    for i in range(config.depth):
+        rows += _layer(ours, f"{theirs}layers.{i}", i, norms)
     return rows
 
 

@@ -25,6 +25,10 @@ class KVCache:
     k: Leaf
     v: Leaf
 
+    def after(self, past: "KVCache | None") -> "KVCache":
+        """Returns those of `past`, then these; inside a layer."""
+        return self if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, self)
+
 
 M = TypeVar("M", bound="LanguageModel")
 # One layer: (tokens, (layer, its number, its cache or None)) -> (tokens, own keys and values).
@@ -41,24 +45,19 @@ class LanguageModel(nnx.Module):
     dtype: str
     unroll: bool
     remat: str | None
+    embedding: nnx.Param
     layers: Any
-    soft_cap: float | None = None  # of logits: cap * tanh(logits / cap)
+    soft_cap: float | None = None  # of logits, see `capped`
+
+    embed: Callable[..., jax.Array]  # (B, S) tokens -> (B, S, D)
+    rope: Callable[..., jax.Array]  # positions -> rotations (2, B, S, H / 2)
+    step: Callable[..., Step]  # mask, rotations, what is given -> what one layer does
+    own_keys: Callable[..., KVCache]  # a layer, its inputs, rotations -> its keys and values
+    last_norm: Callable[..., jax.Array]  # tokens, what is given -> tokens after the final norm
 
     def table(self) -> nnx.Param:
         """Returns the table (V, D) that logits are products with."""
         return self.embedding
-
-    def step(self, mask_BST: Bool[Array, "B S T"], rope_2BSh: Float[Array, "2 B S half"], **given: Any) -> Step:
-        """Returns what one layer does."""
-        raise NotImplementedError
-
-    def own_keys(self, layer: Any, x_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
-        """Returns the keys and values of the inputs of a layer."""
-        raise NotImplementedError
-
-    def last_norm(self, x_BSD: Float[Array, "B S D"], **given: Any) -> Float[Array, "B S D"]:
-        """Returns the tokens after the final norm."""
-        raise NotImplementedError
 
     def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = slice(None)) -> Float[Array, "B S V"]:
         """Returns x times the table, accumulated and returned in float32: a softmax over them follows.

@@ -187,16 +187,15 @@ class LlamaLayer(nnx.Module):
 
         self.attn_norm, self.mlp_norm = norm("attn_norm", D), norm("mlp_norm", D)
         self.q = map_weight(key, "q", (L, N, D, H), ("layers", "heads", "embed", "head_dim"), inputs=(2,))
-        kv_axes = ("layers", "stack", "kv_heads", "embed", "head_dim")
-        self.kv = map_weight(key, "kv", (L, 2, K, D, H), kv_axes, inputs=(3,))
+        map_axes = ("layers", "stack", "kv_heads", "embed", "head_dim")
+        self.kv = map_weight(key, "kv", (L, 2, K, D, H), map_axes, inputs=(3,))
         self.out = map_weight(key, "out", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), inputs=(1, 2))
         self.gate_up = map_weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), inputs=(2,))
         self.down = map_weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), inputs=(1,))
         bias, norms = config.qkv_bias, config.qk_norm
-        axes = ("layers", "heads", "head_dim")
-        self.q_bias = weight(key, "q_bias", (L, N, H), axes, zeros) if bias else None
-        axes = ("layers", "stack", "kv_heads", "head_dim")
-        self.kv_bias = weight(key, "kv_bias", (L, 2, K, H), axes, zeros) if bias else None
+        q_axes, kv_axes = ("layers", "heads", "head_dim"), ("layers", "stack", "kv_heads", "head_dim")
+        self.q_bias = weight(key, "q_bias", (L, N, H), q_axes, zeros) if bias else None
+        self.kv_bias = weight(key, "kv_bias", (L, 2, K, H), kv_axes, zeros) if bias else None
         self.q_norm, self.k_norm = (norm(name, H) if norms else None for name in ("q_norm", "k_norm"))
 
     def packed(self, config: LlamaConfig, dtype: str) -> "LlamaLayer | PackedLlamaLayer":
@@ -253,12 +252,11 @@ class PackedLlamaLayer(PackedLayer):
     def __init__(self, layer: LlamaLayer, config: LlamaConfig, dtype: str) -> None:
         super().__init__(layer, config, dtype)
         self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
-        self.qkv_bias = None if layer.q_bias is None else self._biases(layer, dtype)
-
-    def _biases(self, layer: LlamaLayer, dtype: str) -> nnx.Param:
-        kv_bias = layer.kv_bias[...].reshape(self.config.depth, -1, self.config.head_dim)
-        bias = jnp.concatenate([layer.q_bias[...], kv_bias], axis=1)
-        return nnx.Param(bias.astype(dtype), axes=("layers", None, "head_dim"))
+        self.qkv_bias = None
+        if layer.q_bias is not None and layer.kv_bias is not None:
+            kv_bias = layer.kv_bias[...].reshape(config.depth, -1, config.head_dim)
+            bias = jnp.concatenate([layer.q_bias[...], kv_bias], axis=1).astype(dtype)
+            self.qkv_bias = nnx.data(nnx.Param(bias, axes=("layers", None, "head_dim")))
 
     def project(
         self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
@@ -291,13 +289,15 @@ def run_layer(
     """Returns the tokens after one layer, and their own keys and values (without those of `past`)."""
     x_BSD = pin(x_BSD, "batch", None, None)
     q_BNSH, own = layer.project(layer.attn_norm(x_BSD), rope_2BSh)
-    every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
+    every = own.after(past)
     x_BSD = x_BSD + layer.project_out(kept(attention(q_BNSH, every.k, every.v, mask_BST), "attention"))
     return pin(x_BSD + layer.mlp(layer.mlp_norm(x_BSD)), "batch", None, None), own
 
 
 class Llama(LanguageModel):
     """A language model of the Llama family: a table, stacked layers and the final norm; another table if not tied."""
+
+    head: nnx.Param  # only where not tied
 
     def __init__(
         self, config: LlamaConfig, key: Key[Array, ""], *, dtype: str, unroll: bool, remat: str | None, vocab_size: int
@@ -358,7 +358,7 @@ class Llama(LanguageModel):
 
     def own_keys(self, layer: Any, x_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
         """Returns the keys and values of the inputs of a layer."""
-        return layer.project(layer.attn_norm(x_BSD), rope_2BSh)[1]
+        return layer.keys_and_values(layer.attn_norm(x_BSD), rope_2BSh)
 
     def last_norm(self, x_BSD: Float[Array, "B S D"], **given: Any) -> Float[Array, "B S D"]:
         """Returns the tokens after the final norm."""

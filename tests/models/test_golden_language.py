@@ -4,6 +4,7 @@ Name rows in both directions, hidden states of all layers, logits, gradients of 
 stacked and written-out layers, and packed ones compute the same.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from flax import nnx
 
 from openpi_like.models.formats import Row
 from openpi_like.models.gemma import attention_mask
-from openpi_like.models.hf_names import llama_rows
+from openpi_like.models.gemma2 import Gemma2, Gemma2Config
+from openpi_like.models.hf_names import gemma2_rows, llama_rows
 from openpi_like.models.language import KVCache, LanguageModel
 from openpi_like.models.llama import Llama, LlamaConfig
 from openpi_like.models.weights import flat_weights, flatten, unflatten
@@ -26,7 +28,7 @@ from tests.models.golden_set import config_json
 
 GOLDEN = Path(__file__).parent / "golden"
 LLAMAS = ("llama", "smollm2", "qwen2", "qwen3", "qwen2_5_vl", "qwen3_vl")
-CASES = LLAMAS
+CASES = (*LLAMAS, "gemma2")
 KEY = jax.random.key(0)
 Arrays = dict[str, np.ndarray]
 
@@ -56,6 +58,14 @@ def sizes(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of(case: str, theirs: dict[str, Any]) -> Any:
+    if case == "gemma2":
+        return Gemma2Config(
+            **sizes(theirs),
+            query_scalar=float(theirs["query_pre_attn_scalar"]),
+            attention_cap=theirs["attn_logit_softcapping"],
+            final_cap=theirs["final_logit_softcapping"],
+            window=theirs["sliding_window"],
+        )
     rope = theirs["rope_parameters"]
     sections = rope.get("mrope_section")
     return LlamaConfig(
@@ -71,11 +81,13 @@ def config_of(case: str, theirs: dict[str, Any]) -> Any:
 
 
 def rows_of(config: Any) -> list[Row]:
-    return llama_rows(config, "lm", "model.")
+    rows = gemma2_rows if isinstance(config, Gemma2Config) else llama_rows
+    return rows(config, "lm", "model.")
 
 
 def created(config: Any, *, unroll: bool, vocab_size: int = 64, dtype: str = "float32") -> LanguageModel:
-    return Llama(config, KEY, dtype=dtype, unroll=unroll, remat=None, vocab_size=vocab_size)
+    create: Any = Gemma2 if isinstance(config, Gemma2Config) else Llama
+    return create(config, KEY, dtype=dtype, unroll=unroll, remat=None, vocab_size=vocab_size)
 
 
 def imported(rows: list[Row], theirs: Arrays, shapes: dict[str, tuple[int, ...]]) -> Arrays:
@@ -235,6 +247,8 @@ COUNTS = {
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
     "smollm2_1_7b": 1_711_376_384,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
 }
 
 
@@ -242,7 +256,7 @@ COUNTS = {
 def test_published_sizes(name: str) -> None:
     """Every weight by name and shape, and their number."""
     theirs = {k: tuple(v) for k, v in PUBLISHED[name].items()}
-    config = getattr(LlamaConfig, name)()
+    config = getattr(Gemma2Config if name.startswith("gemma") else LlamaConfig, name)()
     vocab_size = theirs["model.embed_tokens.weight"][0]
     shapes = shapes_of(lambda: created(config, unroll=False, vocab_size=vocab_size))
     assert sum(map(math.prod, shapes.values())) == COUNTS[name]
@@ -254,14 +268,11 @@ def test_published_sizes(name: str) -> None:
 
 def test_vision_language_models_have_the_sizes_of_their_text_models() -> None:
     """SmolVLM has a head of its own: 256 and 507 million weights with the tower need it."""
-    for plain, turned in (
-        ("qwen2_5_3b", "qwen2_5_vl_3b"),
-        ("qwen2_5_7b", "qwen2_5_vl_7b"),
-        ("qwen3_4b", "qwen3_vl_4b"),
-    ):
-        few = [getattr(LlamaConfig, name)() for name in (plain, turned)]
-        assert shapes_of(lambda c=few[0]: created(c, unroll=False)) == shapes_of(
-            lambda c=few[1]: created(c, unroll=False)
-        )
+    pairs = {"qwen2_5_3b": "qwen2_5_vl_3b", "qwen2_5_7b": "qwen2_5_vl_7b", "qwen3_1_7b": "qwen3_vl_2b"}
+    for names in (*pairs.items(), ("qwen3_4b", "qwen3_vl_4b")):
+        plain, turned = (getattr(LlamaConfig, name)() for name in names)
+        assert turned.rope_sections is not None
+        same = {"rope_sections": None, "rope_interleaved": False, "rope_base": plain.rope_base}
+        assert dataclasses.replace(turned, **same) == plain
     shapes = shapes_of(lambda: created(LlamaConfig.smollm2_360m(tied=False), unroll=False, vocab_size=49_280))
     assert shapes["head"] == shapes["embedding"] == (49_280, 960)
