@@ -12,7 +12,7 @@ import pytest
 from openpi_like.data import files, tfrecord
 from openpi_like.data.files import Location
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
-from tests.data.odd import write_odd
+from tests.data.odd import copied, write_odd
 from tests.data.toy import PROMPTS, Shapes, write_toy
 
 
@@ -38,6 +38,12 @@ def toy(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(toy: Path, tmp_path: Path) -> Path:
     """A copy of the toy dataset that a test may damage."""
     return Path(shutil.copytree(toy, tmp_path / "toy_arm" / "1.0.0", ignore=shutil.ignore_patterns(".openpi*")))
+
+
+@pytest.fixture
+def odd_copy(odd: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset of odd fields that a test may damage."""
+    return copied(odd, tmp_path)
 
 
 @pytest.fixture
