@@ -109,6 +109,14 @@ class FrameIndex:
     def _episode(self, step: int) -> int:
         return int(self.episode_start.searchsorted(step, side="right")) - 1
 
+    def text_table(self, key: str) -> tuple[str, ...]:
+        """Returns all texts of a field, of steps or of episodes."""
+        return (self.texts[key] if key in self.texts else self.episode_texts[key]).table
+
+    def text_ids(self, key: str, episode: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """Returns where in `text_table` the texts of steps (n,) are, or those of their episodes (n,)."""
+        return self.texts[key].ids[step] if key in self.texts else self.episode_texts[key].ids[episode]
+
     def read_image(self, step: int, key: str) -> bytes:
         """Returns the encoded image of one step. May be called from several threads.
 

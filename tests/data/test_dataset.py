@@ -18,9 +18,10 @@ from scipy.spatial.transform import Rotation
 
 from openpi_like.data import files
 from openpi_like.data.damage import check_images
-from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
+from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.robots.oxe import BRIDGE
 from tests.data.toy import ARM, CART, LENGTHS, PROMPTS, change_record, shard
@@ -161,7 +162,7 @@ def test_grippers_are_derived_within_episodes(
     dataset: EpisodeDataset, monkeypatch: pytest.MonkeyPatch, convention: str, block: int
 ) -> None:
     """Whatever the size of the blocks that are looked at together; in the dataset's own numbers."""
-    monkeypatch.setattr("openpi_like.data.dataset._BLOCK", block)
+    monkeypatch.setattr("openpi_like.data.blocks.BLOCK", block)
     gripper = Gripper(open=-1.0, closed=1.0, convention=convention)
     stored = np.random.default_rng(0).choice([-1.0, 0.0, 0.0, 0.0, 1.0], (STEPS, 3)).astype(np.float32)
     index = with_columns(dataset.index, action=stored)
@@ -274,8 +275,9 @@ def by_step(keep: Any) -> list[int]:
 
 def test_without_a_selection_frames_take_no_memory(dataset: EpisodeDataset) -> None:
     assert dataset.removed == {}
-    held = {k: v for k, v in vars(dataset).items() if isinstance(v, np.ndarray)}
-    assert {k: len(v) for k, v in held.items()} == {"_frame_first": len(TRAIN), "_frame_start": len(TRAIN) + 1}
+    parts = (dataset, dataset._values, dataset._frames)
+    held = {k: v for part in parts for k, v in vars(part).items() if isinstance(v, np.ndarray)}
+    assert {k: len(v) for k, v in held.items()} == {"first": len(TRAIN), "start": len(TRAIN) + 1}
     assert kept_steps(dataset) == list(range(STEPS))
 
 
@@ -298,7 +300,7 @@ def test_without_a_selection_frames_take_no_memory(dataset: EpisodeDataset) -> N
 def test_a_selection_keeps_what_it_says(
     dataset: EpisodeDataset, monkeypatch: pytest.MonkeyPatch, block: int, selection: Selection, keep: Any
 ) -> None:
-    monkeypatch.setattr("openpi_like.data.dataset._BLOCK", block)
+    monkeypatch.setattr("openpi_like.data.blocks.BLOCK", block)
     selected = EpisodeDataset(dataset.index, ARM, selection=selection)
     assert kept_steps(selected) == by_step(keep)
     assert sum(selected.removed.values()) + len(selected) == STEPS
@@ -569,7 +571,7 @@ def test_frames_show_no_damaged_image(
 ) -> None:
     """Neither now nor in the past; what no camera shows is no matter, nor are images of other keys."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("openpi_like.data.dataset._BLOCK", block)
+        patch.setattr("openpi_like.data.blocks.BLOCK", block)
         index = with_damage(dataset.index, image=image, wrist=wrist, other={0})
         seeing = EpisodeDataset(index, PAST, frame_stride=stride, max_corrupt_fraction=0.99)
     frames = EpisodeDataset(dataset.index, PAST, frame_stride=stride)

@@ -24,7 +24,7 @@ from openpi_like.data.assembly import keep_cameras, uniform_draws
 from openpi_like.data.augment import Augment
 from openpi_like.data.config import DataConfig, MixtureEntry, describe, open_datasets
 from openpi_like.data.damage import check_images
-from openpi_like.data.dataset import EpisodeDataset, Selection
+from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.images import fit
 from openpi_like.data.index import open_index
@@ -32,6 +32,7 @@ from openpi_like.data.loader import Loader, make_loader, validation_batches
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import distinct_episodes, order_changes, order_record, sample_order
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera

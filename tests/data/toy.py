@@ -12,7 +12,7 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
-from openpi_like.data.dataset import Selection
+from openpi_like.data.selection import Selection
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 
 LENGTHS = {"train": (7, 1, 12, 5, 9, 3, 20, 16, 11, 8, 4, 14), "val": (6, 10, 3)}
