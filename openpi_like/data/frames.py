@@ -12,14 +12,7 @@ from openpi_like.data.blocks import blocks
 from openpi_like.data.camera_images import blind_steps, describe_damage
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.selection import Selection, read_ranges
-from openpi_like.data.step_values import (
-    StepValues,
-    describe_not_finite,
-    is_derived,
-    moves,
-    not_finite,
-    whole_episodes,
-)
+from openpi_like.data.step_values import StepValues, describe_not_finite, is_derived, moves, not_finite, whole_episodes
 from openpi_like.robots.robot import ROTATIONS, Robot
 
 _GRIPPER_MOVES = 0.05  # of its range: a gripper command that changes by this is no idle step

@@ -10,10 +10,12 @@ import fsspec
 import pytest
 
 from openpi_like.data import files, tfrecord
+from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.files import Location
+from openpi_like.data.index import open_index
 from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
 from tests.data.odd import copied, write_odd
-from tests.data.toy import PROMPTS, Shapes, write_toy
+from tests.data.toy import ARM, PROMPTS, Shapes, write_toy
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +34,12 @@ def toy(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory.mkdir(parents=True)
     write_toy(tfds, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def dataset(toy: Path) -> EpisodeDataset:
+    """All training episodes of the toy dataset, as its arm sees them."""
+    return EpisodeDataset(open_index(toy, "train"), ARM)
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ import pytest
 from openpi_like.data import arrayrecord, files
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
-from tests.data.odd import (
-    DEPTH,
-    LENGTHS,
-    NAME,
-    copied,
-)
+from tests.data.odd import DEPTH, LENGTHS, NAME, copied
 
 
 def assert_same(ours: FrameIndex, theirs: FrameIndex) -> None:

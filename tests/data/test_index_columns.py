@@ -14,11 +14,7 @@ from openpi_like.data.index import open_index
 from openpi_like.data.index_columns import from_code_points
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.tfrecord import RecordError
-from tests.data.odd import (
-    NAME,
-    code_points,
-    write,
-)
+from tests.data.odd import NAME, code_points, write
 from tests.data.toy import CART, change_record
 
 

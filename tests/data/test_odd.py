@@ -14,17 +14,7 @@ import pytest
 from openpi_like.data.images import decode, decode_depth
 from openpi_like.data.index import open_index
 from tests.data.crosscheck import assert_same_as_tfds
-from tests.data.odd import (
-    DEPTH,
-    DEPTH_16,
-    FOLDER,
-    IMAGES,
-    INSTRUCTIONS,
-    LEFT_OUT,
-    LENGTHS,
-    NAME,
-    episode,
-)
+from tests.data.odd import DEPTH, DEPTH_16, FOLDER, IMAGES, INSTRUCTIONS, LEFT_OUT, LENGTHS, NAME, episode
 
 
 def test_it_is_read_as_tfds_reads_it(tfds: Any, odd: Path) -> None:

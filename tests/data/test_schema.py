@@ -10,11 +10,7 @@ import pytest
 
 from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError, _is_code_points, read_schema
-from tests.data.odd import (
-    LEFT_OUT,
-    LENGTHS,
-    NAME,
-)
+from tests.data.odd import LEFT_OUT, LENGTHS, NAME
 
 
 def edit(path: Path, change: Any) -> None:
