@@ -13,7 +13,8 @@ from openpi_like.data.camera_images import blind_steps, describe_damage
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.selection import Selection, read_ranges
 from openpi_like.data.step_values import StepValues, describe_not_finite, is_derived, moves, not_finite, whole_episodes
-from openpi_like.robots.robot import ROTATIONS, Robot
+from openpi_like.robots.representations import ROTATIONS
+from openpi_like.robots.robot import Robot
 
 _GRIPPER_MOVES = 0.05  # of its range: a gripper command that changes by this is no idle step
 

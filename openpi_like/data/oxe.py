@@ -15,8 +15,9 @@ from openpi_like.data.config import MixtureEntry
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
+from openpi_like.robots.dataset_copies import with_channel_order, with_upside_down
 from openpi_like.robots.oxe import ROBOTS
-from openpi_like.robots.robot import Robot, with_channel_order, with_upside_down
+from openpi_like.robots.robot import Robot
 
 _log = logging.getLogger(__name__)
 

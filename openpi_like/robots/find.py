@@ -10,7 +10,8 @@ from openpi_like.config import near_names
 from openpi_like.robots.oxe import ROBOTS
 from openpi_like.robots.robot import Robot
 
-_NO_ROBOTS = ("robot", "find", "oxe_disputed")  # files of this folder
+# Files of this folder that define no robot
+_NO_ROBOTS = ("robot", "representations", "dataset_copies", "policy_fit", "find", "oxe_disputed")
 
 
 def find_robot(name: str) -> Robot:

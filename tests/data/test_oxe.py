@@ -28,7 +28,7 @@ from openpi_like.robots import policy_problems, with_channel_order, with_upside_
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.oxe import DROID_JOINTS, ROBOTS
 from openpi_like.robots.oxe_disputed import DISPUTED, UPSIDE_DOWN
-from openpi_like.robots.robot import ROTATIONS
+from openpi_like.robots.representations import ROTATIONS
 from tests.data.oxe_schemas import PUBLISHED, Columns, Published
 from tests.data.toy import ARM, Shapes
 
