@@ -26,7 +26,7 @@ from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import policy_problems, with_channel_order, with_upside_down
 from openpi_like.robots.find import find_robot
-from openpi_like.robots.oxe import DROID_JOINTS, ROBOTS
+from openpi_like.robots.oxe import OTHER_ACTIONS, ROBOTS
 from openpi_like.robots.oxe_disputed import DISPUTED, UPSIDE_DOWN
 from openpi_like.robots.representations import ROTATIONS
 from tests.data.oxe_schemas import PUBLISHED, Columns, Published
@@ -228,7 +228,7 @@ def check_images(dataset: Any, published: Published, frame: int, episode: int, s
 def test_droid_in_joints(tfds: Any, tmp_path: Path) -> None:
     """The same files with openpi's actions; a draw decides among the texts that are not empty."""
     columns = write(tfds, tmp_path / "droid" / "1.0.1", "droid", PUBLISHED["droid"])
-    dataset = open_dataset(tmp_path / "droid" / "1.0.1", DROID_JOINTS, "train", selection=OXE["droid"].selection)
+    dataset = open_dataset(tmp_path / "droid" / "1.0.1", OTHER_ACTIONS["droid"], "train", selection=OXE["droid"].selection)
     assert dataset.removed == {"episode_metadata/file_path says no": 1}
     state, actions, _ = dataset.encoded(np.array([4]))
     c = columns[2]

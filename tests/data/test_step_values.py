@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.robots import ActionField, Camera, Gripper
-from openpi_like.robots.oxe import BRIDGE
+from openpi_like.robots.oxe_arms import BRIDGE
 from tests.data.toy import ARM
 from tests.data.toy_dataset import START, STEPS, TRAIN, acting, chunks_of, with_columns
 
