@@ -69,6 +69,12 @@ class Shapes:
     action_tokens: ActionTokens | None = None
 
 
+# A policy that writes actions as tokens.
+WRITES = Shapes(
+    prompt_len=80, prompt_format="fast", vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+)
+
+
 def write_toy(tfds: Any, directory: Path) -> None:
     """Writes 110 training steps in three shards, and a validation split."""
     f = tfds.features
