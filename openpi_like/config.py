@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from openpi_like.older import todays
+
 T = TypeVar("T")
 _CLASS = "__class__"
 _PACKAGE = "openpi_like"
-# Where classes are now that older checkpoints name by where they were.
-_MOVED = {
-    "openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract",
-    "openpi_like.data.dataset:Selection": "openpi_like.data.selection:Selection",
-    "openpi_like.data.loader:DataConfig": "openpi_like.data.config:DataConfig",
-    "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
-}
 
 
 def near_names(name: str, known: Sequence[str]) -> str:
@@ -67,8 +62,8 @@ def from_json(data: Any) -> Any:
         return data
     if _CLASS not in data:
         return {k: from_json(v) for k, v in data.items()}
-    path: str = data[_CLASS]
-    module, _, name = _MOVED.get(path, path).partition(":")
+    path, fields = todays(data[_CLASS], {k: v for k, v in data.items() if k != _CLASS})
+    module, _, name = path.partition(":")
     # A checkpoint may come from anyone: it can name our own dataclasses and nothing else.
     if module.split(".")[0] != _PACKAGE:
         raise ValueError(f"class {data[_CLASS]!r} is outside {_PACKAGE}; the file is not one of ours or was changed")
@@ -78,7 +73,7 @@ def from_json(data: Any) -> Any:
         raise ValueError(f"class {data[_CLASS]!r} does not exist in this version of {_PACKAGE}: {e}") from e
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"{data[_CLASS]!r} is not a dataclass; the file is not one of ours or was changed")
-    stored = {k: from_json(v) for k, v in data.items() if k != _CLASS}
+    stored = {k: from_json(v) for k, v in fields.items()}
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(stored) - set(known))
     required = (dataclasses.MISSING, dataclasses.MISSING)
