@@ -87,6 +87,7 @@ def test_what_does_not_fit_is_a_result(config: TrainConfig, machine: Target, ste
 
 def test_domains_are_joined_by_a_slower_network(config: TrainConfig, machine: Target, step: Plan) -> None:
     """Two hosts of two: `fsdp` stays inside of one, `data` goes over the network."""
+    assert machine.chip is not None
     slow = dataclasses.replace(machine.chip, domain=2, network_gbps=0.001)
     apart = plan_step(config, dataclasses.replace(machine, chip=slow))
     seconds = lambda p: {(t.kind, t.axes): t.seconds for t in p.collectives}  # noqa: E731
