@@ -10,6 +10,7 @@ from typing import Any
 # Where classes are now that older checkpoints name by where they were.
 MOVED = {
     "openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract",
+    "openpi_like.data.dataset:Selection": "openpi_like.data.selection:Selection",
     "openpi_like.data.loader:DataConfig": "openpi_like.data.config:DataConfig",
     "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
 }
