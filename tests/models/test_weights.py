@@ -253,7 +253,7 @@ def test_patterns_that_match_nothing(tiny_policy: Pi0Config, openpi_arrays: Arra
 
 def test_unfused_arrays_do_not_pass_for_fused_ones(tiny_policy: Pi0Config, openpi_arrays: Arrays) -> None:
     with pytest.raises(WeightsError, match=r"qkv_einsum/w: missing(.|\n)*q_einsum/w: not used"):
-        loaded(with_heads(tiny_policy, tiny_policy.vlm.num_heads, pi05=False), openpi_arrays)
+        loaded(with_heads(tiny_policy, tiny_policy.backbone.language.num_heads, pi05=False), openpi_arrays)
 
 
 def test_damaged_files(tmp_path: Path, tiny_policy: Pi0Config, weights: Any) -> None:

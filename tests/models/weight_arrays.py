@@ -6,21 +6,22 @@ from typing import Any
 import numpy as np
 
 from openpi_like.models.arrays import MemoryArrays
-from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import export_weights, plan_load, read_weights
 
-PREFIX_FIELDS = [f.name for f in dataclasses.fields(PaliGemmaConfig)]
+PREFIX_FIELDS = [f.name for f in dataclasses.fields(TextModelConfig)]
 Arrays = dict[str, np.ndarray]
 
 
-def with_heads(config: Pi0Config, num_kv_heads: int, pi05: bool) -> Pi0Config:
-    experts = {n: dataclasses.replace(getattr(config, n), num_kv_heads=num_kv_heads) for n in ("vlm", "expert")}
-    return dataclasses.replace(config, pi05=pi05, **experts)
+def with_heads(config: Any, num_kv_heads: int, pi05: bool) -> Pi0Config:
+    vlm, expert = (dataclasses.replace(g, num_kv_heads=num_kv_heads) for g in (config.backbone.language, config.expert))
+    backbone = dataclasses.replace(config.backbone, vlm=vlm)
+    return dataclasses.replace(config, pi05=pi05, backbone=backbone, expert=expert)
 
 
-def paligemma(config: Pi0Config) -> PaliGemmaConfig:
-    return PaliGemmaConfig(**{name: getattr(config, name) for name in PREFIX_FIELDS})
+def paligemma(config: Pi0Config) -> TextModelConfig:
+    return TextModelConfig(**{name: getattr(config, name) for name in PREFIX_FIELDS})
 
 
 def exported(config: Any, weights: Arrays, fmt: str) -> Arrays:

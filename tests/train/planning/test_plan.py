@@ -223,7 +223,7 @@ def test_a_sampler_that_writes_is_taken_to_write_all_it_may(machine: Target) -> 
     policy = dataclasses.replace(policies()["fast"], remat=None)
     plan = plan_sampler(policy, machine, batch=1)
     assert (plan.rounds, len(plan.endless)) == (5, 1)
-    c = policy.vlm
+    c: Any = policy.backbone.language
     # A token: each matrix of both layers, two products with 31 + 4 + 3 + 5 keys, and its scores among 64 tokens.
     matrices = c.depth * (2 * c.width * c.num_heads * c.head_dim + 2 * c.width * c.head_dim + 3 * c.width * c.mlp_dim)
     keys = 3 * 9 + 4 + 3 + 5 + 1
