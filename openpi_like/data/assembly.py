@@ -18,7 +18,8 @@ from openpi_like.data.fast import FastError, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
-from openpi_like.robots.robot import Camera, Robot, policy_problems
+from openpi_like.robots.policy_fit import policy_problems
+from openpi_like.robots.robot import Camera, Robot
 
 # What a draw is for; cameras take the streams from _CAMERA_STREAM on, in the policy's order.
 _PROMPT_STREAM, _CAMERA_STREAM = 0, 1

@@ -8,8 +8,9 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment
-from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
+from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
 from openpi_like.robots.robot import Robot
 
 RENDERER_KEY = "episode_metadata/renderer"

@@ -7,7 +7,7 @@ held in fewer bits (`models.quantize`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,15 @@ from openpi_like.draws import named_key
 from openpi_like.partition import Axes, gathered
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+BACKBONE = "backbone"  # the part of a policy that is no part of its weights' names
+
+
+def weight_name(path: Sequence[Any]) -> str:
+    """Returns the name of a weight, "vlm/layers/q", for its path in a model; without the level "backbone".
+
+    So a backbone's weights have the same names in a policy as when it stands alone.
+    """
+    return "/".join(str(part) for part in path if part != BACKBONE)
 
 
 # ---- Declaring -------------------------------------------------------------------------------------------------------

@@ -67,11 +67,14 @@ class Args:
 def tiny() -> dict[str, Any]:
     """Returns fields that compile in seconds."""
     from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
     from openpi_like.models.siglip import SiglipConfig
 
     return {
-        "vision": SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=16),
-        "vlm": GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+        "backbone": PaliGemmaConfig(
+            SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=16),
+            GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+        ),
         "image_size": (32, 32),
         "vocab_size": 512,
         "state_dim": 4,
@@ -87,7 +90,7 @@ def pi0(size: str, cameras: int) -> Any:
     from openpi_like.models.pi0 import Pi0Config
 
     if size == "tiny":
-        return Pi0Config(**tiny(), expert=tiny()["vlm"], cameras=CAMERAS[:cameras])
+        return Pi0Config(**tiny(), expert=tiny()["backbone"].vlm, cameras=CAMERAS[:cameras])
     return dataclasses.replace(Pi0Config.released(), cameras=CAMERAS[:cameras])
 
 
@@ -225,12 +228,12 @@ def fast(args: Args) -> Iterator[dict[str, Any]]:
         def write(weights: Any, observation: Any, new: int = new) -> Any:
             """Writes tokens like `sample_actions` does, and never ends early."""
             policy = nnx.merge(graph, weights)
-            x, cache = policy.prefill(observation, max_new=new)
+            x, cache = policy.backbone.prefill(observation, max_new=new)
 
             def body(i: Any, carry: Any) -> Any:
                 x, cache, ids = carry
                 token = policy.action_logits(x).argmax(-1).astype("int32")
-                x, cache = policy.extend(config.tokens.first(config.vocab_size) - token, cache)
+                x, cache = policy.backbone.extend(config.tokens.first(config.vocab_size) - token, cache)
                 return x, cache, ids.at[i].set(token[0])
 
             return jax.lax.fori_loop(0, new, body, (x, cache, jax.numpy.zeros(new, "int32")))[2]

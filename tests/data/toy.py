@@ -12,7 +12,7 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
-from openpi_like.data.dataset import Selection
+from openpi_like.data.selection import Selection
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 
 LENGTHS = {"train": (7, 1, 12, 5, 9, 3, 20, 16, 11, 8, 4, 14), "val": (6, 10, 3)}
@@ -67,6 +67,12 @@ class Shapes:
     resize: str = "cubic"
     prompt_format: str = "pi0"
     action_tokens: ActionTokens | None = None
+
+
+# A policy that writes actions as tokens.
+WRITES = Shapes(
+    prompt_len=80, prompt_format="fast", vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+)
 
 
 def write_toy(tfds: Any, directory: Path) -> None:

@@ -90,7 +90,7 @@ def test_what_sampling_pays(tiny_policy, batch, filled, dtype, most):
     packed = model.packed()
     low = quantized_model(packed, dtype)
     assert isinstance(low.expert.layers.qkv[...], qwix.QArray)
-    assert isinstance(low.vlm.layers.q[...], qwix.QArray)
+    assert isinstance(low.backbone.vlm.layers.q[...], qwix.QArray)
     assert low.action_in.kernel[...].dtype == jnp.float32
     assert packed.expert.layers.qkv[...].dtype == jnp.float32  # untouched
     expected, got = np.asarray(sample(packed)), np.asarray(sample(low))
