@@ -5,7 +5,7 @@ has two frames, and an image is the same frame twice. Patches are kept in blocks
 token each.
 
 Letters: B batch, P patches, T tokens, D width of patches, E width of tokens, F mlp width, N heads, H head dim,
-L layers, G layers with features of their own, p and q sides of a patch, C colours, t frames.
+L layers, p and q sides of a patch, C colours, t frames.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ class Qwen25VisionConfig(QwenVisionConfig):
 
 def blocks(grid: tuple[int, int], merge: int) -> np.ndarray:
     """Returns row and column of each patch, (P, 2), block by block, and row by row in a block."""
-    places = np.stack(np.indices(grid), axis=-1)
+    places = np.moveaxis(np.indices(grid), 0, -1)
     return einops.rearrange(places, "(h m) (w n) two -> (h w m n) two", m=merge, n=merge)
 
 
@@ -301,12 +301,14 @@ class Qwen3Vision(nnx.Module):
         shape = (FRAMES, c.patch_size, c.patch_size, 3, c.hidden)
         self.patch = Linear(named_key(key, "patch"), PATCH_EQUATION, shape, PATCH_AXES)
         self.position = weight(key, "position", (c.table**2, c.hidden), ("position", "embed"), normal(0.02))
-        sizes: dict[str, int] = {"depth": c.depth, "width": c.hidden, "num_heads": c.num_heads, "mlp_dim": c.mlp_dim}
-        self.layers = VitLayer(named_key(key, "layers"), **sizes)
-        self.merger = Merger(named_key(key, "merger"), c, norm=LayerNorm)
-        self.deepstack = Merger(
-            named_key(key, "deepstack"), c, norm=LayerNorm, joined_norm=True, layers=len(c.deepstack)
+        self.layers = VitLayer(
+            named_key(key, "layers"), depth=c.depth, width=c.hidden, num_heads=c.num_heads, mlp_dim=c.mlp_dim
         )
+        self.merger = Merger(named_key(key, "merger"), c, norm=LayerNorm)
+        mergers = lambda n: Merger(  # noqa: E731
+            named_key(key, "deepstack"), c, norm=LayerNorm, joined_norm=True, layers=n
+        )
+        self.deepstack = mergers(len(c.deepstack)) if c.deepstack else None
 
     def positions(self, grid: tuple[int, int]) -> Float[Array, "h w D"]:
         """Returns the learned table at each patch of a grid, bilinear between its entries."""
@@ -318,24 +320,23 @@ class Qwen3Vision(nnx.Module):
 
     def with_features(
         self, images_BHWC: Float[Array, "B height width 3"]
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "G B T E"]]:
+    ) -> tuple[Float[Array, "B T E"], tuple[Float[Array, "B T E"], ...]]:
         """Returns the tokens, and of each layer in `deepstack` one feature per token. images: as in `__call__`."""
         with jax.named_scope("qwen_vision"):
             c = self.config
             # 0.5 / 0.5 is what images in [-1, 1] are already. Patches and positions are summed in float32.
             patches = self.patch(to_patches(images_BHWC, c.patch_size))
-            grid = patches.shape[1:3]
+            grid = patches.shape[1], patches.shape[2]
             rope = jnp.asarray(axial_rope(blocks(grid, c.merge), c.head_dim))
 
-            def body(x: jax.Array, layer: VitLayer) -> tuple[jax.Array, jax.Array]:
+            def body(x: jax.Array, layer: VitLayer) -> tuple[jax.Array, jax.Array | None]:
                 x = pin(layer.mlp(layer.attention(pin(x, "batch", None, None), rope)), "batch", None, None)
-                return x, x
+                return x, x if c.deepstack else None
 
             x_BPD = _in_blocks(patches + self.positions(grid), c.merge).astype(self.dtype)
             x_BPD, every_LBPD = run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)
-            chosen = (self.deepstack, every_LBPD[np.array(c.deepstack, int)])
-            merge = lambda carry, each: (carry, each[0](each[1]))  # noqa: E731
-            return self.merger(x_BPD), run_layers(merge, None, chosen, unroll=True, remat=None)[1]
+            merger = lambda g: jax.tree.map(lambda w: w[g], self.deepstack)  # noqa: E731
+            return self.merger(x_BPD), tuple(merger(g)(every_LBPD[i]) for g, i in enumerate(c.deepstack))
 
     def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B T E"]:
         """Returns one token per block, row by row. images: float32 in [-1, 1], RGB."""
@@ -369,7 +370,7 @@ class Qwen25Vision(nnx.Module):
             c = self.config
             patches = to_patches(normalized(images_BHWC, CLIP), c.patch_size)
             patches = linear(self, "patch", PATCH_EQUATION, patches)
-            grid = patches.shape[1:3]
+            grid = patches.shape[1], patches.shape[2]
             windows = Windows.of((grid[0] // c.merge, grid[1] // c.merge), c.window // (c.patch_size * c.merge))
             rope = jnp.asarray(axial_rope(_reordered(blocks(grid, c.merge), windows.order, 0), c.head_dim))
             everywhere, inside = (lambda q, k, v: attention(q, k, v, None)), windows.attention(c.merge)

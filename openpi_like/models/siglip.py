@@ -5,6 +5,7 @@ Letters: B batch, P patches, D width, L layers, E width of the language model, o
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from flax import nnx
@@ -130,11 +131,11 @@ class Siglip(nnx.Module):
             film_width=film_width,
         )
         last = config.select == "last"
-        self.final_norm = LayerNorm(named_key(key, "final_norm"), D) if last else None
+        self.final_norm: Any = LayerNorm(named_key(key, "final_norm"), D) if last else None
         # openpi starts this map at zero because it always loads a checkpoint; from scratch that would delay the tower,
         # so it starts like every other map.
         head = lambda width: Linear(named_key(key, "head"), "BPD,DE->BPE", (D, width), (None, "embed"))  # noqa: E731
-        self.head = None if out_width is None else head(out_width)
+        self.head: Any = None if out_width is None else head(out_width)
 
     def stem(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B h w D"]:
         """Returns the projected patches, in float32: a strided convolution without overlap."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
 from openpi_like.models.gemma import rotate
-from openpi_like.models.param import Linear, ones, use, weight, zeros
+from openpi_like.models.param import Initializer, Linear, ones, use, weight, zeros
 from openpi_like.models.stack import kept, run_layers
 from openpi_like.partition import pin
 
@@ -89,12 +89,12 @@ class VitLayer(nnx.Module):
         self.mlp_norm = norm(named_key(key, "mlp_norm"), D, layers=L)
         self.mlp_up = Linear(named_key(key, "mlp_up"), "BPD,DF->BPF", (D, F), ("embed", "mlp"), layers=L)
         self.mlp_down = Linear(named_key(key, "mlp_down"), "BPF,FD->BPD", (F, D), ("mlp", "embed"), layers=L)
-        scale = lambda name: weight(  # noqa: E731
-            key, name, (L, D), ("layers", "norm"), lambda key, shape: jnp.full(shape, layer_scale, jnp.float32)
-        )
-        self.attn_scale, self.mlp_scale = (
-            (None, None) if layer_scale is None else (scale("attn_scale"), scale("mlp_scale"))
-        )
+
+        def scale(name: str) -> nnx.Param | None:
+            axes = ("layers", "norm")
+            return None if layer_scale is None else weight(key, name, (L, D), axes, _constant(layer_scale))
+
+        self.attn_scale, self.mlp_scale = scale("attn_scale"), scale("mlp_scale")
         self.film = None if film_width is None else Film(named_key(key, "film"), film_width, D, layers=L)
 
     def attention(
@@ -128,6 +128,10 @@ class VitLayer(nnx.Module):
         return x_BPD + _scaled(down, self.mlp_scale)
 
 
+def _constant(value: float) -> Initializer:
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
 def _scaled(branch: jax.Array, scale: nnx.Param | None) -> jax.Array:
     return branch if scale is None else branch * use(scale, branch.dtype)
 
@@ -153,7 +157,7 @@ def run_vit(
 
     def body(x: jax.Array, layer: VitLayer) -> tuple[jax.Array, None]:
         x = layer.attention(pin(x, "batch", None, None))
-        x = x if layer.film is None else layer.film(x, language_BE)
+        x = x if layer.film is None or language_BE is None else layer.film(x, language_BE)
         return pin(layer.mlp(x), "batch", None, None), None
 
     return run_layers(body, x_BPD, layers, unroll=unroll, remat=remat)[0]

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
+import timm  # type: ignore[import-not-found]
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as qwen25_config
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen25
@@ -31,6 +28,7 @@ from transformers.models.smolvlm import configuration_smolvlm as smolvlm_config
 from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 Arrays = dict[str, np.ndarray]
+VisionTransformer = timm.models.vision_transformer.VisionTransformer
 FEATURIZERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
 
 
@@ -83,7 +81,7 @@ def channels_first(pixels: np.ndarray, mean: Any, std: Any) -> torch.Tensor:
 # ---- Towers ----------------------------------------------------------------------------------------------------------
 
 
-def timm_arrays(model: VisionTransformer, prefix: str, pixels: np.ndarray, mean: Any, std: Any) -> Arrays:
+def timm_arrays(model: Any, prefix: str, pixels: np.ndarray, mean: Any, std: Any) -> Arrays:
     """Returns what OpenVLA takes, patches of the block before the last, and what comes out behind the last norm."""
     fill(model, 1)
     x = channels_first(pixels, mean, std)
@@ -99,11 +97,12 @@ def dino() -> Arrays:
         img_size=(12, 16), patch_size=4, embed_dim=16, depth=3, num_heads=2, mlp_ratio=2, init_values=1e-5,
         reg_tokens=4, no_embed_class=True, num_classes=0,
     )  # fmt: skip
-    arrays = timm_arrays(model, FEATURIZERS[0], images(2, 12, 16), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    imagenet = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    arrays = timm_arrays(model, FEATURIZERS[0], images(2, 12, 16), *imagenet)
     table = torch.randn((1, 25, 6), generator=torch.Generator().manual_seed(3))
     arrays["resized/5x5"] = table.numpy()
     for grid in ((3, 4), (2, 2), (7, 6)):
-        resized = resample_abs_pos_embed(table, list(grid), old_size=[5, 5], num_prefix_tokens=0)
+        resized = timm.layers.resample_abs_pos_embed(table, list(grid), old_size=[5, 5], num_prefix_tokens=0)
         arrays[f"resized/{grid[0]}x{grid[1]}"] = resized.numpy()
     return arrays
 

@@ -1,6 +1,7 @@
 """Image towers and projectors against timm and transformers, on what `tests/bench/golden_vision.py` wrote."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from openpi_like.models.dino import DinoConfig
 from openpi_like.models.formats import Row, WeightsError
@@ -26,12 +28,14 @@ from openpi_like.models.hf_vision_names import (
     timm_idle,
     timm_siglip,
 )
+from openpi_like.models.lora import Lora, LoraRule, add_lora
 from openpi_like.models.prismatic_vision import PrismaticVisionConfig
 from openpi_like.models.projectors import PixelShuffle, PrismaticProjector
 from openpi_like.models.qwen_vision import Qwen3VisionConfig, Qwen25VisionConfig, Windows
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.vision import VisionEncoder, VisionEncoderConfig
 from openpi_like.models.weights import flat_weights, flatten, unflatten
+from openpi_like.partition import BATCH, MESH_AXES, ShardingRules, placed
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(0)
@@ -95,21 +99,28 @@ def bound(create: Callable[[], Any], rows: Sequence[Row], theirs: Arrays) -> Any
     return nnx.merge(graph, state)
 
 
-def assert_close(got: Any, expected: np.ndarray, relative: float, what: str = "") -> None:
+def assert_close(got: Any, expected: np.ndarray, relative: float) -> None:
     """relative: to the largest number."""
-    error = np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
-    assert np.asarray(got).shape == expected.shape
-    print(f"{what}: {error:.1e}")
-    assert error <= relative, f"{what}: relative error {error:.1e}"
+    np.testing.assert_allclose(got, expected, atol=relative * np.abs(expected).max(), rtol=0)
+
+
+def outputs_and_gradients(model: Any, run: Callable[[Any], jax.Array], cotangent: np.ndarray) -> tuple[Any, Any]:
+    """Returns the output, and the gradients of sum(output * cotangent)."""
+
+    def loss(m: Any) -> tuple[jax.Array, jax.Array]:
+        out = run(m)
+        return (out * cotangent).sum(), out
+
+    (_, out), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model)
+    return out, grads
 
 
 def assert_golden(
     model: Any, rows: Sequence[Row], arrays: Arrays, run: Callable[[Any], jax.Array], expected: np.ndarray
 ) -> None:
     """Checks the output, every gradient, and the way back."""
-    assert_close(run(model), expected, 2e-4, "output")
-    cotangent = jnp.asarray(arrays["cotangent"])
-    grads = nnx.grad(lambda m: (run(m) * cotangent).sum())(model)
+    out, grads = outputs_and_gradients(model, run, arrays["cotangent"])
+    assert_close(out, expected, 2e-4)
     theirs = exported(rows, {k: np.asarray(v) for k, v in flatten(nnx.to_pure_dict(grads)).items()})
     expected_grads = group(arrays, "grad/")
     assert set(theirs) <= set(expected_grads)
@@ -146,7 +157,7 @@ def test_towers_of_openvla(name: str, config: Any, rows: Any, prefix: str) -> No
 
     last = dataclasses.replace(config, select="last")
     table = rows(last, "", prefix)
-    assert_close(bound(lambda: create(last), table, weights)(images), arrays["last"], 2e-4)
+    assert_close(nnx.jit(lambda m: m(images))(bound(lambda: create(last), table, weights)), arrays["last"], 2e-4)
     idle = timm_idle(last, prefix)
     assert weights.keys() - {row.theirs for row in table} == idle.keys()
 
@@ -161,7 +172,8 @@ def test_both_towers_of_openvla_side_by_side() -> None:
     expected = np.concatenate([a["second_to_last"] for a in (dino, siglip)], axis=-1)
     assert expected.shape[-1] == config.width
     np.testing.assert_array_equal(dino["images"], siglip["images"])
-    assert_close(bound(create, rows, weights)(as_images(dino["images"])), expected, 2e-4)
+    images = as_images(dino["images"])
+    assert_close(nnx.jit(lambda m: m(images))(bound(create, rows, weights)), expected, 2e-4)
 
 
 def test_projector_of_openvla() -> None:
@@ -194,10 +206,11 @@ def test_positions_of_other_sizes_come_through_rows() -> None:
 @pytest.mark.parametrize("config", [DINO, SIGLIP], ids=["dino", "siglip"])
 def test_fresh_film_is_the_plain_tower(config: Any) -> None:
     create = lambda **film: config.create(KEY, image_size=(8, 12), **RUN, **film)  # noqa: E731
-    plain, conditioned = create(), create(film_width=5)
+    plain, conditioned = nnx.jit(create)(), nnx.jit(lambda: create(film_width=5))()
     images = jax.random.uniform(KEY, (2, 8, 12, 3), minval=-1)
     language = jax.random.normal(KEY, (2, 5))
-    np.testing.assert_array_equal(conditioned(images, language), plain(images))
+    run = nnx.jit(lambda m, *inputs: m(*inputs))
+    np.testing.assert_array_equal(run(conditioned, images, language), run(plain, images))
     with pytest.raises(ValueError, match="got None with film_width"):
         conditioned(images)
     with pytest.raises(ValueError, match="got one without film_width"):
@@ -248,20 +261,21 @@ def test_film_is_between_attention_and_mlp_of_every_block(filled: Any, config: A
         for i in range(config.layers):
             row = numpy_block(layers, i, row, vector)
         expected.append(row[-6:])
-    assert_close(model(images, jnp.asarray(language)), np.stack(expected), 2e-4)
+    assert_close(nnx.jit(lambda m: m(images, jnp.asarray(language)))(model), np.stack(expected), 2e-4)
 
 
 def test_film_under_the_names_of_oft() -> None:
     """Blocks lie inside of others there: names only."""
-    for config, rows, prefix in ((DINO, timm_dino, FEATURIZER), (SIGLIP, timm_siglip, FUSED)):
-        shapes = weight_shapes(lambda c=config: c.create(KEY, image_size=(12, 16), **RUN, film_width=5))
-        table = rows(config, "", prefix, film=True)  # type: ignore[operator]
+    cases: list[Any] = [(DINO, timm_dino, FEATURIZER), (SIGLIP, timm_siglip, FUSED)]
+    for config, rows, prefix in cases:
+        shapes = weight_shapes(functools.partial(config.create, KEY, image_size=(12, 16), **RUN, film_width=5))
+        table = rows(config, "", prefix, film=True)
         assert {row.ours for row in table} == shapes.keys()
         names = {row.theirs: row for row in table}
         assert f"{prefix}blocks.1.block.attn.qkv.weight" in names
         scale = names[f"{prefix}blocks.1.scale.weight"]
         assert scale.their_shape(shapes[scale.ours][1:]) == (16, 5)
-        idle = timm_idle(config, prefix, film_width=5)  # type: ignore[arg-type]
+        idle = timm_idle(config, prefix, film_width=5)
         assert idle[f"{prefix}blocks.2.scale.weight"] == (16, 5)
         assert not idle.keys() & names.keys()
 
@@ -286,7 +300,6 @@ def test_tower_and_connector_of_smolvlm() -> None:
     rows += smolvlm_connector("connector/", "model.connector.")
     model, images = bound(SmolVision, rows, group(arrays, "weights/")), as_images(arrays["images"])
     assert {row.theirs for row in rows} == group(arrays, "weights/").keys()
-    assert_close(model.vision(images), arrays["patches"], 2e-4)
     assert model.connector.tokens == arrays["out"].shape[1]
     assert_golden(model, rows, arrays, lambda m: m(images), arrays["out"])
 
@@ -322,13 +335,12 @@ def test_towers_of_qwen(name: str, config: Any, rows: Any, prefix: str, size: tu
         if name == "qwen25":
             return m(images)[None]
         tokens, features = m.with_features(images)
-        return jnp.concatenate([tokens[None], features])
+        return jnp.stack([tokens, *features])
 
-    np.testing.assert_array_equal(model(images), run(model)[0])
     if size == SIZES[0]:  # the one that has gradients
         assert_golden(model, table, arrays, run, expected)
     else:
-        assert_close(run(model), expected, 2e-4)
+        assert_close(nnx.jit(run)(model), expected, 2e-4)
 
 
 def test_windows_of_all_sizes() -> None:
@@ -351,41 +363,75 @@ ENCODERS: dict[str, tuple[Any, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_layers_as_a_loop_or_written_out(filled: Any, name: str) -> None:
+def test_encoders_are_what_models_expect(name: str) -> None:
     config, size = ENCODERS[name]
     assert isinstance(config, VisionEncoderConfig)
     assert config.problems(size) == []
     assert "expected multiples of patch_size" in config.problems((size[0], size[1] + 2))[0]
+    model = nnx.eval_shape(lambda: config.create(KEY, image_size=size, **RUN))
+    assert isinstance(model, VisionEncoder)
+    assert model.config.patch_size == 4
+    tokens = nnx.eval_shape(lambda m: m(jnp.zeros((2, *size, 3))), model)
+    assert tokens.shape == (2, config.tokens(size), config.width)
+
+
+@pytest.mark.parametrize("name", ["dino", "qwen25", "qwen3"])
+def test_layers_as_a_loop_or_written_out(filled: Any, name: str) -> None:
+    config, size = ENCODERS[name]
     images = jax.random.uniform(KEY, (2, *size, 3), minval=-1)
+    cotangent = np.random.default_rng(0).normal(size=(2, config.tokens(size), config.width)).astype(np.float32)
     results = []
-    for unroll, remat in ((False, None), (True, None), (False, "nothing_saveable"), (True, "save:attention,mlp")):
-        model = filled(
-            lambda u=unroll, r=remat: config.create(KEY, image_size=size, dtype="float32", unroll=u, remat=r)
-        )
-        assert isinstance(model, VisionEncoder)
-        assert model.config.patch_size == 4
-        tokens = nnx.jit(lambda m: m(images))(model)
-        assert tokens.shape == (2, config.tokens(size), config.width)
-        grads = nnx.jit(nnx.grad(lambda m: jnp.square(m(images)).mean()))(model)
-        results.append((tokens, flatten(nnx.to_pure_dict(grads))))
+    for unroll, remat in ((False, None), (True, None), (False, "save:attention,mlp")):
+        create = functools.partial(config.create, KEY, image_size=size, dtype="float32", unroll=unroll, remat=remat)
+        out, grads = outputs_and_gradients(filled(create), lambda m: m(images), cotangent)
+        results.append((out, flatten(nnx.to_pure_dict(grads))))
     tokens, grads = results[0]
     for other, other_grads in results[1:]:
         assert_close(other, np.asarray(tokens), 1e-5)
         for path, grad in grads.items():
-            scale = max(float(jnp.abs(grad).max()), 1e-3)
-            np.testing.assert_allclose(other_grads[path], grad, atol=1e-3 * scale, rtol=0, err_msg=path)
+            scale = max(float(jnp.abs(grad).max()), 1e-2)
+            np.testing.assert_allclose(other_grads[path], grad, atol=1e-4 * scale, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", ["prismatic", "qwen25", "qwen3"])
+def test_towers_split_over_devices_and_with_overlays(filled: Any, name: str) -> None:
+    """Every weight has axes that the rules know, every map its inputs; a fresh overlay changes nothing."""
+    config, size = ENCODERS[name]
+    film = {"film_width": 6} if name == "prismatic" else {}
+    model = filled(functools.partial(config.create, KEY, image_size=size, **RUN, **film))
+    images = jax.random.uniform(KEY, (4, *size, 3), minval=-1)
+    language = [jax.random.normal(KEY, (4, 6))] if film else []
+    expected = nnx.jit(lambda m: m(images, *language))(model)
+
+    add_lora(model, Lora((LoraRule("layers/.*kernel$|patch"),)), KEY)
+    mesh, rules = jax.make_mesh((1, 2, 2), MESH_AXES), ShardingRules()
+    state = nnx.state(model, nnx.Param)
+    specs = jax.tree.map(
+        lambda w: NamedSharding(mesh, rules.spec(w.get_metadata()["axes"], w.shape, mesh)),
+        state,
+        is_leaf=lambda w: isinstance(w, nnx.Param),
+    )
+    split = jax.tree.leaves(specs)
+    assert sum("tensor" in str(s.spec) for s in split) > 5
+    nnx.update(model, jax.device_put(state, specs))
+    batch = NamedSharding(mesh, PartitionSpec(BATCH))
+    with placed(mesh, rules):
+        got = nnx.jit(lambda m, *inputs: m(*inputs))(model, *jax.device_put((images, *language), batch))
+    assert_close(got, np.asarray(expected), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["dino", "qwen25", "qwen3"])
 def test_bfloat16_is_near_float32(filled: Any, name: str) -> None:
     config, size = ENCODERS[name]
     images = jax.random.uniform(KEY, (2, *size, 3), minval=-1)
     full, half = (
-        filled(lambda d=dtype: config.create(KEY, image_size=size, dtype=d, unroll=False, remat=None))(images)
-        for dtype in ("float32", "bfloat16")
+        nnx.jit(lambda m: m(images))(
+            filled(functools.partial(config.create, KEY, image_size=size, **RUN | {"dtype": d}))
+        )
+        for d in ("float32", "bfloat16")
     )
     assert half.dtype == jnp.bfloat16
-    assert_close(half.astype(jnp.float32), np.asarray(full), 0.1)
+    assert_close(half.astype(jnp.float32), np.asarray(full), 0.03)
 
 
 @pytest.mark.parametrize(
@@ -436,7 +482,7 @@ def published_cases() -> dict[str, tuple[Callable[[], Any], list[Row], dict[str,
         cases[f"qwen3_vl_{name}"] = (config, qwen3_vision(config, "", "model.visual."), {})
     return {
         name: (
-            create if callable(create) else lambda c=create: c.create(KEY, image_size=(224, 224), **run),
+            create if callable(create) else functools.partial(create.create, KEY, image_size=(224, 224), **run),
             rows,
             idle,
         )
