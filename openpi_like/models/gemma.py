@@ -24,7 +24,7 @@ from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
 from openpi_like.models.cross_entropy import cross_entropy
 from openpi_like.models.param import Linear, fan_in, linear, linear_parts, map_weight, use, weight, zeros
-from openpi_like.models.stack import kept, run_layers
+from openpi_like.models.stack import kept, run_layers, unstacked
 from openpi_like.partition import lookup, pin
 
 
@@ -278,7 +278,8 @@ class Gemma(nnx.Module):
             self.embedding = weight(
                 key, "embedding", (vocab_size, config.width), ("vocab", "embed"), fan_in(1), table=True
             )
-        self.layers: GemmaLayer | PackedLayer = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
+        # GemmaLayer or PackedLayer; for sampling a list of either.
+        self.layers: Any = GemmaLayer(config, named_key(key, "layers"), adaptive=adaptive)
         self.final_norm = RMSNorm(named_key(key, "final_norm"), config.width, adaptive=adaptive)
 
     @jax.named_scope("embed")
@@ -307,11 +308,18 @@ class Gemma(nnx.Module):
         """Returns the rotations of tokens at these positions, see `rope`."""
         return rope(positions_BS, self.config.head_dim)
 
+    @property
+    def is_taken_apart(self) -> bool:
+        """Says whether each layer has arrays of its own, see `sampling.for_sampling`."""
+        return isinstance(self.layers, nnx.List)
+
     def packed(self) -> "Gemma":
         """Returns the same expert for many small calls, see `PackedLayer`; for sampling only.
 
         One whose maps have overlays or fewer bits stays as it is.
         """
+        if isinstance(self.layers, nnx.List):
+            return self
         layers = self.layers.packed(self.config, self.dtype)
         if layers is self.layers:
             return self
@@ -337,7 +345,10 @@ class Gemma(nnx.Module):
         def body(x: jax.Array, layer: tuple[Any, KVCache | None]) -> tuple[jax.Array, KVCache]:
             return run_layer(layer[0], x, mask_BST, rope_2BSh, layer[1], cond_BSD)
 
-        stack = (self.layers, past)
+        stack: Any = (self.layers, past)
+        if isinstance(self.layers, nnx.List):
+            pasts = [None] * self.config.depth if past is None else unstacked(past)
+            stack = list(zip(self.layers, pasts, strict=True))
         x_BSD, own = run_layers(body, x_BSD.astype(self.dtype), stack, unroll=self.unroll, remat=self.remat)
         return self.final_norm(x_BSD, cond_BSD)[0], own
 
@@ -345,7 +356,7 @@ class Gemma(nnx.Module):
         self, x_BSD: Float[Array, "B S D"], mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> KVCache:
         """Returns the keys and values alone: of the last layer, nothing but its keys and values is computed."""
-        if self.unroll:  # then the compiler leaves out what nobody reads
+        if self.unroll or self.is_taken_apart:  # then the compiler leaves out what nobody reads
             return self(x_BSD, mask_BSS, rope_2BSh)[1]
         at = lambda i: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), self.layers)  # noqa: E731
 

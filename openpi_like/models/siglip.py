@@ -5,15 +5,17 @@ Letters: B batch, P patches, D width, N heads, H head dim, F mlp width, L layers
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
+from qwix import QArray
 
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
-from openpi_like.models.param import Linear, normal, ones, use, weight, zeros
+from openpi_like.models.param import Linear, linear, normal, ones, use, weight, zeros
 from openpi_like.models.stack import kept, run_layers
 from openpi_like.partition import pin
 
@@ -76,12 +78,17 @@ class SiglipLayer(nnx.Module):
         self.mlp_up = Linear(named_key(key, "mlp_up"), "BPD,DF->BPF", (D, F), ("embed", "mlp"), layers=L)
         self.mlp_down = Linear(named_key(key, "mlp_down"), "BPF,FD->BPD", (F, D), ("mlp", "embed"), layers=L)
 
+    def projected(self, y_BPD: Float[Array, "B P D"]) -> tuple[Float[Array, "B P N H"], ...]:
+        """Returns queries, keys and values of normalised tokens."""
+        return self.query(y_BPD), self.key(y_BPD), self.value(y_BPD)
+
     def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
         """Returns x plus its self-attention; every patch sees every patch."""
         y = self.attn_norm(x_BPD)
         with jax.named_scope("projections"):
-            q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
-            k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
+            q, k, v = self.projected(y)
+            q_BNPH = pin(q.swapaxes(1, 2), "batch", "heads", None, None)
+            k, v = (pin(x, "batch", None, "heads", None) for x in (k, v))
             q_BNPH, k, v = kept(q_BNPH, "queries"), kept(k, "keys_values"), kept(v, "keys_values")
         seen = kept(attention(q_BNPH, k, v, None), "attention")
         with jax.named_scope("projections"):
@@ -92,6 +99,27 @@ class SiglipLayer(nnx.Module):
         """Returns x plus its MLP with tanh-approximated GELU."""
         hidden_BPF = jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True)
         return x_BPD + self.mlp_down(kept(pin(hidden_BPF, "batch", None, "mlp"), "mlp"))
+
+
+class PackedSiglipLayer(SiglipLayer):
+    """The same with the three projections as one product; weights in the compute dtype. For sampling."""
+
+    def __init__(self, layer: SiglipLayer, config: SiglipConfig, dtype: str) -> None:
+        self.heads = config.num_heads
+        self.attn_norm, self.mlp_norm, self.out = layer.attn_norm, layer.mlp_norm, layer.out
+        self.mlp_up, self.mlp_down = layer.mlp_up, layer.mlp_down
+        three = (layer.query, layer.key, layer.value)
+        flat = lambda w: w.reshape(*w.shape[:-2], -1).astype(dtype)  # noqa: E731
+        kernels, biases = ([flat(getattr(m, name)[...]) for m in three] for name in ("kernel", "bias"))
+        self.qkv = nnx.Param(jnp.concatenate(kernels, -1), axes=("layers", "embed", None), inputs=(1,))
+        self.qkv_bias = nnx.Param(jnp.concatenate(biases, -1), axes=("layers", None))
+
+    def projected(self, y_BPD: Float[Array, "B P D"]) -> tuple[Float[Array, "B P N H"], ...]:
+        """As `SiglipLayer.projected`."""
+        B, P, D = y_BPD.shape
+        every = linear(self, "qkv", "BPD,DE->BPE", y_BPD) + use(self.qkv_bias, y_BPD.dtype)
+        three = every.reshape(B, P, 3, self.heads, D // self.heads)
+        return three[:, :, 0], three[:, :, 1], three[:, :, 2]
 
 
 class Siglip(nnx.Module):
@@ -116,11 +144,23 @@ class Siglip(nnx.Module):
         self.patch = Linear(named_key(key, "patch"), "BhpwqC,pqCD->BhwD", (p, p, 3, D), axes)
         init = normal(1 / math.sqrt(D))
         self.position = weight(key, "position", (1, P, D), (None, "position", "embed"), init)
-        self.layers = SiglipLayer(config, named_key(key, "layers"))
+        # SiglipLayer; for sampling a list of its packed form.
+        self.layers: Any = SiglipLayer(config, named_key(key, "layers"))
         self.final_norm = LayerNorm(named_key(key, "final_norm"), D)
         # openpi starts this map at zero because it always loads a checkpoint; from scratch that would delay the tower,
         # so it starts like every other map.
         self.head = Linear(named_key(key, "head"), "BPD,DE->BPE", (D, out_width), (None, "embed"))
+
+    def packed(self) -> "Siglip":
+        """Returns the same tower for sampling; one whose maps have overlays or fewer bits stays as it is."""
+        if type(self.layers) is not SiglipLayer:
+            return self
+        maps = (self.layers.query, self.layers.key, self.layers.value)
+        if any(hasattr(m, "kernel_lora") or isinstance(m.kernel[...], QArray) for m in maps):
+            return self
+        packed = nnx.merge(*nnx.split(self))
+        packed.layers = PackedSiglipLayer(self.layers, self.config, self.dtype)
+        return packed
 
     def stem(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B h w D"]:
         """Returns the projected patches, in float32: a strided convolution without overlap."""
@@ -137,7 +177,8 @@ class Siglip(nnx.Module):
 
         # Patches and positions stay float32 (as in openpi): pixels and the position table are summed at full precision.
         x_BPD = x_BPD.astype(self.dtype)
-        return self.final_norm(run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)[0])
+        layers = list(self.layers) if isinstance(self.layers, nnx.List) else self.layers
+        return self.final_norm(run_layers(body, x_BPD, layers, unroll=self.unroll, remat=self.remat)[0])
 
     def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B P E"]:
         """Returns one token per patch, row by row. images: float32 in [-1, 1], RGB."""
