@@ -40,7 +40,7 @@ _NAMES = (
         MATMUL,
         re.compile(r"gemm|matmul|cublas|nvjet|cutlass|onednn|xmma|wgmma|convolution|(\b|_)dot(\b|_)", re.IGNORECASE),
     ),
-    (COPY, re.compile(r"memcpy(\d|D2D|Other)")),  # on one device
+    (COPY, re.compile(r"memcpy(\d|D2D|Other)", re.IGNORECASE)),  # on one device
     (TRANSFER, re.compile(r"memcpy|memset|copy-(start|done)|infeed|outfeed", re.IGNORECASE)),
     (ELEMENTWISE, re.compile(r"fusion|reduce|scatter|sort", re.IGNORECASE)),
     (COPY, re.compile(r"copy|transpose|concatenate|slice|broadcast|data formatting", re.IGNORECASE)),
