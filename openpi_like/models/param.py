@@ -101,7 +101,12 @@ def _product(equation: str, x: jax.Array, w: Any) -> jax.Array:
     grouped = any(n > 1 for n, letter in zip(w.scale.shape, letters, strict=True) if letter not in out)
     if grouped:  # each group of inputs would be a product of its own, and their results would be kept
         return jnp.einsum(equation, x, qwix.dequantize(w).astype(x.dtype))
-    return qwix.einsum(equation, x, w).astype(x.dtype)
+    # 8 bits are exact in every compute dtype. Scales are float32: weights times these would be products in float32.
+    y = jnp.einsum(equation, x, w.qvalue.astype(x.dtype))
+    kept = [letter for letter in letters if letter in out]
+    scale = w.scale.squeeze(tuple(i for i, letter in enumerate(letters) if letter not in out))
+    scale = scale.transpose([kept.index(letter) for letter in out if letter in kept])
+    return (y * jnp.expand_dims(scale, [i for i, letter in enumerate(out) if letter not in kept])).astype(x.dtype)
 
 
 def linear(module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
