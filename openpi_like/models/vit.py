@@ -156,6 +156,9 @@ class PackedVitLayer(VitLayer):
         return three[:, :, 0], three[:, :, 1], three[:, :, 2]
 
 
+T = TypeVar("T", bound="VitTower")
+
+
 class VitTower(nnx.Module):
     """What towers of these blocks share. layers: `VitLayer`; for sampling a list of its packed form."""
 
@@ -172,9 +175,6 @@ class VitTower(nnx.Module):
         packed = nnx.merge(*nnx.split(self))
         packed.layers = PackedVitLayer(self.layers, self.dtype)
         return packed
-
-
-T = TypeVar("T", bound=VitTower)
 
 
 def _constant(value: float) -> Initializer:
