@@ -25,7 +25,8 @@ from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.draws import row_keys
 from openpi_like.models.formats import Format
-from openpi_like.models.gemma import KVCache, attention_mask, token_positions
+from openpi_like.models.gemma import attention_mask, token_positions
+from openpi_like.models.language import KVCache, LanguageModel
 from openpi_like.partition import pin
 
 EOS = 1
@@ -48,22 +49,6 @@ class StackSizes(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What a backbone reads and writes with; `Gemma` explains the methods."""
-
-    def embed(self, tokens_BS: Int[Array, "B S"]) -> Float[Array, "B S D"]: ...
-    def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = ...) -> Float[Array, "B S V"]: ...
-    def token_losses(self, x_BSD: Float[Array, "B S D"], targets_BS: Int[Array, "B S"]) -> Float[Array, "B S"]: ...
-    def rope(self, positions: Int[Array, "*any B S"]) -> Float[Array, "2 B S half"]: ...
-    def packed(self) -> Any: ...
-    def prefill(self, x_BSD: Any, mask_BSS: Any, rope: Any, /) -> KVCache: ...
-    def hidden_states(self, x_BSD: Any, mask_BSS: Any, rope: Any, /) -> Float[Array, "L B S D"]: ...
-    def __call__(
-        self, x_BSD: Any, mask_BST: Any, rope: Any, /, *, past: KVCache | None = None
-    ) -> tuple[Float[Array, "B S D"], KVCache]: ...
 
 
 @runtime_checkable
@@ -209,17 +194,15 @@ class Backbone(nnx.Module):
         self, sequence: Embedded, mask_BST: Bool[Array, "B S T"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Returns tokens after the final norm, and their keys and values."""
-        vlm: Any = self.vlm
-        extra = {"deepstack": sequence.deep} if sequence.deep else {}
-        return vlm(sequence.tokens, mask_BST, rope_2BSh, **extra)
+        extra: dict[str, Any] = {"deepstack": sequence.deep} if sequence.deep else {}
+        return self.vlm(sequence.tokens, mask_BST, rope_2BSh, **extra)
 
     def keys_values(
         self, sequence: Embedded, mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> KVCache:
         """Returns the keys and values of `run` alone, without what only a gradient would need."""
-        vlm: Any = self.vlm
-        extra = {"deepstack": sequence.deep} if sequence.deep else {}
-        return vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **extra)
+        extra: dict[str, Any] = {"deepstack": sequence.deep} if sequence.deep else {}
+        return self.vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **extra)
 
     def text_logits(self, batch: TextBatch | Batch, *, count_masked: bool = False) -> Float[Array, "B S V"]:
         """Returns float32 logits at every text token, each for the token after it.
@@ -307,17 +290,21 @@ class Backbone(nnx.Module):
             position=valid.sum(axis=1, dtype=jnp.int32) + skip,
         )
 
-    def extend(self, tokens_B: Int[Array, "B"], cache: TextCache) -> tuple[Float[Array, "B D"], TextCache]:
-        """Returns one more token of each row after the final norm, and the cache with it."""
+    def extend(
+        self, tokens_B: Int[Array, "B"], cache: TextCache, *, valid_B: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B D"], TextCache]:
+        """Returns one more token of each row after the final norm, and the cache with it.
+
+        valid: False for rows that get none: what is returned for them means nothing, and nobody sees it. None: all do.
+        """
+        new_B = jnp.ones(tokens_B.shape[0], bool) if valid_B is None else valid_B
         x_B1D = self.vlm.embed(tokens_B[:, None])
-        mask_B1T = jnp.concatenate([cache.valid, jnp.ones((tokens_B.shape[0], 1), bool)], axis=1)[:, None]
+        mask_B1T = jnp.concatenate([cache.valid, jnp.ones_like(new_B)[:, None]], axis=1)[:, None]
         out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=2)  # noqa: E731
         kv: KVCache = jax.tree.map(write, cache.kv, own)
-        valid = jax.lax.dynamic_update_slice_in_dim(
-            cache.valid, jnp.ones((tokens_B.shape[0], 1), bool), cache.slot, axis=1
-        )
-        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + 1)
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new_B[:, None], cache.slot, axis=1)
+        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + new_B)
 
     def next_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Returns the logits of the token after these."""

@@ -10,13 +10,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
 from openpi_like.models.vision import IMAGENET, normalized, select_problems, size_problems
-from openpi_like.models.vit import LayerNorm, VitLayer, run_vit, to_patches
+from openpi_like.models.vit import LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ class DinoConfig:
         return Dino(self, key, image_size=image_size, dtype=dtype, unroll=unroll, remat=remat, film_width=film_width)
 
 
-class Dino(nnx.Module):
+class Dino(VitTower):
     """Images to one token per patch."""
 
     def __init__(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.models.cross_entropy import capped, cross_entropy
-from openpi_like.models.stack import run_layers
+from openpi_like.models.stack import run_layers, unstacked
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,8 @@ class LanguageModel(nnx.Module):
 
         One whose maps have overlays or fewer bits stays as it is.
         """
+        if self.is_taken_apart:
+            return self
         layers = self.layers.packed(self.config, self.dtype)
         if layers is self.layers:
             return self
@@ -88,8 +90,17 @@ class LanguageModel(nnx.Module):
         packed.layers = layers
         return packed
 
-    def _inputs(self, past: KVCache | None) -> tuple[Any, jax.Array, KVCache | None]:
-        return self.layers, jnp.arange(self.config.depth), past
+    @property
+    def is_taken_apart(self) -> bool:
+        """Says whether each layer has arrays of its own, see `sampling.for_sampling`."""
+        return isinstance(self.layers, nnx.List)
+
+    def _inputs(self, past: KVCache | None) -> Any:
+        number = jnp.arange(self.config.depth)
+        if not self.is_taken_apart:
+            return self.layers, number, past
+        pasts = [None] * self.config.depth if past is None else unstacked(past)
+        return list(zip(self.layers, number, pasts, strict=True))
 
     def __call__(
         self,
@@ -135,7 +146,7 @@ class LanguageModel(nnx.Module):
         **given: Any,
     ) -> KVCache:
         """Returns the keys and values alone: of the last layer, nothing but its keys and values is computed."""
-        if self.unroll:  # then the compiler leaves out what nobody reads
+        if self.unroll or self.is_taken_apart:  # then the compiler leaves out what nobody reads
             return self(x_BSD, mask_BSS, rope_2BSh, **given)[1]
         step = self.step(mask_BSS, rope_2BSh, **given)
         at = lambda i: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), self.layers)  # noqa: E731

@@ -429,14 +429,20 @@ class Pi0(Model):
         start = draw_noise(row_keys(key, B), shape) if noise is None else noise
         prefix = self.prefix(observation, differentiable=False)
         policy = self.packed()
-        if not self.config.pi05:
+        # A pass for one token reads as many weights as one for all: in a server that is a step more (1 ms on an H200).
+        with_state = not self.config.pi05 and not policy.expert.is_taken_apart
+        if with_state:
             prefix = policy._with_state(prefix, observation)
         dt = jnp.float32(-1.0 / steps)
         dims_B1J = None if action_mask is None else action_mask.any(axis=1, keepdims=True)
 
         def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, t = carry
-            x = x + dt * policy.sampling_velocity(prefix, x, jnp.full((B,), t))
+            time_B = jnp.full((B,), t)
+            if with_state:
+                x = x + dt * policy.sampling_velocity(prefix, x, time_B)
+            else:
+                x = x + dt * policy.velocity(prefix, observation, x, time_B)
             # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
             t = t + dt
             if dims_B1J is not None:

@@ -8,13 +8,12 @@ import math
 from typing import Any
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
 from openpi_like.models.vision import select_problems, size_problems
-from openpi_like.models.vit import GELU, LayerNorm, VitLayer, run_vit, to_patches
+from openpi_like.models.vit import GELU, LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ class SiglipConfig:
         )
 
 
-class Siglip(nnx.Module):
+class Siglip(VitTower):
     """Images to tokens of the language model's width, or of its own."""
 
     def __init__(

@@ -4,17 +4,18 @@ Letters: B batch, P patches, D width, N heads, H head dim, F mlp width, L layers
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
+from qwix import QArray
 
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
 from openpi_like.models.gemma import rotate
-from openpi_like.models.param import Initializer, Linear, ones, use, weight, zeros
+from openpi_like.models.param import Initializer, Linear, linear, ones, use, weight, zeros
 from openpi_like.models.stack import kept, run_layers
 from openpi_like.partition import pin
 
@@ -24,7 +25,8 @@ GELU = ("tanh", "erf")
 class LayerNorm(nnx.Module):
     """Layer normalisation with scale and bias; statistics in float32, where bfloat16 would lose the variance."""
 
-    def __init__(self, key: Key[Array, ""], width: int, *, layers: int | None = None) -> None:
+    def __init__(self, key: Key[Array, ""], width: int, *, layers: int | None = None, epsilon: float = 1e-6) -> None:
+        self.epsilon = epsilon
         shape, axes = ((width,), ("norm",)) if layers is None else ((layers, width), ("layers", "norm"))
         self.scale = weight(key, "scale", shape, axes, ones)
         self.bias = weight(key, "bias", shape, axes, zeros)
@@ -33,7 +35,7 @@ class LayerNorm(nnx.Module):
         """Normalises over the last axis."""
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
         return (normed * use(self.scale, jnp.float32) + use(self.bias, jnp.float32)).astype(x.dtype)
 
 
@@ -97,6 +99,10 @@ class VitLayer(nnx.Module):
         self.attn_scale, self.mlp_scale = scale("attn_scale"), scale("mlp_scale")
         self.film = None if film_width is None else Film(named_key(key, "film"), film_width, D, layers=L)
 
+    def projected(self, y_BPD: Float[Array, "B P D"]) -> tuple[Float[Array, "B P N H"], ...]:
+        """Returns queries, keys and values of normalised tokens."""
+        return self.query(y_BPD), self.key(y_BPD), self.value(y_BPD)
+
     def attention(
         self,
         x_BPD: Float[Array, "B P D"],
@@ -110,7 +116,8 @@ class VitLayer(nnx.Module):
         """
         y = self.attn_norm(x_BPD)
         with jax.named_scope("projections"):
-            q_BNPH, k, v = self.query(y).swapaxes(1, 2), self.key(y), self.value(y)
+            q, k, v = self.projected(y)
+            q_BNPH = q.swapaxes(1, 2)
             if rope_2Ph is not None:
                 q_BNPH, k = rotate(q_BNPH, rope_2Ph[:, None, None]), rotate(k, rope_2Ph[:, None, :, None])
             q_BNPH = pin(q_BNPH, "batch", "heads", None, None)
@@ -128,6 +135,49 @@ class VitLayer(nnx.Module):
         return x_BPD + _scaled(down, self.mlp_scale)
 
 
+class PackedVitLayer(VitLayer):
+    """The same with the three projections as one product; weights in the compute dtype. For sampling."""
+
+    def __init__(self, layer: VitLayer, dtype: str) -> None:
+        self.gelu, self.heads = layer.gelu, layer.query.bias[...].shape[-2]
+        self.attn_norm, self.mlp_norm, self.out = layer.attn_norm, layer.mlp_norm, layer.out
+        self.mlp_up, self.mlp_down = layer.mlp_up, layer.mlp_down
+        self.attn_scale, self.mlp_scale, self.film = layer.attn_scale, layer.mlp_scale, layer.film
+        three = (layer.query, layer.key, layer.value)
+        flat = lambda w: w.reshape(*w.shape[:-2], -1).astype(dtype)  # noqa: E731
+        kernels, biases = ([flat(getattr(m, name)[...]) for m in three] for name in ("kernel", "bias"))
+        self.qkv = nnx.Param(jnp.concatenate(kernels, -1), axes=("layers", "embed", None), inputs=(1,))
+        self.qkv_bias = nnx.Param(jnp.concatenate(biases, -1), axes=("layers", None))
+
+    def projected(self, y_BPD: Float[Array, "B P D"]) -> tuple[Float[Array, "B P N H"], ...]:
+        """As `VitLayer.projected`."""
+        B, P, D = y_BPD.shape
+        every = linear(self, "qkv", "BPD,DE->BPE", y_BPD) + use(self.qkv_bias, y_BPD.dtype)
+        three = every.reshape(B, P, 3, self.heads, D // self.heads)
+        return three[:, :, 0], three[:, :, 1], three[:, :, 2]
+
+
+T = TypeVar("T", bound="VitTower")
+
+
+class VitTower(nnx.Module):
+    """What towers of these blocks share. layers: `VitLayer`; for sampling a list of its packed form."""
+
+    dtype: str
+    layers: Any
+
+    def packed(self: T) -> T:
+        """Returns the same tower for sampling; one whose maps have overlays or fewer bits stays as it is."""
+        if type(self.layers) is not VitLayer:
+            return self
+        maps = (self.layers.query, self.layers.key, self.layers.value)
+        if any(hasattr(m, "kernel_lora") or isinstance(m.kernel[...], QArray) for m in maps):
+            return self
+        packed = nnx.merge(*nnx.split(self))
+        packed.layers = PackedVitLayer(self.layers, self.dtype)
+        return packed
+
+
 def _constant(value: float) -> Initializer:
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
@@ -137,19 +187,21 @@ def _scaled(branch: jax.Array, scale: nnx.Param | None) -> jax.Array:
 
 
 def run_vit(
-    layers: VitLayer,
+    layers: Any,
     x_BPD: Float[Array, "B P D"],
     language_BE: Float[Array, "B E"] | None,
     *,
     unroll: bool,
     remat: str | None,
 ) -> Float[Array, "B P D"]:
-    """Returns the output of the last block, before any final norm.
+    """Returns the output of the last block, before any final norm. layers: see `VitTower`.
 
     Raises:
         ValueError: there is a language vector without FiLM, or the other way round.
     """
-    if (language_BE is None) != (layers.film is None):
+    every = list(layers) if isinstance(layers, nnx.List) else layers
+    film = every[0].film if isinstance(every, list) else every.film
+    if (language_BE is None) != (film is None):
         raise ValueError(
             "language_BE: expected a vector per image with film_width, and None without; "
             f"got {'None with' if language_BE is None else 'one without'} film_width"
@@ -160,7 +212,7 @@ def run_vit(
         x = x if layer.film is None or language_BE is None else layer.film(x, language_BE)
         return pin(layer.mlp(x), "batch", None, None), None
 
-    return run_layers(body, x_BPD, layers, unroll=unroll, remat=remat)[0]
+    return run_layers(body, x_BPD, every, unroll=unroll, remat=remat)[0]
 
 
 def to_patches(

@@ -109,7 +109,8 @@ def inputs_of(case: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Returns tokens, which of them are there, positions, and what is added for images."""
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     mask[1, TOKENS - 3 :] = False
-    given = {"tokens": torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=generator), "mask": mask}
+    # Without token 0: torch gives the embedding of a padding token no gradient.
+    given = {"tokens": torch.randint(1, VOCABULARY, (BATCH, TOKENS), generator=generator), "mask": mask}
     given["positions"] = torch.clamp(mask.long().cumsum(-1) - 1, min=0)
     if "_vl" in case:  # a text, an image of 2 x 3 patches, and a text again
         start, width, patches = 3, 3, 6
