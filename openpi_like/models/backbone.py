@@ -406,17 +406,21 @@ class Backbone(nnx.Module):
             position=_last(positions) + 1 + skip,
         )
 
-    def extend(self, tokens_B: Int[Array, "B"], cache: TextCache) -> tuple[Float[Array, "B D"], TextCache]:
-        """Returns one more token of each row after the final norm, and the cache with it."""
+    def extend(
+        self, tokens_B: Int[Array, "B"], cache: TextCache, *, valid_B: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B D"], TextCache]:
+        """Returns one more token of each row after the final norm, and the cache with it.
+
+        valid: False for rows that get none: what is returned for them means nothing, and nobody sees it. None: all do.
+        """
+        new_B = jnp.ones(tokens_B.shape[0], bool) if valid_B is None else valid_B
         x_B1D = self.vlm.embed(tokens_B[:, None])
-        mask_B1T = jnp.concatenate([cache.valid, jnp.ones((tokens_B.shape[0], 1), bool)], axis=1)[:, None]
+        mask_B1T = jnp.concatenate([cache.valid, jnp.ones_like(new_B)[:, None]], axis=1)[:, None]
         out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=2)  # noqa: E731
         kv: KVCache = jax.tree.map(write, cache.kv, own)
-        valid = jax.lax.dynamic_update_slice_in_dim(
-            cache.valid, jnp.ones((tokens_B.shape[0], 1), bool), cache.slot, axis=1
-        )
-        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + 1)
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new_B[:, None], cache.slot, axis=1)
+        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + new_B)
 
     def next_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Returns the logits of the token after these."""
