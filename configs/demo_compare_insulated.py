@@ -11,6 +11,7 @@ from pathlib import Path
 
 from openpi_like.batch import ActionTokens
 from openpi_like.config import load_run
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.pi0 import Pi0Config
 
 config = dataclasses.replace(
@@ -24,7 +25,7 @@ config = dataclasses.replace(
         prompt_len=48,
         vocab_size=1536,
         pi05=True,
-        prompt_format="fast",
+        prompt_format=FastPrompt(),
         action_tokens=ActionTokens(max_len=40, count=512, skip=0),
         flow_draws=2,
     ),

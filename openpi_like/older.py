@@ -4,6 +4,7 @@ A checkpoint's JSON names the classes of what it holds. Where a class has moved,
 have changed, an entry of `CHANGED` turns the stored fields into today's, before anything is built from them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,46 @@ MOVED = {
     "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
 }
 
+Fields = dict[str, Any]
+Change = Callable[[Fields], Fields]
+
+
+def in_turn(*changes: Change) -> Change:
+    """Returns the change that makes these one after the other."""
+    return lambda fields: functools.reduce(lambda now, change: change(now), changes, fields)
+
+
+# ---- Changes, the oldest first ---------------------------------------------------------------------------------------
+
+
+def prompt_format_object(fields: Fields) -> Fields:
+    """A prompt's format was a name, and is an object."""
+    stored = fields.get("prompt_format")
+    if not isinstance(stored, str):
+        return fields
+    names = {"pi0": "Pi0Prompt", "pi05": "Pi05Prompt", "fast": "FastPrompt"}
+    if stored not in names:
+        raise ValueError(
+            f"prompt_format {stored!r} of an older checkpoint, expected one of {list(names)}; it is damaged"
+        )
+    return {**fields, "prompt_format": {"__class__": f"openpi_like.data.prompts:{names[stored]}"}}
+
+
+def tokenizer_object(fields: Fields) -> Fields:
+    """A tokenizer was a SentencePiece model, base64, and is an object."""
+    stored = fields.get("tokenizer")
+    if not isinstance(stored, str):
+        return fields
+    path = "openpi_like.data.sentencepiece_model:SentencePieceTokenizer"
+    return {**fields, "tokenizer": {"__class__": path, "model": stored}}
+
+
 # Class path (of today) -> stored fields (JSON, without "__class__") -> today's fields (JSON).
-CHANGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+CHANGED: dict[str, Change] = {
+    "openpi_like.models.pi0:Pi0Config": in_turn(prompt_format_object),
+    "openpi_like.models.pi0_fast:Pi0FastConfig": in_turn(prompt_format_object),
+    "openpi_like.train.checkpoints.contract:Contract": in_turn(tokenizer_object),
+}
 
 
 def todays(path: str, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:

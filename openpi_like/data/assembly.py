@@ -121,8 +121,12 @@ class Assembler:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
         if tokenizer.prompt_format != policy.prompt_format:
             problems.append(
-                f"the tokenizer writes prompts of format {tokenizer.prompt_format!r}, the policy reads "
-                f"{policy.prompt_format!r}"
+                f"the tokenizer writes prompts as {tokenizer.prompt_format}, the policy reads {policy.prompt_format}"
+            )
+        elif any(tokenizer.image_slots) and tokenizer.cameras != len(policy.cameras):
+            problems.append(
+                f"the tokenizer writes prompts with {tokenizer.cameras} images inside, the policy has "
+                f"{len(policy.cameras)} cameras"
             )
         if tokenizer.vocab_size > policy.vocab_size:
             problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")

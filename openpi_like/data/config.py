@@ -9,6 +9,7 @@ import numpy as np
 from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
+from openpi_like.data.prompts import PromptFormat
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import Robot
 
@@ -36,7 +37,7 @@ class PolicyShape(Protocol):
     @property
     def resize(self) -> str: ...
     @property
-    def prompt_format(self) -> str: ...
+    def prompt_format(self) -> PromptFormat: ...
     @property
     def action_tokens(self) -> ActionTokens | None: ...
 

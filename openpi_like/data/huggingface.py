@@ -47,7 +47,9 @@ class HuggingFaceTokenizer(Tokenizer):
         at = folder / FILES[0] if path.is_dir() else path
         if not at.is_file():
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-            raise FileNotFoundError(f"no {at.name} in {folder}; {near_names(at.name, there) if there else 'it is empty'}")
+            raise FileNotFoundError(
+                f"no {at.name} in {folder}; {near_names(at.name, there) if there else 'it is empty'}"
+            )
         config, jinja, wrapped = (
             (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None for name in FILES[1:]
         )
@@ -204,8 +206,8 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         except Exception as e:  # anything that an expression of the template raises
             raise ValueError(
-                f"the chat template fails: {type(e).__name__}: {e}; its model may expect other messages: set the system "
-                "text, or whether images are part of messages, in the prompt_format"
+                f"the chat template fails: {type(e).__name__}: {e}; its model may expect other messages: set the "
+                "system text, or whether images are part of messages, in the prompt_format"
             ) from e
 
 

@@ -40,9 +40,7 @@ class PromptFormat(abc.ABC):
     # ---- Prompts -----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         """Returns the ids that ask for actions, without those of images.
 
         text: the instruction. state: normalised, without padding, given where `state_in_prompt`. cameras: how many
@@ -87,8 +85,9 @@ class PromptFormat(abc.ABC):
 
     def action_answer(self, tokenizer: Tokenizer, action_ids: Iterable[int]) -> list[int]:
         """Returns the ids of an answer with actions, to its end. action_ids: as ids of the text vocabulary."""
+        begin = self.action_indicator(tokenizer)
         close = tokenizer.encode(self.close) if self.close else []
-        return [*self.action_indicator(tokenizer), *map(int, action_ids), *close, tokenizer.required("eos")]
+        return [*begin, *map(int, action_ids), *close, tokenizer.required("eos")]
 
     def structure_ids(self, tokenizer: Tokenizer) -> set[int]:
         """Returns the ids that give an answer its form: padding, BOS, EOS, unknown, and what is around actions."""
@@ -119,9 +118,7 @@ class _PaliGemmaFormat(PromptFormat):
 class Pi0Prompt(_PaliGemmaFormat):
     """pi0: BOS, the text on one line, and a newline that is encoded separately (openpi `models/tokenizer.py`)."""
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         return self.question(tokenizer, text, cameras)
 
 
@@ -132,9 +129,7 @@ class Pi05Prompt(_PaliGemmaFormat):
     state_in_prompt: ClassVar[bool] = True
     ends_with_indicator: ClassVar[bool] = True
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         piece = f"Task: {_line(text)}, State: {_bins(state)};\nAction: "
         return [*self.leading(tokenizer, cameras), *tokenizer.encode(piece)]
 
@@ -148,9 +143,7 @@ class FastPrompt(_PaliGemmaFormat):
 
     state_in_prompt: ClassVar[bool] = True
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         piece = f"Task: {text.lower().strip().replace('_', ' ')}, State: {_bins(state)};\n"
         return [*self.leading(tokenizer, cameras), *tokenizer.encode(piece)]
 
@@ -162,9 +155,7 @@ class PlainPrompt(PromptFormat):
     VLM4VLA's form for PaliGemma, and its short form for other models; action tokens have nothing around them but EOS.
     """
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         return self.question(tokenizer, text, cameras)
 
     def question(self, tokenizer: Tokenizer, text: str, cameras: int) -> list[int]:
@@ -194,9 +185,7 @@ class OpenVlaPrompt(PromptFormat):
     the released code appends where its prompt lacks it (openvla `extern/hf/modeling_prismatic.py`); here it is text.
     """
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         return self.question(tokenizer, f"What action should the robot take to {text.lower()}?", cameras)
 
     def question(self, tokenizer: Tokenizer, text: str, cameras: int) -> list[int]:
@@ -220,8 +209,8 @@ class ChatPrompt(PromptFormat):
     The defaults are VLM4VLA's for Qwen (`data/data_utils.py` there). Action tokens have nothing around them but EOS.
 
     system: "" for no turn of the system. ask: the question, with "{text}" for the instruction.
-    image_token: what the template writes for an image, "<|image_pad|>" or "<image>"; its place is the camera's slot, and
-        it is no part of the prompt's ids. None for templates of text alone: images come first.
+    image_token: what the template writes for an image, "<|image_pad|>" or "<image>"; its place is the camera's slot,
+        and it is no part of the prompt's ids. None for templates of text alone: images come first.
     """
 
     system: str = "You are a helpful assistant."
@@ -232,9 +221,7 @@ class ChatPrompt(PromptFormat):
         if "{text}" not in self.ask:
             raise ValueError(f"ChatPrompt: ask={self.ask!r}, expected {{text}} in it, where the instruction goes")
 
-    def prompt(
-        self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int
-    ) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
         return self._chat(tokenizer, text, self.ask, cameras)[0]
 
     def question(self, tokenizer: Tokenizer, text: str, cameras: int) -> list[int]:
@@ -250,8 +237,8 @@ class ChatPrompt(PromptFormat):
         if starts[0] != starts[1]:
             raise ValueError(
                 f"prompts of {self} differ before their last image: {tokenizer.decode(starts[0][1])!r} and "
-                f"{tokenizer.decode(starts[1][1])!r} for two texts; images have fixed places, so choose a chat template "
-                "that puts them before the text"
+                f"{tokenizer.decode(starts[1][1])!r} for two texts; images have fixed places, so choose a chat "
+                "template that puts them before the text"
             )
         return starts[0][0]
 
@@ -272,8 +259,8 @@ class ChatPrompt(PromptFormat):
         places = [at for at, token in enumerate(ids) if token == image]
         if len(places) != cameras:
             raise ValueError(
-                f"the chat template writes {self.image_token!r} {len(places)} times, expected once for each of {cameras} "
-                "cameras; set image_token to what it writes for an image, None if it knows text alone"
+                f"the chat template writes {self.image_token!r} {len(places)} times, expected once for each of "
+                f"{cameras} cameras; set image_token to what it writes for an image, None if it knows text alone"
             )
         slots = tuple(place - earlier for earlier, place in enumerate(places))
         return [token for token in ids if token != image], slots

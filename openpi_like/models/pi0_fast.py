@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
+from openpi_like.data.prompts import FastPrompt, PromptFormat
 from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, choose_token
 
 
@@ -28,7 +29,7 @@ class Pi0FastConfig(PolicyConfig):
         which differs where a camera is masked; its sampling leaves out one position before the first token it writes.
     """
 
-    prompt_format: str = "fast"
+    prompt_format: PromptFormat = FastPrompt()
     openpi_positions: bool = False
 
     def _problems(self) -> list[str]:

@@ -29,8 +29,10 @@ from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import make_loader
+from openpi_like.data.prompts import Pi0Prompt, PromptFormat
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.robots.widowx import WIDOWX
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -75,7 +77,7 @@ class Shapes:
     prompt_len: int = 64
     vocab_size: int = 4000
     resize: str = "cubic"
-    prompt_format: str = "pi0"
+    prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: None = None
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from openpi_like.data import files, tfrecord
 from openpi_like.data.files import Location
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from tests.data.odd import write_odd
 from tests.data.toy import PROMPTS, Shapes, write_toy
 

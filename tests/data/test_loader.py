@@ -31,12 +31,13 @@ from openpi_like.data.index import open_index
 from openpi_like.data.loader import Loader, make_loader, validation_batches
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import distinct_episodes, order_changes, order_record, sample_order
+from openpi_like.data.prompts import FastPrompt, Pi05Prompt
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera
 from tests.data.reader import digests, read
-from tests.data.toy import ARM, CART, LENGTHS, SOME, TOLD, Shapes, change_record, shard
+from tests.data.toy import ARM, CART, LENGTHS, SOME, TOLD, Shapes, change_record, model_of, shard
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ def test_resuming_anywhere_on_any_hosts_is_exact(
 def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, everything: dict[str, Any]) -> None:
     """Two processes, from the middle of the run, with action tokens and what these could not write."""
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     options: dict[str, Any] = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow, "start": 8}
     options |= {"saturate_actions": True, **everything}
     threads, workers = load(**options), load(num_workers=2, num_threads=2, prefetch=1, **options)
@@ -326,7 +327,7 @@ def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, eve
 
 def test_an_error_in_a_worker_reaches_the_run(load: Any, tokenizer: TextTokenizer) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     loader = load(num_workers=1, policy=WRITES, tokenizer=text, action_tokenizer=narrow)
     with pytest.raises(DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded"):
         next(loader)
@@ -336,7 +337,7 @@ def test_a_reader_that_is_killed_goes_on_where_it_was(
     toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization], tmp_path: Path
 ) -> None:
     """SIGKILL after some samples, three times, with other threads and workers each time; workers end with the run."""
-    (tmp_path / "text.model").write_bytes(tokenizer.model)
+    (tmp_path / "text.model").write_bytes(model_of(tokenizer))
     for name, normalization in normalizations.items():
         save_normalization(normalization, tmp_path / f"{name}.json")
     where = (toy, tmp_path / "text.model", tmp_path)
@@ -428,7 +429,7 @@ def test_cameras_without_an_image_are_masked(load: Any, config: DataConfig) -> N
 
 @pytest.mark.parametrize(
     "shapes",
-    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", prompt_format="pi05")],
+    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", prompt_format=Pi05Prompt())],
     ids=["pi0", "pi05"],
 )
 def test_a_batch_is_its_samples_one_by_one(
@@ -436,7 +437,7 @@ def test_a_batch_is_its_samples_one_by_one(
     shapes: Shapes,
 ) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
-    tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len, prompt_format=shapes.prompt_format)
+    tokenizer = TextTokenizer(tokenizer.tokenizer, shapes.prompt_len, prompt_format=shapes.prompt_format)
     batch = next(load(camera_dropout=0.0, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
@@ -481,7 +482,7 @@ def fast(config: DataConfig, toy: Path, normalizations: dict[str, Normalization]
 
 
 WRITES = Shapes(
-    prompt_len=80, prompt_format="fast", vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+    prompt_len=80, prompt_format=FastPrompt(), vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
 )
 
 
@@ -490,7 +491,7 @@ def test_action_tokens_are_those_of_the_chunk(
     fast: FastTokenizer,
 ) -> None:  # fmt: skip
     """Sample by sample, in a mixture of two robots: the prompt, what is said, and which part of it is what."""
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     said = dataclasses.replace(config.entries[1], text_key="language_instruction")
     asked = dataclasses.replace(config.entries[0], text_key="language_instruction", actions=False)
     entries = (config.entries[0], said, asked)
@@ -530,7 +531,7 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
     load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
 ) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
     with pytest.raises(
         DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded, expected -3 to 3.*saturate"
@@ -559,13 +560,13 @@ def test_tokenizers_that_do_not_fit_the_policy_are_listed(
         load(policy=WRITES)
     few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0))
     with pytest.raises(
-        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*'pi0'"
+        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*Pi0Prompt\(\)"
     ):
         load(policy=few, action_tokenizer=fast)
 
 
 def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     for vocab_size, message in (
         (
             557,
@@ -583,7 +584,7 @@ def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextToke
 
 def test_answers_that_are_too_long_are_located(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
     short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=12)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=12)
     with pytest.raises(DatasetError, match=r"record \d+.*: prompt .* with its answer has .*answer_len=12; enlarge one"):
         next(load(policy=short, tokenizer=text, action_tokenizer=fast))
 

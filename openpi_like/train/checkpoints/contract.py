@@ -1,6 +1,5 @@
 """The contract of a policy: everything that serving depends on, with a hash, stored with every checkpoint."""
 
-import base64
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -17,6 +16,7 @@ from openpi_like.data.assembly import action_token_problems
 from openpi_like.data.fast import FastFiles, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.data.tokenizer import Tokenizer
 from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
 from openpi_like.robots import Robot, policy_problems
 
@@ -31,14 +31,14 @@ class CheckpointError(ValueError):
 class Contract:
     """What serving depends on. Its hash is checked when it is read, and sent to every client.
 
-    policy: the model's config. robots and normalizations: by robot. tokenizer: SentencePiece model, base64.
+    policy: the model's config. robots and normalizations: by robot. tokenizer: of texts, whole.
     renderers: robot name -> how the training images were rendered, for simulated robots; None for real ones.
     """
 
     policy: Any
     robots: tuple[Robot, ...]
     normalizations: dict[str, Normalization]
-    tokenizer: str
+    tokenizer: Tokenizer
     renderers: dict[str, str | None]
     action_tokenizer: FastFiles | None = None
 
@@ -48,10 +48,7 @@ class Contract:
 
     def text_tokenizer(self) -> TextTokenizer:
         """Returns the tokenizer of the policy's prompts and answers."""
-        p = self.policy
-        return TextTokenizer(
-            base64.b64decode(self.tokenizer), p.prompt_len, prompt_format=p.prompt_format, answer_len=p.answer_len
-        )
+        return TextTokenizer.of_policy(self.tokenizer, self.policy)
 
     def fast_tokenizer(self) -> FastTokenizer | None:
         """Returns the tokenizer of actions, where the policy has action tokens."""
@@ -66,11 +63,6 @@ class Contract:
         tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim, count=self.policy.tokens.count)
         begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
         return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
-
-
-def encode_tokenizer(model: bytes) -> str:
-    """Returns a SentencePiece model as the text `Contract.tokenizer` holds."""
-    return base64.b64encode(model).decode("ascii")
 
 
 def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:

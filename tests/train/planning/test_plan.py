@@ -20,6 +20,7 @@ from rich.console import Console
 
 from openpi_like.batch import ActionTokens
 from openpi_like.config import load_run
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.partition import ShardingRules
@@ -253,7 +254,7 @@ def test_without_libtpu_nothing_is_planned_for_tpus(monkeypatch: pytest.MonkeyPa
 RELEASED = {
     "pi0": Pi0Config.released(),
     "insulated": dataclasses.replace(
-        Pi0Config.released(pi05=True), prompt_format="fast", action_tokens=ActionTokens(max_len=100)
+        Pi0Config.released(pi05=True), prompt_format=FastPrompt(), action_tokens=ActionTokens(max_len=100)
     ),
     "fast": Pi0FastConfig.released(),
 }
