@@ -39,14 +39,14 @@ class SentencePieceTokenizer(Tokenizer):
     def _processor(self) -> Any:
         content = self.content()
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-            processor.vocab_size()  # an empty one is taken for none at all
+            if not content:
+                raise RuntimeError("empty")
+            return sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as e:
             raise ValueError(
                 f"not a SentencePiece model ({len(content)} bytes): {e}; give the .model file, or for a tokenizer.json "
                 "of Hugging Face that file or its directory"
             ) from e
-        return processor
 
     @property
     def vocab_size(self) -> int:

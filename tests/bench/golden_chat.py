@@ -1,8 +1,8 @@
-"""Writes tests/data/golden/chat.json: what transformers makes of conversations with the tokenizer of tests/data/chat.py.
+"""Writes tests/data/golden/chat.json: what transformers makes of conversations, by the tokenizer of tests/data/chat.py.
 
 In an environment of its own, since nothing else needs transformers; from the repository's root:
 
-    python3 -m venv /tmp/hf && /tmp/hf/bin/pip install transformers jinja2 && /tmp/hf/bin/python tests/bench/golden_chat.py
+    python3 -m venv hf && hf/bin/pip install transformers jinja2 && hf/bin/python tests/bench/golden_chat.py
 
 Each case has the template's name, the messages, the text, and its ids; `plain` are texts in which the names of special
 tokens are text like any other.
@@ -48,23 +48,24 @@ def conversations() -> list[tuple[str, list[dict[str, Any]]]]:
 def main() -> None:
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        of = {
+        tokenizers = {
             name: transformers.AutoTokenizer.from_pretrained(chat.write(Path(folder, name), template))
             for name, template in chat.TEMPLATES.items()
         }
     for name, messages in conversations():
         options = {"add_generation_prompt": True}
-        text = of[name].apply_chat_template(messages, tokenize=False, **options)
-        ids = of[name].apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        text = tokenizers[name].apply_chat_template(messages, tokenize=False, **options)
+        ids = tokenizers[name].apply_chat_template(messages, tokenize=True, return_dict=False, **options)
         cases.append({"template": name, "messages": messages, "text": text, "ids": ids})
     plain = []
     for text in PLAIN:
-        ids = of["qwen"](text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        plain.append({"text": text, "ids": ids, "decoded": of["qwen"].decode(ids, skip_special_tokens=True)})
+        ids = tokenizers["qwen"](text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        plain.append({"text": text, "ids": ids, "decoded": tokenizers["qwen"].decode(ids, skip_special_tokens=True)})
     path = Path(__file__).resolve().parents[1] / "data" / "golden" / "chat.json"
     path.parent.mkdir(exist_ok=True)
-    record = {"transformers": transformers.__version__, "cases": cases, "plain": plain}
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=True) + "\n")
+    rows = {"cases": cases, "plain": plain}
+    lists = ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, of)) + "\n]" for name, of in rows.items())
+    path.write_text(f'{{"transformers": "{transformers.__version__}",\n{lists}}}\n')
     print(f"{len(cases)} conversations, {len(plain)} texts -> {path} ({path.stat().st_size:,} bytes)")
 
 

@@ -27,6 +27,7 @@ from openpi_like.train.checkpoints.checkpoint import save_policy
 from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_contract
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.state import ModelDef
+from tests.data.toy import model_of
 
 ROOT = Path(__file__).parents[2]
 
