@@ -54,7 +54,7 @@ def written(tokenizer: Tokenizer, fmt: PromptFormat, text: str, cameras: int = 1
     assert mask.tolist() == sorted(mask, reverse=True)
     assert not ids[~mask].any()
     pieces = {tokenizer.token_id(piece): piece for piece in chat.SPECIAL} if tokenizer is not PIECES else {2: "<s>"}
-    out, at = "", []
+    out, at = "", list[int]()
     for position, token in enumerate(ids[mask].tolist()):
         images = row.image_slots.count(position)
         if images:

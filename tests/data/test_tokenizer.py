@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,29 +167,20 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         read_tokenizer(tmp_path / "empty")
 
 
-def _cut(directory: Path) -> None:
-    (directory / "tokenizer.json").write_text(CHAT.tokenizer[:-100])
-
-
-def _config(**changes: Any) -> Callable[[Path], None]:
-    return lambda directory: (
-        (directory / "tokenizer_config.json").write_text(json.dumps({**chat.CONFIG, **changes})) and None
-    )
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "content", "message"),
     [
-        (_cut, r"tokenizer.json \([\d,]+ characters\) cannot be read: .*; it is damaged or not a tokenizer"),
-        (lambda d: (d / "tokenizer_config.json").write_text("{"), r"tokenizer_config.json is not JSON: "),
-        (lambda d: (d / "tokenizer_config.json").write_text("[]"), r"tokenizer_config.json holds a list, expected a"),
-        (_config(eos_token="<|im_and|>"), r"eos_token: no token '<\|im_and\|>' .* did you mean '<\|im_end\|>'"),
-        (_config(eos_token=3), r"tokenizer_config.json: eos_token=3, expected a string or null"),
-        (lambda d: (d / "chat_template.jinja").write_text("{% for %}"), r"chat template cannot be read, line 1"),
+        ("tokenizer.json", CHAT.tokenizer[:-100], r"tokenizer.json \([\d,]+ characters\) cannot be read: .*; it is damaged"),
+        ("tokenizer.json", "{}", r"tokenizer.json \(2 characters\) cannot be read: "),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json is not JSON: "),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json holds a list, expected a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": "<|im_and|>"}', r"eos_token: no token .* did you mean '<\|im_end\|>'"),
+        ("tokenizer_config.json", '{"eos_token": 3}', r"eos_token=3, expected a string or null"),
+        ("chat_template.jinja", "{% for %}", r"chat template cannot be read, line 1"),
     ],
-)
-def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
-    damage(chat.write(tmp_path / "chat"))
+)  # fmt: skip
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (chat.write(tmp_path / "chat") / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^{tmp_path / 'chat'}: .*{message}"):
         read_tokenizer(tmp_path / "chat")
 

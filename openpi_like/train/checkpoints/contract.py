@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_like.config import from_json, to_json
-from openpi_like.data.assembly import action_token_problems
+from openpi_like.data.assembly import action_token_problems, image_slot_problems
 from openpi_like.data.fast import FastFiles, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
@@ -85,6 +85,7 @@ def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -
     if tokenizer.vocab_size > policy.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
     problems += action_token_problems(policy, tokenizer, action_tokenizer)
+    problems += image_slot_problems(policy, tokenizer)
     if isinstance(policy, Pi0FastConfig) and action_tokenizer is not None:
         least = action_tokenizer.tables(policy.action_horizon * policy.action_dim).least
         for robot in contract.robots:
