@@ -285,8 +285,8 @@ def image_slot_problems(policy: PolicyShape, tokenizer: TextTokenizer) -> list[s
     if (not any(read) and not any(written)) or read == written:
         return []
     return [
-        f"prompts of {tokenizer.prompt_format} have images after their first {written} tokens, one for each camera, the "
-        f"policy reads them after {read}; choose a prompt_format that fits it"
+        f"prompts of {tokenizer.prompt_format} have images after their first {written} tokens, one for each camera, "
+        f"the policy reads them after {read}; choose a prompt_format that fits it"
     ]
 
 
