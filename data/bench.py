@@ -82,6 +82,7 @@ class Shapes:
     vocab_size: int
     resize: str = "cubic"
     prompt_format: PromptFormat = Pi0Prompt()
+    image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
 
 

@@ -11,37 +11,44 @@ from typing import Any
 # Where classes are now that older checkpoints name by where they were.
 MOVED = {
     "openpi_like.train.checkpoint:Contract": "openpi_like.train.checkpoints.contract:Contract",
+    "openpi_like.data.dataset:Selection": "openpi_like.data.selection:Selection",
     "openpi_like.data.loader:DataConfig": "openpi_like.data.config:DataConfig",
     "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
 }
+
 
 Fields = dict[str, Any]
 Change = Callable[[Fields], Fields]
 
 
-def in_turn(*changes: Change) -> Change:
-    """Returns the change that makes these one after the other."""
+def _in_turn(*changes: Change) -> Change:
+    """Returns the change that makes these one after the other, the oldest first."""
     return lambda fields: functools.reduce(lambda now, change: change(now), changes, fields)
 
 
-# ---- Changes, the oldest first ---------------------------------------------------------------------------------------
+def _parts_of_backbone(fields: Fields) -> Fields:
+    """Policies had the two towers of PaliGemma as fields of their own."""
+    if "vlm" not in fields:
+        return fields
+    parts = {name: fields[name] for name in ("vision", "vlm")}
+    backbone = {"__class__": "openpi_like.models.paligemma:PaliGemmaConfig", **parts}
+    return {"backbone": backbone} | {name: value for name, value in fields.items() if name not in parts}
 
 
-def prompt_format_object(fields: Fields) -> Fields:
-    """A prompt's format was a name, and is an object."""
+def _prompt_format_object(fields: Fields) -> Fields:
+    """A prompt's format was a name."""
     stored = fields.get("prompt_format")
     if not isinstance(stored, str):
         return fields
     names = {"pi0": "Pi0Prompt", "pi05": "Pi05Prompt", "fast": "FastPrompt"}
     if stored not in names:
-        raise ValueError(
-            f"prompt_format {stored!r} of an older checkpoint, expected one of {list(names)}; it is damaged"
-        )
+        known = list(names)
+        raise ValueError(f"prompt_format {stored!r} of an older checkpoint, expected one of {known}; it is damaged")
     return {**fields, "prompt_format": {"__class__": f"openpi_like.data.prompts:{names[stored]}"}}
 
 
-def tokenizer_object(fields: Fields) -> Fields:
-    """A tokenizer was a SentencePiece model, base64, and is an object."""
+def _tokenizer_object(fields: Fields) -> Fields:
+    """A tokenizer was a SentencePiece model, base64."""
     stored = fields.get("tokenizer")
     if not isinstance(stored, str):
         return fields
@@ -51,9 +58,9 @@ def tokenizer_object(fields: Fields) -> Fields:
 
 # Class path (of today) -> stored fields (JSON, without "__class__") -> today's fields (JSON).
 CHANGED: dict[str, Change] = {
-    "openpi_like.models.pi0:Pi0Config": in_turn(prompt_format_object),
-    "openpi_like.models.pi0_fast:Pi0FastConfig": in_turn(prompt_format_object),
-    "openpi_like.train.checkpoints.contract:Contract": in_turn(tokenizer_object),
+    "openpi_like.models.pi0:Pi0Config": _in_turn(_parts_of_backbone, _prompt_format_object),
+    "openpi_like.models.pi0_fast:Pi0FastConfig": _in_turn(_parts_of_backbone, _prompt_format_object),
+    "openpi_like.train.checkpoints.contract:Contract": _tokenizer_object,
 }
 
 

@@ -49,13 +49,13 @@ def golden() -> Path:
 def tiny_policy():
     """Smallest pi0 that has every part: two cameras, state, padded dims."""
     from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
     from openpi_like.models.pi0 import Pi0Config
     from openpi_like.models.siglip import SiglipConfig
 
     gemma = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
     return Pi0Config(
-        vision=SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8),
-        vlm=gemma,
+        backbone=PaliGemmaConfig(SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=8), gemma),
         expert=gemma,
         cameras=("base", "wrist_right"),
         image_size=(16, 16),

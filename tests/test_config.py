@@ -8,6 +8,7 @@ import pytest
 
 from openpi_like.config import from_json, load_run, override, to_json
 from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.data.selection import Selection
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.widowx import WIDOWX
 from openpi_like.train.optimizer import OptimizerConfig
@@ -18,12 +19,21 @@ def test_json_restores_the_same_object(robot):
     assert from_json(json.loads(json.dumps(to_json(robot)))) == robot
 
 
-@pytest.mark.parametrize("name", ["DataConfig", "MixtureEntry"])
-def test_json_written_before_a_class_moved_is_read(name):
-    entry = MixtureEntry(robot=SAWYER, path="data")
-    of = {"MixtureEntry": entry, "DataConfig": DataConfig((entry,))}[name]
-    text = json.dumps(to_json(of)).replace("openpi_like.data.config:", "openpi_like.data.loader:")
-    assert "openpi_like.data.loader:" in text
+@pytest.mark.parametrize(
+    ("name", "now", "then"),
+    [
+        ("DataConfig", "openpi_like.data.config:", "openpi_like.data.loader:"),
+        ("MixtureEntry", "openpi_like.data.config:", "openpi_like.data.loader:"),
+        ("DataConfig", "openpi_like.data.selection:", "openpi_like.data.dataset:"),
+        ("Selection", "openpi_like.data.selection:", "openpi_like.data.dataset:"),
+    ],
+)
+def test_json_written_before_a_class_moved_is_read(name, now, then):
+    selection = Selection(success="success", skip_first=1)
+    entry = MixtureEntry(robot=SAWYER, path="data", selection=selection)
+    of = {"MixtureEntry": entry, "DataConfig": DataConfig((entry,)), "Selection": selection}[name]
+    text = json.dumps(to_json(of)).replace(now, then)
+    assert then in text
     assert from_json(json.loads(text)) == of
 
 

@@ -30,11 +30,11 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
 from openpi_like.data.text import read_tokenizer
 from openpi_like.models.arrays import open_arrays
-from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.lora import Lora
-from openpi_like.models.paligemma import PaliGemmaConfig, VisionLanguageConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
+from openpi_like.models.policy import PolicyConfig, VisionLanguageConfig
+from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import (
     WeightsError,
     bind,
@@ -63,7 +63,7 @@ RELEASED = {
     "pi0": lambda: Pi0Config.released(),
     "pi05": lambda: Pi0Config.released(pi05=True),
     "pi0_fast": lambda: Pi0FastConfig.released(),
-    "paligemma": lambda: PaliGemmaConfig.released(),
+    "paligemma": lambda: TextModelConfig.paligemma(),
 }
 
 
@@ -114,15 +114,12 @@ def find_config(args: Args) -> VisionLanguageConfig:
     return override(getattr(config, "model", config), args.set)
 
 
-def openpi_mode(config: VisionLanguageConfig) -> str:
-    """Returns how openpi normalises for a model: its code decides by the model alone."""
-    return "quantile" if isinstance(config, Pi0FastConfig) or getattr(config, "pi05", False) else "zscore"
-
-
 def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     """Returns what serving needs, from a run or from the arguments."""
     if is_run(args.src):
         return read_contract(find_step(args.src))
+    if not isinstance(config, PolicyConfig):
+        raise ValueError(f"{type(config).__name__} samples no actions; --to run is for policies")
     problems = []
     if not args.robots:
         problems.append("--robots: missing; a run is served to robots")
@@ -130,12 +127,12 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
         problems.append("--tokenizer: missing; the file or directory of the tokenizer the weights were trained with")
-    if isinstance(config, Pi0FastConfig) and args.action_tokenizer is None:
+    if config.action_tokens is not None and args.action_tokenizer is None:
         problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
         raise ValueError("--to run needs more:\n  " + "\n  ".join(problems))
     robots = tuple(find_robot(name) for name in args.robots)
-    mode = openpi_mode(config)
+    mode = config.released_normalization()
     wrong = [r.name for r in robots if r.normalization != mode]
     if wrong:
         raise ValueError(f"robots {wrong} are not normalised by {mode!r}, which these weights were trained with")
@@ -169,30 +166,24 @@ def kept_lora(args: Args) -> Lora | None:
 
 
 def outputs(config: VisionLanguageConfig, weights: dict[str, Any], lora: Lora | None) -> np.ndarray:
-    """Returns what the model computes in float32 on seeded random inputs: sampled actions, or logits of text."""
+    """Returns what the model computes in float32 on seeded random inputs, see `Model.outputs`."""
     config = dataclasses.replace(config, dtype="float32", remat=None)
     rng = np.random.default_rng(0)
-    inputs: dict[str, Any] = {
-        "images": {c: rng.uniform(-1, 1, (1, *config.image_size, 3)).astype(np.float32) for c in config.cameras},
-        "image_mask": {c: np.ones(1, bool) for c in config.cameras},
-        "prompt": rng.integers(0, config.vocab_size, (1, config.prompt_len), dtype=np.int32),
-        "prompt_mask": np.arange(config.prompt_len)[None] < config.prompt_len - 1,
-    }
-    if not isinstance(config, Pi0Config):
-        length = config.prompt_len + config.answer_len
-        inputs["prompt"] = rng.integers(0, config.vocab_size, (1, length), dtype=np.int32)
-        inputs["prompt_mask"] = np.arange(length)[None] < length - 1
-        inputs["prompt_causal"] = inputs["prompt_loss"] = np.arange(length)[None] > 1
-        run = jax.jit(lambda params, batch: bind(config, params, lora).text_logits(batch))
-        return np.asarray(run(unflatten(weights), inputs))
-    inputs["state"] = rng.normal(size=(1, config.state_dim)).astype(np.float32)
-    inputs["state_mask"] = np.ones((1, config.state_dim), bool)
-    noise = rng.normal(size=(1, config.action_horizon, config.action_dim)).astype(np.float32)
-    key = jax.random.key(0)
-    sample = jax.jit(
-        lambda params, batch: bind(config, params, lora).sample_actions(key, batch, noise=jnp.asarray(noise))
-    )
-    return np.asarray(sample(unflatten(weights), inputs))
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if shape.dtype == bool:
+            return np.ones(shape.shape, bool)
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return rng.normal(size=shape.shape).astype(shape.dtype)
+        return rng.integers(0, config.vocab_size, shape.shape).astype(shape.dtype)
+
+    batch = jax.tree.map(draw, config.batch_shapes(1))
+    batch["images"] = {c: rng.uniform(-1, 1, x.shape).astype(np.float32) for c, x in batch["images"].items()}
+    length = batch["prompt"].shape[1]
+    batch["prompt_mask"] = np.arange(length)[None] < length - 1
+    batch |= {name: np.arange(length)[None] > 1 for name in ("prompt_causal", "prompt_loss") if name in batch}
+    run = jax.jit(lambda params, batch: bind(config, params, lora).outputs(jax.random.key(0), batch))
+    return np.asarray(run(unflatten(weights), batch))
 
 
 def write(
@@ -216,40 +207,17 @@ def write(
             fast.save(args.dst / "fast_tokenizer")
         for name, normalization in read_contract(find_step(args.src)).normalizations.items():
             save_openpi_stats(normalization, args.dst / "assets" / name / "norm_stats.json")
-            if normalization.mode != openpi_mode(config):
-                mode = openpi_mode(config)
+            mode = read_contract(find_step(args.src)).policy.released_normalization()
+            if normalization.mode != mode:
                 console.print(f"WARNING: robot {name!r} is normalised by {normalization.mode}, openpi will use {mode}")
-    if args.to == "lerobot" and isinstance(config, Pi0Config):
-        write_lerobot_config(args, config, console)
+    if args.to == "lerobot":
+        assert isinstance(config, PolicyConfig)  # no other model has this layout
+        stored = config.lerobot_config(args.dtype)
+        if stored is None:
+            console.print("no config.json is written: LeRobot knows Gemma's 2B and 300M sizes only")
+        else:
+            (args.dst / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
     return args.dst
-
-
-def write_lerobot_config(args: Args, config: Pi0Config, console: Console) -> None:
-    """Writes LeRobot's `config.json`; its other files (processors, statistics) come from LeRobot's own tools."""
-    variants = {GemmaConfig.gemma_2b(): "gemma_2b", GemmaConfig.gemma_300m(): "gemma_300m"}
-    if config.vlm not in variants or config.expert not in variants:
-        console.print("no config.json is written: LeRobot knows Gemma's 2B and 300M sizes only")
-        return
-    visual = {"type": "VISUAL", "shape": [3, *config.image_size]}
-    stored = {
-        "type": "pi05" if config.pi05 else "pi0",
-        "paligemma_variant": variants[config.vlm],
-        "action_expert_variant": variants[config.expert],
-        "dtype": args.dtype,
-        "chunk_size": config.action_horizon,
-        "n_action_steps": config.action_horizon,
-        "max_state_dim": config.state_dim,
-        "max_action_dim": config.action_dim,
-        "num_inference_steps": config.sample_steps,
-        "image_resolution": list(config.image_size),
-        "tokenizer_max_length": config.prompt_len,
-        "input_features": {
-            **{f"observation.images.{c}": visual for c in config.cameras},
-            "observation.state": {"type": "STATE", "shape": [config.state_dim]},
-        },
-        "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
-    }
-    (args.dst / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def main(args: Args, console: Console) -> int:
@@ -288,10 +256,9 @@ def main(args: Args, console: Console) -> int:
     read_back = read_weights(written, plan_load(config, written, lora=lora), dtype=args.dtype)
     after = outputs(config, read_back, lora)
     difference, largest = float(np.abs(after - before).max()), float(np.abs(before).max())
-    what = "actions sampled in 10 steps" if isinstance(config, Pi0Config) else "text logits"
     equal = difference <= args.tolerance * largest  # not so for NaN
     console.print(
-        f"{what}, same inputs: largest difference {difference:.3g} (values up to {largest:.3g}), tolerance "
+        f"outputs of the same inputs: largest difference {difference:.3g} (values up to {largest:.3g}), tolerance "
         f"{args.tolerance:g} of that: {'equal enough' if equal else 'TOO FAR APART'}"
     )
     return 0 if equal else 1

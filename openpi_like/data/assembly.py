@@ -18,7 +18,8 @@ from openpi_like.data.fast import FastError, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
-from openpi_like.robots.robot import Camera, Robot, policy_problems
+from openpi_like.robots.policy_fit import policy_problems
+from openpi_like.robots.robot import Camera, Robot
 
 # What a draw is for; cameras take the streams from _CAMERA_STREAM on, in the policy's order.
 _PROMPT_STREAM, _CAMERA_STREAM = 0, 1
@@ -279,14 +280,13 @@ class Assembler:
 
 
 def image_slot_problems(policy: PolicyShape, tokenizer: TextTokenizer) -> list[str]:
-    """Returns where images are in prompts, if the policy reads them elsewhere: its `image_slots`, or first of all."""
-    read = getattr(policy, "image_slots", (0,) * len(policy.cameras))
-    written = tokenizer.image_slots
-    if (not any(read) and not any(written)) or read == written:
+    """Returns where images are in prompts, if the policy reads them elsewhere."""
+    read, written = policy.image_slots or (0,) * len(policy.cameras), tokenizer.image_slots
+    if read == written or not any(read + written):
         return []
     return [
         f"prompts of {tokenizer.prompt_format} have images after their first {written} tokens, one for each camera, "
-        f"the policy reads them after {read}; choose a prompt_format that fits it"
+        f"the policy reads them after {read}; choose another prompt_format, or image_slots={written}"
     ]
 
 

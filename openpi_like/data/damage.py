@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from openpi_like.data.images import decode, decode_depth
-from openpi_like.data.index import DAMAGED, FrameIndex, Progress, file_name, load_index
+from openpi_like.data.index import DAMAGED, FrameIndex, load_index
+from openpi_like.data.index_build import Progress
+from openpi_like.data.index_columns import file_name
 from openpi_like.data.schema import DatasetError
 
 BLOCK = 256  # steps whose images one thread decodes at a time

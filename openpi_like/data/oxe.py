@@ -12,10 +12,12 @@ from typing import Any
 from openpi_like.config import near_names
 from openpi_like.data import files
 from openpi_like.data.config import MixtureEntry
-from openpi_like.data.dataset import Selection, open_dataset
+from openpi_like.data.dataset import open_dataset
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
+from openpi_like.robots.dataset_copies import with_channel_order, with_upside_down
 from openpi_like.robots.oxe import ROBOTS
-from openpi_like.robots.robot import Robot, with_channel_order, with_upside_down
+from openpi_like.robots.robot import Robot
 
 _log = logging.getLogger(__name__)
 

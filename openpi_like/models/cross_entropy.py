@@ -21,15 +21,25 @@ PART = 16_384  # rows of the table at a time
 _KEPT, _USED = ("vocab", None, "embed"), ("vocab", None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(
-    x_TD: Float[Array, "T D"], table_VD: Float[Array, "V D"], targets_T: Int[Array, "T"], part: int = PART
+    x_TD: Float[Array, "T D"],
+    table_VD: Float[Array, "V D"],
+    targets_T: Int[Array, "T"],
+    part: int = PART,
+    soft_cap: float | None = None,
 ) -> Float[Array, "T"]:
     """Returns -log softmax(x table^T)[target] of every token, float32.
 
     The table is cast to the type of x, part by part; logits are summed and stay in float32, as do their exponentials.
+    soft_cap: logits are `capped` by it.
     """
-    return _forward(x_TD, table_VD, targets_T, part)[0]
+    return _forward(x_TD, table_VD, targets_T, part, soft_cap)[0]
+
+
+def capped(logits: Float[Array, "*any"], soft_cap: float | None) -> Float[Array, "*any"]:
+    """Returns cap * tanh(logits / cap) (Gemma 2): like logits where they are small, within the cap everywhere."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def _view(table_VD: jax.Array, part: int) -> tuple[jax.Array, int, int]:
@@ -46,7 +56,7 @@ def _view(table_VD: jax.Array, part: int) -> tuple[jax.Array, int, int]:
 
 
 def _part_logits(
-    x_TD: jax.Array, table_GVD: jax.Array, i: jax.Array, size: int
+    x_TD: jax.Array, table_GVD: jax.Array, i: jax.Array, size: int, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the first row of part i in each group, its rows in x's type, and its logits (T, G, size).
 
@@ -56,15 +66,17 @@ def _part_logits(
     rows = jax.lax.dynamic_slice_in_dim(table_GVD, start, size, axis=1).astype(x_TD.dtype)
     rows = pin(pin(rows, *_KEPT), *_USED)
     logits = pin(jnp.einsum("TD,GVD->TGV", x_TD, rows, preferred_element_type=jnp.float32), "batch", "vocab", None)
-    return start, rows, jnp.where(start + jnp.arange(size) >= i * size, logits, -jnp.inf)
+    return start, rows, jnp.where(start + jnp.arange(size) >= i * size, capped(logits, soft_cap), -jnp.inf)
 
 
-def _forward(x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int, soft_cap: float | None
+) -> tuple[jax.Array, jax.Array]:
     table_GVD, count, size = _view(table_VD, part)
 
     def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         top, total = carry  # of the logits so far: their maximum, and the sum of exp(logit - maximum)
-        logits = _part_logits(x_TD, table_GVD, i, size)[2]
+        logits = _part_logits(x_TD, table_GVD, i, size, soft_cap)[2]
         new = jnp.maximum(top, logits.max((1, 2)))
         return (new, total * jnp.exp(top - new) + jnp.exp(logits - new[:, None, None]).sum((1, 2))), None
 
@@ -73,29 +85,34 @@ def _forward(x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: i
     log_total = top + jnp.log(total)
     chosen = lookup(table_VD, ("vocab", "embed"), targets_T[:, None])[:, 0].astype(x_TD.dtype)
     of_target = jnp.einsum("TD,TD->T", x_TD, chosen, preferred_element_type=jnp.float32)
-    return log_total - of_target, log_total
+    return log_total - capped(of_target, soft_cap), log_total
 
 
 def _forward_rule(
-    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int
+    x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array, part: int, soft_cap: float | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    losses, log_total = _forward(x_TD, table_VD, targets_T, part)
+    losses, log_total = _forward(x_TD, table_VD, targets_T, part, soft_cap)
     return losses, (x_TD, table_VD, targets_T, log_total)
 
 
-def _backward_rule(part: int, saved: tuple[jax.Array, ...], g_T: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward_rule(
+    part: int, soft_cap: float | None, saved: tuple[jax.Array, ...], g_T: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x_TD, table_VD, targets_T, log_total = saved
     table_GVD, count, size = _view(table_VD, part)
     groups, length, D = table_GVD.shape
 
     def add(carry: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         dx, dtable = carry
-        start, rows, logits = _part_logits(x_TD, table_GVD, i, size)
+        start, rows, logits = _part_logits(x_TD, table_GVD, i, size, soft_cap)
         ids = jnp.arange(groups)[:, None] * length + start + jnp.arange(size)
         hit = (ids == targets_T[:, None, None]) & jnp.isfinite(logits)
         # p - 1 in float32, before it is rounded: where a target is nearly certain, that difference is all there is.
         p = jnp.exp(logits - log_total[:, None, None])
-        dlogits = (g_T[:, None, None] * (p - hit)).astype(x_TD.dtype)
+        dlogits = g_T[:, None, None] * (p - hit)
+        if soft_cap is not None:  # the derivative of `capped`, where a logit was computed
+            dlogits *= jnp.where(jnp.isfinite(logits), 1 - jnp.square(logits / soft_cap), 0)
+        dlogits = dlogits.astype(x_TD.dtype)
         dx += pin(jnp.einsum("TGV,GVD->TD", dlogits, rows, preferred_element_type=jnp.float32), "batch", None)
         drows = pin(jnp.einsum("TGV,TD->GVD", dlogits, x_TD, preferred_element_type=jnp.float32), *_KEPT)
         before = jax.lax.dynamic_slice_in_dim(dtable, start, size, axis=1)

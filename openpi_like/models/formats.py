@@ -1,5 +1,7 @@
 """Name tables: which array of a published checkpoint holds which of our weights. Import and export both read them.
 
+A backbone's config, and a policy's, returns the formats that its weights are published in.
+
 A row says: our weight, at this index, is their array, at that index, with its axes in another order. Axis letters are
 those of the modules: L layers, D width, N heads, K kv heads, H head dim, F mlp width, E width of the language model,
 V vocabulary, p and q patch, C colours, J action dims.
@@ -13,10 +15,7 @@ from typing import Any
 import einops
 import numpy as np
 
-from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.lora import HEADS, SUFFIX, Overlay
-from openpi_like.models.paligemma import VisionLanguageConfig
-from openpi_like.models.pi0 import Pi0Config
 
 Index = tuple[int | slice, ...]
 
@@ -153,272 +152,52 @@ class Table:
         return [shared, Row(b, b_name, order, factor=overlay.scale, **common)]
 
 
-# ---- openpi and big_vision: stacked layers, our shapes ---------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A published layout of one model.
+
+    sign: a regular expression, found in a name that only this layout has. table: returns the rows, for the names of a
+        file, by which variants are told apart. written_as: names that stand for a file where there is none to look at.
+    """
+
+    sign: str
+    table: Callable[[Sequence[str]], Table]
+    written_as: tuple[str, ...] = ()
+
+    def with_rows(self, more: Callable[[Sequence[str]], Table]) -> "Format":
+        """Returns the layout with the rows, and all else, of a second table: of what a policy adds to its backbone."""
+
+        def both(names: Sequence[str]) -> Table:
+            first, second = self.table(names), more(names)
+            return Table(
+                rows=(*first.rows, *second.rows),
+                copies=first.copies | second.copies,
+                unused=first.unused | second.unused,
+                pad_rows=first.pad_rows | second.pad_rows,
+                fillers=first.fillers | second.fillers,
+                lora_names=second.lora_names or first.lora_names,
+            )
+
+        return dataclasses.replace(self, table=both)
 
 
-def _pair(ours: str, theirs: str, names: Sequence[str] = ("kernel", "bias")) -> list[Row]:
+def pair(ours: str, theirs: str, names: Sequence[str] = ("kernel", "bias")) -> list[Row]:
+    """Returns the rows of arrays with the same names below `ours` and `theirs`."""
     return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in names]
 
 
-_VISION_BLOCK = {  # ours -> theirs, inside one transformer block
-    "query": "MultiHeadDotProductAttention_0/query",
-    "key": "MultiHeadDotProductAttention_0/key",
-    "value": "MultiHeadDotProductAttention_0/value",
-    "out": "MultiHeadDotProductAttention_0/out",
-    "mlp_up": "MlpBlock_0/Dense_0",
-    "mlp_down": "MlpBlock_0/Dense_1",
-}
-_VISION_NORMS = {"attn_norm": "LayerNorm_0", "mlp_norm": "LayerNorm_1"}
-
-
-def _vision(prefix: str, *, head: bool, loop_depth: int | None) -> list[Row]:
-    """loop_depth: number of layers where each has its own arrays (big_vision without scan), None where stacked."""
-    rows = [
-        *_pair("vision/patch", f"{prefix}embedding"),
-        Row("vision/position", f"{prefix}pos_embedding"),
-        *_pair("vision/final_norm", f"{prefix}Transformer/encoder_norm", ("scale", "bias")),
-    ]
-    if head:
-        rows += _pair("vision/head", f"{prefix}head")
-    block = []
-    for ours, theirs in _VISION_NORMS.items():
-        block += _pair(f"vision/layers/{ours}", theirs, ("scale", "bias"))
-    for ours, theirs in _VISION_BLOCK.items():
-        block += _pair(f"vision/layers/{ours}", theirs)
-    for row in block:
-        if loop_depth is None:
-            rows.append(Row(row.ours, f"{prefix}Transformer/encoderblock/{row.theirs}"))
-        else:
-            rows += [
-                Row(row.ours, f"{prefix}Transformer/encoderblock_{i}/{row.theirs}", at=(i,)) for i in range(loop_depth)
-            ]
-    return rows
-
-
-def _gemma(config: GemmaConfig, ours: str, prefix: str, suffix: str, *, adaptive: bool) -> list[Row]:
-    """suffix: "" for the language model, "_1" for openpi's second expert."""
-    layers, attn = f"{prefix}layers", f"{prefix}layers/attn"
-
-    def norm(mine: str, theirs: str) -> list[Row]:
-        if adaptive:
-            return _pair(f"{ours}/{mine}/modulation", f"{theirs}{suffix}/Dense_0")
-        return [Row(f"{ours}/{mine}/scale", f"{theirs}{suffix}/scale")]
-
-    if config.num_heads == config.num_kv_heads:  # then q, k and v are one array (L, 3, N, D, H)
-        fused, every = f"{attn}/qkv_einsum{suffix}/w", slice(None)
-        rows = [
-            Row(f"{ours}/layers/q", fused, take=(every, 0)),
-            Row(f"{ours}/layers/kv", fused, take=(every, slice(1, 3))),
-        ]
-    else:
-        rows = [Row(f"{ours}/layers/{w}", f"{attn}/{w}_einsum{suffix}/w") for w in ("q", "kv")]
-    return [
-        *rows,
-        Row(f"{ours}/layers/out", f"{attn}/attn_vec_einsum{suffix}/w"),
-        Row(f"{ours}/layers/gate_up", f"{layers}/mlp{suffix}/gating_einsum"),
-        Row(f"{ours}/layers/down", f"{layers}/mlp{suffix}/linear"),
-        *norm("layers/attn_norm", f"{layers}/pre_attention_norm"),
-        *norm("layers/mlp_norm", f"{layers}/pre_ffw_norm"),
-        *norm("final_norm", f"{prefix}final_norm"),
-    ]
-
-
-_PROJECTIONS = {"action_in": "action_in_proj", "action_out": "action_out_proj"}
-_PI0 = {"state_in": "state_proj", "action_time_in": "action_time_mlp_in", "action_time_out": "action_time_mlp_out"}
-_PI05 = {"time_in": "time_mlp_in", "time_out": "time_mlp_out"}
-
-
-def _projections(config: Pi0Config) -> dict[str, str]:
-    return _PROJECTIONS | (_PI05 if config.pi05 else _PI0)
-
-
-def openpi(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """openpi's Orbax `params`; a model without an expert is the `PaliGemma/` part (as in pi0-FAST)."""
-    rows = _vision("PaliGemma/img/", head=True, loop_depth=None)
-    rows.append(Row("vlm/embedding", "PaliGemma/llm/embedder/input_embedding"))
-    rows += _gemma(config.vlm, "vlm", "PaliGemma/llm/", "", adaptive=False)
-    if isinstance(config, Pi0Config):
-        rows += _gemma(config.expert, "expert", "PaliGemma/llm/", "_1", adaptive=config.pi05)
-        for ours, theirs in _projections(config).items():
-            rows += _pair(ours, theirs)
-    return Table(tuple(rows), lora_names=_openpi_lora)
-
-
-def _openpi_lora(name: str) -> tuple[str, str]:
-    """Attention has lora_a and lora_b beside w, the MLP has <name>_lora_a and <name>_lora_b."""
-    stem = name.removesuffix("w") if name.endswith("/w") else f"{name}_"
-    return f"{stem}lora_a", f"{stem}lora_b"
-
-
-def big_vision(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """big_vision's PaliGemma `.npz`: the prefix of every policy."""
-    rows = _vision("img/", head=True, loop_depth=None)
-    rows.append(Row("vlm/embedding", "llm/embedder/input_embedding"))
-    return Table((*rows, *_gemma(config.vlm, "vlm", "llm/", "", adaptive=False)))
-
-
-def siglip(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """big_vision's SigLIP `.npz`: image tower with stacked or single layers, next to a text tower."""
-    loop = any(name.startswith("img/Transformer/encoderblock_") for name in names)
-    unused = {
-        r"^img/MAPHead_0/": "pooling; a policy sees all patches",
-        r"^img/head/": "projection of the pooled image; a policy has its own",
-        r"^(txt/.*|t|b)$": "text tower and loss scale",
-    }
-    rows = _vision("img/", head=False, loop_depth=config.vision.depth if loop else None)
-    return Table(tuple(rows), unused=unused)
-
-
-# ---- Hugging Face and LeRobot: an array per layer, torch's (out, in) order -------------------------------------------
-
-
-def _torch_linear(ours: str, theirs: str, kernel: str, bias: str, at: Index = ()) -> list[Row]:
+def torch_linear(ours: str, theirs: str, kernel: str, bias: str, at: Index = ()) -> list[Row]:
+    """Returns the rows of an affine map in torch's (out, in) order; kernel, bias: `Row.axes`."""
     return [
         Row(f"{ours}/kernel", f"{theirs}.weight", kernel, at=at),
         Row(f"{ours}/bias", f"{theirs}.bias", bias, at=at),
     ]
 
 
-def _torch_vision(depth: int, prefix: str, projector: str) -> list[Row]:
-    rows = [
-        *_torch_linear("vision/patch", f"{prefix}embeddings.patch_embedding", "D C p q -> p q C D", ""),
-        Row("vision/position", f"{prefix}embeddings.position_embedding.weight", "P D -> P D", at=(0,)),
-        Row("vision/final_norm/scale", f"{prefix}post_layernorm.weight"),
-        Row("vision/final_norm/bias", f"{prefix}post_layernorm.bias"),
-        *_torch_linear("vision/head", f"{projector}linear", "E D -> D E", ""),
-    ]
-    for i in range(depth):
-        layer, at = f"{prefix}encoder.layers.{i}", (i,)
-        for ours, theirs in (("attn_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")):
-            rows.append(Row(f"vision/layers/{ours}/scale", f"{layer}.{theirs}.weight", at=at))
-            rows.append(Row(f"vision/layers/{ours}/bias", f"{layer}.{theirs}.bias", at=at))
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            name = f"{layer}.self_attn.{theirs}"
-            rows += _torch_linear(f"vision/layers/{ours}", name, "(N H) D -> D N H", "(N H) -> N H", at)
-        rows += _torch_linear("vision/layers/out", f"{layer}.self_attn.out_proj", "D (N H) -> N H D", "", at)
-        rows += _torch_linear("vision/layers/mlp_up", f"{layer}.mlp.fc1", "F D -> D F", "", at)
-        rows += _torch_linear("vision/layers/mlp_down", f"{layer}.mlp.fc2", "D F -> F D", "", at)
-    return rows
-
-
-def _torch_gemma(depth: int, ours: str, prefix: str, *, adaptive: bool) -> list[Row]:
-    def norm(mine: str, theirs: str, at: Index = ()) -> list[Row]:
-        if adaptive:
-            return _torch_linear(f"{ours}/{mine}/modulation", f"{theirs}.dense", "E D -> D E", "", at)
-        return [Row(f"{ours}/{mine}/scale", f"{theirs}.weight", at=at)]
-
-    rows = norm("final_norm", f"{prefix}norm")
-    for i in range(depth):
-        layer = f"{prefix}layers.{i}"
-        rows += [
-            Row(f"{ours}/layers/q", f"{layer}.self_attn.q_proj.weight", "(N H) D -> N D H", at=(i,)),
-            Row(f"{ours}/layers/kv", f"{layer}.self_attn.k_proj.weight", "(K H) D -> K D H", at=(i, 0)),
-            Row(f"{ours}/layers/kv", f"{layer}.self_attn.v_proj.weight", "(K H) D -> K D H", at=(i, 1)),
-            Row(f"{ours}/layers/out", f"{layer}.self_attn.o_proj.weight", "D (N H) -> N H D", at=(i,)),
-            Row(f"{ours}/layers/gate_up", f"{layer}.mlp.gate_proj.weight", "F D -> D F", at=(i, 0)),
-            Row(f"{ours}/layers/gate_up", f"{layer}.mlp.up_proj.weight", "F D -> D F", at=(i, 1)),
-            Row(f"{ours}/layers/down", f"{layer}.mlp.down_proj.weight", "D F -> F D", at=(i,)),
-            *norm("layers/attn_norm", f"{layer}.input_layernorm", (i,)),
-            *norm("layers/mlp_norm", f"{layer}.post_attention_layernorm", (i,)),
-        ]
-    return rows
-
-
-HF_PAD_ROWS = 64  # Hugging Face's PaliGemma has these rows of embedding beyond the vocabulary
-
-
-def huggingface(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """Hugging Face PaliGemma safetensors, in any of the five spellings that transformers has written over time.
-
-    Written in that of the published files, which all of its versions read.
-    """
-    stored = list(names)
-
-    def spelling(*known: str) -> str:
-        return next((s for s in known if any(n.startswith(s) for n in stored)), known[-1])
-
-    language = spelling("model.language_model.model.", "model.language_model.", "language_model.model.")
-    root = "model." if language.startswith("model.") else ""
-    short = f"{root}vision_tower."
-    vision = short if any(n.startswith(f"{short}embeddings.") for n in stored) else f"{short}vision_model."
-    rows = _torch_vision(config.vision.depth, vision, f"{root}multi_modal_projector.")
-    table = f"{language}embed_tokens.weight"
-    rows.append(Row("vlm/embedding", table))
-    rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)
-    copies = dict.fromkeys(("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"), table)
-    return Table(tuple(rows), copies=copies, pad_rows={table: HF_PAD_ROWS})
-
-
-def lerobot(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """LeRobot's pi0 and pi0.5 safetensors, with or without the leading "model."; also openpi's PyTorch port.
-
-    Older files have the language model and the vision tower one level higher, and normalisation statistics among the
-    weights.
-    """
-    if not isinstance(config, Pi0Config):
-        raise WeightsError(
-            "format 'lerobot' holds pi0 and pi0.5, this config is neither; choose another format or config"
-        )
-    stored = set(names)
-    root = "model." if any(name.startswith("model.") for name in stored) else ""
-    both = f"{root}paligemma_with_expert."
-    old = any(name.startswith(f"{both}paligemma.language_model.") for name in stored)
-    vlm, expert = f"{both}paligemma." if old else f"{both}paligemma.model.", f"{both}gemma_expert."
-    language = f"{vlm}language_model.model." if old else f"{vlm}language_model."
-    short = f"{vlm}vision_tower."
-    vision = short if any(n.startswith(f"{short}embeddings.") for n in stored) else f"{short}vision_model."
-    rows = _torch_vision(config.vision.depth, vision, f"{vlm}multi_modal_projector.")
-    rows += _torch_gemma(config.vlm.depth, "vlm", language, adaptive=False)
-    rows += _torch_gemma(config.expert.depth, "expert", f"{expert}model.", adaptive=config.pi05)
-    for ours, theirs in _projections(config).items():
-        rows += _torch_linear(ours, f"{root}{theirs}", "E D -> D E", "")
-    # The language model's table and its output layer are one array; files hold it under either name or both. LeRobot
-    # makes the first from the second.
-    table = f"{language}embed_tokens.weight"
-    head = f"{vlm}language_model.lm_head.weight" if old else f"{both}paligemma.lm_head.weight"
-    main, copy = (table, head) if table in stored else (head, table)
-    rows.append(Row("vlm/embedding", main))
-    idle = f"{expert}lm_head.weight"
-    return Table(
-        tuple(rows),
-        copies={copy: main},
-        unused={
-            rf"^{re.escape(idle)}$": "an output layer that the action expert never uses",
-            r"^(un)?normalize_(inputs|targets|outputs)\.": "normalisation statistics, which are no weights",
-        },
-        fillers={idle: (config.vocab_size, config.expert.width)},
-    )
-
-
-def ours(config: VisionLanguageConfig, names: Iterable[str]) -> Table:
-    """Our own checkpoints: our names."""
-    return Table(tuple(Row(name, name) for name in names))
-
-
-FORMATS = {
-    "ours": ours,
-    "openpi": openpi,
-    "big_vision": big_vision,
-    "siglip": siglip,
-    "huggingface": huggingface,
-    "lerobot": lerobot,
-}
-
-# First match wins. What a set of arrays is, by a name that only this layout has.
-_SIGNS = (
-    ("lerobot", r"^(model\.)?paligemma_with_expert\."),
-    ("huggingface", r"^(model\.)?language_model\.(model\.)?layers\."),
-    ("openpi", r"^PaliGemma/"),
-    ("big_vision", r"^llm/"),
-    ("siglip", r"^img/"),
-    ("ours", r"^(vision|vlm)/"),
-)
-
-
-def recognise(names: Iterable[str]) -> str | None:
-    """Returns the format these names belong to, or None."""
+def recognise(names: Iterable[str], formats: Mapping[str, Format]) -> str | None:
+    """Returns the first of these formats that these names belong to, or None."""
     names = list(names)
-    return next((fmt for fmt, sign in _SIGNS if any(re.search(sign, n) for n in names)), None)
+    return next((name for name, fmt in formats.items() if any(re.search(fmt.sign, n) for n in names)), None)
 
 
 def family(names: Iterable[str]) -> str:

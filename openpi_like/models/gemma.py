@@ -19,12 +19,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 from qwix import QArray
 
-from openpi_like.batch import Array as Leaf
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
-from openpi_like.models.cross_entropy import cross_entropy
+from openpi_like.models.language import KVCache, LanguageModel, Step
 from openpi_like.models.param import Linear, fan_in, linear, linear_parts, map_weight, use, weight, zeros
-from openpi_like.models.stack import kept, run_layers
+from openpi_like.models.stack import kept
 from openpi_like.partition import lookup, pin
 
 
@@ -64,15 +63,6 @@ class GemmaConfig:
         return cls(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys (after rotation) and values: (L, B, S, K, H), or (B, S, K, H) inside a layer."""
-
-    k: Leaf
-    v: Leaf
-
-
 def attention_mask(valid_BS: Bool[Array, "B S"], starts_S: Bool[Array, "*B S"]) -> Bool[Array, "B S S"]:
     """Returns which token sees which: all valid ones in its own block and in earlier blocks.
 
@@ -87,12 +77,12 @@ def token_positions(valid_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
     return jnp.cumsum(valid_BS.astype(jnp.int32), axis=-1) - 1
 
 
-def rope(positions_BS: Int[Array, "B S"], head_dim: int) -> Float[Array, "2 B S half"]:
-    """Returns sine and cosine of the rotary angles p * 10000^(-2i/H) (Su et al. 2021, eq. 15).
+def rope(positions_BS: Int[Array, "B S"], head_dim: int, base: float = 10_000.0) -> Float[Array, "2 B S half"]:
+    """Returns sine and cosine of the rotary angles p * base^(-2i/H) (Su et al. 2021, eq. 15).
 
     In float32: bfloat16 angles lose far tokens. Computed once for all layers.
     """
-    timescale = 10_000.0 ** (2.0 / head_dim * jnp.arange(head_dim // 2, dtype=jnp.float32))
+    timescale = base ** (2.0 / head_dim * jnp.arange(head_dim // 2, dtype=jnp.float32))
     angles = positions_BS[..., None].astype(jnp.float32) / timescale
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)])
 
@@ -199,7 +189,8 @@ class PackedLayer(nnx.Module):
     qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
     """
 
-    def __init__(self, layer: GemmaLayer, config: GemmaConfig, dtype: str) -> None:
+    def __init__(self, layer: Any, config: Any, dtype: str) -> None:
+        """layer, config: `GemmaLayer`'s, or others with the same maps and sizes."""
         self.config = config
         L, D, N, H = config.depth, config.width, config.num_heads, config.head_dim
         q = layer.q[...].swapaxes(1, 2).reshape(L, D, N * H)
@@ -214,7 +205,7 @@ class PackedLayer(nnx.Module):
         for name, (value, axes) in packed.items():
             setattr(self, name, nnx.Param(value.astype(dtype), axes=axes, inputs=(1,)))
 
-    def packed(self, config: GemmaConfig, dtype: str) -> "PackedLayer":
+    def packed(self, config: Any, dtype: str) -> "PackedLayer":
         """Returns itself."""
         return self
 
@@ -227,6 +218,10 @@ class PackedLayer(nnx.Module):
         heads = linear(self, "qkv", "BSD,DE->BSE", y_BSD).reshape(B, S, N + 2 * K, H)
         turned = rotate(heads[:, :, : N + K], rope_2BSh[:, :, :, None])
         return turned[:, :, :N].swapaxes(1, 2), KVCache(k=turned[:, :, N:], v=heads[:, :, N + K :])
+
+    def keys_and_values(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
+        """As `GemmaLayer.keys_and_values`."""
+        return self.project(y_BSD, rope_2BSh)[1]
 
     def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.project_out`."""
@@ -251,14 +246,14 @@ def run_layer(
     x_BSD = pin(x_BSD, "batch", None, None)
     y, gate = layer.attn_norm(x_BSD, cond_BSD)
     q_BNSH, own = layer.project(y, rope_2BSh)
-    every = own if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, own)
+    every = own.after(past)
     seen_BNSH = kept(attention(q_BNSH, every.k, every.v, mask_BST), "attention")
     x_BSD = _residual(x_BSD, layer.project_out(seen_BNSH), gate)
     y, gate = layer.mlp_norm(x_BSD, cond_BSD)
     return pin(_residual(x_BSD, layer.mlp(y), gate), "batch", None, None), own
 
 
-class Gemma(nnx.Module):
+class Gemma(LanguageModel):
     """One expert: stacked layers and the final norm; with an embedding table if it reads text."""
 
     def __init__(
@@ -288,72 +283,26 @@ class Gemma(nnx.Module):
         # In float32: 45.25 for 45.2548 would be wrong for all tokens alike.
         return (x_BSD.astype(jnp.float32) * math.sqrt(self.config.width)).astype(self.dtype)
 
-    def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = slice(None)) -> Float[Array, "B S V"]:
-        """Returns x times the embedding table, accumulated and returned in float32: a softmax over them follows.
-
-        rows: the part of the vocabulary that is asked for.
-        """
-        table = self.embedding[...][rows].astype(self.dtype)
-        return jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)
-
-    @jax.named_scope("text_loss")
-    def token_losses(self, x_BSD: Float[Array, "B S D"], targets_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
-        """Returns the cross-entropy of each target under `logits` of its token, without ever holding those."""
-        B, S, D = x_BSD.shape
-        x_TD = x_BSD.astype(self.dtype).reshape(B * S, D)
-        return cross_entropy(x_TD, self.embedding[...], targets_BS.reshape(-1)).reshape(B, S)
-
     def rope(self, positions_BS: Int[Array, "B S"]) -> Float[Array, "2 B S half"]:
         """Returns the rotations of tokens at these positions, see `rope`."""
         return rope(positions_BS, self.config.head_dim)
 
-    def packed(self) -> "Gemma":
-        """Returns the same expert for many small calls, see `PackedLayer`; for sampling only.
-
-        One whose maps have overlays or fewer bits stays as it is.
-        """
-        layers = self.layers.packed(self.config, self.dtype)
-        if layers is self.layers:
-            return self
-        packed = nnx.merge(*nnx.split(self))
-        packed.layers = layers
-        return packed
-
-    def __call__(
+    def step(
         self,
-        x_BSD: Float[Array, "B S D"],
         mask_BST: Bool[Array, "B S T"],
         rope_2BSh: Float[Array, "2 B S half"],
         *,
-        past: KVCache | None = None,
         cond_BSD: Float[Array, "B #S D"] | None = None,
-    ) -> tuple[Float[Array, "B S D"], KVCache]:
-        """Returns the tokens after the final norm, and their keys and values for the experts that follow.
+    ) -> Step:
+        """Returns what one layer does. cond: the condition of adaptive norms."""
+        return lambda x, inputs: run_layer(inputs[0], x, mask_BST, rope_2BSh, inputs[2], cond_BSD)
 
-        mask: True where a token sees a key; T counts the keys of `past` first, then the S own ones.
-        past: keys and values of the tokens before these, (L, B, T - S, K, H).
-        """
+    def own_keys(self, layer: Any, x_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> KVCache:
+        """Returns the keys and values of the inputs of a layer without a condition."""
+        return layer.keys_and_values(layer.attn_norm(x_BSD, None)[0], rope_2BSh)
 
-        def body(x: jax.Array, layer: tuple[Any, KVCache | None]) -> tuple[jax.Array, KVCache]:
-            return run_layer(layer[0], x, mask_BST, rope_2BSh, layer[1], cond_BSD)
-
-        stack = (self.layers, past)
-        x_BSD, own = run_layers(body, x_BSD.astype(self.dtype), stack, unroll=self.unroll, remat=self.remat)
-        return self.final_norm(x_BSD, cond_BSD)[0], own
-
-    def prefill(
-        self, x_BSD: Float[Array, "B S D"], mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
-    ) -> KVCache:
-        """Returns the keys and values alone: of the last layer, nothing but its keys and values is computed."""
-        if self.unroll:  # then the compiler leaves out what nobody reads
-            return self(x_BSD, mask_BSS, rope_2BSh)[1]
-        at = lambda i: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), self.layers)  # noqa: E731
-
-        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, KVCache]:
-            return run_layer(at(i), x, mask_BSS, rope_2BSh, None, None)
-
-        last = self.config.depth - 1
-        x_BSD, early = jax.lax.scan(body, x_BSD.astype(self.dtype), jnp.arange(last))
-        layer = at(last)
-        own = layer.keys_and_values(layer.attn_norm(x_BSD, None)[0], rope_2BSh)
-        return jax.tree.map(lambda e, o: jnp.concatenate([e, o[None]]), early, own)
+    def last_norm(
+        self, x_BSD: Float[Array, "B S D"], *, cond_BSD: Float[Array, "B #S D"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Returns the tokens after the final norm."""
+        return self.final_norm(x_BSD, cond_BSD)[0]

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from openpi_like.config import near_names
 from openpi_like.draws import named_key
-from openpi_like.models.param import map_weight, use
+from openpi_like.models.param import map_weight, use, weight_name
 from openpi_like.partition import WHOLE, Axes
 
 HEADS = ("heads", "kv_heads")
@@ -167,7 +167,7 @@ def linear_maps(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str, nnx.P
     for path, module in nnx.iter_modules(model):
         for attribute, value in vars(module).items():
             if isinstance(value, nnx.Param) and "inputs" in value.get_metadata():
-                found.append(("/".join([*map(str, path), attribute]), module, attribute, value))
+                found.append((weight_name((*path, attribute)), module, attribute, value))
     yield from sorted(found, key=lambda row: row[0])
 
 

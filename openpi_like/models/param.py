@@ -7,7 +7,7 @@ held in fewer bits (`models.quantize`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,15 @@ from openpi_like.draws import named_key
 from openpi_like.partition import Axes, gathered
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+BACKBONE = "backbone"  # the part of a policy that is no part of its weights' names
+
+
+def weight_name(path: Sequence[Any]) -> str:
+    """Returns the name of a weight, "vlm/layers/q", for its path in a model; without the level "backbone".
+
+    So a backbone's weights have the same names in a policy as when it stands alone.
+    """
+    return "/".join(str(part) for part in path if part != BACKBONE)
 
 
 # ---- Declaring -------------------------------------------------------------------------------------------------------
@@ -92,7 +101,12 @@ def _product(equation: str, x: jax.Array, w: Any) -> jax.Array:
     grouped = any(n > 1 for n, letter in zip(w.scale.shape, letters, strict=True) if letter not in out)
     if grouped:  # each group of inputs would be a product of its own, and their results would be kept
         return jnp.einsum(equation, x, qwix.dequantize(w).astype(x.dtype))
-    return qwix.einsum(equation, x, w).astype(x.dtype)
+    # 8 bits are exact in every compute dtype. Scales are float32: weights times these would be products in float32.
+    y = jnp.einsum(equation, x, w.qvalue.astype(x.dtype))
+    kept = [letter for letter in letters if letter in out]
+    scale = w.scale.squeeze(tuple(i for i, letter in enumerate(letters) if letter not in out))
+    scale = scale.transpose([kept.index(letter) for letter in out if letter in kept])
+    return (y * jnp.expand_dims(scale, [i for i, letter in enumerate(out) if letter not in kept])).astype(x.dtype)
 
 
 def linear(module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -13,12 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
+from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.prompts import FastPrompt, PromptFormat
-from openpi_like.models.paligemma import PolicyConfig, VisionLanguageModel, choose_token
+from openpi_like.data.text import TextTokenizer
+from openpi_like.models.backbone import choose_token
+from openpi_like.models.paligemma import PaliGemmaConfig
+from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.robots import Robot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,16 +65,41 @@ class Pi0FastConfig(PolicyConfig):
             )
         }
 
+    def sampling_options(self, text: TextTokenizer, fast: FastTokenizer | None) -> dict[str, Any]:
+        """Returns "decoding": how the tokens that are written become actions."""
+        assert fast is not None  # the contract's problems have been checked
+        tables = fast.tables(self.action_horizon * self.action_dim, count=self.tokens.count)
+        begin = np.array(text.action_indicator(), np.int32)
+        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
+
+    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+        """Returns whether a chunk of the robot takes more action tokens than there is room for."""
+        if fast is None:
+            return []
+        least = fast.tables(self.action_horizon * self.action_dim).least
+        size = robot.action_horizon * robot.action_size
+        needs = int(least[min(size, len(least) - 1), 0])
+        if needs <= self.answer_len:
+            return []
+        return [
+            f"a chunk of {size} coefficients takes at least {needs} action tokens, the policy has room for "
+            f"{self.answer_len}"
+        ]
+
+    def released_normalization(self) -> str:
+        """Returns "quantile"."""
+        return "quantile"
+
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0FastConfig":
         """Returns a policy of about a million weights that trains on two CPU cores; options: the other fields."""
-        return cls(**cls.tiny_backbone(patch_size=patch_size), image_size=image_size, **options)
+        return cls(**PaliGemmaConfig.tiny_fields(patch_size=patch_size), image_size=image_size, **options)
 
     @classmethod
     def released(cls) -> "Pi0FastConfig":
         """Returns the sizes of openpi's released pi0-FAST weights (2.9 billion)."""
         return cls(
-            **cls.released_backbone(),
+            **PaliGemmaConfig.released_fields(),
             cameras=("base_0_rgb", "base_1_rgb", "wrist_0_rgb"),
             image_size=(224, 224),
             state_dim=32,
@@ -128,7 +159,7 @@ class ActionDecoding:
         return jnp.where(action_mask_BAJ, waves, 0.0)
 
 
-class Pi0Fast(VisionLanguageModel):
+class Pi0Fast(Model):
     """The policy: `loss` to train it, `sample_actions` to use it."""
 
     config: Pi0FastConfig
@@ -142,11 +173,11 @@ class Pi0Fast(VisionLanguageModel):
         """
         self.config.check_inputs(batch, actions=True)
         samples = None if counts is None else counts["text"]
-        return self.text_loss(batch, count_masked=self.config.openpi_positions, samples=samples)
+        return self.backbone.text_loss(batch, count_masked=self.config.openpi_positions, samples=samples)
 
     def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        return {"text": self.text_samples(batch)}
+        return {"text": self.backbone.text_samples(batch)}
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss"."""
@@ -154,13 +185,13 @@ class Pi0Fast(VisionLanguageModel):
 
     def packed(self) -> "Pi0Fast":
         """Returns the policy with its language model packed: it reads the prompt and writes with the same weights."""
-        return self._with_packed("vlm")
+        return self.with_parts(backbone=self.backbone.packed())
 
     def action_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B W"]:
         """Returns the logits of the action tokens alone, in their own order: a hundredth of the vocabulary."""
         first, count = self.config.tokens.first(self.config.vocab_size), self.config.tokens.count
         rows = slice(first - count + 1, first + 1)
-        return self.vlm.logits(x_BD[:, None], rows=rows)[:, 0, ::-1]
+        return self.backbone.vlm.logits(x_BD[:, None], rows=rows)[:, 0, ::-1]
 
     def sample_actions(
         self,
@@ -202,7 +233,7 @@ class Pi0Fast(VisionLanguageModel):
         B, chunk = observation["state"].shape[0], (c.action_horizon, c.action_dim)
         mask = jnp.ones((B, *chunk), bool) if action_mask is None else action_mask
         policy, skip, budget = self.packed(), int(c.openpi_positions), c.tokens.max_len
-        x, cache = policy.prefill(observation, max_new=budget, begin=decoding.begin, skip=skip)
+        x, cache = policy.backbone.prefill(observation, max_new=budget, begin=decoding.begin, skip=skip)
         longest = decoding.values.shape[-1]
         need_B = mask.sum((1, 2))
 
@@ -227,7 +258,7 @@ class Pi0Fast(VisionLanguageModel):
             ids, real = ids.at[:, step].set(token), real.at[:, step].set(writing)
             left = jnp.where(writing, left - decoding.count[state, token], left)
             state = jnp.where(writing, decoding.following[state, token], state)
-            x, cache = policy.extend(c.tokens.first(c.vocab_size) - token, cache)
+            x, cache = policy.backbone.extend(c.tokens.first(c.vocab_size) - token, cache)
             return step + 1, x, cache, state, left, coefficients, ids, real, sound
 
         nothing = jnp.zeros(B, jnp.int32)

@@ -1,36 +1,46 @@
 """SigLIP image tower without pooling: one token per patch (Zhai et al. 2023; the vision part of PaliGemma).
 
-Letters: B batch, P patches, D width, N heads, H head dim, F mlp width, L layers, E width of the language model.
+Letters: B batch, P patches, D width, L layers, E width of the language model, or of a language vector for FiLM.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
-from openpi_like.models.attention import attention
-from openpi_like.models.param import Linear, normal, ones, use, weight, zeros
-from openpi_like.models.stack import kept, run_layers
-from openpi_like.partition import pin
+from openpi_like.models.param import Linear, normal, use, weight
+from openpi_like.models.vision import select_problems, size_problems
+from openpi_like.models.vit import GELU, LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes of the tower; patch_size in pixels."""
+    """Sizes of the tower; patch_size in pixels.
+
+    select: which tokens are returned, see `vision.SELECT`; layers behind them are not there.
+    gelu: one of `vit.GELU`. SigLIP was trained with "tanh"; OpenVLA fine-tuned it with "erf", as its version of timm
+        had it.
+    """
 
     width: int
     depth: int
     mlp_dim: int
     num_heads: int
     patch_size: int
+    select: str = "last"
+    gelu: str = "tanh"
 
     def __post_init__(self) -> None:
+        problems = select_problems(self.select)
         if self.width % self.num_heads:
-            raise ValueError(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
+            problems.append(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
+        if self.gelu not in GELU:
+            problems.append(f"gelu={self.gelu!r}, expected one of {GELU}")
+        if problems:
+            raise ValueError("SiglipConfig: " + "; ".join(problems))
 
     @classmethod
     def tiny(cls, patch_size: int = 16) -> "SiglipConfig":
@@ -42,60 +52,54 @@ class SiglipConfig:
         """Returns the shape-optimised 400 M model of PaliGemma and pi0."""
         return cls(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14)
 
+    @classmethod
+    def openvla(cls) -> "SiglipConfig":
+        """Returns the same model as OpenVLA uses it."""
+        return dataclasses.replace(cls.so400m_14(), select="second_to_last", gelu="erf")
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation with scale and bias; statistics in float32, where bfloat16 would lose the variance."""
+    @classmethod
+    def base_16(cls) -> "SiglipConfig":
+        """Returns the base model of SmolVLM-256M and 500M, for images of 512 pixels."""
+        return cls(width=768, depth=12, mlp_dim=3072, num_heads=12, patch_size=16)
 
-    def __init__(self, key: Key[Array, ""], width: int, *, layers: int | None = None) -> None:
-        shape, axes = ((width,), ("norm",)) if layers is None else ((layers, width), ("layers", "norm"))
-        self.scale = weight(key, "scale", shape, axes, ones)
-        self.bias = weight(key, "bias", shape, axes, zeros)
+    @property
+    def layers(self) -> int:
+        """L, the layers that are computed."""
+        return self.depth - (self.select == "second_to_last")
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises over the last axis."""
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-        return (normed * use(self.scale, jnp.float32) + use(self.bias, jnp.float32)).astype(x.dtype)
+    def tokens(self, image_size: tuple[int, int]) -> int:
+        """Returns P, see `vision.VisionEncoderConfig`."""
+        return math.prod(side // self.patch_size for side in image_size)
 
+    def problems(self, image_size: tuple[int, int]) -> list[str]:
+        """Returns what is wrong with this size of images, see `vision.VisionEncoderConfig`."""
+        return size_problems(image_size, self.patch_size, "patch_size")
 
-class SiglipLayer(nnx.Module):
-    """Pre-norm transformer block. Declared for all layers at once; its methods apply one layer (see `run_layers`)."""
-
-    def __init__(self, config: SiglipConfig, key: Key[Array, ""]) -> None:
-        L, D, N, F = config.depth, config.width, config.num_heads, config.mlp_dim
-        H = D // N
-        self.attn_norm = LayerNorm(named_key(key, "attn_norm"), D, layers=L)
-        heads = ("embed", "heads", "head_dim")
-        self.query = Linear(named_key(key, "query"), "BPD,DNH->BPNH", (D, N, H), heads, layers=L)
-        self.key = Linear(named_key(key, "key"), "BPD,DNH->BPNH", (D, N, H), heads, layers=L)
-        self.value = Linear(named_key(key, "value"), "BPD,DNH->BPNH", (D, N, H), heads, layers=L)
-        out = ("heads", "head_dim", "embed")
-        self.out = Linear(named_key(key, "out"), "BNPH,NHD->BPD", (N, H, D), out, layers=L)
-        self.mlp_norm = LayerNorm(named_key(key, "mlp_norm"), D, layers=L)
-        self.mlp_up = Linear(named_key(key, "mlp_up"), "BPD,DF->BPF", (D, F), ("embed", "mlp"), layers=L)
-        self.mlp_down = Linear(named_key(key, "mlp_down"), "BPF,FD->BPD", (F, D), ("mlp", "embed"), layers=L)
-
-    def attention(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        """Returns x plus its self-attention; every patch sees every patch."""
-        y = self.attn_norm(x_BPD)
-        with jax.named_scope("projections"):
-            q_BNPH = pin(self.query(y).swapaxes(1, 2), "batch", "heads", None, None)
-            k, v = (pin(project(y), "batch", None, "heads", None) for project in (self.key, self.value))
-            q_BNPH, k, v = kept(q_BNPH, "queries"), kept(k, "keys_values"), kept(v, "keys_values")
-        seen = kept(attention(q_BNPH, k, v, None), "attention")
-        with jax.named_scope("projections"):
-            return x_BPD + self.out(seen)
-
-    @jax.named_scope("mlp")
-    def mlp(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        """Returns x plus its MLP with tanh-approximated GELU."""
-        hidden_BPF = jax.nn.gelu(self.mlp_up(self.mlp_norm(x_BPD)), approximate=True)
-        return x_BPD + self.mlp_down(kept(pin(hidden_BPF, "batch", None, "mlp"), "mlp"))
+    def create(
+        self,
+        key: Key[Array, ""],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        unroll: bool,
+        remat: str | None,
+        film_width: int | None = None,
+    ) -> "Siglip":
+        """Returns a tower without a head, see `vision.VisionEncoderConfig`. film_width: see `VitLayer`."""
+        return Siglip(
+            self,
+            key,
+            image_size=image_size,
+            out_width=None,
+            dtype=dtype,
+            unroll=unroll,
+            remat=remat,
+            film_width=film_width,
+        )
 
 
-class Siglip(nnx.Module):
-    """Images to tokens of the language model's width."""
+class Siglip(VitTower):
+    """Images to tokens of the language model's width, or of its own."""
 
     def __init__(
         self,
@@ -103,45 +107,53 @@ class Siglip(nnx.Module):
         key: Key[Array, ""],
         *,
         image_size: tuple[int, int],
-        out_width: int,
+        out_width: int | None,
         dtype: str,
         unroll: bool,
         remat: str | None,
+        film_width: int | None = None,
     ) -> None:
-        """image_size: (height, width) in pixels, multiples of the patch size. out_width: E."""
+        """image_size: (height, width) in pixels, multiples of the patch size. out_width: E; None without a head."""
         self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
         p, D = config.patch_size, config.width
-        P = math.prod(s // p for s in image_size)
         axes = ("patch", "patch", None, "embed")
         self.patch = Linear(named_key(key, "patch"), "BhpwqC,pqCD->BhwD", (p, p, 3, D), axes)
-        init = normal(1 / math.sqrt(D))
-        self.position = weight(key, "position", (1, P, D), (None, "position", "embed"), init)
-        self.layers = SiglipLayer(config, named_key(key, "layers"))
-        self.final_norm = LayerNorm(named_key(key, "final_norm"), D)
+        init, shape = normal(1 / math.sqrt(D)), (1, config.tokens(image_size), D)
+        self.position = weight(key, "position", shape, (None, "position", "embed"), init)
+        self.layers = VitLayer(
+            named_key(key, "layers"),
+            depth=config.layers,
+            width=D,
+            num_heads=config.num_heads,
+            mlp_dim=config.mlp_dim,
+            gelu=config.gelu,
+            film_width=film_width,
+        )
+        last = config.select == "last"
+        self.final_norm: Any = LayerNorm(named_key(key, "final_norm"), D) if last else None
         # openpi starts this map at zero because it always loads a checkpoint; from scratch that would delay the tower,
         # so it starts like every other map.
-        self.head = Linear(named_key(key, "head"), "BPD,DE->BPE", (D, out_width), (None, "embed"))
+        head = lambda width: Linear(named_key(key, "head"), "BPD,DE->BPE", (D, width), (None, "embed"))  # noqa: E731
+        self.head: Any = None if out_width is None else head(out_width)
 
     def stem(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B h w D"]:
         """Returns the projected patches, in float32: a strided convolution without overlap."""
-        B, height, width, C = images_BHWC.shape
-        p = self.config.patch_size
-        return self.patch(images_BHWC.reshape(B, height // p, p, width // p, p, C))
+        return self.patch(to_patches(images_BHWC, self.config.patch_size))
 
-    def encode(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        """Returns the transformer's output for patches with positions, after the final norm."""
-
-        def body(x: jax.Array, layer: SiglipLayer) -> tuple[jax.Array, None]:
-            x = pin(x, "batch", None, None)
-            return pin(layer.mlp(layer.attention(x)), "batch", None, None), None
-
+    def encode(
+        self, x_BPD: Float[Array, "B P D"], language_BE: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """Returns the transformer's output for patches with positions, after the final norm where there is one."""
         # Patches and positions stay float32 (as in openpi): pixels and the position table are summed at full precision.
-        x_BPD = x_BPD.astype(self.dtype)
-        return self.final_norm(run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)[0])
+        x_BPD = run_vit(self.layers, x_BPD.astype(self.dtype), language_BE, unroll=self.unroll, remat=self.remat)
+        return x_BPD if self.final_norm is None else self.final_norm(x_BPD)
 
-    def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B P E"]:
-        """Returns one token per patch, row by row. images: float32 in [-1, 1], RGB."""
+    def __call__(
+        self, images_BHWC: Float[Array, "B height width 3"], language_BE: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B P D"]:
+        """Returns one token per patch, row by row. images: float32 in [-1, 1], RGB. language: for FiLM."""
         with jax.named_scope("siglip"):
             stem = self.stem(images_BHWC)
             B, h, w, D = stem.shape
-            return self.head(self.encode(stem.reshape(B, h * w, D) + use(self.position, stem.dtype)))
+            x_BPD = self.encode(stem.reshape(B, h * w, D) + use(self.position, stem.dtype), language_BE)
+            return x_BPD if self.head is None else self.head(x_BPD)

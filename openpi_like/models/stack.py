@@ -69,7 +69,8 @@ def run_layers(
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(carry, layer)` over axis 0 of every array in `layers`; returns (carry, stacked y).
 
-    layers: a pytree, for example a module declared with stacked weights, which `body` gets with one layer's weights.
+    layers: a pytree, for example a module declared with stacked weights, which `body` gets with one layer's weights;
+        or a list of what `body` gets, which is always written out.
     unroll: write the layers out one by one. Compilation grows with depth, but what nobody reads is never computed (the
         prefix's last output) and nothing is copied into stacks: a train step of three layers on CPU takes 0.6 of the
         time.
@@ -77,11 +78,16 @@ def run_layers(
     """
     if remat is not None:
         # Inside a scan nothing can be merged across the checkpoint, so its guard against that is not needed.
-        body = jax.checkpoint(body, policy=remat_policy(remat), prevent_cse=unroll)
-    if not unroll:
+        body = jax.checkpoint(body, policy=remat_policy(remat), prevent_cse=unroll or isinstance(layers, list))
+    if not unroll and not isinstance(layers, list):
         return jax.lax.scan(body, carry, layers)
     ys = []
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        carry, y = body(carry, jax.tree.map(lambda w, i=i: w[i], layers))
+    for layer in layers if isinstance(layers, list) else unstacked(layers):
+        carry, y = body(carry, layer)
         ys.append(y)
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def unstacked(layers: Any) -> list[Any]:
+    """Returns the layers of a stack, see `run_layers`, one by one."""
+    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(jax.tree.leaves(layers)[0].shape[0])]

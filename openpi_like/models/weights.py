@@ -25,9 +25,10 @@ from safetensors.numpy import save_file
 
 from openpi_like.config import near_names
 from openpi_like.models.arrays import Arrays, open_arrays
-from openpi_like.models.formats import FORMATS, Row, Table, WeightsError, family, recognise
+from openpi_like.models.formats import Format, Row, Table, WeightsError, family, recognise
 from openpi_like.models.lora import Lora, Overlay, add_lora, is_lora, overlays
-from openpi_like.models.paligemma import VisionLanguageConfig
+from openpi_like.models.param import BACKBONE
+from openpi_like.models.policy import VisionLanguageConfig
 
 # ---- Weights by name -------------------------------------------------------------------------------------------------
 
@@ -52,6 +53,29 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def named_weights(state: Any) -> dict[str, Any]:
+    """Returns a state as nested dicts by name, see `openpi_like.models.param.weight_name`.
+
+    Raises:
+        ValueError: two weights would have the same name.
+    """
+    tree: dict[str, Any] = nnx.to_pure_dict(state)
+    inner = tree.pop(BACKBONE, {})
+    both = sorted(tree.keys() & inner.keys())
+    if both:
+        raise ValueError(f"parts {both} are both the policy's and its backbone's; a policy gives its parts other names")
+    return {**inner, **tree}
+
+
+def put_weights(state: Any, weights: Mapping[str, Any]) -> None:
+    """Writes weights, nested by name as `named_weights` returns them, into a state."""
+    inner = nnx.to_pure_dict(state).get(BACKBONE)
+    tree = dict(weights)
+    if inner is not None:
+        tree[BACKBONE] = {part: tree.pop(part) for part in inner}
+    nnx.replace_by_pure_dict(state, tree)
+
+
 def abstract_model(config: Any, lora: Lora | None = None) -> nnx.Module:
     """Returns a model, with its overlay where there is one, whose weights are shapes; allocates nothing."""
 
@@ -65,7 +89,7 @@ def abstract_model(config: Any, lora: Lora | None = None) -> nnx.Module:
 
 def weight_shapes(config: Any, lora: Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {"a/b/c": shape} of a model's weights; allocates nothing."""
-    return flatten(nnx.to_pure_dict(nnx.state(abstract_model(config, lora), nnx.Param)))
+    return flatten(named_weights(nnx.state(abstract_model(config, lora), nnx.Param)))
 
 
 def model_overlays(config: Any, lora: Lora) -> dict[str, Overlay]:
@@ -75,17 +99,28 @@ def model_overlays(config: Any, lora: Lora) -> dict[str, Overlay]:
 
 def flat_weights(model: nnx.Module) -> dict[str, Any]:
     """Returns {"a/b/c": array} of a model's weights."""
-    return flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return flatten(named_weights(nnx.state(model, nnx.Param)))
 
 
 def bind(config: Any, weights: Mapping[str, Any], lora: Lora | None = None) -> Any:
     """Returns the model with the given nested weights, and its overlay where there is one; draws nothing."""
     graph, state = nnx.split(abstract_model(config, lora), nnx.Param)
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, dict(weights)))
+    put_weights(state, jax.tree.map(jnp.asarray, dict(weights)))
     return nnx.merge(graph, state)
 
 
 # ---- Import ----------------------------------------------------------------------------------------------------------
+
+
+def known_formats(config: VisionLanguageConfig) -> dict[str, Format]:
+    """Returns the layouts that hold this model's weights: those that it is published in, and, last, "ours"."""
+    names = tuple(weight_shapes(config))
+    ours = Format(
+        rf"^({'|'.join(sorted({name.split('/')[0] for name in names}))})/",
+        lambda stored: Table(tuple(Row(name, name) for name in stored)),
+        written_as=names,
+    )
+    return {**config.formats(), "ours": ours}
 
 
 def table_for(
@@ -96,14 +131,15 @@ def table_for(
     Raises:
         WeightsError: unknown format, or names that belong to none.
     """
-    chosen = recognise(names) if fmt is None else fmt
+    formats = known_formats(config)
+    chosen = recognise(names, formats) if fmt is None else fmt
     if chosen is None:
         raise WeightsError(
-            f"names of no format we know ({', '.join(list(names)[:5])} ...); known: {', '.join(FORMATS)}"
+            f"names of no format we know ({', '.join(list(names)[:5])} ...); known: {', '.join(formats)}"
         )
-    if chosen not in FORMATS:
-        raise WeightsError(f"no weight format {chosen!r}; {near_names(chosen, list(FORMATS))}")
-    table = FORMATS[chosen](config, names)
+    if chosen not in formats:
+        raise WeightsError(f"no weight format {chosen!r}; {near_names(chosen, list(formats))}")
+    table = formats[chosen].table(names)
     return table if lora is None else table.with_overlays(model_overlays(config, lora))
 
 
@@ -354,14 +390,16 @@ def print_load_report(plan: LoadPlan, console: Console) -> None:
 
 # ---- Export ----------------------------------------------------------------------------------------------------------
 
-# Names that choose between the variants of a format when there is no file to look at: what its own tools write today.
-_WRITTEN_AS = {"lerobot": ("model.",)}
+
+def _written_as(config: VisionLanguageConfig, fmt: str) -> tuple[str, ...]:
+    formats = known_formats(config)
+    return formats[fmt].written_as if fmt in formats else ()
 
 
 def layout(config: VisionLanguageConfig, fmt: str) -> dict[str, tuple[int, ...]]:
     """Returns {their name: shape} of everything that `export_weights` writes; allocates nothing."""
     ours = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config).items()}
-    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(ours)), fmt)
+    table = table_for(config, _written_as(config, fmt), fmt)
     shapes = {}
     for row in table.rows:
         shape = row.their_shape(_shape_at(ours[row.ours], row.at))
@@ -381,7 +419,8 @@ def export_weights(
     Raises:
         WeightsError: the format cannot hold this model.
     """
-    table = table_for(config, _WRITTEN_AS.get(fmt, tuple(weights)), fmt, lora=lora)
+    names = tuple(weights) if fmt == "ours" else _written_as(config, fmt)
+    table = table_for(config, names, fmt, lora=lora)
     left = sorted(weights.keys() - {row.ours for row in table.rows})
     if left:
         raise WeightsError(f"format {fmt!r} cannot hold {', '.join(left)}; choose another format")

@@ -10,7 +10,8 @@ from openpi_like.config import near_names
 from openpi_like.robots.oxe import ROBOTS
 from openpi_like.robots.robot import Robot
 
-_NO_ROBOTS = ("robot", "find", "oxe_disputed")  # files of this folder
+# Files of this folder that define no robot
+_NO_ROBOTS = ("robot", "representations", "dataset_copies", "policy_fit", "find", "oxe_disputed", "oxe_fields")
 
 
 def find_robot(name: str) -> Robot:
@@ -34,7 +35,7 @@ def find_robot(name: str) -> Robot:
     try:
         found = vars(importlib.import_module(module))
     except ImportError as e:
-        known = [*(f for f in files if f != "oxe"), *ROBOTS]
+        known = [*(f for f in files if not f.startswith("oxe")), *ROBOTS]
         raise ValueError(
             f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT, or a file like my_robot.py"
         ) from e

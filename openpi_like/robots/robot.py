@@ -16,49 +16,13 @@ space too, so a policy that learned them answers with what a controller can exec
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
-
-# unit in the dataset -> (unit in model space, factor)
-UNITS: dict[str, tuple[str, float]] = {
-    "m": ("m", 1.0),
-    "mm": ("m", 1e-3),
-    "cm": ("m", 1e-2),
-    "rad": ("rad", 1.0),
-    "deg": ("rad", math.pi / 180.0),
-    "px": ("px", 1.0),
-    "m/s": ("m/s", 1.0),
-    "rad/s": ("rad/s", 1.0),
-    "1": ("1", 1.0),  # dimensionless, for example a normalised command in [-1, 1]
-}
-
-# name -> (size, to scipy Rotation, from scipy Rotation); all act on (N, size) arrays
-ROTATIONS: dict[str, tuple[int, Callable[[np.ndarray], Rotation], Callable[[Rotation], np.ndarray]]] = {
-    # Angles about fixed axes, in the order of the letters (SciPy's lower-case sequences).
-    "rpy": (3, lambda x: Rotation.from_euler("xyz", x), lambda r: r.as_euler("xyz")),
-    "zxy": (3, lambda x: Rotation.from_euler("zxy", x), lambda r: r.as_euler("zxy")),
-    "axis_angle": (3, Rotation.from_rotvec, lambda r: r.as_rotvec()),
-    "quaternion_xyzw": (4, Rotation.from_quat, lambda r: r.as_quat()),
-    "quaternion_wxyz": (4, lambda x: Rotation.from_quat(x[:, [1, 2, 3, 0]]), lambda r: r.as_quat()[:, [3, 0, 1, 2]]),
-    "rotation_6d": (6, lambda x: _from_6d(x), lambda r: r.as_matrix()[:, :, :2].transpose(0, 2, 1).reshape(-1, 6)),
-}
-
-
-def _from_6d(x: np.ndarray) -> Rotation:
-    """First two columns of the rotation matrix, orthonormalised by Gram-Schmidt (Zhou et al. 2019, section 4)."""
-    a, b = x[:, :3], x[:, 3:]
-    a = a / np.linalg.norm(a, axis=1, keepdims=True)
-    b = b - (a * b).sum(1, keepdims=True) * a
-    b = b / np.linalg.norm(b, axis=1, keepdims=True)
-    return Rotation.from_matrix(np.stack([a, b, np.cross(a, b)], axis=2))
-
+from openpi_like.robots.representations import ROTATIONS, UNITS
 
 _NO_ROTATION = 1e-6  # a quaternion shorter than this has no direction
 CONVENTIONS = ("absolute", "trigger", "look_ahead")
@@ -493,51 +457,3 @@ def _split(x: np.ndarray, fields: tuple[StateField, ...]) -> list[np.ndarray]:
     x = np.asarray(x, np.float64)
     ends = itertools.accumulate(f.size for f in fields)
     return [x[..., end - f.size : end] for f, end in zip(fields, ends, strict=True)]
-
-
-def with_channel_order(robot: Robot, order: str) -> Robot:
-    """Returns the robot for a copy of its dataset whose images all have this channel order, "rgb" or "bgr".
-
-    Some published datasets hold images with swapped channels, and copies of them that have been corrected go around
-    under the same name; which one a directory is can only be seen in its pixels.
-    """
-    return dataclasses.replace(robot, cameras=tuple(dataclasses.replace(c, channel_order=order) for c in robot.cameras))
-
-
-def with_upside_down(robot: Robot, names: Collection[str]) -> Robot:
-    """Returns the robot for a copy of its dataset that stores the pictures of these cameras upside down, and no others.
-
-    Raises:
-        ValueError: it has no such camera.
-    """
-    cameras = [c.name for c in robot.cameras]
-    problems = [f"no camera {name!r}; {near_names(name, cameras)}" for name in names if name not in cameras]
-    if problems:
-        raise ValueError(f"Robot {robot.name!r}: " + "; ".join(problems))
-    turned = (dataclasses.replace(c, upside_down=c.name in names) for c in robot.cameras)
-    return dataclasses.replace(robot, cameras=tuple(turned))
-
-
-def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
-    """Returns what of a robot does not fit a policy's config: cameras without a slot, more dims or steps than it has.
-
-    policy: anything with cameras, state_dim, action_dim and action_horizon. drop_cameras: cameras it need not see.
-    """
-    problems = []
-    for camera in robot.cameras:
-        if camera.name not in policy.cameras and camera.name not in drop_cameras:
-            near = near_names(camera.name, list(policy.cameras))
-            problems.append(
-                f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, or to "
-                "drop_cameras"
-            )
-    if not any(c.name in policy.cameras for c in robot.cameras):
-        problems.append(f"none of its cameras is a slot of the policy: {', '.join(policy.cameras)}")
-    for what, got, most in (
-        ("state size", robot.state_size, policy.state_dim),
-        ("action size", robot.action_size, policy.action_dim),
-        ("action_horizon", robot.action_horizon, policy.action_horizon),
-    ):
-        if got > most:
-            problems.append(f"{what} {got}, the policy has room for {most}; enlarge the policy")
-    return problems

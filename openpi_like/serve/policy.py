@@ -15,7 +15,8 @@ from openpi_like.batch import Observation
 from openpi_like.config import near_names
 from openpi_like.data.images import fit
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
-from openpi_like.models.quantize import QUANTIZED, quantized_model
+from openpi_like.models.quantize import QUANTIZED
+from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
 from openpi_like.serve.protocol import PROTOCOL
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
@@ -64,11 +65,12 @@ class Policy:
                 f"and none for others; this one is a {type(parts.model).__name__}"
             )
         drawn = {} if temperature is None else {"temperature": temperature}
-        # Packed once, instead of in every request; the weights this replaces are not kept.
-        model = parts.model.packed()
-        self._parts = dataclasses.replace(parts, model=model if quantize is None else quantized_model(model, quantize))
+        # Once, instead of in every request; the weights this replaces are not kept.
+        self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=quantize))
         self._seed, self._requests, self._config = seed, 0, parts.model.config
-        graph, self._weights = nnx.split(self._parts.model)
+        graph, state = nnx.split(self._parts.model)
+        # A plain list: jax looks at every array in every request.
+        self._weights, structure = jax.tree.flatten(state)
 
         # Tables for decoding are arguments, not constants of the compiled function, which they would only slow down.
         self._options = jax.device_put(parts.sampling_options)
@@ -77,7 +79,8 @@ class Policy:
             weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
         ) -> jax.Array:
             with computed_by(self._attention):
-                return nnx.merge(graph, weights).sample_actions(key, observation, action_mask=mask, **options, **drawn)
+                model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+                return model.sample_actions(key, observation, action_mask=mask, **options, **drawn)
 
         self._attention: Mapping[Sizes, str] | str = "einsum"
         self._compute, self._sample = sample, jax.jit(sample)

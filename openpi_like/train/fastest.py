@@ -113,7 +113,7 @@ def _choose(sizes: Sizes, local: Sizes, device: jax.Device, platform: str, gradi
     failed: dict[str, str] = {}
     expected = None
     for name in able:
-        function = _function(name, gradient)
+        function = _function(name, gradient, local.soft_cap)
         try:
             got, ms[name] = _measure(function, inputs)
         except Exception as e:  # sizes or hardware that a kernel does not take; each has errors of its own
@@ -135,10 +135,10 @@ def _inputs(s: Sizes) -> tuple[Any, ...]:
     return draw(s.B, s.N, s.T, s.H), draw(s.B, s.S, s.K, s.H), draw(s.B, s.S, s.K, s.H), mask if s.masked else None
 
 
-def _function(name: str, gradient: bool) -> Callable[..., Any]:
+def _function(name: str, gradient: bool, soft_cap: float | None) -> Callable[..., Any]:
     def forward(q: Any, k: Any, v: Any, mask: Any) -> Any:
         with computed_by(name):
-            return attention(q, k, v, mask)
+            return attention(q, k, v, mask, soft_cap=soft_cap)
 
     def both(q: Any, k: Any, v: Any, mask: Any) -> Any:
         total = lambda q, k, v: jnp.square(forward(q, k, v, mask).astype(jnp.float32)).sum()  # noqa: E731

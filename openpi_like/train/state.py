@@ -18,8 +18,9 @@ from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.lora import Lora, add_lora, is_lora
+from openpi_like.models.param import weight_name
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
-from openpi_like.models.weights import flatten, unflatten
+from openpi_like.models.weights import flatten, named_weights, put_weights, unflatten
 from openpi_like.partition import ShardingRules, pin, placed
 from openpi_like.train.sharding import batch_sharding, replicated, weight_shardings
 
@@ -133,9 +134,9 @@ class ModelDef:
         self.config, self.trainable, self.lora = config, trainable, trainable.lora
         self.abstract = nnx.eval_shape(lambda: self._create(jax.random.key(0)))
         self._graph, self._state = nnx.split(self.abstract, nnx.Param)
-        self.shapes: Params = nnx.to_pure_dict(self._state)
+        self.shapes: Params = named_weights(self._state)
         every = nnx.to_flat_state(self._state)
-        self._metadata = {"/".join(map(str, path)): variable.get_metadata() for path, variable in every}
+        self._metadata = {weight_name(path): variable.get_metadata() for path, variable in every}
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
         self.trained = trained_names(sorted(self._metadata), trainable)
 
@@ -154,12 +155,12 @@ class ModelDef:
 
     def init(self, key: jax.Array) -> Params:
         """Returns fresh weights; call it under jit with the shardings as out_shardings."""
-        return nnx.to_pure_dict(nnx.state(self._create(key), nnx.Param))
+        return named_weights(nnx.state(self._create(key), nnx.Param))
 
     def bind(self, params: Params) -> Any:
         """Returns the policy with these weights."""
         state = jax.tree.map(lambda x: x, self._state)  # a copy: the next line writes into it
-        nnx.replace_by_pure_dict(state, params)
+        put_weights(state, params)
         return nnx.merge(self._graph, state)
 
     def hold(self, name: str, value: jax.Array) -> Any:

@@ -2,8 +2,8 @@
 
     python tests/bench/bench_accelerator.py --out accelerator.json
 
-Latency of sampling (pi0 with 1 to 3 cameras at batch 1 and 8; weights in bfloat16, int8 and float8), of pi0-FAST (the
-prompt, and per token), samples/s, model FLOPs utilisation and memory of training (all weights; LoRA on a base in
+Latency of sampling (pi0 with 1 to 3 cameras; weights in bfloat16, int8 and float8), of pi0-FAST (the prompt, and per
+token), samples/s, model FLOPs utilisation and memory of training (all weights; LoRA on a base in
 bfloat16 and int8), the variants of attention, and a profile of training steps. Weights are drawn on the device; of real
 ones the times are the same. Each part runs in a process of its own, so that its peak of memory is its own, and what
 fails or takes too long costs no other part. `--size tiny` runs all of it on any machine, as the test suite does.
@@ -13,6 +13,7 @@ Records of others at batch 1, for 1, 2 and 3 views: FlashRT (FP8 kernels in CUDA
 and 36.8 ms on an RTX 4090.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -32,16 +33,27 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-# Parts, in the order of what is wanted most, and the seconds that each may take.
+# Parts, in the order of what is wanted most, and the seconds that each may take: about what an H200 took, together as
+# many as there are. Compiling is most of them.
 PARTS = {
-    "sampling, bfloat16": 110,
-    "training, all weights": 100,
-    "training, LoRA": 75,
+    "sampling, bfloat16": 100,
+    "training, all weights": 125,
+    "training, LoRA": 60,
     "pi0-FAST": 60,
-    "attention": 45,
-    "sampling, int8": 45,
+    "sampling, int8": 50,
     "training, LoRA on int8": 55,
-    "sampling, float8_e4m3fn": 40,
+    "sampling, float8_e4m3fn": 45,
+    "attention": 25,
+}
+# Cameras and batches of sampling.
+SAMPLING = ((1, 1), (2, 1), (3, 1), (3, 8))
+SAMPLING_IN_FEWER_BITS = ((1, 1), (3, 1))
+# Batches of training, and what is computed again there (see `stack.remat_problem`).
+KEEP_PRODUCTS = "dots_with_no_batch_dims_saveable"
+TRAINING = {
+    "all weights": ((8, "nothing_saveable"), (24, KEEP_PRODUCTS)),
+    "LoRA": ((32, KEEP_PRODUCTS),),
+    "LoRA on int8": ((32, KEEP_PRODUCTS),),
 }
 
 
@@ -50,7 +62,6 @@ class Args:
     """See the file's head. size: released or tiny. out: JSON with all numbers. profile: directory to keep profiles in.
 
     only: parts to run, default all. seconds: for everything; parts that would begin later are left out, and named.
-    train_batches: sizes to try, each for all weights and LoRA; the largest that fits counts.
     """
 
     out: Path | None = None
@@ -58,7 +69,6 @@ class Args:
     only: tuple[str, ...] = ()
     seconds: float = 520.0
     profile: Path | None = None
-    train_batches: tuple[int, ...] = (8, 32)
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
@@ -67,11 +77,14 @@ class Args:
 def tiny() -> dict[str, Any]:
     """Returns fields that compile in seconds."""
     from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
     from openpi_like.models.siglip import SiglipConfig
 
     return {
-        "vision": SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=16),
-        "vlm": GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+        "backbone": PaliGemmaConfig(
+            SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=16),
+            GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+        ),
         "image_size": (32, 32),
         "vocab_size": 512,
         "state_dim": 4,
@@ -87,7 +100,7 @@ def pi0(size: str, cameras: int) -> Any:
     from openpi_like.models.pi0 import Pi0Config
 
     if size == "tiny":
-        return Pi0Config(**tiny(), expert=tiny()["vlm"], cameras=CAMERAS[:cameras])
+        return Pi0Config(**tiny(), expert=tiny()["backbone"].vlm, cameras=CAMERAS[:cameras])
     return dataclasses.replace(Pi0Config.released(), cameras=CAMERAS[:cameras])
 
 
@@ -153,6 +166,23 @@ def latencies(call: Callable[[], Any], *, seconds: float, least: int = 5) -> dic
     return {"p50_ms": statistics.median(times), "p95_ms": statistics.quantiles(times, n=20)[-1], "calls": len(times)}
 
 
+def queued(function: Any, args: tuple[Any, ...], calls: int = 20) -> dict[str, float]:
+    """Returns the time of one of many calls that do not wait for each other: that of the device, without the host's."""
+    import jax
+
+    args = jax.device_put(args)
+    jax.block_until_ready(function(*args))
+    started = time.perf_counter()
+    for _ in range(calls):
+        out = function(*args)
+    jax.block_until_ready(out)
+    return {"queued_ms": 1e3 * (time.perf_counter() - started) / calls}
+
+
+def _seconds(args: Args) -> float:
+    return 2.0 if args.size == "released" else 0.2
+
+
 def _fetched(function: Any, args: tuple[Any, ...]) -> Any:
     import numpy as np
 
@@ -182,32 +212,37 @@ def sampling(args: Args, quantize: str | None) -> Iterator[dict[str, Any]]:
     import numpy as np
     from flax import nnx
 
-    from openpi_like.models.quantize import quantized_model
+    from openpi_like.models.sampling import for_sampling
 
-    seconds = 4.0 if args.size == "released" else 0.2
-    cases = [(c, b) for b in (1, 8) for c in (1, 2, 3)] if quantize is None else [(1, 1), (3, 1)]
-    weights: Any = None
-    for cameras, B in cases:
-        config = pi0(args.size, cameras)
-        graph, packed = nnx.split(nnx.eval_shape(lambda c=config: c.create(jax.random.key(0)).packed()))
-        if weights is None:  # they do not depend on the number of cameras
-            weights = random_weights(packed, "bfloat16")
-        model = nnx.merge(graph, weights)
-        if quantize is not None:
-            model = quantized_model(model, quantize)
-        graph, held = nnx.split(model)
+    shown = pi0(args.size, len(CAMERAS))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: shown.create(jax.random.key(0))))
+    # They do not depend on the number of cameras.
+    model = for_sampling(nnx.merge(graph, random_weights(shapes, "bfloat16")), quantize=quantize)
 
-        def sample(held: Any, key: Any, observation: Any, mask: Any, graph: Any = graph) -> Any:
-            return nnx.merge(graph, held).sample_actions(key, observation, action_mask=mask)
+    def compiled(case: tuple[int, int]) -> tuple[Any, tuple[Any, ...], float]:
+        config, B = pi0(args.size, case[0]), case[1]
+        graph, state = nnx.split(model)
+        held, structure = jax.tree.flatten(state)
+
+        def sample(held: Any, key: Any, observation: Any, mask: Any) -> Any:
+            policy = nnx.merge(graph, jax.tree.unflatten(structure, held))
+            policy.config = config
+            return policy.sample_actions(key, observation, action_mask=mask)
 
         observation = inputs(config.input_shapes(B, actions=False))
         mask = np.ones((B, config.action_horizon, config.action_dim), bool)
-        call = (held, jax.random.key(0), observation, mask)
-        started = time.perf_counter()
-        compiled = jax.jit(sample).lower(*call).compile()
+        call, started = (held, jax.random.key(0), observation, mask), time.perf_counter()
+        return jax.jit(sample).lower(*call).compile(), call, time.perf_counter() - started
+
+    cases = SAMPLING if quantize is None else SAMPLING_IN_FEWER_BITS
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:  # nothing is measured before all are done
+        programs = list(pool.map(compiled, cases))
+    for (cameras, B), (program, call, seconds) in zip(cases, programs, strict=True):
         row = {"what": "pi0 sampling", "cameras": cameras, "batch": B, "weights": quantize or "bfloat16"}
-        row |= {"compile_s": time.perf_counter() - started, "gib": compiled_memory(compiled)}
-        yield row | latencies(functools.partial(_fetched, compiled, call), seconds=seconds)
+        row |= {"compile_s": seconds, "gib": compiled_memory(program)}
+        yield (
+            row | latencies(functools.partial(_fetched, program, call), seconds=_seconds(args)) | queued(program, call)
+        )
 
 
 def fast(args: Args) -> Iterator[dict[str, Any]]:
@@ -215,29 +250,32 @@ def fast(args: Args) -> Iterator[dict[str, Any]]:
     import jax
     from flax import nnx
 
+    from openpi_like.models.sampling import for_sampling
+
     config = pi0_fast(args.size)
-    graph, packed = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0)).packed()))
-    weights = random_weights(packed, "bfloat16")
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: config.create(jax.random.key(0))))
+    graph, state = nnx.split(for_sampling(nnx.merge(graph, random_weights(shapes, "bfloat16"))))
+    weights, structure = jax.tree.flatten(state)
     observation = inputs(config.input_shapes(1, actions=False))
     found = {}
     for new in (1, 33) if args.size == "released" else (1, 5):
 
         def write(weights: Any, observation: Any, new: int = new) -> Any:
             """Writes tokens like `sample_actions` does, and never ends early."""
-            policy = nnx.merge(graph, weights)
-            x, cache = policy.prefill(observation, max_new=new)
+            policy = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+            x, cache = policy.backbone.prefill(observation, max_new=new)
 
             def body(i: Any, carry: Any) -> Any:
                 x, cache, ids = carry
                 token = policy.action_logits(x).argmax(-1).astype("int32")
-                x, cache = policy.extend(config.tokens.first(config.vocab_size) - token, cache)
+                x, cache = policy.backbone.extend(config.tokens.first(config.vocab_size) - token, cache)
                 return x, cache, ids.at[i].set(token[0])
 
             return jax.lax.fori_loop(0, new, body, (x, cache, jax.numpy.zeros(new, "int32")))[2]
 
         compiled = jax.jit(write).lower(weights, observation).compile()
         call = functools.partial(_fetched, compiled, (weights, observation))
-        found[new] = latencies(call, seconds=4.0 if args.size == "released" else 0.2)["p50_ms"]
+        found[new] = latencies(call, seconds=_seconds(args))["p50_ms"]
     (one, first), (many, last) = found.items()
     per_token = (last - first) / (many - one)
     row = {"what": "pi0-FAST", "cameras": len(config.cameras), "batch": 1, "weights": "bfloat16", "tokens": many}
@@ -251,6 +289,7 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
     import numpy as np
 
     from openpi_like.partition import ShardingRules
+    from openpi_like.train.fastest import fastest_attention
     from openpi_like.train.optimizer import OptimizerConfig
     from openpi_like.train.planning.chips import find_chip
     from openpi_like.train.planning.flops import model_flops
@@ -258,39 +297,43 @@ def training(args: Args, name: str, trainable: Any) -> Iterator[dict[str, Any]]:
     from openpi_like.train.state import ModelDef, Trainer
     from openpi_like.train.watching.profiling import STEP
 
-    model = ModelDef(pi0(args.size, 3), trainable)
-    chip, flops = find_chip(jax.devices()[0]), model_flops(model)
+    chip = find_chip(jax.devices()[0])
     mesh = MeshConfig.fully_sharded().create()
-    trainer = Trainer(
-        model,
-        OptimizerConfig().create(),
-        ema_decay=0.99,
-        seed=0,
-        mesh=mesh,
-        rules=ShardingRules(),
-        dataset_names=("bench",),
-    )
     state: Any = None
-    same = {"what": f"pi0 training, {name}", "cameras": 3}
-    for B in args.train_batches if args.size == "released" else (8,):
+    for B, remat in TRAINING[name] if args.size == "released" else ((8, KEEP_PRODUCTS),):
+        same = {"what": f"pi0 training, {name}", "cameras": 3, "batch": B, "remat": remat}
+        model = ModelDef(dataclasses.replace(pi0(args.size, 3), remat=remat), trainable)
+        trainer = Trainer(
+            model,
+            OptimizerConfig().create(),
+            ema_decay=0.99,
+            seed=0,
+            mesh=mesh,
+            rules=ShardingRules(),
+            dataset_names=("bench",),
+        )
         shapes = model.config.batch_shapes(B)
+        choices = fastest_attention(trainer.attention_sizes(shapes), mesh)  # as a run does
+        trainer.attention = {choice.sizes: choice.name for choice in choices}
+        for choice in choices:
+            yield {"what": f"attention in training, {name}", "sizes": str(choice), "fastest": choice.name, **choice.ms}
         batch = put_batch(inputs(shapes) | {"dataset_id": np.zeros(B, np.int32)}, mesh)
-        started = time.perf_counter()
+        started, flops = time.perf_counter(), model_flops(model)
         try:
-            compiled = trainer.train_step.lower(state or trainer.abstract, batch).compile()
-            row = {**same, "batch": B, "compile_s": time.perf_counter() - started}
+            compiled = trainer.train_step.lower(trainer.abstract, batch).compile()
+            row: dict[str, Any] = {**same, "compile_s": time.perf_counter() - started}
             state = trainer.init() if state is None else state
             state, values = compiled(state, batch)
             loss = float(values["loss"])
             times: list[float] = []
-            until = time.perf_counter() + (8.0 if args.size == "released" else 0.5)
+            until = time.perf_counter() + (5.0 if args.size == "released" else 0.5)
             while time.perf_counter() < until or len(times) < 4:
                 started = time.perf_counter()
                 state, values = compiled(state, batch)
                 jax.block_until_ready(values)
                 times.append(time.perf_counter() - started)
         except Exception as e:  # out of memory, in as many words as there are backends
-            yield {**same, "batch": B, "failed": str(e).strip().split("\n")[0][:300]}
+            yield {**same, "failed": str(e).strip().split("\n")[0][:300]}
             return
         step = statistics.median(times)
         mfu = None if chip is None else B * flops / step / (chip.tflops * 1e12 * jax.device_count())
@@ -321,33 +364,20 @@ def where_it_goes(trace: Path) -> dict[str, Any]:
 
 
 def attention(args: Args) -> Iterator[dict[str, Any]]:
-    """Of training at batch 8, forward and backward, and of sampling at batch 1."""
+    """Of sampling at batch 1; training measures its own."""
+    import jax
+
     from openpi_like.models.attention import sizes_in
-    from openpi_like.partition import ShardingRules
-    from openpi_like.train import fastest
-    from openpi_like.train.optimizer import OptimizerConfig
+    from openpi_like.train.fastest import fastest_attention
     from openpi_like.train.sharding import MeshConfig
-    from openpi_like.train.state import ModelDef, Trainer
+    from openpi_like.train.state import ModelDef
 
     config, mesh = pi0(args.size, 3), MeshConfig().create()
     model = ModelDef(config)
-    trainer = Trainer(
-        model,
-        OptimizerConfig().create(),
-        ema_decay=None,
-        seed=0,
-        mesh=mesh,
-        rules=ShardingRules(),
-        dataset_names=("x",),
-    )
-    trained = trainer.attention_sizes(config.batch_shapes(8))
-    import jax
-
     sample = lambda w, o: model.bind(w).sample_actions(jax.random.key(0), o)  # noqa: E731
     served = sizes_in(sample, model.shapes, config.input_shapes(1, actions=False))
-    for what, sizes, gradient in (("training, batch 8", trained, True), ("sampling, batch 1", served, False)):
-        for choice in fastest.fastest_attention(sizes, mesh, gradient=gradient):
-            yield {"what": f"attention in {what}", "sizes": str(choice), "fastest": choice.name, **choice.ms}
+    for choice in fastest_attention(served, mesh, gradient=False):
+        yield {"what": "attention in sampling, batch 1", "sizes": str(choice), "fastest": choice.name, **choice.ms}
 
 
 def run_part(args: Args, part: str) -> Iterator[dict[str, Any]]:
@@ -374,7 +404,6 @@ def start_part(args: Args, part: str, seconds: float) -> tuple[list[dict[str, An
     """Returns the rows of a part, run in a process of its own, and what went wrong, if anything did."""
     profile = "" if args.profile is None else str(args.profile)
     command = [sys.executable, str(Path(__file__).resolve()), "worker", part, args.size, profile]
-    command += map(str, args.train_batches)
     # Memory as it is needed, so that its peak says something; compiled programs are kept for the next time.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -400,13 +429,12 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
-def worker(part: str, size: str, profile: str, *batches: str) -> None:
+def worker(part: str, size: str, profile: str) -> None:
     """A process of this program, for one part."""
     from openpi_like.train.compile_cache import use_compile_cache
 
     use_compile_cache(None)
-    args = Args(size=size, profile=Path(profile) if profile else None, train_batches=tuple(map(int, batches)))
-    for row in run_part(args, part):
+    for row in run_part(Args(size=size, profile=Path(profile) if profile else None), part):
         print("ROW " + json.dumps(row), flush=True)
 
 

@@ -105,7 +105,8 @@ def ours_child() -> dict[str, float]:
     from openpi_like.batch import ActionTokens
     from openpi_like.data.fast import fit_fast
     from openpi_like.models.gemma import GemmaConfig
-    from openpi_like.models.pi0_fast import ActionDecoding, Pi0Fast, Pi0FastConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
+    from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
     from openpi_like.models.siglip import SiglipConfig
 
     rng = np.random.default_rng(1)
@@ -114,7 +115,7 @@ def ours_child() -> dict[str, float]:
     )  # few merges: many tokens
     cameras = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
     config = Pi0FastConfig(
-        vision=SiglipConfig(**VISION, patch_size=14), vlm=GemmaConfig(**TINY), cameras=cameras,
+        backbone=PaliGemmaConfig(SiglipConfig(**VISION, patch_size=14), GemmaConfig(**TINY)), cameras=cameras,
         image_size=(IMAGE, IMAGE), state_dim=8, action_dim=1, action_horizon=NEW, prompt_len=PROMPT, vocab_size=VOCAB,
         action_tokens=ActionTokens(max_len=NEW, count=fast.vocab_size, skip=0),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def ours_child() -> dict[str, float]:
             key, o, decoding=decoding, action_mask=(jnp.arange(NEW) < n)[None, :, None]
         )
     )
-    free = jax.jit(lambda w, o: Pi0Fast.generate(nnx.merge(graph, w), key, o, max_new=NEW, skip=1))
+    free = jax.jit(lambda w, o: nnx.merge(graph, w).backbone.generate(key, o, max_new=NEW, skip=1))
     written = int(constrained(weights, observation, NEW)[2].sum())
     assert written == NEW, written
     whole, short = (_time(lambda n=n: constrained(weights, observation, n)) for n in (NEW, 8))
@@ -209,6 +210,7 @@ def trials_child(count: int) -> dict[str, Any]:
     from openpi_like.batch import ActionTokens
     from openpi_like.data.fast import dct_coefficients, fit_fast
     from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
     from openpi_like.models.pi0_fast import Pi0FastConfig
     from openpi_like.models.siglip import SiglipConfig
     from tests.data.test_fast import released_kind
@@ -216,7 +218,7 @@ def trials_child(count: int) -> dict[str, Any]:
 
     fast = fit_fast([dct_coefficients(smooth(np.random.default_rng(0), 2000, 10, 7), 10.0)], scale=10.0, vocab_size=512)
     config = Pi0FastConfig(
-        vision=SiglipConfig(**VISION, patch_size=14), vlm=GemmaConfig(**TINY), cameras=("base",),
+        backbone=PaliGemmaConfig(SiglipConfig(**VISION, patch_size=14), GemmaConfig(**TINY)), cameras=("base",),
         image_size=(IMAGE, IMAGE), state_dim=8, action_dim=7, action_horizon=10, prompt_len=4, vocab_size=1024,
         action_tokens=ActionTokens(max_len=70, count=fast.vocab_size, skip=0),
     )  # fmt: skip

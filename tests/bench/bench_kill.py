@@ -29,11 +29,11 @@ from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import make_loader
-from openpi_like.data.prompts import Pi0Prompt, PromptFormat
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots.widowx import WIDOWX
+from tests.data.toy import Shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS_WORKERS = ((1, 0), (2, 0), (4, 0), (8, 0), (1, 1), (1, 2), (2, 1))
@@ -65,20 +65,16 @@ class Args:
             raise ValueError(f"kills={self.kills}, expected at least 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """The part of a policy's config that a loader needs."""
-
-    cameras: tuple[str, ...] = ("base", "base_1", "base_2")
-    image_size: tuple[int, int] = (224, 224)
-    state_dim: int = 7
-    action_dim: int = 7
-    action_horizon: int = 8
-    prompt_len: int = 64
-    vocab_size: int = 4000
-    resize: str = "cubic"
-    prompt_format: PromptFormat = Pi0Prompt()
-    action_tokens: None = None
+# What a loader needs of a policy's config.
+SHAPES = Shapes(
+    cameras=("base", "base_1", "base_2"),
+    image_size=(224, 224),
+    state_dim=7,
+    action_dim=7,
+    action_horizon=8,
+    prompt_len=64,
+    vocab_size=4000,
+)
 
 
 # ---- The reader ------------------------------------------------------------------------------------------------------
@@ -121,7 +117,7 @@ def read(
     robots = [dataclasses.replace(WIDOWX, name=f"widowx_{i}") for i in range(len(data))]
     datasets = [EpisodeDataset(open_index(d, "train", index_dir=work), r) for d, r in zip(data, robots, strict=True)]
     texts = {text for d in datasets for text in d.index.texts["language_instruction"].table}
-    tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), Shapes.prompt_len)
+    tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), SHAPES.prompt_len)
     normalizations = {d.robot.name: compute_normalization(d) for d in datasets}
     mixture = tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, robots, strict=True)))
     config = DataConfig(
@@ -138,7 +134,7 @@ def read(
         make_loader(
             config,
             batch_size=batch_size,
-            policy=Shapes(),
+            policy=SHAPES,
             tokenizer=tokenizer,
             normalizations=normalizations,
             start=start,

@@ -101,6 +101,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     from flax import nnx
 
     from openpi_like.models.gemma import GemmaConfig
+    from openpi_like.models.paligemma import PaliGemmaConfig
     from openpi_like.models.pi0 import Pi0Config
     from openpi_like.models.siglip import SiglipConfig
     from openpi_like.models.weights import bind, export_weights, flatten, unflatten
@@ -110,8 +111,7 @@ def ours(size: dict[str, Any], kind: str, dtype: str, folder: Path, seconds: flo
     from openpi_like.train.state import ModelDef, Trainer
 
     config = Pi0Config(
-        vision=SiglipConfig(**size["vision"], patch_size=PATCH),
-        vlm=GemmaConfig(**size["vlm"]),
+        backbone=PaliGemmaConfig(SiglipConfig(**size["vision"], patch_size=PATCH), GemmaConfig(**size["vlm"])),
         expert=GemmaConfig(**size["expert"]),
         cameras=CAMERAS,
         image_size=(size["image"],) * 2,

@@ -142,6 +142,7 @@ class Shapes:
     vocab_size: int = 1000
     resize: str = "cubic"
     prompt_format: Any = None
+    image_slots: tuple[int, ...] = ()
     action_tokens: None = None
 
 

@@ -1,5 +1,6 @@
-"""Fixtures of the data tests: the toy dataset, its tokenizer, and TFDS to check against."""
+"""Fixtures of the data tests: the toy dataset, its tokenizer and loaders, and TFDS to check against."""
 
+import dataclasses
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -10,11 +11,18 @@ import fsspec
 import pytest
 
 from openpi_like.data import files, tfrecord
+from openpi_like.data.augment import Augment
+from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.files import Location
+from openpi_like.data.index import open_index
+from openpi_like.data.loader import Loader, make_loader
+from openpi_like.data.normalize import Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
-from tests.data.odd import write_odd
-from tests.data.toy import PROMPTS, Shapes, write_toy
+from tests.data.odd import copied, write_odd
+from tests.data.toy import ARM, CART, PROMPTS, SOME, TOLD, Shapes, write_toy
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +43,22 @@ def toy(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def dataset(toy: Path) -> EpisodeDataset:
+    """All training episodes of the toy dataset, as its arm sees them."""
+    return EpisodeDataset(open_index(toy, "train"), ARM)
+
+
 @pytest.fixture
 def copy(toy: Path, tmp_path: Path) -> Path:
     """A copy of the toy dataset that a test may damage."""
     return Path(shutil.copytree(toy, tmp_path / "toy_arm" / "1.0.0", ignore=shutil.ignore_patterns(".openpi*")))
+
+
+@pytest.fixture
+def odd_copy(odd: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset of odd fields that a test may damage."""
+    return copied(odd, tmp_path)
 
 
 @pytest.fixture
@@ -87,3 +107,48 @@ def _odd(tfds: Any, tmp_path_factory: pytest.TempPathFactory, file_format: str) 
 @pytest.fixture(scope="session")
 def tokenizer() -> TextTokenizer:
     return TextTokenizer(fit_text_tokenizer([*PROMPTS, "roll"], 400), Shapes().prompt_len)
+
+
+@pytest.fixture(scope="session")
+def normalizations(toy: Path) -> dict[str, Normalization]:
+    """Of both robots of the toy dataset."""
+    return {r.name: compute_normalization(EpisodeDataset(open_index(toy, "train"), r)) for r in (ARM, CART)}
+
+
+@pytest.fixture(scope="session")
+def config(toy: Path) -> DataConfig:
+    """Three of four samples from one robot, one of four from the other, whose "training" data is the small split."""
+    return DataConfig(
+        entries=(
+            MixtureEntry(ARM, str(toy), weight=3.0),
+            MixtureEntry(CART, str(toy), weight=1.0, split="val", val_split=None),
+        ),
+        seed=5,
+        augment=Augment.octo(),
+        camera_dropout=0.3,
+    )
+
+
+@pytest.fixture
+def load(config: DataConfig, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]) -> Iterator[Any]:
+    """Makes loaders of the config and closes them."""
+    made: list[Loader] = []
+
+    def make(**options: Any) -> Loader:
+        defaults: dict[str, Any] = dict(
+            batch_size=8, policy=Shapes(), tokenizer=tokenizer, normalizations=normalizations
+        )
+        changes = {k: options.pop(k) for k in list(options) if k in {f.name for f in dataclasses.fields(DataConfig)}}
+        made.append(make_loader(dataclasses.replace(config, **changes), **(defaults | options)))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+@pytest.fixture
+def everything(config: DataConfig) -> dict[str, Any]:
+    """Options of a loader that draws all there is to draw: order in groups, instructions, cameras; of some steps."""
+    told = dataclasses.replace(config.entries[0], robot=TOLD, selection=SOME)
+    return {"entries": (told, config.entries[1]), "group_episodes": 4}

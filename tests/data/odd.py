@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,8 @@ def write(tfds: Any, directory: Path, features: Any, episodes: list[dict[str, An
 def write_odd(tfds: Any, directory: Path, file_format: str = "tfrecord") -> None:
     """Writes the odd dataset."""
     write(tfds, directory, _features(tfds), [episode(i, n) for i, n in enumerate(LENGTHS)], file_format)
+
+
+def copied(directory: Path, to: Path) -> Path:
+    """Copies the dataset below a directory, without its index."""
+    return Path(shutil.copytree(directory, to / FOLDER / "1.0.0", ignore=shutil.ignore_patterns(".openpi*")))

@@ -1,8 +1,9 @@
-"""Geometry, resampling and colours against other implementations."""
+"""Geometry, resampling, colours and depth against other implementations."""
 
 import io
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openpi_like.data.images import decode, fit
+from openpi_like.data.images import decode, decode_depth, fit
 
 
 def test_fit_keeps_smooth_pictures() -> None:
@@ -105,3 +106,36 @@ def test_names_that_mean_nothing() -> None:
         fit(image, out, fit="crop_center")
     with pytest.raises(ValueError, match=r"resize 'cubics' is unknown; did you mean 'cubic'\?"):
         fit(image, out, resize="cubics")
+
+
+# ---- Depth -----------------------------------------------------------------------------------------------------------
+
+
+def png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def test_depth_of_special_floats(tfds: Any) -> None:
+    depth = np.array([[np.nan, np.inf, -np.inf], [-0.0, 1e-40, 3.4e38]], np.float32)
+    data = tfds.features.Image(shape=(2, 3, 1), dtype=np.float32).encode_example(depth[..., None])
+    assert decode_depth(data, "float32").tobytes() == depth.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype", "message"),
+    [
+        (b"", "uint16", "not an image: 0 bytes"),
+        (b"\x89PNG but no more", "float32", "not an image: 16 bytes"),
+        (
+            png(np.zeros((2, 3), np.uint8)),
+            "uint16",
+            r"an image of shape \(2, 3\) and type uint8; expected \(H, W\) uint16",
+        ),
+        (png(np.zeros((2, 3), np.uint16)), "float32", r"shape \(2, 3\) and type uint16; .* asked for is 'float32'"),
+        (png(np.zeros((2, 3, 3), np.uint8)), "float32", r"an image of shape \(2, 3, 3\) and type uint8"),
+        (png(np.zeros((2, 3), np.uint16)), "uint8", "asked for is 'uint8'"),
+    ],
+)
+def test_what_is_not_depth_is_an_error(data: bytes, dtype: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_depth(data, dtype)

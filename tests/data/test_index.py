@@ -1,6 +1,5 @@
 """The index against TFDS' own reader, step for step, and everything that can be wrong with a dataset."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.images import decode
 from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError, read_schema
-from openpi_like.robots import Camera, Robot, StateField
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.crosscheck import assert_same_as_tfds
 from tests.data.toy import ARM, LENGTHS, change_record, shard
@@ -205,53 +203,3 @@ def test_a_file_cut_after_it_was_indexed(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DatasetError, match=r"episode 11, step 13 .* of observation/image; the file was changed"):
         dataset.image(len(dataset) - 1, ARM.cameras[0])
-
-
-# ---- What does not fit the robot -------------------------------------------------------------------------------------
-
-
-def problems_of(directory: Path, robot: Robot) -> str:
-    with pytest.raises(DatasetError) as e:
-        EpisodeDataset(open_index(directory, "train"), robot)
-    return str(e.value)
-
-
-def test_all_wrong_keys_are_named_with_near_ones(toy: Path) -> None:
-    robot = dataclasses.replace(
-        ARM,
-        cameras=(Camera("base", "observation/imagee"), Camera("wrist", "observation/state")),
-        state=(*ARM.state, StateField("far", "observation/state", 3, start=2), StateField("big", "embedding", 300)),
-        action=(dataclasses.replace(ARM.action[0], key="actions"),),
-        language_key="language_instructions",
-    )
-    text = problems_of(toy, robot)
-    for expected in (
-        "does not fit robot 'arm'",
-        "camera 'base': the dataset has no 'observation/imagee'; did you mean 'observation/image'",
-        "camera 'wrist': 'observation/state' is a field of kind 'numeric'; fields that fit: 'observation/image'",
-        "state field 'far': takes values 2 to 4 of 'observation/state', which has 4",
-        "state field 'big': 'embedding' is not in the index, because it has 300 values, more than 256",
-        "action field 'hand': the dataset has no 'actions'; did you mean 'action'",
-        "language_key: the dataset has no 'language_instructions'; did you mean 'language_instruction'",
-    ):
-        assert expected in text
-
-
-def test_images_of_another_size_than_the_robots_camera(toy: Path) -> None:
-    cameras = (Camera("base", "observation/image", 12, 18), Camera("wrist", "observation/wrist", 16, 24))
-    text = problems_of(toy, dataclasses.replace(ARM, cameras=cameras))
-    assert "observation/image is 12 x 16 pixels, camera 'base' of robot 'arm' expects 12 x 18" in text
-    assert "observation/wrist is 24 x 16 pixels, camera 'wrist' of robot 'arm' expects 16 x 24" in text
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_located(copy: Path, value: float) -> None:
-    index = open_index(copy, "train")
-    good = index.columns["action"][int(index.episode_start[6]) + 2]
-    bad = good.copy()
-    bad[1] = value
-    change_record(shard(copy, 1), 1, lambda data: data.replace(good.tobytes(), bad.tobytes()))
-    text = problems_of(copy, ARM)
-    assert "toy_arm/1.0.0 split 'train', episode 6, step 2 (toy_arm-train.tfrecord-00001, record 1)" in text
-    assert f"action field 'hand' (action) is [{good[0]}, {value}], expected finite numbers" in text
-    assert "gripper" not in text  # it is finite

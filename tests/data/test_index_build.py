@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openpi_like.data import index as module
+from openpi_like.data import index_build as module
 from openpi_like.data import tfrecord
 from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from openpi_like.data import arrayrecord, assembly, files
 from openpi_like.data.config import DataConfig, MixtureEntry, open_datasets
-from openpi_like.data.dataset import EpisodeDataset, Selection, open_dataset
+from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import make_loader, memory_needed, validation_batches
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import GroupedOrder
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import ActionField, Camera, Robot, StateField

@@ -3,16 +3,13 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
 
 from openpi_like.config import from_json, to_json
 from openpi_like.data import files
@@ -24,150 +21,13 @@ from openpi_like.data.oxe import MIXTURES, OXE, mixture
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
-from openpi_like.robots import policy_problems, with_channel_order, with_upside_down
-from openpi_like.robots.find import find_robot
-from openpi_like.robots.oxe import DROID_JOINTS, ROBOTS
-from openpi_like.robots.oxe_disputed import DISPUTED, UPSIDE_DOWN
-from openpi_like.robots.robot import ROTATIONS
-from tests.data.oxe_schemas import PUBLISHED, Columns, Published
+from openpi_like.robots import with_channel_order, with_upside_down
+from openpi_like.robots.oxe import OTHER_ACTIONS, ROBOTS
+from openpi_like.robots.oxe_disputed import UPSIDE_DOWN
+from tests.data.oxe_schemas import PUBLISHED
+from tests.data.oxe_words import Published
+from tests.data.oxe_writer import LENGTHS, colour, said, write
 from tests.data.toy import ARM, Shapes
-
-LENGTHS = (4, 1, 6)  # the second episode is a failure, where a dataset says so
-
-
-# ---- Writing a dataset -----------------------------------------------------------------------------------------------
-
-
-def feature(tfds: Any, word: str) -> Any:
-    """The TFDS feature that a word of `oxe_schemas` stands for."""
-    f = tfds.features
-    kind, _, size = word.partition(" ")
-    if size:
-        height, width = map(int, size.split("x"))
-        if kind == "map":
-            return f.Tensor(shape=(height, width), dtype=np.float32)
-        if kind == "depth":
-            return f.Image(shape=(height, width, 1), dtype=np.float32)
-        return f.Image(shape=(height, width, 3), encoding_format=None if kind == "image" else kind)
-    if kind == "t":
-        return f.Text()
-    dtype = {"f": np.float32, "z": np.float32, "d": np.float64, "l": np.int64, "u": np.uint8, "b": np.bool_}
-    shape = tuple(int(n) for n in word[1:].split("x")) if word[1:] else ()
-    return f.Tensor(shape=shape, dtype=dtype.get(word[0], np.int32), encoding="zlib" if word[0] == "z" else "none")
-
-
-def colour(episode: int, step: int, camera: int) -> np.ndarray:
-    return np.array([20 + 30 * episode + 10 * step, 200 - 25 * camera, 30 + 40 * camera], np.uint8)
-
-
-def said(name: str, episode: int, key: str) -> str:
-    """An instruction; the first two of DROID's first episode are empty."""
-    if name == "droid" and episode == 0 and key in ("language_instruction", "language_instruction_2"):
-        return ""
-    return f"do thing {episode} ({key[-1]}) ü"
-
-
-def value(
-    name: str, word: str, key: str, rng: np.random.Generator, episode: int, step: int = 0, camera: int = 0
-) -> Any:
-    """A value of one feature, before `fix`."""
-    kind, _, size = word.partition(" ")
-    if size:
-        height, width = map(int, size.split("x"))
-        if kind in ("map", "depth"):
-            return np.zeros((height, width, 1) if kind == "depth" else (height, width), np.float32)
-        return np.broadcast_to(colour(episode, step, camera), (height, width, 3)).copy()
-    if kind == "t":
-        return said(name, episode, key)
-    if kind[0] == "c":
-        text = said(name, episode, key)
-        return np.array([ord(c) for c in text] + [0] * (int(kind[1:]) - len(text)), np.int32)
-    shape = tuple(int(n) for n in word[1:].split("x")) if word[1:] else ()
-    if kind[0] in "buli":
-        return rng.integers(0, 2, shape).astype({"b": np.bool_, "u": np.uint8, "l": np.int64, "i": np.int32}[kind[0]])
-    return rng.uniform(-1, 1, shape).astype(np.float64 if kind[0] == "d" else np.float32)
-
-
-def nested(features: dict[str, Any], make: Any, path: str = "") -> dict[str, Any]:
-    """`make(word, path)` for every leaf."""
-    return {
-        k: nested(v, make, f"{path}{k}/") if isinstance(v, dict) else make(v, f"{path}{k}") for k, v in features.items()
-    }
-
-
-def write(tfds: Any, directory: Path, name: str, published: Published) -> list[Columns]:
-    """Writes three episodes; returns the columns of each, by key."""
-    steps = {"observation": published.observation, "action": published.action, **published.more}
-    cameras = [key for key, word in published.observation.items() if word.startswith(("jpeg", "png", "image"))]
-    rng = np.random.default_rng(3)
-    episodes, columns = [], []
-    for e, length in enumerate(LENGTHS):
-        rows = []
-        for t in range(length):
-
-            def make(word: str, path: str, e: int = e, t: int = t) -> Any:
-                camera = cameras.index(path.rpartition("observation/")[2]) if " " in word and word[0] in "jpi" else 0
-                return fix(name, path, value(name, word, path, rng, e, t, camera), rng)
-
-            rows.append(nested(steps, make))
-        metadata = nested(published.episode, lambda word, path, e=e: value(name, word, path, rng, e))
-        if name == "kuka":
-            metadata["success"] = e != 1
-        if name == "bc_z":
-            for row in rows:
-                row["observation"]["episode_success"] = np.float32(e != 1)
-        if name == "droid":
-            metadata["episode_metadata"]["file_path"] = f"/data/{'failure' if e == 1 else 'success'}/{e}"
-        episodes.append({"steps": rows, **metadata})
-        flat = [_flat(row) for row in rows]
-        columns.append({k: np.stack([row[k] for row in flat]) for k in flat[0] if not isinstance(flat[0][k], str)})
-    features = {"steps": tfds.features.Dataset(nested(steps, lambda w, _: feature(tfds, w)))}
-    features |= nested(published.episode, lambda w, _: feature(tfds, w))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        directory.mkdir(parents=True)
-        identity = tfds.core.DatasetIdentity(
-            name=name, version=tfds.core.Version(directory.name), data_dir=os.fspath(directory), module_name=__name__
-        )
-        info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-        writer = tfds.core.SequentialWriter(info, 100, file_format="tfrecord")
-        writer.initialize_splits(["train"])
-        writer.add_examples({"train": episodes})
-        writer.close_all()
-    return columns
-
-
-def fix(name: str, path: str, x: Any, rng: np.random.Generator) -> Any:
-    """Makes quaternions of unit length, and gripper commands those that a dataset has."""
-    quaternions = {
-        "observation/base_pose_tool_reached": 3,
-        "observation/clip_function_input/base_pose_tool_reached": 3,
-        "observation/end_effector_cartesian_pos": 3,
-        "observation/end_effector_state": 3,
-        "observation/eef_pose": 3,
-        "observation/robot_state": 9,
-        "observation/state": 3 if name.startswith(("furniture", "austin_sailor")) else None,
-        "action": 3 if name.startswith(("furniture", "iamlab")) else None,
-    }
-    start = quaternions.get(path)
-    if start is not None and len(x) > 6:
-        x[start : start + 4] /= np.linalg.norm(x[start : start + 4])
-    if path == "action/gripper_closedness_action":
-        relative = name not in ("viola", "roboturk")
-        return np.asarray(rng.choice([-1.0, 0.0, 1.0] if relative else [0.0, 1.0], np.shape(x)), np.float32)
-    if name == "bridge_dataset" and path == "action":
-        x[6] = rng.choice([0.0, 0.3, 0.6, 1.0])
-    return x
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for k, v in tree.items():
-        flat |= _flat(v, f"{prefix}{k}/") if isinstance(v, dict) else {f"{prefix}{k}": v}
-    return flat
-
-
-# ---- Reading it ------------------------------------------------------------------------------------------------------
 
 
 def test_every_dataset_of_the_catalogue_has_a_schema_here() -> None:
@@ -228,7 +88,8 @@ def check_images(dataset: Any, published: Published, frame: int, episode: int, s
 def test_droid_in_joints(tfds: Any, tmp_path: Path) -> None:
     """The same files with openpi's actions; a draw decides among the texts that are not empty."""
     columns = write(tfds, tmp_path / "droid" / "1.0.1", "droid", PUBLISHED["droid"])
-    dataset = open_dataset(tmp_path / "droid" / "1.0.1", DROID_JOINTS, "train", selection=OXE["droid"].selection)
+    robot, selection = OTHER_ACTIONS["droid"], OXE["droid"].selection
+    dataset = open_dataset(tmp_path / "droid" / "1.0.1", robot, "train", selection=selection)
     assert dataset.removed == {"episode_metadata/file_path says no": 1}
     state, actions, _ = dataset.encoded(np.array([4]))
     c = columns[2]
@@ -240,55 +101,6 @@ def test_droid_in_joints(tfds: Any, tmp_path: Path) -> None:
 
 
 # ---- The catalogue as a whole ----------------------------------------------------------------------------------------
-
-
-def test_robots_of_mixtures_share_their_slots() -> None:
-    """Dims of the hand come first and in one order; one policy has room for all."""
-    soup = Shapes(cameras=("base", "wrist"), state_dim=11, action_dim=10, action_horizon=16)
-    for names in (MIXTURES["oxe_magic_soup"], MIXTURES["oxe_magic_soup_plus"], MIXTURES["rtx"]):
-        for name in names:
-            robot = ROBOTS[name]
-            dropped = ("base_1", "base_2", "wrist_1")
-            assert policy_problems(robot, soup, drop_cameras=dropped) == []
-            fields = [f.name for f in robot.action]
-            assert fields == [f for f in ("hand", "hand_rotation", "gripper") if f in fields], name
-            assert robot.normalization == "quantile"
-
-
-def test_orientations_do_not_jump() -> None:
-    """A pose is shown as continuous numbers unless it is stored as others: turning on by 0.01 rad changes none by more
-    than that, also through the half turn where roll, pitch, yaw jump."""
-    angles = np.arange(0, 2 * np.pi, 0.01)
-    for name, robot in ROBOTS.items():
-        absolute = [f for f in robot.action if f.command == "absolute"]
-        for field in (*robot.state, *absolute):
-            if field.rotation in (None, "rpy") or name.startswith("libero"):
-                continue
-            for axis in "xyz":
-                path = Rotation.from_euler(axis, angles[:, None]) * Rotation.from_euler("x", 1.0)
-                stored = ROTATIONS[field.rotation][2](path)
-                shown = field.to_model(stored)
-                assert shown.shape == (len(angles), 6), name
-                assert np.abs(np.diff(shown, axis=0)).max() <= 0.01 + 1e-9, name
-
-
-def test_disputes_are_about_datasets_of_the_catalogue() -> None:
-    assert set(DISPUTED) <= set(OXE)
-    for disputes in DISPUTED.values():
-        for dispute in disputes:
-            assert all(dataclasses.astuple(dispute))
-
-
-def test_names_of_robots_are_unique_and_all_are_found() -> None:
-    robots = {id(r): r for r in ROBOTS.values()}.values()
-    assert len({r.name for r in robots}) == len(robots)
-    for name, robot in ROBOTS.items():
-        assert find_robot(name) is robot
-    assert find_robot("oxe:FRACTAL") is ROBOTS["fractal20220817_data"]
-    with pytest.raises(ValueError, match="has no robot 'FRACTEL'; did you mean 'FRACTAL'"):
-        find_robot("oxe:FRACTEL")
-    with pytest.raises(ValueError, match=r"no robot 'tacoplay'.* did you mean .*'taco_play'"):
-        find_robot("tacoplay")
 
 
 def test_facts_agree_with_those_collected(shared: Path) -> None:
@@ -389,13 +201,6 @@ def test_a_picture_that_is_upside_down_is_turned(toy: Path) -> None:
         dataset.images_into(np.array([17]), other, [out])
         fit(np.ascontiguousarray(expected), fitted)
         np.testing.assert_array_equal(out, fitted)
-
-
-def test_what_is_called_upside_down_is_disputed() -> None:
-    assert UPSIDE_DOWN.keys() == {k for k, of in DISPUTED.items() if any("way up" in d.about for d in of)}
-    for name, cameras in UPSIDE_DOWN.items():
-        assert [c.name for c in with_upside_down(ROBOTS[name], cameras).cameras if c.upside_down] == [*cameras]
-    assert not any(c.upside_down for robot in ROBOTS.values() for c in robot.cameras)
 
 
 def test_all_missing_datasets_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
-from openpi_like.data.dataset import Selection
-from openpi_like.data.prompts import Pi0Prompt, PromptFormat
+from openpi_like.data.prompts import FastPrompt, Pi0Prompt, PromptFormat
+from openpi_like.data.selection import Selection
 from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
@@ -69,7 +69,14 @@ class Shapes:
     vocab_size: int = 512
     resize: str = "cubic"
     prompt_format: PromptFormat = Pi0Prompt()
+    image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
+
+
+# A policy that writes actions as tokens.
+WRITES = Shapes(
+    prompt_len=80, prompt_format=FastPrompt(), vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+)
 
 
 def write_toy(tfds: Any, directory: Path) -> None:

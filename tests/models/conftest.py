@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.weights import flat_weights
+from tests.models.weight_arrays import Arrays, exported
+
 
 @pytest.fixture(scope="session")
 def filled() -> Callable[[Callable[[], Any]], Any]:
@@ -27,3 +31,17 @@ def filled() -> Callable[[Callable[[], Any]], Any]:
 def batch(tiny_batch: Any) -> Any:
     """`tiny_batch` on the device, for calls that are not compiled."""
     return jax.tree.map(jnp.asarray, tiny_batch)
+
+
+@pytest.fixture(scope="session")
+def weights(filled: Any) -> Callable[[Any], Arrays]:
+    """Returns a function from a config to flat random weights on the host."""
+    return lambda config: {
+        k: np.asarray(v) for k, v in flat_weights(filled(lambda: config.create(jax.random.key(0)))).items()
+    }
+
+
+@pytest.fixture
+def openpi_arrays(tiny_policy: Pi0Config, weights: Any) -> Arrays:
+    """Weights of the smallest pi0 as openpi names them."""
+    return exported(tiny_policy, weights(tiny_policy), "openpi")

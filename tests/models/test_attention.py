@@ -23,7 +23,7 @@ def _inputs(B=2, T=5, S=7, N=4, K=2, H=8, masked=True):
     return draw(B, N, T, H), draw(B, S, K, H), draw(B, S, K, H), mask if masked else None
 
 
-def _formula(q, k, v, mask):
+def _formula(q, k, v, mask, soft_cap=None):
     """In float64, head by head; nothing where nothing is seen."""
     out = np.zeros(q.shape)
     for b, n, t in np.ndindex(q.shape[:3]):
@@ -31,6 +31,8 @@ def _formula(q, k, v, mask):
         seen = np.ones(k.shape[1], bool) if mask is None else mask[b, t]
         if seen.any():
             logits = k[b, seen, kv].astype(np.float64) @ q[b, n, t] / np.sqrt(q.shape[-1])
+            if soft_cap is not None:
+                logits = soft_cap * np.tanh(logits / soft_cap)
             p = np.exp(logits - logits.max())
             out[b, n, t] = p @ v[b, seen, kv] / p.sum()
     return out
@@ -48,15 +50,33 @@ def test_variants_compute_the_formula(name, K, masked):
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("K", [1, 4])
-def test_the_tpu_kernel_gives_the_same_numbers_and_gradients(K):
+def test_capped_logits():
+    q, k, v, mask = _inputs()
+    got = np.asarray(attention(*map(jnp.asarray, (q, k, v, mask)), soft_cap=0.7))
+    sees = np.broadcast_to(mask.any(-1)[:, None], q.shape[:3])
+    np.testing.assert_allclose(got[sees], _formula(q, k, v, mask, 0.7)[sees], atol=2e-6)
+    assert np.abs(got - np.asarray(attention(*map(jnp.asarray, (q, k, v, mask)))))[sees].max() > 0.01
+
+
+def test_only_variants_that_can_cap_are_chosen_for_capped_logits():
+    q, k, v, mask = map(jnp.asarray, _inputs(K=1))
+    (sizes,) = sizes_in(lambda *given: attention(*given, soft_cap=2.0), q, k, v, mask)
+    assert sizes.soft_cap == 2.0
+    able = {p: [n for n, v in VARIANTS.items() if v.takes(sizes, p)] for p in ("cpu", "gpu", "tpu")}
+    assert able == {"cpu": ["einsum"], "gpu": ["einsum"], "tpu": ["einsum", "splash"]}
+    with pytest.raises(ValueError, match=r"attention='xla' cannot compute .*soft_cap=2.0.* on cpu; einsum can"):
+        fastest.check_attention("xla", {sizes}, MeshConfig().create())
+
+
+@pytest.mark.parametrize(("K", "soft_cap"), [(1, None), (4, None), (1, 0.8)])
+def test_the_tpu_kernel_gives_the_same_numbers_and_gradients(K, soft_cap):
     """Run by the interpreter; sizes that it has to pad."""
     q, k, v, mask = map(jnp.asarray, _inputs(B=1, T=9, S=140, K=K, H=24))
     sees = mask.any(-1)[:, None, :, None]
 
     def both(attend):
         def total(q, k, v):
-            return jnp.square(jnp.where(sees, attend(q, k, v, mask), 0)).sum()
+            return jnp.square(jnp.where(sees, attend(q, k, v, mask, soft_cap=soft_cap), 0)).sum()
 
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 

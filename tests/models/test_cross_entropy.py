@@ -13,8 +13,10 @@ import pytest
 from openpi_like.models.cross_entropy import cross_entropy
 
 
-def whole(x: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+def whole(x: jax.Array, table: jax.Array, targets: jax.Array, soft_cap: float | None = None) -> jax.Array:
     logits = jnp.einsum("TD,VD->TV", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
@@ -39,6 +41,18 @@ def test_losses_and_gradients_of_parts_are_those_of_the_whole(vocab: int, part: 
     np.testing.assert_allclose(cross_entropy(x, table, targets, part), whole(x, table, targets), atol=1e-5)
     got = objective(lambda x, t: cross_entropy(x, t, targets, part))
     expected = objective(lambda x, t: whole(x, t, targets))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize(("vocab", "part"), [(50, 64), (51, 10), (257 * 4, 16)])
+def test_capped_logits(vocab: int, part: int) -> None:
+    x, table, targets, weights = case(vocab)
+
+    def objective(function: Any) -> Any:
+        return jax.value_and_grad(lambda x, t: (function(x, t) * weights).sum(), argnums=(0, 1))(x, table)
+
+    got = objective(lambda x, t: cross_entropy(x, t, targets, part, 1.3))
+    expected = objective(lambda x, t: whole(x, t, targets, 1.3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 

@@ -15,6 +15,7 @@ from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.gemma import GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
 from openpi_like.models.siglip import SiglipConfig
+from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import bind, export_weights, flat_weights, plan_load, read_weights, unflatten
 from tests.models.golden_set import assert_tokens, config_json, open_golden, patch_size
 
@@ -30,13 +31,12 @@ def params(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def config(arrays: dict[str, Any]) -> PaliGemmaConfig:
+def config(arrays: dict[str, Any]) -> TextModelConfig:
     c = config_json(arrays)
     image = c["img_config"]
     vision = {k: image[k] for k in ("width", "depth", "mlp_dim", "num_heads", "patch_size")}
-    return PaliGemmaConfig(
-        vision=SiglipConfig(**patch_size(vision)),
-        vlm=GemmaConfig(**c["llm_config"]),
+    return TextModelConfig(
+        backbone=PaliGemmaConfig(SiglipConfig(**patch_size(vision)), GemmaConfig(**c["llm_config"])),
         cameras=("image",),
         image_size=tuple(arrays["image"].shape[1:3]),
         prompt_len=arrays["text"].shape[1],
@@ -45,9 +45,11 @@ def config(arrays: dict[str, Any]) -> PaliGemmaConfig:
 
 
 @pytest.fixture(scope="module")
-def model(config: PaliGemmaConfig, params: dict[str, np.ndarray]) -> PaliGemma:
+def model(config: TextModelConfig, params: dict[str, np.ndarray]) -> PaliGemma:
     source = MemoryArrays(params)
-    return bind(config, unflatten(read_weights(source, plan_load(config, source))))
+    backbone = bind(config, unflatten(read_weights(source, plan_load(config, source)))).backbone
+    assert isinstance(backbone, PaliGemma)
+    return backbone
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +77,16 @@ def observation(arrays: dict[str, Any], text_batch: TextBatch) -> Observation:
 
 
 def test_golden_paligemma_images_and_tokens(
-    arrays: dict[str, Any], model: PaliGemma, text_batch: TextBatch, config: PaliGemmaConfig
+    arrays: dict[str, Any], model: PaliGemma, text_batch: TextBatch, config: TextModelConfig
 ) -> None:
     x = model.vision.stem(arrays["image"])
     x = x.reshape(x.shape[0], -1, x.shape[-1]) + model.vision.position[...]
     assert_tokens(x, arrays["siglip/with_posemb"])
-    for i in range(config.vision.depth):
+    for i in range(model.vision.config.depth):
         layer = jax.tree.map(lambda w, i=i: w[i], model.vision.layers)
         x = layer.mlp(layer.attention(x))
         assert_tokens(x, arrays[f"siglip/block{i:02d}/+mlp"])
-    tokens, valid = model.embed_prefix(text_batch)
+    tokens, valid, _ = model.embed_prefix(text_batch)
     P = arrays["zimg"].shape[1]
     assert_tokens(tokens[:, :P], arrays["zimg"])
     assert_tokens(tokens[:, P:], arrays["ztxt"])
@@ -135,7 +137,7 @@ def test_golden_paligemma_decoding(arrays: dict[str, Any], model: PaliGemma, obs
 
 
 def test_golden_paligemma_generation_follows_the_likeliest_token(
-    arrays: dict[str, Any], model: PaliGemma, observation: Observation, config: PaliGemmaConfig
+    arrays: dict[str, Any], model: PaliGemma, observation: Observation, config: TextModelConfig
 ) -> None:
     """Token by token the same as running the whole sequence anew each time."""
     new = 4
@@ -192,7 +194,7 @@ def test_golden_alignment_of_prompts_changes_nothing(
 
 
 def test_golden_paligemma_weights_round_trip(
-    model: PaliGemma, params: dict[str, np.ndarray], config: PaliGemmaConfig
+    model: PaliGemma, params: dict[str, np.ndarray], config: TextModelConfig
 ) -> None:
     exported = {name: make() for name, make in export_weights(config, flat_weights(model), "big_vision")}
     assert exported.keys() == params.keys()

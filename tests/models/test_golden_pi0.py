@@ -18,6 +18,7 @@ from openpi_like.batch import Batch
 from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.attention import VARIANTS, Variant, computed_by, splash
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
+from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.weights import bind, export_weights, flat_weights, plan_load, read_weights, unflatten
@@ -28,8 +29,7 @@ def config_of(arrays: dict[str, Any]) -> Pi0Config:
     c = config_json(arrays)
     # The order of the prefix is the order of the config's list; not every set has these names or this number.
     return Pi0Config(
-        vision=SiglipConfig(**patch_size(c["siglip"])),
-        vlm=GemmaConfig(**c["vlm"]),
+        backbone=PaliGemmaConfig(SiglipConfig(**patch_size(c["siglip"])), GemmaConfig(**c["vlm"])),
         expert=GemmaConfig(**c["expert"]),
         cameras=tuple(c["cameras"]),
         image_size=tuple(c["image_hw"]),
@@ -103,13 +103,15 @@ def case(request: pytest.FixtureRequest, golden: Path) -> Golden:
 
 
 def test_golden_siglip_stages(case: Golden) -> None:
-    a, vision = case.arrays, case.model.vision
+    a, tower = case.arrays, case.model.backbone
+    assert isinstance(tower, PaliGemma)
+    vision = tower.vision
     x = vision.stem(case.batch["images"][case.config.cameras[0]])
     assert_tokens(x, a["siglip/stem"])
     x = x.reshape(x.shape[0], -1, x.shape[-1]) + vision.position[...]
     assert_tokens(x, a["siglip/with_posemb"])
     assert_tokens(vision.encode(x), a["siglip/encoded"])
-    for i in range(case.config.vision.depth):
+    for i in range(vision.config.depth):
         layer = jax.tree.map(lambda w, i=i: w[i], vision.layers)
         x = layer.attention(x)
         assert_tokens(x, a[f"siglip/block{i:02d}/+sa"])
@@ -119,7 +121,7 @@ def test_golden_siglip_stages(case: Golden) -> None:
 
 
 def test_golden_prefix_tokens(case: Golden) -> None:
-    tokens, valid = case.model.embed_prefix(case.batch)
+    tokens, valid, _ = case.model.backbone.embed_prefix(case.batch)
     np.testing.assert_array_equal(valid, case.arrays["prefix_mask"])
     assert_tokens(tokens, case.arrays["prefix_tokens"])
 
@@ -127,7 +129,7 @@ def test_golden_prefix_tokens(case: Golden) -> None:
 def test_golden_uint8_images_are_converted_on_the_device(case: Golden) -> None:
     images = {c: case.arrays[f"images_uint8/{c}"] for c in case.config.cameras}
     batch: Batch = {**case.batch, "images": images}
-    tokens, _ = case.model.embed_prefix(batch)
+    tokens, _, _ = case.model.backbone.embed_prefix(batch)
     assert_tokens(tokens, case.arrays["prefix_tokens"])
 
 
@@ -145,7 +147,9 @@ def test_golden_prefix_outputs_and_cache(case: Golden) -> None:
     a, valid = case.arrays, case.arrays["prefix_mask"]
     S = valid.shape[1]
     run = nnx.jit(
-        lambda model: model.vlm(a["prefix_tokens"], a["attn_mask"][:, :S, :S], model.vlm.rope(a["positions"][:, :S]))
+        lambda model: model.backbone.vlm(
+            a["prefix_tokens"], a["attn_mask"][:, :S, :S], model.backbone.vlm.rope(a["positions"][:, :S])
+        )
     )
     # Only valid rows: what a fully masked query returns has no meaning and is seen by nobody.
     assert_tokens(np.asarray(run(case.model)[0])[valid], a["prefix_out"][valid])
@@ -193,7 +197,7 @@ def test_golden_velocity_and_loss(case: Golden) -> None:
 def test_golden_loss_and_velocity_by_other_variants_of_attention(case: Golden, variant: str, monkeypatch: Any) -> None:
     """What is measured to be fastest elsewhere gives the same numbers; the TPU's kernel is interpreted here."""
     monkeypatch.setitem(VARIANTS, "splash", Variant(functools.partial(splash, interpret=True), alone=True))
-    if not all(g.num_kv_heads in (1, g.num_heads) for g in (case.config.vlm, case.config.expert)):
+    if not all(g.num_kv_heads in (1, g.num_heads) for g in (case.config.backbone.language, case.config.expert)):
         variant = "xla"  # splash has no place for such heads
 
     @nnx.jit
@@ -262,7 +266,7 @@ def test_golden_weights_round_trip(case: Golden) -> None:
 def test_golden_embedding_is_scaled_and_expert_has_none(case: Golden) -> None:
     table = case.params["PaliGemma/llm/embedder/input_embedding"]
     tokens = np.asarray([[0, 3, table.shape[0] - 1]], np.int32)
-    expected = table[tokens] * np.float32(np.sqrt(case.config.vlm.width))
-    np.testing.assert_allclose(case.model.vlm.embed(jnp.asarray(tokens)), expected, rtol=1e-6)
+    expected = table[tokens] * np.float32(np.sqrt(case.config.backbone.language.width))
+    np.testing.assert_allclose(case.model.backbone.vlm.embed(jnp.asarray(tokens)), expected, rtol=1e-6)
     assert isinstance(case.model.expert, Gemma)
     assert not hasattr(case.model.expert, "embedding")

@@ -12,7 +12,9 @@ from flax import nnx
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.models.arrays import MemoryArrays
+from openpi_like.models.backbone import Backbone
 from openpi_like.models.gemma import GemmaConfig, attention_mask
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.weights import bind, export_weights, flat_weights, flatten, plan_load, read_weights, unflatten
@@ -36,8 +38,7 @@ def config(arrays: dict[str, Any]) -> Pi0FastConfig:
     c = config_json(arrays)
     answer = int(arrays["token_loss_mask"].sum(1).max())
     return Pi0FastConfig(
-        vision=SiglipConfig(**patch_size(c["siglip"])),
-        vlm=GemmaConfig(**c["vlm"]),
+        backbone=PaliGemmaConfig(SiglipConfig(**patch_size(c["siglip"])), GemmaConfig(**c["vlm"])),
         cameras=tuple(c["fast_cameras"]),
         image_size=tuple(c["image_hw"]),
         state_dim=arrays["state"].shape[1],
@@ -86,7 +87,7 @@ def test_golden_pi0_fast_tokens_and_masks(
     arrays: dict[str, Any], config: Pi0FastConfig, model: Pi0Fast, case: str
 ) -> None:
     batch = batch_of(arrays, config, case)
-    tokens, valid = nnx.jit(Pi0Fast.embed_prefix)(model, batch)
+    tokens, valid, _ = nnx.jit(Backbone.embed_prefix)(model.backbone, batch)
     assert_tokens(tokens, arrays[f"{case}/input_embeddings"])
     np.testing.assert_array_equal(valid, arrays[f"{case}/input_mask"])
     starts = jnp.pad(batch["prompt_causal"], ((0, 0), (valid.shape[1] - batch["prompt"].shape[1], 0)))
@@ -100,7 +101,9 @@ def test_golden_pi0_fast_losses(arrays: dict[str, Any], config: Pi0FastConfig, m
     scalar, metrics = nnx.jit(Pi0Fast.loss)(model, jax.random.key(0), batch)
     np.testing.assert_allclose(metrics["loss"], arrays[f"{case}/loss"], atol=3e-5)
     np.testing.assert_allclose(scalar, arrays[f"{case}/loss"].mean(), atol=3e-5)
-    logits = nnx.jit(Pi0Fast.text_logits, static_argnames="count_masked")(model, batch, count_masked=True)[:, :-1]
+    logits = nnx.jit(Backbone.text_logits, static_argnames="count_masked")(model.backbone, batch, count_masked=True)[
+        :, :-1
+    ]
     real = np.asarray(batch["prompt_mask"][:, :-1])
     np.testing.assert_allclose(logits[real], arrays[f"{case}/text_logits"][real], atol=2e-4)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["prompt"][:, 1:, None], axis=-1)[..., 0]
@@ -112,11 +115,13 @@ def test_golden_pi0_fast_positions_differ_where_a_camera_is_masked_only(
     arrays: dict[str, Any], config: Pi0FastConfig, model: Pi0Fast
 ) -> None:
     """Our own positions skip masked slots: the same loss with all cameras, another one for the rows that lack one."""
-    text_loss = nnx.jit(Pi0Fast.text_loss)
+    text_loss = nnx.jit(Backbone.text_loss)
     np.testing.assert_allclose(
-        text_loss(model, batch_of(arrays, config, "all_cameras"))[1]["loss"], arrays["all_cameras/loss"], atol=3e-5
+        text_loss(model.backbone, batch_of(arrays, config, "all_cameras"))[1]["loss"],
+        arrays["all_cameras/loss"],
+        atol=3e-5,
     )
-    ours = np.asarray(text_loss(model, batch_of(arrays, config, "masked_camera"))[1]["loss"])
+    ours = np.asarray(text_loss(model.backbone, batch_of(arrays, config, "masked_camera"))[1]["loss"])
     lacks = ~np.all([arrays[f"masked_camera/image_masks/{c}"] for c in config.cameras], axis=0)
     assert lacks.any()
     apart = np.abs(ours - np.asarray(arrays["masked_camera/loss"]))
@@ -171,7 +176,7 @@ def test_golden_pi0_fast_generation(arrays: dict[str, Any], config: Pi0FastConfi
     expected = np.asarray(arrays["decode/all_cameras/output_tokens"]).astype(np.int32)
 
     def generate(m: Pi0Fast, o: Observation) -> Any:
-        return m.generate(jax.random.key(0), o, max_new=expected.shape[1], skip=1)
+        return m.backbone.generate(jax.random.key(0), o, max_new=expected.shape[1], skip=1)
 
     ids, real = nnx.jit(generate)(bind(longer, unflatten(weights)), observation)
     np.testing.assert_array_equal(ids, np.where(real, expected, 0))

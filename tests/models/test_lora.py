@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from openpi_like.models.arrays import LoraMerged, MemoryArrays
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.lora import Lora, LoraRule, add_lora, lora_equations, overlays
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.weights import (
@@ -40,7 +41,7 @@ CHOICES = {
 def heads_policy(tiny_policy) -> Pi0Config:
     """Two kv heads of four: heads are an axis of its own in keys and values too."""
     gemma = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=4, num_kv_heads=2, head_dim=8)
-    return dataclasses.replace(tiny_policy, vlm=gemma, expert=gemma)
+    return dataclasses.replace(tiny_policy, backbone=PaliGemmaConfig(tiny_policy.backbone.vision, gemma), expert=gemma)
 
 
 def _drawn(model: ModelDef) -> dict[str, np.ndarray]:
@@ -196,8 +197,10 @@ def test_openpi_holds_our_overlay(heads_policy, kv_heads, per_head):
 
     Of four kv heads, as many as heads, q, k and v are one array there.
     """
-    gemma = dataclasses.replace(heads_policy.vlm, num_kv_heads=kv_heads)
-    config = dataclasses.replace(heads_policy, vlm=gemma, expert=gemma)
+    gemma = dataclasses.replace(heads_policy.expert, num_kv_heads=kv_heads)
+    config = dataclasses.replace(
+        heads_policy, backbone=PaliGemmaConfig(heads_policy.backbone.vision, gemma), expert=gemma
+    )
     lora = Lora((LoraRule(f"^(vlm|expert){MAPS}", rank=3, alpha=4.5, per_head=per_head),))
     model = ModelDef(config, Trainable(lora))
     weights = _drawn(model)

@@ -12,9 +12,11 @@ from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
+from openpi_like.models.backbone import EOS
 from openpi_like.models.gemma import GemmaConfig
-from openpi_like.models.paligemma import EOS, PaliGemma, PaliGemmaConfig
+from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
 from openpi_like.models.siglip import SiglipConfig
+from openpi_like.models.text_model import TextModelConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
@@ -32,10 +34,12 @@ def text() -> TextTokenizer:
 
 
 @pytest.fixture(scope="module")
-def config(text: TextTokenizer) -> PaliGemmaConfig:
-    return PaliGemmaConfig(
-        vision=SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=8),
-        vlm=GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+def config(text: TextTokenizer) -> TextModelConfig:
+    return TextModelConfig(
+        backbone=PaliGemmaConfig(
+            SiglipConfig(width=32, depth=1, mlp_dim=64, num_heads=2, patch_size=8),
+            GemmaConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16),
+        ),
         cameras=("image",),
         image_size=(16, 16),
         prompt_len=text.prompt_len,
@@ -74,7 +78,7 @@ def questions(captions: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(config: PaliGemmaConfig, captions: Any) -> tuple[PaliGemma, list[float]]:
+def trained(config: TextModelConfig, captions: Any) -> tuple[PaliGemma, list[float]]:
     model = ModelDef(config)
     mesh = MeshConfig(fsdp=2).create()
     optimizer = OptimizerConfig(peak_lr=3e-3, end_lr=1e-4, warmup_steps=10, decay_steps=150).create()
@@ -86,7 +90,7 @@ def trained(config: PaliGemmaConfig, captions: Any) -> tuple[PaliGemma, list[flo
     for _ in range(150):
         state, metrics = trainer.train_step(state, batch)
         losses.append(float(metrics["loss"]))
-    return model.bind(jax.device_get(state.params)), losses
+    return model.bind(jax.device_get(state.params)).backbone, losses
 
 
 def test_it_learns_to_say_what_it_sees(trained: Any, questions: Any, text: TextTokenizer) -> None:
@@ -156,7 +160,7 @@ def test_answers_that_do_not_fit_are_refused(text: TextTokenizer) -> None:
         text.encode_answer("caption", "black and white " * 8)
 
 
-def test_batches_that_do_not_fit_are_refused(config: PaliGemmaConfig, captions: Any) -> None:
+def test_batches_that_do_not_fit_are_refused(config: TextModelConfig, captions: Any) -> None:
     model: Any = nnx.eval_shape(lambda: config.create(KEY))
     wrong = {**captions, "prompt_causal": captions["prompt_causal"].astype(np.int32)}
     wrong["images"] = {"imag": captions["images"]["image"]}
@@ -166,7 +170,7 @@ def test_batches_that_do_not_fit_are_refused(config: PaliGemmaConfig, captions: 
         jax.eval_shape(lambda: model.text_loss({k: v for k, v in captions.items() if k != "prompt_loss"}))
 
 
-def test_shapes_are_those_of_batches(config: PaliGemmaConfig, captions: Any, tiny_policy: Any, tiny_batch: Any) -> None:
+def test_shapes_are_those_of_batches(config: TextModelConfig, captions: Any, tiny_policy: Any, tiny_batch: Any) -> None:
     """What is planned with is what loaders give, and what models take."""
 
     def named(batch: Any) -> dict[str, Any]:
@@ -188,6 +192,6 @@ def test_shapes_are_those_of_batches(config: PaliGemmaConfig, captions: Any, tin
         written.check_inputs(tiny_policy.batch_shapes(3), actions=True)
 
 
-def test_configs_that_do_not_fit_are_refused(config: PaliGemmaConfig) -> None:
-    with pytest.raises(ValueError, match=r"PaliGemmaConfig: image_size=\(16, 20\).*resize='lanczos', expected one of"):
+def test_configs_that_do_not_fit_are_refused(config: TextModelConfig) -> None:
+    with pytest.raises(ValueError, match=r"TextModelConfig: image_size=\(16, 20\).*resize='lanczos', expected one of"):
         dataclasses.replace(config, image_size=(16, 20), resize="lanczos")

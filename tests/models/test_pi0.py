@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.draws import named_key, row_keys, sample_keys
+from openpi_like.models.backbone import masked_means
 from openpi_like.models.gemma import rope, rotate
-from openpi_like.models.paligemma import masked_means
 from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
 from openpi_like.models.weights import flat_weights
 
@@ -203,7 +203,7 @@ def test_thirty_steps_overfit_one_batch(model: Pi0, batch: Any, draws: Any) -> N
         if i == 0:
             norms = {k: float(jnp.abs(v.get_value()).max()) for k, v in nnx.to_flat_state(gradients)}
     # Every weight learns from the first step, except those behind the last keys and values of the language model.
-    assert {k for k, norm in norms.items() if norm == 0.0} == {("vlm", "final_norm", "scale")}
+    assert {k for k, norm in norms.items() if norm == 0.0} == {("backbone", "vlm", "final_norm", "scale")}
     assert values[-1] < 0.2 * values[0]
 
 
@@ -232,12 +232,13 @@ def test_cached_prefix_equals_recomputing_it_at_every_step(model: Pi0, tiny_batc
 @nnx.jit
 def joint_velocity(model: Pi0, observation: Any, x: jax.Array, t: jax.Array) -> jax.Array:
     """Joint attention of both experts over all tokens at once, layer by layer, without any cache."""
-    prefix, valid = model.embed_prefix(observation)
+    prefix, valid, _ = model.backbone.embed_prefix(observation)
     streams = [prefix, model.embed_suffix(observation, x, t)[0]]
     mask, positions = model.masks(valid)
-    angles, S = rope(positions, model.config.vlm.head_dim)[:, :, :, None], prefix.shape[1]
-    for i in range(model.config.vlm.depth):
-        layers = [jax.tree.map(lambda w, i=i: w[i], e.layers) for e in (model.vlm, model.expert)]
+    angles, S = rope(positions, model.config.backbone.language.head_dim)[:, :, :, None], prefix.shape[1]
+    stacks: Any = (model.backbone.vlm, model.expert)
+    for i in range(model.config.backbone.language.depth):
+        layers = [jax.tree.map(lambda w, i=i: w[i], e.layers) for e in stacks]
         ys = [layer.attn_norm(tokens, None)[0] for layer, tokens in zip(layers, streams, strict=True)]
         parts = list(zip(layers, ys, strict=True))
         q = jnp.concatenate([jnp.einsum("BSD,NDH->BSNH", y, layer.q[...]) for layer, y in parts], axis=1)

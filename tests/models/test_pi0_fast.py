@@ -13,6 +13,7 @@ from jaxtyping import TypeCheckError
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.fast import FastTokenizer, dct_coefficients, fit_fast
+from openpi_like.models.backbone import Backbone
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import ActionDecoding, Pi0Fast, Pi0FastConfig
 from tests.data.test_fast import released_kind
@@ -251,9 +252,9 @@ def test_sampled_chunks_are_the_tokens_decoded(
 
 
 def test_only_action_tokens_are_scored(config: Pi0FastConfig, model: Pi0Fast) -> None:
-    x = jax.random.normal(KEY, (3, config.vlm.width))
+    x = jax.random.normal(KEY, (3, config.backbone.language.width))
     ids = config.tokens.first(config.vocab_size) - np.arange(config.tokens.count)
-    np.testing.assert_allclose(model.action_logits(x), model.next_logits(x)[:, ids], atol=1e-6)
+    np.testing.assert_allclose(model.action_logits(x), model.backbone.next_logits(x)[:, ids], atol=1e-6)
 
 
 def test_answers_longer_than_the_policy_looks_at_are_nan(config: Pi0FastConfig, model: Pi0Fast, batch: Any) -> None:
@@ -268,7 +269,7 @@ def test_answers_longer_than_the_policy_looks_at_are_nan(config: Pi0FastConfig, 
 
 
 def test_loss_is_that_of_all_logits(config: Pi0FastConfig, model: Pi0Fast, batch: Any) -> None:
-    logits = nnx.jit(Pi0Fast.text_logits)(model, batch)[:, :-1]
+    logits = nnx.jit(Backbone.text_logits)(model.backbone, batch)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["prompt"][:, 1:])
     mask = batch["prompt_loss"][:, 1:]
     expected = np.where(mask, losses, 0).sum(1) / mask.sum(1)

@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import layout, weight_shapes
 
 OPENPI_BOTH: dict[str, tuple[int, ...]] = {
@@ -123,7 +123,7 @@ def test_lerobot_tensors(pi05: bool, tensors: int, own: dict[str, tuple[int, ...
 
 
 def test_huggingface_tensors() -> None:
-    shapes = layout(PaliGemmaConfig.released(), "huggingface")
+    shapes = layout(TextModelConfig.paligemma(), "huggingface")
     assert len(shapes) == 603
     assert shapes["language_model.model.embed_tokens.weight"] == (257_216, 2048)
     assert shapes["vision_tower.vision_model.embeddings.position_embedding.weight"] == (256, 1152)
@@ -131,12 +131,12 @@ def test_huggingface_tensors() -> None:
         k: v for k, v in OPENPI_BOTH.items() if k.startswith("PaliGemma/img/") or ("/llm/" in k and "_1" not in k)
     }
     assert numbers(shapes) == numbers(prefix) + 64 * 2048
-    assert layout(PaliGemmaConfig.released(), "big_vision") == {
+    assert layout(TextModelConfig.paligemma(), "big_vision") == {
         k.removeprefix("PaliGemma/"): v for k, v in prefix.items()
     }
 
 
 @pytest.mark.parametrize(("size", "patches"), [(224, 256), (448, 1024), (896, 4096)])
 def test_paligemma_of_other_resolutions(size: int, patches: int) -> None:
-    shapes = weight_shapes(PaliGemmaConfig.released(image_size=size))
+    shapes = weight_shapes(TextModelConfig.paligemma(image_size=size))
     assert shapes["vision/position"].shape == (1, patches, 1152)

@@ -1,62 +1,24 @@
 """Robot space and model space: numbers by hand, laws over random robots, and every error."""
 
 import dataclasses
-import json
 import math
-import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.spatial.transform import Rotation
 
 from openpi_like.config import from_json, to_json
 from openpi_like.robots.aloha import ALOHA
-from openpi_like.robots.find import find_robot
 from openpi_like.robots.pusht import PUSHT
-from openpi_like.robots.robot import (
-    ROTATIONS,
-    UNITS,
-    ActionField,
-    Camera,
-    Gripper,
-    Robot,
-    StateField,
-    with_channel_order,
-    with_upside_down,
-)
+from openpi_like.robots.representations import UNITS
+from openpi_like.robots.robot import ActionField, Camera, Gripper, StateField
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.widowx import WIDOWX
+from tests.robots.single_fields import ACTION, STATE, make_robot
 
 ALL = (PUSHT, SAWYER, ALOHA, WIDOWX)
-
-
-def make_robot(state, action, **changes):
-    defaults = {
-        "name": "r",
-        "cameras": (Camera("base", "observation/image"),),
-        "state": tuple(state),
-        "action": tuple(action),
-        "control_hz": 10.0,
-        "action_horizon": 4,
-        "execute_steps": 2,
-    }
-    return Robot(**{**defaults, **changes})
-
-
-def rotation_values(representation, rotations, unit="1"):
-    """(N, size) values of scipy rotations, converted by scipy alone."""
-    to_array = {
-        "rpy": lambda r: r.as_euler("xyz"),
-        "zxy": lambda r: r.as_euler("zxy"),
-        "axis_angle": lambda r: r.as_rotvec(),
-        "quaternion_xyzw": lambda r: r.as_quat(),
-        "quaternion_wxyz": lambda r: np.roll(r.as_quat(), 1, axis=-1),
-        "rotation_6d": lambda r: np.concatenate([r.as_matrix()[:, :, 0], r.as_matrix()[:, :, 1]], axis=-1),
-    }
-    return to_array[representation](rotations) / UNITS[unit][1]
 
 
 # ---- numbers by hand
@@ -89,36 +51,6 @@ def test_relative_to_converts_units_on_both_sides():
     )
     np.testing.assert_allclose(robot.encode_actions(np.array([[25.0]]), np.array([0.1])), [[0.15]], rtol=1e-6)
     np.testing.assert_allclose(robot.decode_actions(np.array([[0.15]]), np.array([0.1])), [[25.0]], rtol=1e-6)
-
-
-def test_quarter_turn_in_every_representation():
-    h = math.sqrt(0.5)
-    by_hand: dict[str, list[float]] = {
-        "rpy": [0, 0, math.pi / 2],
-        "zxy": [math.pi / 2, 0, 0],
-        "axis_angle": [0, 0, math.pi / 2],
-        "quaternion_xyzw": [0, 0, h, h],
-        "quaternion_wxyz": [h, 0, 0, h],
-        "rotation_6d": [0, 1, 0, -1, 0, 0],
-    }
-    assert by_hand.keys() == ROTATIONS.keys()
-    for name, values in by_hand.items():
-        field = StateField("r", "s", 3, rotation="rpy", unit="deg", model_rotation=name)
-        got = make_robot([field], [ActionField("x", "a", 1)]).encode_state(np.array([0.0, 0.0, 90.0]))
-        np.testing.assert_allclose(got, values, atol=1e-6, err_msg=name)
-
-
-def test_relative_rotation_is_in_the_frame_of_the_state():
-    state = StateField("r", "s", 3, rotation="rpy", unit="deg")
-    action = ActionField("r", "a", 3, rotation="rpy", unit="deg", model_rotation="axis_angle", relative_to="r")
-    robot = make_robot([state], [action])
-    got = robot.encode_actions(np.array([[0.0, 0.0, 75.0]]), np.array([0.0, 0.0, 30.0]))
-    np.testing.assert_allclose(got, [[0.0, 0.0, math.pi / 4]], atol=1e-6)
-    # After a quarter turn about z, the world's x axis is the hand's -y axis: a roll of the world is a turn about that.
-    quarter = Rotation.from_euler("z", 90, degrees=True)
-    target = (Rotation.from_euler("x", 20, degrees=True) * quarter).as_euler("xyz", degrees=True)
-    got = robot.encode_actions(target[None], np.array([0.0, 0.0, 90.0]))
-    np.testing.assert_allclose(got, [[0.0, -math.radians(20), 0.0]], atol=1e-6)
 
 
 def test_names_and_sizes():
@@ -172,32 +104,6 @@ def test_units_and_grippers_invert(unit, reference_unit, limits, data):
     np.testing.assert_allclose(encoded[:, 2], a[:, 2] * UNITS[unit][1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stored", sorted(ROTATIONS))
-@pytest.mark.parametrize("model", sorted(ROTATIONS))
-@pytest.mark.parametrize("relative", [False, True])
-@given(seed=st.integers(0, 10_000))
-@settings(max_examples=5, deadline=None)
-def test_rotations_invert(stored, model, relative, seed):
-    unit = "deg" if stored in ("rpy", "zxy", "axis_angle") else "1"
-    size = ROTATIONS[stored][0]
-    field = {"size": size, "rotation": stored, "model_rotation": model, "unit": unit}
-    robot = make_robot(
-        [StateField("r", "s", **field)],
-        [ActionField("r", "a", **field, relative_to="r" if relative else None)],
-    )
-    rng = np.random.default_rng(seed)
-    targets, now = Rotation.random(6, rng=rng), Rotation.random(1, rng=rng)
-    a, s = rotation_values(stored, targets, unit), rotation_values(stored, now, unit)[0]
-    encoded = robot.encode_actions(a, s)
-    assert encoded.shape == (6, ROTATIONS[model][0])
-    # The same rotations by scipy; q and -q are one rotation, hence the comparison of matrices.
-    expected = now.inv() * targets if relative else targets
-    got = ROTATIONS[model][1](encoded.astype(np.float64))
-    np.testing.assert_allclose(got.as_matrix(), expected.as_matrix(), atol=1e-5)
-    decoded = ROTATIONS[stored][1](robot.decode_actions(encoded, s).astype(np.float64) * UNITS[unit][1])
-    np.testing.assert_allclose(decoded.as_matrix(), targets.as_matrix(), atol=1e-4)
-
-
 # ---- commands that are derived
 
 
@@ -246,23 +152,6 @@ def test_triggers_by_hand():
     assert gripper.opens(values, first).astype(int).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", ["rpy", "zxy", "axis_angle", "quaternion_wxyz"])
-@given(seed=st.integers(0, 10_000))
-@settings(max_examples=10, deadline=None)
-def test_changes_of_a_rotation_lead_to_the_next(kind, seed):
-    """Changes act about axes of the base; k of them, combined, lead k steps on; none is longer than half a turn."""
-    size = ROTATIONS[kind][0]
-    unit = "1" if kind.startswith("quaternion") else "deg"
-    field = ActionField("r", "s", size, rotation=kind, unit=unit, command="delta", next_step="change")
-    path = Rotation.random(6, rng=np.random.default_rng(seed))
-    x = rotation_values(kind, path, unit)
-    changes = field.change(x[:-1], x[1:])
-    turn = ROTATIONS[kind][1](changes * UNITS[unit][1])
-    np.testing.assert_allclose((turn * path[:-1]).as_matrix(), path[1:].as_matrix(), atol=1e-9)
-    total = ROTATIONS[kind][1](field.combine(changes[None]) * UNITS[unit][1])
-    np.testing.assert_allclose((total * path[:1]).as_matrix(), path[5:].as_matrix(), atol=1e-9)
-
-
 def test_combined_commands():
     """Four control steps of three stored ones each."""
     x = np.arange(24.0).reshape(4, 3, 2)
@@ -280,92 +169,6 @@ def test_a_robot_without_a_state():
     )
 
 
-def test_a_copy_with_other_channels():
-    robot = make_robot([STATE], [ACTION], cameras=(Camera("a", "x", channel_order="bgr"), Camera("b", "y")))
-    assert [c.channel_order for c in with_channel_order(robot, "rgb").cameras] == ["rgb", "rgb"]
-    with pytest.raises(ValueError, match="'grb', expected 'rgb' or 'bgr'"):
-        with_channel_order(robot, "grb")
-
-
-def test_a_copy_with_cameras_upside_down():
-    robot = make_robot(
-        [STATE], [ACTION], cameras=(Camera("a", "x", upside_down=True), Camera("b", "y"), Camera("c", "z"))
-    )
-    assert [c.upside_down for c in with_upside_down(robot, ("b", "c")).cameras] == [False, True, True]
-    assert not any(c.upside_down for c in with_upside_down(robot, ()).cameras)
-    with pytest.raises(ValueError, match=r"Robot 'r': no camera 'd'; known: 'a', 'b', 'c'; no camera 'e'"):
-        with_upside_down(robot, ("d", "a", "e"))
-
-
-# ---- robots in files
-
-
-FILE = """
-import dataclasses
-from openpi_like.robots import ActionField, Camera, Robot, StateField
-
-MINE = Robot(
-    name="mine",
-    cameras=(Camera("base", "image"),),
-    state=(StateField("hand", "state", 3, unit="m"),),
-    action=(ActionField("hand", "action", 3, unit="m"),),
-    control_hz=10.0,
-    action_horizon=4,
-    execute_steps=2,
-)
-"""
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "my-robots" / "mine.v2.py"  # no name that could be imported
-    path.parent.mkdir()
-    path.write_text(FILE)
-    return path
-
-
-def test_a_robot_of_a_file(file, monkeypatch):
-    robot = find_robot(str(file))
-    assert (robot.name, robot.control_hz) == ("mine", 10.0)
-    assert find_robot(f"{file}:MINE") == robot
-    monkeypatch.chdir(file.parent)
-    assert find_robot("mine.v2.py") == find_robot("./mine.v2.py:MINE") == robot
-    # A run stores the robot, not the file: it is read where there is no such file.
-    stored = json.dumps(to_json(robot))
-    assert "mine.v2" not in stored
-    file.unlink()
-    assert from_json(json.loads(stored)) == robot == pickle.loads(pickle.dumps(robot))
-
-
-def test_a_file_with_several_robots(file):
-    file.write_text(FILE + "OTHER = dataclasses.replace(MINE, name='other')\n")
-    with pytest.raises(ValueError, match=r"has several robots; give one of .*mine.v2.py:MINE, .*mine.v2.py:OTHER"):
-        find_robot(str(file))
-    assert find_robot(f"{file}:OTHER").name == "other"
-    with pytest.raises(ValueError, match=r"mine.v2.py has no robot 'OTHRE'; did you mean 'OTHER'"):
-        find_robot(f"{file}:OTHRE")
-
-
-def test_a_file_without_a_robot(file, tmp_path):
-    with pytest.raises(ValueError, match=r"no robot file .*mime.v2.py; in .*my-robots: did you mean 'mine.v2.py'"):
-        find_robot(str(file.with_name("mime.v2.py")))
-    with pytest.raises(ValueError, match=r"no robot file .*/my_robot.py; in .*: no Python files"):
-        find_robot(str(tmp_path / "my_robot.py"))
-    with pytest.raises(ValueError, match=r"no robot file .*nowhere/my_robot.py; in .*nowhere: no Python files"):
-        find_robot(str(tmp_path / "nowhere" / "my_robot.py:MINE"))
-    file.write_text("MINE = 'a robot'\n")
-    with pytest.raises(ValueError, match=r"mine.v2.py has no robot, expected an object like MY_ROBOT = Robot"):
-        find_robot(f"{file}:MINE")
-    file.write_text(FILE.replace("control_hz=10.0", "control_hz=0.0"))
-    with pytest.raises(ValueError, match=r"mine.v2.py, line \d+: Robot 'mine': control_hz 0.0, expected > 0"):
-        find_robot(str(file))
-    file.write_text("int('x')\n")
-    with pytest.raises(ValueError, match=r"mine.v2.py, line 1: invalid literal for int"):
-        find_robot(str(file))
-    with pytest.raises(ValueError, match=r"no robot file .*/my-robots/mine.v2; in .*: did you mean 'mine.v2.py'"):
-        find_robot(str(file.with_suffix("")))
-
-
 def test_a_robot_stored_before_fields_were_added_is_read():
     stored = to_json(WIDOWX)
     for name in ("stride", "language_alternatives"):
@@ -380,16 +183,7 @@ def test_a_robot_stored_before_fields_were_added_is_read():
     assert from_json(stored) == WIDOWX
 
 
-def test_6d_of_any_two_vectors_is_a_rotation():
-    # A policy's output is not orthonormal; Gram-Schmidt keeps the direction of the first vector.
-    got = ROTATIONS["rotation_6d"][1](np.array([[2.0, 0, 0, 1.0, 3.0, 0]])).as_matrix()
-    np.testing.assert_allclose(got, [np.eye(3)], atol=1e-12)
-
-
 # ---- errors
-
-STATE = StateField("hand", "s", 3)
-ACTION = ActionField("hand", "a", 3)
 
 
 @pytest.mark.parametrize(
@@ -470,20 +264,6 @@ def test_all_problems_are_reported_at_once():
         make_robot([STATE], [ACTION], cameras=(), execute_steps=9, control_hz=-1.0)
     with pytest.raises(ValueError, match=r"(?s)unit 'inch'.*rotation 'euler'.*size 0"):
         StateField("x", "s", 0, unit="inch", rotation="euler")
-
-
-@pytest.mark.parametrize("rotation", ["quaternion_xyzw", "rotation_6d"])
-def test_values_that_are_no_rotation_name_the_field(rotation):
-    size = ROTATIONS[rotation][0]
-    field = StateField("turn", "s", size, rotation=rotation, model_rotation="rpy")
-    x = np.ones((3, size))
-    x[0, 0] = 2.0
-    x[1], x[2, 1] = 0, np.nan
-    assert field.usable(x).tolist() == [True, False, False]
-    with pytest.raises(ValueError, match=rf"'turn' has values that are no rotation \({rotation}\): \[0.0, 0.0, "):
-        make_robot([field], [ACTION]).encode_state(x)
-    if rotation == "rotation_6d":  # two vectors of one direction
-        assert not field.usable(np.array([[1.0, 2, 3, 2, 4, 6]])).any()
 
 
 def test_wrong_sizes_name_the_fields():

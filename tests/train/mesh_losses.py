@@ -17,9 +17,10 @@ import numpy as np
 from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
-from openpi_like.models.paligemma import PolicyConfig
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
+from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.hosts.places import Hosts
@@ -34,8 +35,7 @@ BATCH = 16
 def policies() -> dict[str, PolicyConfig]:
     gemma = GemmaConfig(width=16, depth=1, mlp_dim=32, num_heads=4, num_kv_heads=1, head_dim=8)
     common: dict[str, Any] = {
-        "vision": SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=4, patch_size=8),
-        "vlm": gemma,
+        "backbone": PaliGemmaConfig(SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=4, patch_size=8), gemma),
         "cameras": ("base", "wrist"),
         "image_size": (16, 16),
         "state_dim": 4,

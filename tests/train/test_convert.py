@@ -193,11 +193,12 @@ def test_paligemma_through_three_layouts(
     program: SimpleNamespace, tmp_path: Path, run: Path, policy: Pi0Config, params: Any
 ) -> None:
     path = tmp_path / "pg.py"
-    fields = ("vision", "vlm", "cameras", "image_size", "prompt_len", "vocab_size")
+    fields = ("backbone", "cameras", "image_size", "prompt_len", "vocab_size")
     values = ", ".join(f"{f}={getattr(policy, f)!r}" for f in fields)
     path.write_text(
         "from openpi_like.models.paligemma import PaliGemmaConfig\nfrom openpi_like.models.gemma import GemmaConfig\n"
-        f"from openpi_like.models.siglip import SiglipConfig\nconfig = PaliGemmaConfig({values})\n"
+        "from openpi_like.models.text_model import TextModelConfig\n"
+        f"from openpi_like.models.siglip import SiglipConfig\nconfig = TextModelConfig({values})\n"
     )
     assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
     drop = ("llm/.*_1/", "^action_", "^state_")

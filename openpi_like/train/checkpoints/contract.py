@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orbax.checkpoint as ocp
 
 from openpi_like.config import from_json, to_json
@@ -17,7 +16,6 @@ from openpi_like.data.fast import FastFiles, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.data.tokenizer import Tokenizer
-from openpi_like.models.pi0_fast import ActionDecoding, Pi0FastConfig
 from openpi_like.robots import Robot, policy_problems
 
 FORMAT = 1
@@ -56,13 +54,7 @@ class Contract:
 
     def sampling_options(self) -> dict[str, Any]:
         """Returns what `sample_actions` of this policy needs besides an observation, by name."""
-        if not isinstance(self.policy, Pi0FastConfig):
-            return {}
-        tokenizer = self.fast_tokenizer()
-        assert tokenizer is not None  # contract_problems has checked it
-        tables = tokenizer.tables(self.policy.action_horizon * self.policy.action_dim, count=self.policy.tokens.count)
-        begin = np.array(self.text_tokenizer().action_indicator(), np.int32)
-        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
+        return self.policy.sampling_options(self.text_tokenizer(), self.fast_tokenizer())
 
 
 def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
@@ -86,16 +78,11 @@ def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -
         problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
     problems += action_token_problems(policy, tokenizer, action_tokenizer)
     problems += image_slot_problems(policy, tokenizer)
-    if isinstance(policy, Pi0FastConfig) and action_tokenizer is not None:
-        least = action_tokenizer.tables(policy.action_horizon * policy.action_dim).least
-        for robot in contract.robots:
-            size = robot.action_horizon * robot.action_size
-            needs = int(least[min(size, len(least) - 1), 0])
-            if needs > policy.answer_len:
-                problems.append(
-                    f"robot {robot.name!r}: a chunk of {size} coefficients takes at least {needs} action tokens, the "
-                    f"policy has room for {policy.answer_len}"
-                )
+    problems += [
+        f"robot {robot.name!r}: {p}"
+        for robot in contract.robots
+        for p in policy.robot_problems(robot, action_tokenizer)
+    ]
     return problems
 
 

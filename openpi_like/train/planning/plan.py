@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from openpi_like.models.sampling import for_sampling
 from openpi_like.partition import replication
 from openpi_like.train.planning.chips import Chip
 from openpi_like.train.planning.flops import model_flops
@@ -222,14 +223,14 @@ def plan_step(config: Any, target: Target) -> Plan:
 
 
 def plan_sampler(policy: Any, target: Target, *, batch: int) -> Plan:
-    """Compiles `sample_actions` for one chip, with weights in bfloat16 and packed, as a server calls it.
+    """Compiles `sample_actions` for one chip, with weights in bfloat16, as a server holds them.
 
     Action tokens are taken to be as many as the policy may write.
     """
     one = dataclasses.replace(target, devices=target.devices[:1])
     mesh = MeshConfig().create(one.devices)
     everywhere = replicated(mesh)
-    graph, packed = nnx.split(nnx.eval_shape(lambda: policy.create(jax.random.key(0)).packed()))
+    graph, packed = nnx.split(nnx.eval_shape(lambda: for_sampling(policy.create(jax.random.key(0)))))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=everywhere), packed)
     chunk = jax.ShapeDtypeStruct((batch, policy.action_horizon, policy.action_dim), "bool")
     given = (policy.input_shapes(batch, actions=False), jax.eval_shape(lambda: jax.random.key(0)), chunk)

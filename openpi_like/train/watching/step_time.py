@@ -35,8 +35,12 @@ _MOVES = {
 # Of kernels and custom calls, whose names are all there is.
 _NAMES = (
     (COLLECTIVE, re.compile(r"nccl|rccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all", re.IGNORECASE)),
-    (ATTENTION, re.compile(r"fmha|flash|splash|attention", re.IGNORECASE)),
-    (MATMUL, re.compile(r"gemm|matmul|cublas|cutlass|onednn|xmma|wgmma|convolution|(\b|_)dot(\b|_)", re.IGNORECASE)),
+    (ATTENTION, re.compile(r"fmha|flash|splash|attention|sdpa", re.IGNORECASE)),
+    (
+        MATMUL,
+        re.compile(r"gemm|matmul|cublas|nvjet|cutlass|onednn|xmma|wgmma|convolution|(\b|_)dot(\b|_)", re.IGNORECASE),
+    ),
+    (COPY, re.compile(r"memcpy(\d|D2D|Other)", re.IGNORECASE)),  # on one device
     (TRANSFER, re.compile(r"memcpy|memset|copy-(start|done)|infeed|outfeed", re.IGNORECASE)),
     (ELEMENTWISE, re.compile(r"fusion|reduce|scatter|sort", re.IGNORECASE)),
     (COPY, re.compile(r"copy|transpose|concatenate|slice|broadcast|data formatting", re.IGNORECASE)),
@@ -118,7 +122,9 @@ def _part(event: Event, programs: dict[str, dict[str, Instruction]]) -> Part | N
     """Returns what an event of a device is, None where it is no operation, or one made of others."""
     op = str(event.stats.get("hlo_op") or event.name.removeprefix("%").split(" = ")[0])
     by_id, by_name = (programs.get(str(event.stats.get(key)), {}) for key in ("program_id", "hlo_module"))
-    instruction = by_id.get(op) or by_name.get(op)
+    # In a CUDA graph all that an event has of its own is the kernel, which has the instruction's name or a library's.
+    names = op, event.name, re.sub(r"_(\d+)$", r".\1", event.name)
+    instruction = next((of[name] for name in names for of in (by_id, by_name) if name in of), None)
     if (re.sub(r"[.\d]+$", "", op) if instruction is None else instruction.opcode) in _CONTROL:
         return None
     path = str(event.stats.get("tf_op") or "") if instruction is None else _path(instruction)

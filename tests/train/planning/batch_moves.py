@@ -18,9 +18,10 @@ import jax
 from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
-from openpi_like.models.paligemma import PolicyConfig
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
+from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.optimizer import OptimizerConfig
@@ -36,8 +37,7 @@ ROWS, ANSWER = 88, 5
 def policies() -> dict[str, PolicyConfig]:
     gemma = GemmaConfig(width=64, depth=2, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
     common: dict[str, Any] = {
-        "vision": SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=8, patch_size=8),
-        "vlm": gemma,
+        "backbone": PaliGemmaConfig(SiglipConfig(width=64, depth=2, mlp_dim=128, num_heads=8, patch_size=8), gemma),
         "cameras": ("a", "b", "c"),
         "image_size": (24, 24),
         "vocab_size": 512,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.train.planning.flops import model_flops, training_flops
 from openpi_like.train.state import ModelDef, Trainable
@@ -109,15 +110,19 @@ def formula(c: Pi0Config) -> int:
         )
         return kv, rest
 
-    v, P = c.vision, (c.image_size[0] // c.vision.patch_size) ** 2
+    assert isinstance(c.backbone, PaliGemmaConfig)
+    v = c.backbone.vision
+    P = (c.image_size[0] // v.patch_size) ** 2
     images = len(c.cameras)
     block = 4 * 2 * P * v.width**2 + 2 * 2 * P * P * v.width + 2 * 2 * P * v.width * v.mlp_dim
     # Pixels have no gradient.
-    tower = 2 * 2 * P * 3 * v.patch_size**2 * v.width + 3 * (v.depth * block + 2 * P * v.width * c.vlm.width)
+    tower = 2 * 2 * P * 3 * v.patch_size**2 * v.width + 3 * (
+        v.depth * block + 2 * P * v.width * c.backbone.language.width
+    )
     S, T, D, J = images * P + c.prompt_len, c.action_horizon + 1, c.expert.width, c.action_dim
-    kv, rest = layer(c.vlm, S, S)
+    kv, rest = layer(c.backbone.language, S, S)
     # Of the last layer only keys and values are read.
-    language = 3 * (c.vlm.depth * kv + (c.vlm.depth - 1) * rest) + rest
+    language = 3 * (c.backbone.language.depth * kv + (c.backbone.language.depth - 1) * rest) + rest
     expert = 3 * c.expert.depth * sum(layer(c.expert, T, S + T))
     A = c.action_horizon
     ends = 2 * 2 * A * J * D + 2 * 2 * c.state_dim * D + 3 * (2 * A * 2 * D * D + 2 * A * D * D + 2 * A * D * J)
@@ -146,7 +151,7 @@ def test_policies_take_as_many_as_their_gradient_in_jax(name: str) -> None:
 
     executed = training_flops(gradient, model.shapes, batch, trained=False)
     # The loss of the vocabulary computes logits again for its gradient, and of each target one more going forward.
-    T, D, V = config.answer_len, config.vlm.width, config.vocab_size
+    T, D, V = config.answer_len, config.backbone.language.width, config.vocab_size
     again = 2 * T * D * V
     targets = 2 * T * D  # whose gradient is part of those of all logits
     assert model_flops(model) == executed - again + 2 * targets

@@ -27,11 +27,12 @@ from openpi_like.train.watching.step_time import (
     Part,
     StepTime,
     find_traces,
+    kind_of,
     parse_path,
     step_time,
     table,
 )
-from openpi_like.train.watching.xplane import TraceError, read_planes
+from openpi_like.train.watching.xplane import Instruction, TraceError, read_planes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -278,6 +279,45 @@ def test_what_a_gpu_does_behind_its_computation_takes_no_time(tmp_path: Path, ho
     assert {kind: 4e6 * s for kind, s in found.hidden.items()} == pytest.approx({COLLECTIVE: 50, TRANSFER: 10})
     text = "\n".join(table(found))
     assert f"{COLLECTIVE}, hidden behind these" in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [  # of traces of an H200 with jax 0.11.2
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", MATMUL),
+        ("sm90_xmma_gemm_f32f32_tf32f32_f32_nt_n_tilesize128x128x32_warpgroupsize1x1x1_execute_segment_k_off", MATMUL),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", MATMUL),
+        ("gemm_fusion_dot_46", MATMUL),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1", ATTENTION),
+        ("loop_add_multiply_fusion_1", ELEMENTWISE),
+        ("input_reduce_fusion_158", ELEMENTWISE),
+        ("fusion_1645", ELEMENTWISE),
+        ("memcpy128", COPY),
+        ("MemcpyD2D", COPY),
+        ("MemcpyH2D", TRANSFER),
+        ("ncclDevKernel_AllGather_RING_LL", COLLECTIVE),
+    ],
+)
+def test_kernels_of_a_gpu_are_known_by_name(kernel: str, kind: str) -> None:
+    assert kind_of(None, kernel, ()) == kind
+
+
+def test_in_a_graph_a_kernel_has_the_name_of_its_instruction(
+    tmp_path: Path, host: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dot = Instruction("dot", "jit(step)/vlm/attention/dot_general", "", ())
+    program = {
+        "gemm_fusion_dot.46": Instruction("fusion", "", "", (dot,)),
+        "wrapped_add": Instruction("fusion", "jit(step)/ema/add", "", (Instruction("add", "", "", ()),)),
+    }
+    monkeypatch.setattr("openpi_like.train.watching.step_time.read_programs", lambda planes: {"7": program})
+    gpu = Plane("/device:GPU:0")
+    for i, kernel in enumerate(("gemm_fusion_dot_46", "wrapped_add", "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT")):
+        gpu.add("Stream #1(Compute)", kernel, 60 * i, 60, hlo_op="command_buffer_334", program_id=7)
+    found = step_time([write(tmp_path, gpu, host)])
+    us = {(part.scope, part.kind): 2e6 * seconds for part, seconds in found.parts.items()}
+    expected = {(("vlm", "attention"), ATTENTION): 60, (("ema",), ELEMENTWISE): 60, ((), MATMUL): 60}
+    assert us == pytest.approx(expected)
 
 
 def test_hosts_of_one_session_are_read_together_and_older_sessions_left_alone(tmp_path: Path, host: Plane) -> None:

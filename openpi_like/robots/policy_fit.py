@@ -1,0 +1,32 @@
+"""Whether a policy has room for a robot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from openpi_like.config import near_names
+from openpi_like.robots.robot import Robot
+
+
+def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
+    """Returns what of a robot does not fit a policy's config: cameras without a slot, more dims or steps than it has.
+
+    policy: anything with cameras, state_dim, action_dim and action_horizon. drop_cameras: cameras it need not see.
+    """
+    problems = []
+    for camera in robot.cameras:
+        if camera.name not in policy.cameras and camera.name not in drop_cameras:
+            near = near_names(camera.name, list(policy.cameras))
+            problems.append(
+                f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, or to "
+                "drop_cameras"
+            )
+    if not any(c.name in policy.cameras for c in robot.cameras):
+        problems.append(f"none of its cameras is a slot of the policy: {', '.join(policy.cameras)}")
+    for what, got, most in (
+        ("state size", robot.state_size, policy.state_dim),
+        ("action size", robot.action_size, policy.action_dim),
+        ("action_horizon", robot.action_horizon, policy.action_horizon),
+    ):
+        if got > most:
+            problems.append(f"{what} {got}, the policy has room for {most}; enlarge the policy")
+    return problems
