@@ -73,6 +73,10 @@ def test_what_does_not_fit_is_named(chatting: Contract) -> None:
     count = len(chatting.policy.cameras)
     assert "images after their first (" in problems(inside, prompt_format=ChatPrompt())
     assert f"the policy reads them after {(0,) * count}" in problems(inside, prompt_format=ChatPrompt())
+    slots = ChatPrompt().image_slots(inside, count)
+    assert f"or image_slots={slots}" in problems(inside, prompt_format=ChatPrompt())
+    assert problems(inside, prompt_format=ChatPrompt(), image_slots=slots, prompt_len=100) == ""
+    assert f"the policy reads them after {slots}" in problems(image_slots=slots)
     assert "has no BOS token" in problems(prompt_format=Pi0Prompt())
     assert f"the tokenizer has {CHAT.vocab_size} ids, the policy knows 100" in problems(vocab_size=100)
     assert "cannot be read" in problems(dataclasses.replace(CHAT, tokenizer="{"))
