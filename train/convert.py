@@ -28,6 +28,7 @@ from rich.console import Console
 from openpi_like.config import load_run, override
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
+from openpi_like.data.text import read_tokenizer
 from openpi_like.models.arrays import open_arrays
 from openpi_like.models.lora import Lora
 from openpi_like.models.pi0 import Pi0Config
@@ -53,7 +54,6 @@ from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
     contract_problems,
-    encode_tokenizer,
     read_contract,
     read_record,
 )
@@ -126,7 +126,7 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     if len(args.norm_stats) != len(args.robots):
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
-        problems.append("--tokenizer: missing; the SentencePiece model the weights were trained with")
+        problems.append("--tokenizer: missing; the file or directory of the tokenizer the weights were trained with")
     if config.action_tokens is not None and args.action_tokenizer is None:
         problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
@@ -142,7 +142,7 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         load = load_openpi_stats if isinstance(stored, dict) and "norm_stats" in stored else load_normalization
         normalizations[robot.name] = load(path, robot)
     assert args.tokenizer is not None  # checked above
-    tokenizer = encode_tokenizer(args.tokenizer.read_bytes())
+    tokenizer = read_tokenizer(args.tokenizer)
     fast = None if args.action_tokenizer is None else FastTokenizer.load(args.action_tokenizer).files
     contract = Contract(config, robots, normalizations, tokenizer, {r.name: None for r in robots}, fast)
     found = contract_problems(contract)
