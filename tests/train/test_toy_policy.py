@@ -123,7 +123,7 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     }
     expected = served.infer(observation)["actions"]
     assert expected.shape == (SAWYER.action_horizon, SAWYER.action_size)
-    with serving(served.infer, served.metadata) as server:
+    with serving(served.infer, served.metadata()) as server:
         client = PolicyClient(port=server.port)
         np.testing.assert_array_equal(client.infer(observation)["actions"], expected)
         client.close()
