@@ -116,8 +116,8 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     # It is served.
     served = Policy(load_policy_parts(tmp_path))
     observation = {
-        "observation/image": np.full((64, 64, 3), 100, np.uint8),
-        "observation/state": np.zeros(SAWYER.state_size, np.float32),
+        "images": {"base": np.full((64, 64, 3), 100, np.uint8)},
+        "state": np.zeros(SAWYER.state_size, np.float32),
         "prompt": "press the button",
         "robot": SAWYER.name,
     }
