@@ -174,7 +174,7 @@ def test_golden_pi0_fast_step_logits(arrays: dict[str, Any], config: Pi0FastConf
     extend = nnx.jit(lambda m, t, c: m.backbone.extend(t, c))
     x, cache = prefill(decoder, observation)
     for s in range(steps):
-        logits = np.asarray(decoder.next_logits(x))
+        logits = np.asarray(decoder.backbone.next_logits(x))
         np.testing.assert_allclose(logits[whole], expected[whole, s], atol=2e-4, err_msg=f"step {s}")
         x, cache = extend(decoder, written[:, s], cache)
 
