@@ -145,7 +145,9 @@ def python_problems(code: str) -> list[str]:
         tree = ast.parse(code)
     except SyntaxError as e:
         return [f"line {e.lineno}: {e.msg}"]
-    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("openpi_like")]
+    imports = [
+        n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("openpi_like")
+    ]
     names = (f"{node.module}.{alias.name}" for node in imports for alias in node.names)
     return [f"no {name}" for name in names if not _resolves(name)]
 

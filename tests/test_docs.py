@@ -80,7 +80,9 @@ def test_every_policy_and_backbone_is_named_with_its_config() -> None:
 
 def test_the_policy_of_the_docs_trains_and_acts(monkeypatch: Any) -> None:
     """The example of docs/policies.md, as it is printed there; shapes alone, nothing is compiled."""
-    blocks = [content for language, content in fences((ROOT / "docs" / "policies.md").read_text()) if language == "python"]
+    blocks = [
+        content for language, content in fences((ROOT / "docs" / "policies.md").read_text()) if language == "python"
+    ]
     policy, run = (next(b for b in blocks if word in b) for word in ("class LineConfig", "config = dataclasses"))
     module = ModuleType("my_policies")
     monkeypatch.setitem(sys.modules, "my_policies", module)

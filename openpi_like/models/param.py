@@ -43,6 +43,16 @@ def weight(
     return nnx.Param(init(named_key(key, name), shape), axes=axes, **metadata)
 
 
+def memory(shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    """Returns what a policy keeps of what it has seen, and no gradient trains: zeros, float32, see `Model.remember`.
+
+    It is a weight in all else: it has a name, lies on the mesh, and is saved, averaged, loaded and served like one.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"memory of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, memory=True)
+
+
 def map_weight(
     key: Key[Array, ""],
     name: str,

@@ -5,6 +5,7 @@ A model's config has the sizes of a batch and a `backbone`, itself a config. A p
     loss(key, batch, counts=None) -> (scalar, per-sample metrics)        loss_counts(batch) -> what it divides by
     validation_losses(key, batch) -> {name: scalar}                      packed() -> itself, for many small calls
     sample_actions(key, observation, action_mask=None, **options) -> normalised actions
+    remember(key, batch) -> {name: what it keeps}, of weights that are not trained but written (`param.memory`)
 
 which is all that the trainer, the validator and the server know of it. A new policy is one file with its config and its
 module, and a config of a run that names it.
@@ -253,6 +254,13 @@ class Model(nnx.Module):
     def outputs(self, key: Key[Array, ""], batch: Any) -> Float[Array, "B ..."]:
         """Returns what shows that two sets of weights are the same model: here the logits of text."""
         return self.backbone.text_logits(batch)
+
+    def remember(self, key: Key[Array, ""], batch: Any) -> dict[str, Float[Array, "..."]]:
+        """Returns what the model's memory is after a batch that it was trained on, by weight name: here nothing.
+
+        Called once a step, with the weights before it; `key` is that of the loss. Validation and sampling only read.
+        """
+        return {}
 
     def packed(self) -> Any:
         """Returns the same model with its weights as repeated calls want them, see `Gemma.packed`.

@@ -12,7 +12,7 @@ from openpi_like import config as configs
 from openpi_like.config import trust
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
-from openpi_like.models.param import Linear
+from openpi_like.models.param import Linear, memory
 from openpi_like.models.policy import Model, PolicyConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
@@ -47,15 +47,25 @@ class Toy(Model):
         width = c.backbone.language.width + c.state_dim
         shape = (width, c.action_horizon, c.action_dim)
         self.line = Linear(named_key(key, "line"), "BD,DAJ->BAJ", shape, ("embed", None, "action"))
+        # The mean of all actions that it was trained on, and how many samples that was.
+        self.mean = memory((c.action_horizon, c.action_dim), (None, "action"))
+        self.count = memory((), ())
 
     def predict(self, observation: Any) -> jax.Array:
         seen = self.backbone.embed_prefix(observation)
         mean = (seen.tokens * seen.valid[..., None]).sum(1) / seen.valid.sum(1, keepdims=True)
-        return self.config.gain * self.line(jnp.concatenate([mean.astype(jnp.float32), observation["state"]], axis=-1))
+        line = self.line(jnp.concatenate([mean.astype(jnp.float32), observation["state"]], axis=-1))
+        return self.mean[...] + self.config.gain * line
 
     def loss(self, key: jax.Array, batch: Any, *, counts: Any = None) -> Any:
         error = jnp.abs(self.predict(batch) - jnp.where(batch["action_mask"], batch["actions"], 0.0))
         return masked_means(error, batch["action_mask"], None if counts is None else counts["chunks"])
+
+    def remember(self, key: jax.Array, batch: Any) -> Any:
+        n = batch["actions"].shape[0]
+        count = self.count[...] + n
+        mean = self.mean[...] + (batch["actions"].sum(0) - n * self.mean[...]) / count
+        return {"mean": mean, "count": count}
 
     def loss_counts(self, batch: Any) -> Any:
         return {"chunks": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
@@ -102,6 +112,11 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     held_out = jax.jit(held_out_losses, static_argnums=0)(trainer, state.params, placed, jax.random.key(0))
     assert float(held_out["loss"]) == pytest.approx(losses[-1], rel=0.5)
 
+    # What it keeps is not trained but written, and the same everywhere.
+    assert float(state.params["count"]) == 480
+    np.testing.assert_allclose(state.params["mean"], batch["actions"].mean(0), atol=1e-5)
+    assert metrics["grad_norm"] > 0
+
     # It is saved, and the run goes on from there, on another mesh.
     contract = contract_of(toy)
     checkpointer = Checkpointer(tmp_path / "checkpoints")
@@ -114,7 +129,9 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
 
     # It is served.
-    served = Policy(load_policy_parts(tmp_path))
+    parts = load_policy_parts(tmp_path)
+    np.testing.assert_allclose(parts.model.mean[...], batch["actions"].mean(0), atol=1e-5)
+    served = Policy(parts)
     observation = {
         "images": {"base": np.full((64, 64, 3), 100, np.uint8)},
         "state": np.zeros(SAWYER.state_size, np.float32),
@@ -150,3 +167,22 @@ def _batch(toy: ToyConfig, tiny_batch: Any) -> Any:
     batch = jax.tree.map(fill, shapes) | {"dataset_id": tiny_batch["dataset_id"]}
     batch["actions"] = np.broadcast_to(np.tanh(batch["state"])[:, None], batch["actions"].shape).copy()
     return batch
+
+
+class Wrong(Toy):
+    def remember(self, key: jax.Array, batch: Any) -> Any:
+        return {"count": jnp.zeros(2), "line/bias": jnp.zeros(())}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrongConfig(ToyConfig):
+    def create(self, key: jax.Array) -> "Wrong":
+        return Wrong(self, key)
+
+
+def test_only_memory_is_written(policy: Any, tiny_batch: Any) -> None:
+    fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(ToyConfig) if hasattr(policy, f.name)}
+    trainer = _trainer(WrongConfig(**fields))
+    batch = put_batch(_batch(WrongConfig(**fields), tiny_batch), trainer.mesh)
+    with pytest.raises(ValueError, match=r"count: \(2,\), expected \(\); line/bias: \(\), expected no such memory"):
+        trainer.train_step.lower(trainer.abstract, batch)
