@@ -59,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             found.check()
         except ValueError as e:
-            raise ValueError(f"{folder}: {e}") from e
+            raise ValueError(f"{path}: {e}") from e
         return found
 
     def check(self) -> None:

@@ -81,8 +81,8 @@ class OpenVlaOftConfig(PolicyConfig):
         rows += [*torch_linear(f"{ours}/map_in", f"{head}fc1", order, "")]
         rows += torch_linear(f"{ours}/map_out", f"{head}fc2", order, "")
         for i in range(self.head_blocks):
-            rows += norm(f"{ours}/blocks/{i}/norm", f"{head}mlp_resnet_blocks.{i}.ffn.0")
-            rows += torch_linear(f"{ours}/blocks/{i}/map", f"{head}mlp_resnet_blocks.{i}.ffn.1", order, "")
+            rows += norm(f"{ours}/block_{i}/norm", f"{head}mlp_resnet_blocks.{i}.ffn.0")
+            rows += torch_linear(f"{ours}/block_{i}/map", f"{head}mlp_resnet_blocks.{i}.ffn.1", order, "")
         if self.proprioception:
             for mine, theirs in (("state_in", "fc1"), ("state_out", "fc2")):
                 rows += torch_linear(mine, f"proprio_projector.{theirs}", order, "")
@@ -121,7 +121,9 @@ class L1Head(nnx.Module):
         W = config.head_width or D
         self.norm_in = LayerNorm(named_key(key, "norm_in"), J * D, epsilon=1e-5)
         self.map_in = Linear(named_key(key, "map_in"), "BAD,DE->BAE", (J * D, W), ("mlp", "embed"))
-        self.blocks = nnx.List(ResidualBlock(named_key(key, f"block {i}"), W) for i in range(config.head_blocks))
+        self.depth = config.head_blocks
+        for i in range(self.depth):
+            setattr(self, f"block_{i}", ResidualBlock(named_key(key, f"block {i}"), W))
         self.norm_out = LayerNorm(named_key(key, "norm_out"), W, epsilon=1e-5)
         self.map_out = Linear(named_key(key, "map_out"), "BAD,DJ->BAJ", (W, J), ("embed", "action"))
 
@@ -129,8 +131,8 @@ class L1Head(nnx.Module):
         """Returns normalised actions."""
         B, A, J, D = x_BAJD.shape
         x = jax.nn.relu(self.map_in(self.norm_in(x_BAJD.reshape(B, A, J * D).astype(jnp.float32))))
-        for block in self.blocks:
-            x = block(x)
+        for i in range(self.depth):
+            x = getattr(self, f"block_{i}")(x)
         return self.map_out(self.norm_out(x))
 
 

@@ -95,16 +95,15 @@ class Mlp(nnx.Module):
     """Linear maps with ReLU between them, not behind the last."""
 
     def __init__(self, key: Key[Array, ""], widths: tuple[int, ...]) -> None:
-        axes = ("embed", "mlp")
-        self.maps = nnx.List(
-            Linear(named_key(key, str(i)), "BD,DE->BE", (a, b), axes, init=xavier)
-            for i, (a, b) in enumerate(itertools.pairwise(widths))
-        )
+        self.depth = len(widths) - 1
+        for i, shape in enumerate(itertools.pairwise(widths)):
+            linear = Linear(named_key(key, str(i)), "BD,DE->BE", shape, ("embed", "mlp"), init=xavier)
+            setattr(self, f"map_{i}", linear)
 
     def __call__(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B E"]:
         """Applies all of them."""
-        for i, linear in enumerate(self.maps):
-            x_BD = linear(x_BD if i == 0 else jax.nn.relu(x_BD))
+        for i in range(self.depth):
+            x_BD = getattr(self, f"map_{i}")(x_BD if i == 0 else jax.nn.relu(x_BD))
         return x_BD
 
 

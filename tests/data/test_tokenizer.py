@@ -185,6 +185,12 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, messag
         read_tokenizer(tmp_path / "chat")
 
 
+def test_another_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "norm_stats.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"norm_stats.json: tokenizer.json \(2 characters\) cannot be read"):
+        read_tokenizer(tmp_path / "norm_stats.json")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
