@@ -64,7 +64,7 @@ def docstring_commands(source: str) -> list[str]:
 
 
 def _lines(block: str) -> list[str]:
-    joined = re.sub(r"\\\n\s*", " ", block)
+    joined = re.sub(r"\s*\\\n\s*", " ", block)
     return [line.strip() for line in joined.split("\n") if _starts_program(line.strip())]
 
 
@@ -105,10 +105,13 @@ def path_problems(text: str, root: Path = ROOT, coming: Sequence[str] = COMING) 
             known = word in coming or word.startswith(READERS) or _OWN.search(word)
             if not known and not any(root.glob(word.rstrip("/"))):
                 problems.append(f"no {word}")
-        elif re.fullmatch(r"[\w*]+\.py", word) and not _OWN.search(word):
-            if not any(path.match(word) for path in _python_files(root)):
-                problems.append(f"no file {word} in any folder")
+        elif re.fullmatch(r"[\w*]+\.py", word) and not (_OWN.search(word) or _in_any_folder(word, root)):
+            problems.append(f"no file {word} in any folder")
     return problems
+
+
+def _in_any_folder(name: str, root: Path) -> bool:
+    return any(path.match(name) for path in _python_files(root))
 
 
 @functools.cache
@@ -123,13 +126,14 @@ def name_problems(text: str) -> list[str]:
 
 
 def _resolves(name: str) -> bool:
+    if any(name.startswith(path.removesuffix(".py").replace("/", ".") + ".") for path in COMING):
+        return True
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
             value: Any = importlib.import_module(".".join(parts[:end]))
         except ImportError:
             continue
-        fields = getattr(value, "__annotations__", {})
         for part in parts[end:]:
             fields = getattr(value, "__dataclass_fields__", {})
             if not hasattr(value, part) and part not in fields:

@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from tests.pages import (
@@ -90,15 +89,19 @@ def test_the_policy_of_the_docs_trains_and_acts(monkeypatch: Any) -> None:
     namespace: dict[str, Any] = {}
     monkeypatch.chdir(ROOT)
     exec(compile(run, "my_run.py", "exec"), namespace)
-    c = namespace["config"].model
-    model = c.create(jax.random.key(0))
-    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), c.batch_shapes(2))
-    loss, metrics = jax.eval_shape(lambda b: model.loss(jax.random.key(0), b, counts=model.loss_counts(b)), batch)
+    c, key = namespace["config"].model, jax.random.key(0)
+
+    def act(batch: Any) -> Any:
+        model = c.create(key)
+        loss, metrics = model.loss(key, batch, counts=model.loss_counts(batch))
+        actions = model.sample_actions(key, c.observation(batch), action_mask=batch["action_mask"])
+        return loss, metrics, model.validation_losses(key, batch), actions
+
+    loss, metrics, held_out, actions = jax.eval_shape(act, c.batch_shapes(2))
     assert loss.shape == ()
-    assert metrics["loss"].shape == (2,)
-    assert set(jax.eval_shape(lambda b: model.validation_losses(jax.random.key(0), b), batch)) == {"loss"}
-    sample = lambda b: model.sample_actions(jax.random.key(0), c.observation(b), action_mask=b["action_mask"])  # noqa: E731
-    assert jax.eval_shape(sample, batch).shape == (2, c.action_horizon, c.action_dim)
+    assert {name: x.shape for name, x in metrics.items()} == {"loss": (2,), "valid": (2,)}
+    assert held_out["loss"].shape == ()
+    assert actions.shape == (2, c.action_horizon, c.action_dim)
 
 
 # ---- What the checks find, on made-up pages --------------------------------------------------------------------------
