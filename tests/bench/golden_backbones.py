@@ -25,7 +25,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import timm  # type: ignore[import-not-found]
@@ -84,7 +84,7 @@ class Sequence:
 
 
 class PaliGemma2(nn.Module):
-    slots: Any = {"one": (0,), "two": (0, 0)}
+    slots: ClassVar[dict[str, tuple[int, ...]]] = {"one": (0,), "two": (0, 0)}
     size, image_tokens = (8, 8), 4
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class PaliGemma2(nn.Module):
 
 
 class QwenVl(nn.Module):
-    slots: Any = {"one": (2,), "two": (2, 4)}
+    slots: ClassVar[dict[str, tuple[int, ...]]] = {"one": (2,), "two": (2, 4)}
     size, image_tokens = (24, 16), 6
 
     def __init__(self, model: str, vision: dict[str, Any], text: dict[str, Any], mean_std: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Prismatic(nn.Module):
     film: one tower alone, with FiLM, as OpenVLA-OFT has it; its language is the mean of the prompt's embeddings.
     """
 
-    slots: Any = {"one": (1,), "two": (1, 1)}
+    slots: ClassVar[dict[str, tuple[int, ...]]] = {"one": (1,), "two": (1, 1)}
     size, image_tokens = (8, 12), 6
 
     def __init__(self, *, film: bool) -> None:

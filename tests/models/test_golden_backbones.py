@@ -79,7 +79,7 @@ BACKBONES: dict[str, tuple[Any, tuple[int, int]]] = {
     "qwen2_5_vl": (
         QwenVlConfig(
             Qwen25VisionConfig(**_QWEN, depth=3, full=(1,), window=16),
-            _qwen(num_heads=2, head_dim=8, qkv_bias=True, rope_sections=(1, 2, 1)),
+            _qwen(num_heads=2, head_dim=8, norm_eps=1e-5, qkv_bias=True, rope_sections=(1, 2, 1)),
         ),
         (24, 16),
     ),
@@ -236,7 +236,7 @@ def test_gradients_of_all_weights(case: Case) -> None:
 
 @pytest.mark.parametrize("held", [False, True])
 def test_decoding_is_the_whole_pass(case: Case, held: bool) -> None:
-    """A prompt without its answer, then the answer token by token; with the model as it is, and as a server holds it."""
+    """A prompt without its answer, then the answer token by token. held: with the model as a server holds it."""
     said, real, expected = case.answers()
     model = case.model("two")
     model = (for_sampling(model) if held else model).backbone
@@ -315,7 +315,7 @@ def test_film_starts_fresh_where_a_file_has_none() -> None:
         ),
         (
             lambda: QwenVlConfig(Qwen3VisionConfig.tiny(width=64), LlamaConfig.tiny()),
-            r"vision.width=64, expected vlm.width=96; vlm.rope_sections=None, expected those of positions in three axes",
+            r"vision.width=64, expected vlm.width=96; vlm.rope_sections=None, expected those of positions in three",
         ),
         (
             lambda: QwenVlConfig(Qwen3VisionConfig.tiny(), dataclasses.replace(QwenVlConfig.tiny_3().vlm, depth=1)),
