@@ -155,7 +155,7 @@ def main(args: Args) -> None:
         "action tokens, and a text tokeniser for prompts with a state",
         [
             *("data/fit_text.py", "--data", sets["sawyer"], sets["pusht"], "--out", f"{run}/text_fast.model"),
-            *("--prompt-format", "fast", "--vocab-size", "1024"),
+            *("--state-in-prompt", "--vocab-size", "1024"),
         ],
         [
             *("data/fit_fast.py", "configs/demo_compare_fast.py", "--out", f"{run}/fast", "--vocab-size", "512"),

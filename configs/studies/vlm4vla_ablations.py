@@ -2,9 +2,9 @@
 
     python train/study.py configs/studies/vlm4vla_ablations.py --run runs/studies/ablations
 
-The data is that of policies.py. There is no tiny pretrained vision-language model, so what stands for one has learned to
-write FAST tokens of the same data: then freezing its image tower (published: much worse), or its table of tokens (no
-difference), or beginning from nothing (worse) can be compared. A tower that is frozen as it was drawn is the worst case.
+The data is that of policies.py. There is no tiny pretrained vision-language model; what stands for one has learned to
+write FAST tokens of the same data. So freezing its image tower (published: much worse), or its table of tokens (no
+difference), and beginning from nothing (worse) can be compared. A tower frozen as it was drawn is the worst case.
 """
 
 from openpi_like.train.study import Arm, Study

@@ -30,7 +30,7 @@ def action_bins(actions: Float[Array, "*B"]) -> Int[Array, "*B"]:
     return jnp.searchsorted(edges, jnp.clip(actions, -1.0, 1.0), side="right").astype(jnp.int32)
 
 
-def bin_centres() -> Float[np.ndarray, "{BINS}"]:
+def bin_centres() -> Float[np.ndarray, "256"]:
     """Returns the value of each bin, 1 to 256: the middle of its edges. The last is one point, and has that before it.
 
     The ends are +-0.99608; the error is 1/255 at most.

@@ -9,6 +9,7 @@ Letters: B batch, S tokens, D width, A action horizon, J action dims.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
+from openpi_like.models.formats import Format, Row, Table, torch_linear
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
 from openpi_like.models.policy import Model, PolicyConfig
@@ -56,6 +58,35 @@ class OpenVlaOftConfig(PolicyConfig):
     def released_normalization(self) -> str:
         """Returns "quantile"."""
         return "quantile"
+
+    def formats(self) -> dict[str, Format]:
+        """Returns the published layouts of the backbone; in "openvla" also the action head and the state's map.
+
+        They are published as files of their own; as safetensors beside the others, their names begin with
+        "action_head." and "proprio_projector.".
+        """
+        formats = dict(self.backbone.formats(self.vocab_size))
+        if "openvla" in formats:
+            formats["openvla"] = formats["openvla"].with_rows(self._head_table)
+        return formats
+
+    def _head_table(self, names: Sequence[str]) -> Table:
+        order = "E D -> D E"
+        head, ours = "action_head.model.", "action_head"
+
+        def norm(mine: str, theirs: str) -> list[Row]:
+            return [Row(f"{mine}/scale", f"{theirs}.weight"), Row(f"{mine}/bias", f"{theirs}.bias")]
+
+        rows = [*norm(f"{ours}/norm_in", f"{head}layer_norm1"), *norm(f"{ours}/norm_out", f"{head}layer_norm2")]
+        rows += [*torch_linear(f"{ours}/map_in", f"{head}fc1", order, "")]
+        rows += torch_linear(f"{ours}/map_out", f"{head}fc2", order, "")
+        for i in range(self.head_blocks):
+            rows += norm(f"{ours}/blocks/{i}/norm", f"{head}mlp_resnet_blocks.{i}.ffn.0")
+            rows += torch_linear(f"{ours}/blocks/{i}/map", f"{head}mlp_resnet_blocks.{i}.ffn.1", order, "")
+        if self.proprioception:
+            for mine, theirs in (("state_in", "fc1"), ("state_out", "fc2")):
+                rows += torch_linear(mine, f"proprio_projector.{theirs}", order, "")
+        return Table(tuple(rows))
 
     @classmethod
     def tiny(

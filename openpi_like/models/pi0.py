@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
+from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
 from openpi_like.draws import named_key, row_keys, sample_keys
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.formats import Format
@@ -40,7 +41,7 @@ class Pi0Config(PolicyConfig):
     """Sizes and options of a pi0 policy; see `PolicyConfig` for those that all policies have.
 
     pi05: there is no state token, and flow time acts through adaptive norms; the state is in the prompt
-        (`prompt_format` "pi05" or "fast"), or not seen at all ("pi0").
+        (`Pi05Prompt` or `FastPrompt`), or not seen at all (`Pi0Prompt`).
     sample_steps: Euler steps when sampling.
     flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
         so a few more draws make the gradient less noisy at less than the cost of as many more samples.
@@ -71,8 +72,9 @@ class Pi0Config(PolicyConfig):
             for name in ("sample_steps", "flow_draws")
             if getattr(self, name) < 1
         ]
-        if self.prompt_format == "pi05" and not self.pi05:
-            problems.append("prompt_format='pi05' with pi05=False, expected 'pi0': pi0 has a token for the state")
+        if self.prompt_format.ends_with_indicator and not self.pi05:
+            got = f"prompt_format={self.prompt_format} with pi05=False"
+            problems.append(f"{got}, expected {Pi0Prompt()}: pi0 has a token for the state")
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
         if not self.flow_weight > 0:
@@ -100,7 +102,7 @@ class Pi0Config(PolicyConfig):
             action_horizon=50,
             prompt_len=200 if pi05 else 48,
             pi05=pi05,
-            prompt_format="pi05" if pi05 else "pi0",
+            prompt_format=Pi05Prompt() if pi05 else Pi0Prompt(),
             train_on_padding=True,
         )
 

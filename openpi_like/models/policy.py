@@ -22,9 +22,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from openpi_like.batch import PROMPT_FORMATS, ActionTokens, Batch, Observation
+from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.config import near_names
 from openpi_like.data.fast import FastTokenizer
+from openpi_like.data.prompts import Pi0Prompt, PromptFormat
 from openpi_like.data.text import TextTokenizer
 from openpi_like.models.backbone import Backbone, BackboneConfig
 from openpi_like.models.formats import Format
@@ -134,14 +135,14 @@ class PolicyConfig(VisionLanguageConfig):
     """What all policies share; see `VisionLanguageConfig` for images and text.
 
     state_dim, action_dim: padded sizes. action_horizon: A, steps in a chunk.
-    prompt_format: one of `openpi_like.batch.PROMPT_FORMATS`.
+    prompt_format: how its prompts and answers are written, see `openpi_like.data.prompts`.
     action_tokens: how actions are written as tokens, None where they are not.
     """
 
     state_dim: int
     action_dim: int
     action_horizon: int
-    prompt_format: str = "pi0"
+    prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: ActionTokens | None = None
 
     @property
@@ -156,8 +157,8 @@ class PolicyConfig(VisionLanguageConfig):
             for name in ("state_dim", "action_dim", "action_horizon")
             if getattr(self, name) < 1
         ]
-        if self.prompt_format not in PROMPT_FORMATS:
-            problems.append(f"prompt_format={self.prompt_format!r}, expected one of {PROMPT_FORMATS}")
+        if not isinstance(self.prompt_format, PromptFormat):
+            problems.append(f"prompt_format={self.prompt_format!r}, expected a PromptFormat such as {Pi0Prompt()}")
         tokens = self.action_tokens
         if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
             least = tokens.count + tokens.skip

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.fast import FastTokenizer, fit_fast
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.stats import save_normalization
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
@@ -26,6 +27,7 @@ from openpi_like.train.checkpoints.checkpoint import save_policy
 from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_contract
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.state import ModelDef
+from tests.data.toy import model_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +85,7 @@ def test_there_and_back(
     assert status == 0
     assert "actions sampled in 10 steps, same inputs: largest difference 0 (values up to" in text
     text_model = tmp_path / "text.model"
-    text_model.write_bytes(contract.text_tokenizer().model)
+    text_model.write_bytes(model_of(contract.text_tokenizer()))
     stats = tmp_path / "out" / "assets" / "sawyer" / "norm_stats.json"
     if to == "lerobot":
         stats = tmp_path / "stats.json"
@@ -97,7 +99,7 @@ def test_there_and_back(
     same(flat_weights(parts.model), params)
     again, before = parts.normalizations["sawyer"], contract.normalizations["sawyer"]
     assert (again.state.mean, again.action.q99) == (before.state.mean, before.action.q99)
-    assert parts.tokenizer.model == contract.text_tokenizer().model
+    assert parts.tokenizer.tokenizer == contract.tokenizer
     assert read_contract(tmp_path / "back" / "checkpoints" / "0").policy == contract.policy
 
 
@@ -111,7 +113,7 @@ def test_action_tokens_travel_with_the_weights(
     shared = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Pi0FastConfig) if hasattr(policy, f.name)}
     tokens = ActionTokens(max_len=40, count=60, skip=0)
     config = Pi0FastConfig(
-        **{**shared, "prompt_len": 80, "vocab_size": 400, "prompt_format": "fast", "action_tokens": tokens}
+        **{**shared, "prompt_len": 80, "vocab_size": 400, "prompt_format": FastPrompt(), "action_tokens": tokens}
     )
     normalization = dataclasses.replace(contract.normalizations["sawyer"], mode="quantile")
     written = dataclasses.replace(
@@ -230,7 +232,7 @@ def test_a_policy_that_could_not_be_served_is_refused(
 ) -> None:
     assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
     text_model = tmp_path / "text.model"
-    text_model.write_bytes(contract.text_tokenizer().model)
+    text_model.write_bytes(model_of(contract.text_tokenizer()))
     stats = tmp_path / "openpi" / "assets" / "sawyer" / "norm_stats.json"
     serving: dict[str, Any] = {
         "model": config_file, "robots": ("sawyer",), "norm_stats": (stats,), "tokenizer": text_model,
