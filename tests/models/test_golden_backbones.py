@@ -264,7 +264,7 @@ def test_a_camera_that_is_not_there_changes_nothing(case: Case) -> None:
     """Neither what is said nor where it stands: as if the sequence did not have it."""
     batch = case.batch("two")
     batch["image_mask"] = {"base": jnp.ones(2, bool), "wrist": jnp.zeros(2, bool)}
-    alone = {**batch, **{k: {"base": batch[k]["base"]} for k in ("images", "image_mask")}}
+    alone: Any = {**batch, **{k: {"base": batch[k]["base"]} for k in ("images", "image_mask")}}
     run = nnx.jit(Backbone.text_logits)
     there = np.asarray(batch["prompt_mask"])
     expected = np.asarray(run(case.model("one").backbone, alone))[there]
@@ -275,7 +275,7 @@ def test_it_trains_on_several_devices(case: Case) -> None:
     """An overlay on all maps of the backbone, its weights over two devices and over two more."""
     batch = jax.tree.map(lambda x: np.concatenate([x, x]), case.batch("two"))
     batch["dataset_id"] = np.zeros(4, np.int32)
-    lora = Lora(rules=(LoraRule("layers/|projector|merger|head/kernel", rank=2),), also_train=("film",))
+    lora = Lora(rules=(LoraRule("layers/|projector|merger|head/kernel", rank=2),), also_train=("vlm/final_norm",))
     model = ModelDef(case.config("two"), Trainable(lora=lora))
     mesh = MeshConfig(data=1, fsdp=2, tensor=2).create()
     optimizer = OptimizerConfig(peak_lr=1e-2, end_lr=1e-2, warmup_steps=0, decay_steps=10).create()
