@@ -280,10 +280,11 @@ def test_it_trains_on_several_devices(case: Case) -> None:
     mesh = MeshConfig(data=1, fsdp=2, tensor=2).create()
     optimizer = OptimizerConfig(peak_lr=1e-2, end_lr=1e-2, warmup_steps=0, decay_steps=10).create()
     trainer = Trainer(model, optimizer, ema_decay=None, seed=0, mesh=mesh, rules=ShardingRules(), dataset_names=("a",))
-    weights = {k: jnp.asarray(v) for k, v in case.weights.items()}
-    fresh = flatten(jax.device_get(trainer.init().params))
-    assert any("lora" in name for name in fresh)
-    state = trainer.init_from(unflatten({**fresh, **weights}))
+    fresh = trainer.fresh_weights([name for name in model.trained if "lora" in name])
+    assert fresh
+    held = flatten(trainer.shardings.params) | flatten(trainer.shardings.frozen)
+    weights = {name: jax.device_put(value, held[name]) for name, value in case.weights.items()}
+    state = trainer.init_from(unflatten({**weights, **fresh}))
     state, first = trainer.train_step(state, put_batch(batch, mesh))
     state, second = trainer.train_step(state, put_batch(batch, mesh))
     assert float(first["loss"]) == pytest.approx(float(case.arrays["two/loss"]), rel=2e-4)
