@@ -8,16 +8,16 @@ prefix see of each other is the backbone's: all in PaliGemma, those before them 
 A policy can put tokens of its own behind those of the last camera (`embed_prefix`), and behind everything
 (`run_queries`).
 
-A new backbone is one file: a config (`BackboneConfig`), a module that says how images become tokens and which language
-model reads them (`Backbone`), and the names that its weights have in published files.
+A new backbone is one file: a config (`backbone_config.BackboneConfig`), a module that says how images become tokens and
+which language model reads them (`Backbone`), and the names that its weights have in published files.
 
 Letters: B batch, C cameras, S text tokens, P image tokens, E tokens behind the last camera, Q queries, D width,
 V vocabulary, L layers, T slots of a cache.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,58 +28,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.draws import row_keys
-from openpi_like.models.formats import Format
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import KVCache, LanguageModel
 from openpi_like.partition import pin
 
 EOS = 1
-
-
-# ---- Protocols -------------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class StackSizes(Protocol):
-    """What others need to know of a language model's layers."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-
-
-@runtime_checkable
-class BackboneConfig(Protocol):
-    """Sizes of a backbone; a frozen dataclass of this package, so that a checkpoint can hold it."""
-
-    @property
-    def language(self) -> StackSizes:
-        """Sizes of the language model, which action experts read keys and values of."""
-        ...
-
-    def problems(self, image_size: tuple[int, int]) -> list[str]:
-        """Returns what does not fit images of this many pixels."""
-        ...
-
-    def image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Returns P, the tokens of one image of this many pixels."""
-        ...
-
-    def create(self, config: Any, key: Key[Array, ""]) -> "Backbone":
-        """Returns the module with fresh weights. config: of the model it is a part of, a `VisionLanguageConfig`."""
-        ...
-
-    def formats(self, vocab_size: int) -> Mapping[str, Format]:
-        """Returns the published layouts that hold its weights."""
-        ...
-
 
 # ---- Sequences -------------------------------------------------------------------------------------------------------
 

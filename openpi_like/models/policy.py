@@ -28,7 +28,8 @@ from openpi_like.config import near_names
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.prompts import Pi0Prompt, PromptFormat
 from openpi_like.data.text import TextTokenizer
-from openpi_like.models.backbone import Backbone, BackboneConfig
+from openpi_like.models.backbone import Backbone
+from openpi_like.models.backbone_config import BackboneConfig
 from openpi_like.models.formats import Format
 from openpi_like.models.stack import remat_problem
 from openpi_like.robots import Robot
