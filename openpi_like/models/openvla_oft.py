@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.data.fast import FastTokenizer
@@ -24,7 +24,7 @@ from openpi_like.models.backbone import masked_means
 from openpi_like.models.formats import Format, Row, Table, torch_linear
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
-from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.models.vit import LayerNorm
 from openpi_like.robots import Robot
 
@@ -136,7 +136,7 @@ class L1Head(nnx.Module):
         return self.map_out(self.norm_out(x))
 
 
-class OpenVlaOft(Model):
+class OpenVlaOft(OnePassPolicy):
     """The policy: `loss` to train it, `sample_actions` to use it."""
 
     config: OpenVlaOftConfig
@@ -190,27 +190,3 @@ class OpenVlaOft(Model):
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss"."""
         return {"loss": self.loss(key, batch)[0]}
-
-    # ---- Sampling ----------------------------------------------------------------------------------------------------
-
-    def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
-        """Returns normalised actions."""
-        return self.predict(self.config.observation(batch))
-
-    def sample_actions(
-        self,
-        key: Key[Array, ""],
-        observation: Observation,
-        *,
-        action_mask: Bool[Array, "B A J"] | None = None,
-    ) -> Float[Array, "B A J"]:
-        """Returns normalised actions; `key` is not used, nothing is drawn.
-
-        action_mask: which entries of the chunk this robot has (None: all); the others are 0.
-
-        Raises:
-            ValueError: the observation does not fit the config; lists everything that does not.
-        """
-        self.config.check_inputs(observation, actions=False)
-        actions = self.predict(observation)
-        return actions if action_mask is None else jnp.where(action_mask, actions, 0.0)
