@@ -186,8 +186,13 @@ def run(model: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {"prefix": prefix, "prefix_mask": prefix_mask}
     for weight in model.parameters():
         weight.requires_grad_(True)
-    model.action_out_proj.register_forward_hook(lambda module, args, out: found.setdefault("velocity", out))
+
+    def keep(module: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        found["velocity"] = out
+
+    hook = model.action_out_proj.register_forward_hook(keep)
     found["losses"] = model(*seen, given["actions"], given["noise"], given["time"])
+    hook.remove()
     weights = {name: w for name, w in model.named_parameters() if name in GRADIENTS}
     gradients = torch.autograd.grad(found["losses"].mean(), list(weights.values()))
     found |= {f"gradient/model.{name}": value for name, value in zip(weights, gradients, strict=True)}
