@@ -147,7 +147,7 @@ class Blocks(nnx.Module):
 class Expert(LanguageModel):
     """The stack of blocks and the final norm. What it sees of the prefix comes from `read`."""
 
-    layers: Blocks
+    layers: Any  # Blocks, or one of each, see `is_taken_apart`
 
     def __init__(
         self,

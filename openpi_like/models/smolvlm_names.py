@@ -25,7 +25,8 @@ def smolvlm_formats(vision: SiglipConfig, vlm: LlamaConfig, layers: int, vocab_s
             *llama_rows(used, "vlm", f"{model}text_model.", head=f"{root}lm_head"),
         ]
         head = f"{root}lm_head.weight"
-        unused, fillers = {}, {}
+        unused: dict[str, str] = {}
+        fillers: dict[str, tuple[int, ...]] = {}
         if vlm.tied:
             unused[rf"^{re.escape(head)}$"] = "the table of logits, for writing text"
             fillers[head] = (vocab_size, vlm.width)
