@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from openpi_like.config import load_run
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.pi0 import Pi0Config
 
 fast = load_run(Path(__file__).with_name("demo_compare_fast.py"))
@@ -20,6 +21,6 @@ config = dataclasses.replace(
     fast,
     run_dir="runs/demo/compare_insulated",
     model=Pi0Config.tiny(
-        **{name: getattr(fast.model, name) for name in same}, pi05=True, prompt_format="fast", flow_draws=2
+        **{name: getattr(fast.model, name) for name in same}, pi05=True, prompt_format=FastPrompt(), flow_draws=2
     ),
 )

@@ -3,9 +3,9 @@
     python data/stats.py --robot widowx --data data/bridge_dataset/1.0.0 --out stats/widowx.json
     python train/train.py configs/finetune_pi0_widowx.py mesh.fsdp=8
 
-`weights/pi0_base` holds the release (its `params` folder), in openpi's layout or any other that
-`openpi_like/models/formats.py` lists; `weights/paligemma_tokenizer.model` is PaliGemma's SentencePiece model. Weights,
-their average and AdamW's moments take 48 GiB in all, divided by `mesh.fsdp`; see train/plan.py.
+`weights/pi0_base` holds the release (its `params` folder), in openpi's layout or any other in docs/weights.md;
+`weights/paligemma_tokenizer.model` is PaliGemma's SentencePiece model. Weights, their average and AdamW's moments take
+48 GiB in all, divided by `mesh.fsdp`; see train/plan.py.
 Every weight has its place, whatever the cameras, so nothing starts fresh. For pi0.5: `Pi0Config.released(pi05=True)`,
 and quantile normalisation in the robot.
 """

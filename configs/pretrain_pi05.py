@@ -12,6 +12,7 @@ from pathlib import Path
 
 from openpi_like.batch import ActionTokens
 from openpi_like.config import load_run
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.train.checkpoints.warm_start import WarmStart
 
@@ -25,7 +26,7 @@ config = dataclasses.replace(
         action_dim=10,
         action_horizon=16,
         train_on_padding=False,
-        prompt_format="fast",
+        prompt_format=FastPrompt(),
         action_tokens=ActionTokens(max_len=100),
     ),
     action_tokenizer="weights/fast",

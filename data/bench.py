@@ -26,8 +26,10 @@ from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import Loader, make_loader
+from openpi_like.data.prompts import Pi0Prompt, PromptFormat
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization, load_normalization
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer, read_tokenizer
 from openpi_like.robots.find import find_robot
 
 MIB = 2**20
@@ -79,7 +81,8 @@ class Shapes:
     prompt_len: int
     vocab_size: int
     resize: str = "cubic"
-    prompt_format: str = "pi0"
+    prompt_format: PromptFormat = Pi0Prompt()
+    image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
 
 
@@ -143,12 +146,7 @@ def open_run(args: Args) -> Loader:
         run.data,
         batch_size=args.batch_size or run.batch_size,
         policy=run.model,
-        tokenizer=TextTokenizer(
-            Path(run.tokenizer).read_bytes(),
-            run.model.prompt_len,
-            prompt_format=run.model.prompt_format,
-            answer_len=run.model.answer_len,
-        ),
+        tokenizer=TextTokenizer.of_policy(read_tokenizer(run.tokenizer), run.model),
         normalizations={n: load_normalization(Path(run.stats) / f"{n}.json", r) for n, r in robots.items()},
         action_tokenizer=None if run.action_tokenizer is None else FastTokenizer.load(run.action_tokenizer),
     )

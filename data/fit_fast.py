@@ -27,7 +27,7 @@ from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastError, FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.stats import load_normalization
-from openpi_like.data.text import TextTokenizer
+from openpi_like.data.text import TextTokenizer, read_tokenizer
 
 BLOCK = 4096  # chunks looked at together
 BINS = 256
@@ -154,10 +154,8 @@ def main(args: Args, console: Console) -> None:
     # Held-out episodes where there are any.
     rows = []
     room = None if run.model.action_tokens is None else run.model.action_tokens.max_len
-    if room is not None and run.tokenizer is not None and Path(run.tokenizer).is_file():
-        text = TextTokenizer(
-            Path(run.tokenizer).read_bytes(), 100, prompt_format=run.model.prompt_format, answer_len=room
-        )
+    if room is not None and run.tokenizer is not None and Path(run.tokenizer).exists():
+        text = TextTokenizer(read_tokenizer(run.tokenizer), 100, prompt_format=run.model.prompt_format, answer_len=room)
         empty = text.encode_actions("", np.zeros(1, np.float32), np.zeros(0, np.int32))
         room -= int(empty.prompt_action.sum())  # "Action: ", "|" and the end
     for entry, held_out, seen in zip(entries, open_datasets(data, validation=True), training, strict=True):

@@ -3,27 +3,28 @@
     python data/fit_text.py --data demos/sawyer_sim/1.0.0 demos/pusht_sim/1.0.0 --out text.model
 
 Any other text can be encoded with it too, if need be byte by byte. Policies that start from released weights bring
-their own tokeniser. `--prompt-format fast` also fits to what policies with action tokens write around instructions.
+their own tokeniser. `--state-in-prompt` also fits to what pi0.5 and policies with action tokens write around
+instructions.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from rich.console import Console
 
 from openpi_like.config import near_names
 from openpi_like.data.index import open_index
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Fits a SentencePiece model to the instructions of RLDS datasets.
 
-    data: TFDS directories. out: file to write. key: step field that holds the instruction. prompt_format: of the
-    policies that are to read it, see `openpi_like.data.text`.
+    data: TFDS directories. out: file to write. key: step field that holds the instruction.
+    state_in_prompt: for policies that read their state in the prompt, see `openpi_like.data.prompts`.
     """
 
     data: tuple[Path, ...]
@@ -31,7 +32,7 @@ class Args:
     key: str = "language_instruction"
     split: str = "train"
     vocab_size: int = 512
-    prompt_format: Literal["pi0", "pi05", "fast"] = "pi0"
+    state_in_prompt: bool = False
     index_dir: Path | None = None
 
 
@@ -43,14 +44,14 @@ def main(args: Args, console: Console) -> None:
             raise SystemExit(f"{directory} has no text field {args.key!r}; {near_names(args.key, list(index.texts))}")
         texts.update(index.texts[args.key].table)
     around = []
-    if args.prompt_format != "pi0":
+    if args.state_in_prompt:
         numbers = " ".join(map(str, range(10)))
         around = [f"Task: {text.lower()}, State: {numbers};" for text in texts] + ["Action: ", "Subtask: ;", "|"]
     model = fit_text_tokenizer([*texts, *around], args.vocab_size)
     tokenizer = TextTokenizer(model, prompt_len=10_000)
     lengths = {text: int(tokenizer.encode(text)[1].sum()) for text in sorted(texts)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_bytes(model)
+    args.out.write_bytes(model.content())
     for text, length in lengths.items():
         console.print(f"{length:4d} tokens  {text!r}")
     console.print(

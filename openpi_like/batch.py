@@ -9,8 +9,6 @@ from typing import Any, NotRequired, TypedDict
 
 Array = Any  # numpy on the host, jax.Array or a tracer on the device
 
-PROMPT_FORMATS = ("pi0", "pi05", "fast")  # see openpi_like.data.text
-
 
 class Observation(TypedDict):
     """What a policy sees. A masked camera holds zeros and is invisible to attention."""

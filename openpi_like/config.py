@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import os
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,16 @@ from openpi_like.older import todays
 T = TypeVar("T")
 _CLASS = "__class__"
 _PACKAGE = "openpi_like"
+# Packages whose dataclasses a checkpoint may hold. What reads a checkpoint imports them: it may come from anyone.
+_trusted = {_PACKAGE, *filter(None, os.environ.get("OPENPI_LIKE_TRUST", "").split(","))}
+
+
+def trust(*packages: str) -> None:
+    """Lets checkpoints hold dataclasses of your own packages (top-level names), such as the config of a policy.
+
+    To be called wherever such a checkpoint is written or read; `OPENPI_LIKE_TRUST=one,two` does it for any program.
+    """
+    _trusted.update(packages)
 
 
 def near_names(name: str, known: Sequence[str]) -> str:
@@ -34,10 +45,11 @@ def to_json(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        if cls.__module__.split(".")[0] != _PACKAGE:
+        if cls.__module__.split(".")[0] not in _trusted:
             raise TypeError(
-                f"only dataclasses of {_PACKAGE} can be stored in a checkpoint, got {cls.__module__}.{cls.__qualname__}"
-                "; build the config from the library's own classes"
+                f"only dataclasses of {', '.join(sorted(_trusted))} can be stored in a checkpoint, got "
+                f"{cls.__module__}.{cls.__qualname__}; build the config from the library's own classes, or name your "
+                "package in OPENPI_LIKE_TRUST"
             )
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {_CLASS: f"{cls.__module__}:{cls.__qualname__}", **fields}
@@ -64,9 +76,11 @@ def from_json(data: Any) -> Any:
         return {k: from_json(v) for k, v in data.items()}
     path, fields = todays(data[_CLASS], {k: v for k, v in data.items() if k != _CLASS})
     module, _, name = path.partition(":")
-    # A checkpoint may come from anyone: it can name our own dataclasses and nothing else.
-    if module.split(".")[0] != _PACKAGE:
-        raise ValueError(f"class {data[_CLASS]!r} is outside {_PACKAGE}; the file is not one of ours or was changed")
+    if module.split(".")[0] not in _trusted:
+        raise ValueError(
+            f"class {data[_CLASS]!r} is outside {', '.join(sorted(_trusted))}; the file is not one of ours or was "
+            "changed; if it is yours, name its package in OPENPI_LIKE_TRUST"
+        )
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:

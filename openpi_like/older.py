@@ -4,6 +4,7 @@ A checkpoint's JSON names the classes of what it holds. Where a class has moved,
 have changed, an entry of `CHANGED` turns the stored fields into today's, before anything is built from them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,16 @@ MOVED = {
 }
 
 
-def _parts_of_backbone(fields: dict[str, Any]) -> dict[str, Any]:
+Fields = dict[str, Any]
+Change = Callable[[Fields], Fields]
+
+
+def _in_turn(*changes: Change) -> Change:
+    """Returns the change that makes these one after the other, the oldest first."""
+    return lambda fields: functools.reduce(lambda now, change: change(now), changes, fields)
+
+
+def _parts_of_backbone(fields: Fields) -> Fields:
     """Policies had the two towers of PaliGemma as fields of their own."""
     if "vlm" not in fields:
         return fields
@@ -25,10 +35,32 @@ def _parts_of_backbone(fields: dict[str, Any]) -> dict[str, Any]:
     return {"backbone": backbone} | {name: value for name, value in fields.items() if name not in parts}
 
 
+def _prompt_format_object(fields: Fields) -> Fields:
+    """A prompt's format was a name."""
+    stored = fields.get("prompt_format")
+    if not isinstance(stored, str):
+        return fields
+    names = {"pi0": "Pi0Prompt", "pi05": "Pi05Prompt", "fast": "FastPrompt"}
+    if stored not in names:
+        known = list(names)
+        raise ValueError(f"prompt_format {stored!r} of an older checkpoint, expected one of {known}; it is damaged")
+    return {**fields, "prompt_format": {"__class__": f"openpi_like.data.prompts:{names[stored]}"}}
+
+
+def _tokenizer_object(fields: Fields) -> Fields:
+    """A tokenizer was a SentencePiece model, base64."""
+    stored = fields.get("tokenizer")
+    if not isinstance(stored, str):
+        return fields
+    path = "openpi_like.data.sentencepiece_model:SentencePieceTokenizer"
+    return {**fields, "tokenizer": {"__class__": path, "model": stored}}
+
+
 # Class path (of today) -> stored fields (JSON, without "__class__") -> today's fields (JSON).
-CHANGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "openpi_like.models.pi0:Pi0Config": _parts_of_backbone,
-    "openpi_like.models.pi0_fast:Pi0FastConfig": _parts_of_backbone,
+CHANGED: dict[str, Change] = {
+    "openpi_like.models.pi0:Pi0Config": _in_turn(_parts_of_backbone, _prompt_format_object),
+    "openpi_like.models.pi0_fast:Pi0FastConfig": _in_turn(_parts_of_backbone, _prompt_format_object),
+    "openpi_like.train.checkpoints.contract:Contract": _tokenizer_object,
 }
 
 

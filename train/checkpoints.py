@@ -246,10 +246,12 @@ def say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+COMMANDS: dict[str, Any] = {"ls": Ls, "verify": Verify, "diff": Diff, "prune": Prune}
+
+
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     """Returns the exit status. arguments: default those of the process."""
-    commands: dict[str, Any] = {"ls": Ls, "verify": Verify, "diff": Diff, "prune": Prune}
-    command = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, description=__doc__)
     return command(console or Console(highlight=False))
 
 

@@ -27,7 +27,9 @@ from rich.console import Console
 
 from openpi_like.config import load_run, override
 from openpi_like.data.fast import FastTokenizer
+from openpi_like.data.openvla_stats import is_openvla_stats, load_openvla_stats
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
+from openpi_like.data.text import read_tokenizer
 from openpi_like.models.arrays import open_arrays
 from openpi_like.models.lora import Lora
 from openpi_like.models.pi0 import Pi0Config
@@ -53,7 +55,6 @@ from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
     contract_problems,
-    encode_tokenizer,
     read_contract,
     read_record,
 )
@@ -78,7 +79,8 @@ class Args:
     alpha / rank. drop: regular expressions of arrays to leave out. keep_lora: write the LoRA weights of a run beside
     those that they lie on, where the layout has LoRA (openpi); otherwise they are merged.
     robots, norm_stats, tokenizer: for --to run, what serving needs: robots ("sawyer", "my_robot.py", "module:OBJECT"),
-    for each its statistics (openpi's norm_stats.json or ours), and the SentencePiece model of the prompts;
+    for each its statistics (openpi's norm_stats.json, OpenVLA's dataset_statistics.json with the name of its
+    dataset as stats_dataset, or ours), and the SentencePiece model of the prompts;
     action_tokenizer: for pi0_fast, the directory of the FAST tokenizer.
     verify: read back what was written, and compare outputs on the same inputs with those of the weights as read
     (rounded to dtype); fails where they differ by more than tolerance, a part of the largest output.
@@ -96,6 +98,7 @@ class Args:
     keep_lora: bool = False
     robots: tuple[str, ...] = ()
     norm_stats: tuple[Path, ...] = ()
+    stats_dataset: str | None = None
     tokenizer: Path | None = None
     action_tokenizer: Path | None = None
     verify: bool = True
@@ -126,7 +129,7 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     if len(args.norm_stats) != len(args.robots):
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
-        problems.append("--tokenizer: missing; the SentencePiece model the weights were trained with")
+        problems.append("--tokenizer: missing; the file or directory of the tokenizer the weights were trained with")
     if config.action_tokens is not None and args.action_tokenizer is None:
         problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
@@ -139,10 +142,13 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     normalizations = {}
     for robot, path in zip(robots, args.norm_stats, strict=True):
         stored = json.loads(path.read_text())
-        load = load_openpi_stats if isinstance(stored, dict) and "norm_stats" in stored else load_normalization
-        normalizations[robot.name] = load(path, robot)
+        if is_openvla_stats(stored):
+            normalizations[robot.name] = load_openvla_stats(path, robot, dataset=args.stats_dataset)
+        else:
+            load = load_openpi_stats if isinstance(stored, dict) and "norm_stats" in stored else load_normalization
+            normalizations[robot.name] = load(path, robot)
     assert args.tokenizer is not None  # checked above
-    tokenizer = encode_tokenizer(args.tokenizer.read_bytes())
+    tokenizer = read_tokenizer(args.tokenizer)
     fast = None if args.action_tokenizer is None else FastTokenizer.load(args.action_tokenizer).files
     contract = Contract(config, robots, normalizations, tokenizer, {r.name: None for r in robots}, fast)
     found = contract_problems(contract)

@@ -5,23 +5,15 @@ can be stopped at any moment: started again, it skips the finished steps and the
 `--scale full` makes more demonstrations and trains longer, into another directory.
 """
 
-import contextlib
 import dataclasses
-import datetime
-import json
 import os
-import platform
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
+
+from openpi_like.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sawyer's tasks; episodes per task and robot for training, and for validation; training steps; episodes per task to
@@ -84,80 +76,6 @@ COMPARED = ("flow", "fast", "insulated")
 CONSOLE = Console(highlight=False)
 
 
-class Demo:
-    """Runs steps in order and remembers, in `<run>/demo.json`, which are done and how long they took."""
-
-    def __init__(self, run: Path) -> None:
-        self.run, self.record_path = run, run / "demo.json"
-        run.mkdir(parents=True, exist_ok=True)
-        self.record: dict[str, Any] = {"seconds": {}, "commands": {}, "done": []}
-        if self.record_path.is_file():
-            self.record = json.loads(self.record_path.read_text())
-        self.record["hardware"] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-        self.record["date"] = datetime.date.today().isoformat()
-
-    def save(self) -> None:
-        temporary = self.record_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.record, indent=1))
-        os.replace(temporary, self.record_path)
-
-    def step(self, name: str, *commands: list[str], server: list[str] | None = None) -> None:
-        """Runs the commands one after another, with a policy server beside them when one is given."""
-        shown = [*([server] if server else []), *commands]
-        text = "\n".join(shlex.join(["python", *c]) for c in shown)
-        if self.record["commands"].get(name, text) != text:
-            raise SystemExit(
-                f"{self.run} holds another demo: its step {name!r} was\n{self.record['commands'][name]}\n"
-                f"and would now be\n{text}\nremove the directory, or give another one with --run"
-            )
-        if name in self.record["done"]:
-            CONSOLE.print(f"[green]done before[/] {name} ({self.record['seconds'][name]:.0f} s)")
-            return
-        CONSOLE.rule(f"[bold]{name}")
-        for line in text.splitlines():
-            CONSOLE.print(f"[dim]$ {line}", soft_wrap=True)
-        self.record["seconds"].setdefault(name, 0.0)
-        self.record["commands"][name] = text
-        started = time.perf_counter()
-        try:
-            with _policy_server(server) if server else contextlib.nullcontext():
-                for command in commands:
-                    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        finally:
-            # Time of interrupted tries counts too.
-            self.record["seconds"][name] += time.perf_counter() - started
-            self.save()
-        self.record["done"].append(name)
-        self.save()
-
-
-@contextlib.contextmanager
-def _policy_server(command: list[str]) -> Iterator[None]:
-    """Starts a policy server, waits until it has compiled and listens, and stops it at the end."""
-    port_file = ROOT / command[command.index("--port-file") + 1]
-    port_file.unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
-    try:
-        while not port_file.is_file():
-            if process.poll() is not None:
-                raise SystemExit(
-                    f"the policy server ended with code {process.returncode} before it was ready, see above"
-                )
-            time.sleep(0.1)
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 @dataclasses.dataclass(frozen=True)
 class Args:
     """The main job, end to end, on simulated robots.
@@ -172,8 +90,9 @@ class Args:
 
 
 def main(args: Args) -> None:
+    os.chdir(ROOT)  # where the steps' programs are
     n, run = SCALES[args.scale], str(args.run or Path("runs") / args.scale)
-    demo = Demo(ROOT / run)
+    demo = Job(Path(run), "demo", CONSOLE)
     robots = ("sawyer", "pusht", "aloha")
     data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
     tasks = {"sawyer": ["--tasks", *SAWYER_TASKS[: n["tasks"]]], "pusht": [], "aloha": []}
@@ -236,7 +155,7 @@ def main(args: Args) -> None:
         "action tokens, and a text tokeniser for prompts with a state",
         [
             *("data/fit_text.py", "--data", sets["sawyer"], sets["pusht"], "--out", f"{run}/text_fast.model"),
-            *("--prompt-format", "fast", "--vocab-size", "1024"),
+            *("--state-in-prompt", "--vocab-size", "1024"),
         ],
         [
             *("data/fit_fast.py", "configs/demo_compare_fast.py", "--out", f"{run}/fast", "--vocab-size", "512"),

@@ -1,7 +1,7 @@
 """Says whether a run fits a machine and how fast it could be there, before there is one:
 
     python train/plan.py configs/pretrain_pi0.py --topology v5e:16x16
-    python train/plan.py configs/pretrain_pi0.py mesh.fsdp=8 batch_size=64 --topology h100:8 --search
+    python train/plan.py configs/pretrain_pi0.py mesh.fsdp=8 batch_size=64 --topology h100:8 --search 6
     python train/plan.py configs/finetune_pi0_widowx.py                       # this machine
 
 The real training step and the sampler are compiled ahead of time, which takes one to four minutes each at released

@@ -27,13 +27,13 @@ from openpi_like.data.loader import make_loader
 from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import load_normalization
+from openpi_like.data.text import read_tokenizer
 from openpi_like.models.weights import WeightsError, print_load_report
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step, is_run
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
     contract_problems,
-    encode_tokenizer,
     read_contract,
 )
 from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
@@ -75,11 +75,11 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if config.warm_start is not None and is_run(config.warm_start.checkpoint):
         before = read_contract(find_step(config.warm_start.checkpoint))
     if config.tokenizer is not None:
-        tokenizer = encode_tokenizer(Path(config.tokenizer).read_bytes())
+        tokenizer = read_tokenizer(config.tokenizer)
     elif before is not None:
         tokenizer = before.tokenizer
     else:
-        raise ValueError("tokenizer=None: there is no run of ours to take it from; give the SentencePiece model's file")
+        raise ValueError("tokenizer=None: there is no run of ours to take it from; give its file or directory")
     action_tokenizer = None
     if config.action_tokenizer is not None:
         action_tokenizer = FastTokenizer.load(config.action_tokenizer).files

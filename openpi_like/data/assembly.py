@@ -118,12 +118,12 @@ class Assembler:
         self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
         self._under_way, self._recycled = _UnderWay(), _Recycled(config.prefetch + config.num_threads + 1)
         problems = action_token_problems(policy, tokenizer, action_tokenizer)
+        problems += image_slot_problems(policy, tokenizer)
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
         if tokenizer.prompt_format != policy.prompt_format:
             problems.append(
-                f"the tokenizer writes prompts of format {tokenizer.prompt_format!r}, the policy reads "
-                f"{policy.prompt_format!r}"
+                f"the tokenizer writes prompts as {tokenizer.prompt_format}, the policy reads {policy.prompt_format}"
             )
         if tokenizer.vocab_size > policy.vocab_size:
             problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
@@ -277,6 +277,17 @@ class Assembler:
             assert said is not None  # DataConfig has checked it
             return self.tokenizer.encode_answer(prompt, said)
         return self.tokenizer.encode_actions(prompt, state, written, subtask=said)
+
+
+def image_slot_problems(policy: PolicyShape, tokenizer: TextTokenizer) -> list[str]:
+    """Returns where images are in prompts, if the policy reads them elsewhere."""
+    read, written = policy.image_slots or (0,) * len(policy.cameras), tokenizer.image_slots
+    if read == written or not any(read + written):
+        return []
+    return [
+        f"prompts of {tokenizer.prompt_format} have images after their first {written} tokens, one for each camera, "
+        f"the policy reads them after {read}; choose another prompt_format, or image_slots={written}"
+    ]
 
 
 def action_token_problems(

@@ -9,6 +9,7 @@ import numpy as np
 from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
+from openpi_like.data.prompts import PromptFormat
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.robots.robot import Robot
@@ -37,7 +38,9 @@ class PolicyShape(Protocol):
     @property
     def resize(self) -> str: ...
     @property
-    def prompt_format(self) -> str: ...
+    def prompt_format(self) -> PromptFormat: ...
+    @property
+    def image_slots(self) -> tuple[int, ...]: ...
     @property
     def action_tokens(self) -> ActionTokens | None: ...
 

@@ -1,32 +1,21 @@
-"""Prompts as tokens, the way the released policies were trained.
-
-Formats of a prompt, `openpi_like.batch.PROMPT_FORMATS` (bins: the state as numbers 0 .. 255, see `state_bins`):
-- "pi0": BOS, the text, and a newline that is encoded separately.
-- "pi05": BOS, and `Task: {text}, State: {bins};\\nAction: ` as one piece.
-- "fast": BOS, and `Task: {text in lower case}, State: {bins};\\n` as one piece. "Action: " begins the answer.
+"""Prompts and answers as rows of a fixed length. What they say is up to `prompts`, what ids they have to `tokenizer`.
 
 Letters: S tokens of a prompt, T tokens of an answer, De state dims.
 """
 
-import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32
 
-from openpi_like.batch import PROMPT_FORMATS
 from openpi_like.config import near_names
-
-
-def state_bins(state: Float[np.ndarray, "*batch De"]) -> Int64[np.ndarray, "*batch De"]:
-    """Returns which of 256 equal bins of [-1, 1] each value of a normalised state is in: floor((x + 1) * 128).
-
-    As in the released pi0.5: 255 for everything above, and -1 (not 0) below, so that leaving the range can be told
-    from its edge.
-    """
-    return np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
+from openpi_like.data.config import PolicyShape
+from openpi_like.data.huggingface import HuggingFaceTokenizer
+from openpi_like.data.prompts import Pi0Prompt, PromptFormat
+from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
+from openpi_like.data.tokenizer import Tokenizer
 
 
 class TextRow(NamedTuple):
@@ -40,47 +29,60 @@ class TextRow(NamedTuple):
 
 
 class TextTokenizer:
-    """Tokenises prompts and answers with a SentencePiece model. Safe to use from several threads."""
+    """Writes prompts and answers as padded rows of ids. Safe to use from several threads.
+
+    image_slots: after how many ids of a prompt each camera's image tokens go, see `PromptFormat.image_slots`.
+    """
 
     def __init__(
         self,
-        model: bytes,
+        tokenizer: Tokenizer,
         prompt_len: int,
         *,
-        prompt_format: str = "pi0",
+        prompt_format: PromptFormat = Pi0Prompt(),
+        cameras: int = 1,
         answer_len: int = 0,
         truncate: bool = False,
     ) -> None:
         """
         Args:
-            model: a SentencePiece model file's content.
+            tokenizer: of the text.
             prompt_len: S, tokens that a prompt is padded to.
-            prompt_format: one of `PROMPT_FORMATS`.
+            prompt_format: how prompts and answers are written.
+            cameras: how many images a prompt is about.
             answer_len: T, tokens of an answer at most, added to what a prompt is padded to; 0 where the two share
                 `prompt_len`.
             truncate: cut prompts that are too long instead of raising.
 
         Raises:
-            ValueError: `model` is not a SentencePiece model, or has no BOS; or an unknown format.
+            ValueError: the tokenizer's files are damaged, or it lacks what the format needs.
         """
-        self.model, self.prompt_len, self.answer_len, self.truncate = model, prompt_len, answer_len, truncate
-        self.prompt_format = prompt_format
-        if prompt_format not in PROMPT_FORMATS:
-            raise ValueError(f"prompt_format {prompt_format!r} is unknown; {near_names(prompt_format, PROMPT_FORMATS)}")
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as e:
-            raise ValueError(f"not a SentencePiece model ({len(model)} bytes): {e}") from e
-        if self._processor.bos_id() < 0:
+        self.tokenizer, self.prompt_format, self.cameras = tokenizer, prompt_format, cameras
+        self.prompt_len, self.answer_len, self.truncate = prompt_len, answer_len, truncate
+        self.vocab_size = tokenizer.vocab_size
+        self.image_slots = prompt_format.image_slots(tokenizer, cameras)
+        self._before_images = prompt_format.leading(tokenizer, cameras)[: max(self.image_slots, default=0)]
+        if len(self._before_images) > prompt_len:
             raise ValueError(
-                "the SentencePiece model has no BOS token, which begins every prompt; choose another model"
+                f"prompts of {prompt_format} have {len(self._before_images)} tokens before the last image, expected at "
+                f"most prompt_len={prompt_len}; use a larger prompt_len"
             )
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._processor.vocab_size()
+    @classmethod
+    def of_policy(cls, tokenizer: Tokenizer, policy: PolicyShape) -> "TextTokenizer":
+        """Returns the one that writes what a policy reads.
+
+        Raises:
+            ValueError: see `__init__`.
+        """
+        return cls(
+            tokenizer,
+            policy.prompt_len,
+            prompt_format=policy.prompt_format,
+            cameras=len(policy.cameras),
+            answer_len=0 if policy.action_tokens is None else policy.action_tokens.max_len,
+        )
 
     # ---- Prompts -----------------------------------------------------------------------------------------------------
 
@@ -94,34 +96,34 @@ class TextTokenizer:
         Raises:
             ValueError: the prompt has more than `prompt_len` tokens and is not to be truncated, or needs a state.
         """
-        if self.prompt_format == "pi0" and text in self._cache:
+        if text in self._cache:
             return self._cache[text]
-        tokens = self._prompt(text, state, self.prompt_format)[: self.prompt_len]
+        tokens = self._prompt(text, state)[: self.prompt_len]
         ids, mask = np.zeros(self.prompt_len, np.int32), np.zeros(self.prompt_len, bool)
         ids[: len(tokens)], mask[: len(tokens)] = tokens, True
-        if self.prompt_format == "pi0":  # few instructions, but no two states are alike
+        if not self.prompt_format.state_in_prompt:  # few instructions, but no two states are alike
             self._cache[text] = ids, mask
         return ids, mask
 
-    def _prompt(self, text: str, state: np.ndarray | None, prompt_format: str) -> list[int]:
-        cleaned = text.strip().replace("_", " ")
-        if prompt_format == "pi0":
-            pieces = [cleaned.replace("\n", " "), "\n"]
+    def _prompt(self, text: str, state: np.ndarray | None) -> list[int]:
+        if not self.prompt_format.state_in_prompt:
+            state = None
         elif state is None:
-            raise ValueError(f"prompt {text!r}: the format {prompt_format!r} has the state in it, got none; give it")
-        else:
-            bins = " ".join(map(str, state_bins(state)))
-            if prompt_format == "pi05":
-                cleaned = cleaned.replace("\n", " ")
-                pieces = [f"Task: {cleaned}, State: {bins};\nAction: "]
-            else:  # as released: in lower case before it is stripped, and newlines stay
-                pieces = [f"Task: {text.lower().strip().replace('_', ' ')}, State: {bins};\n"]
-        tokens = [self._processor.bos_id(), *(i for piece in pieces for i in self._processor.encode(piece))]
+            raise ValueError(f"prompt {text!r}: {self.prompt_format} has the state in it, got none; give it")
+        tokens = self.prompt_format.prompt(self.tokenizer, text, state, self.cameras)
+        return self._checked(text, tokens, "" if state is None else f" with {len(state)} state values")
+
+    def _checked(self, text: str, tokens: list[int], values: str) -> list[int]:
         if len(tokens) > self.prompt_len and not self.truncate:
-            values = "" if state is None or prompt_format == "pi0" else f" with {len(state)} state values"
             raise ValueError(
                 f"prompt {text!r}{values} has {len(tokens)} tokens, expected at most prompt_len={self.prompt_len}; "
                 "use a larger prompt_len or a shorter prompt"
+            )
+        before = tokens[: len(self._before_images)]
+        if before != self._before_images:
+            raise ValueError(
+                f"prompt {text!r} begins with the tokens {before}, expected {self._before_images}: images have fixed "
+                f"places among these in {self.prompt_format}; choose a format with images before the text"
             )
         return tokens
 
@@ -135,13 +137,13 @@ class TextTokenizer:
     # ---- Answers -----------------------------------------------------------------------------------------------------
 
     def encode_answer(self, text: str, answer: str) -> TextRow:
-        """Returns a prompt of format "pi0" with a text answer and EOS: what PaliGemma is trained on.
+        """Returns a question with a text answer: what the format's backbone is trained on.
 
         Raises:
             ValueError: too many tokens. An answer is never cut: its end would be lost.
         """
-        said = [*self._processor.encode(answer), self._processor.eos_id()]
-        return self._row(text, self._prompt(text, None, "pi0"), said, [])
+        question = self._checked(text, self.prompt_format.question(self.tokenizer, text, self.cameras), "")
+        return self._row(text, question, self.prompt_format.text_answer(self.tokenizer, answer), [])
 
     def encode_actions(
         self,
@@ -151,26 +153,24 @@ class TextTokenizer:
         *,
         subtask: str | None = None,
     ) -> TextRow:
-        """Returns a prompt with action tokens as its answer: "Action: ", the ids, "|" and EOS.
+        """Returns a prompt with action tokens as its answer, as the format writes it.
 
-        action_ids: as ids of the text vocabulary. subtask: text said before the actions, as `Subtask: {subtask};\\n`.
+        action_ids: as ids of the text vocabulary. subtask: text said before the actions.
 
         Raises:
             ValueError: too many tokens.
         """
-        prompt = self._prompt(text, state, self.prompt_format)
-        said = [] if subtask is None else self._processor.encode(f"Subtask: {subtask};\n")
-        actions = [*self.action_indicator(), *map(int, action_ids), *self._processor.encode("|")]
-        return self._row(text, prompt, said, [*actions, self._processor.eos_id()])
+        prompt = self._prompt(text, state)
+        said = [] if subtask is None else self.prompt_format.subtask(self.tokenizer, subtask)
+        return self._row(text, prompt, said, self.prompt_format.action_answer(self.tokenizer, action_ids.tolist()))
 
     def structure_ids(self) -> set[int]:
-        """Returns the ids that give an answer its form: padding, BOS, EOS, unknown, and what is around actions."""
-        p = self._processor
-        return {p.pad_id(), p.bos_id(), p.eos_id(), p.unk_id(), *p.encode("Action: "), *p.encode("|")} - {-1}
+        """Returns the ids that give an answer its form, see `PromptFormat.structure_ids`."""
+        return self.prompt_format.structure_ids(self.tokenizer)
 
     def action_indicator(self) -> list[int]:
-        """Returns the tokens that announce actions in an answer; in format "pi05" the prompt ends with them."""
-        return [] if self.prompt_format == "pi05" else self._processor.encode("Action: ")
+        """Returns the tokens that announce actions in an answer, see `PromptFormat.action_indicator`."""
+        return self.prompt_format.action_indicator(self.tokenizer)
 
     def _row(self, text: str, prompt: list[int], said: list[int], actions: list[int]) -> TextRow:
         room, answer = self.prompt_len + self.answer_len, len(said) + len(actions)
@@ -188,44 +188,26 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids."""
-        return self._processor.decode([int(i) for i in ids])
+        return self.tokenizer.decode(ids)
 
 
-def fit_text_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Fits a byte-pair SentencePiece model that can encode any text (by bytes, where it must), and returns it.
-
-    Special ids are those of Gemma: 0 padding, 1 EOS, 2 BOS, 3 unknown. The result depends on the set of texts only. It
-    has at most `vocab_size` tokens, fewer where the texts do not yield as many.
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """Returns the tokenizer of a SentencePiece model's file, of a tokenizer.json, or of a directory with one.
 
     Raises:
-        ValueError: no texts, or `vocab_size` is too small for 256 bytes, special tokens and the characters in use.
+        FileNotFoundError: there is none; with what is beside it.
+        ValueError: the files are damaged.
     """
-    cleaned = sorted({text.strip().replace("_", " ").replace("\n", " ") for text in texts} - {""})
-    if not cleaned:
-        raise ValueError("no texts to fit a tokenizer to, expected at least one that is not empty")
-    needed = 4 + 1 + 256 + len(set("".join(cleaned))) + 1
-    if vocab_size < needed:
-        raise ValueError(f"vocab_size={vocab_size}, expected at least {needed}: bytes, special tokens and characters")
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(cleaned),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        user_defined_symbols=["\n"],
-        # As in Gemma: the text is taken as it is, so that nothing a robot is told is lost.
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        split_digits=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return out.getvalue()
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".json":
+        return HuggingFaceTokenizer.read(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = near_names(path.name, beside) if beside else "its directory is empty or missing"
+        raise FileNotFoundError(f"no tokenizer {path}; {near}")
+    found = SentencePieceTokenizer.of(path.read_bytes())
+    try:
+        _ = found.vocab_size
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+    return found

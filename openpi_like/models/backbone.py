@@ -5,15 +5,19 @@ for all samples (`VisionLanguageConfig.image_slots`): before all of it in PaliGe
 is a prefix, and a suffix, whose tokens see everything before them: captions, answers, subtasks. What the tokens of the
 prefix see of each other is the backbone's: all in PaliGemma, those before them in others.
 
-A new backbone is one file: a config (`BackboneConfig`), a module that says how images become tokens and which language
-model reads them (`Backbone`), and the names that its weights have in published files.
+A policy can put tokens of its own behind those of the last camera (`embed_prefix`), and behind everything
+(`run_queries`).
 
-Letters: B batch, C cameras, S text tokens, P image tokens, D width, V vocabulary, L layers, T slots of a cache.
+A new backbone is one file: a config (`backbone_config.BackboneConfig`), a module that says how images become tokens and
+which language model reads them (`Backbone`), and the names that its weights have in published files.
+
+Letters: B batch, C cameras, S text tokens, P image tokens, E tokens behind the last camera, Q queries, D width,
+V vocabulary, L layers, T slots of a cache.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,54 +28,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.draws import row_keys
-from openpi_like.models.formats import Format
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import KVCache, LanguageModel
 from openpi_like.partition import pin
 
 EOS = 1
-
-
-# ---- Protocols -------------------------------------------------------------------------------------------------------
-
-
-@runtime_checkable
-class StackSizes(Protocol):
-    """What others need to know of a language model's layers."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-
-
-@runtime_checkable
-class BackboneConfig(Protocol):
-    """Sizes of a backbone; a frozen dataclass of this package, so that a checkpoint can hold it."""
-
-    @property
-    def language(self) -> StackSizes:
-        """Sizes of the language model, which action experts read keys and values of."""
-        ...
-
-    def problems(self, image_size: tuple[int, int]) -> list[str]:
-        """Returns what does not fit images of this many pixels."""
-        ...
-
-    def create(self, config: Any, key: Key[Array, ""]) -> "Backbone":
-        """Returns the module with fresh weights. config: of the model it is a part of, a `VisionLanguageConfig`."""
-        ...
-
-    def formats(self, vocab_size: int) -> Mapping[str, Format]:
-        """Returns the published layouts that hold its weights."""
-        ...
-
 
 # ---- Sequences -------------------------------------------------------------------------------------------------------
 
@@ -114,61 +75,101 @@ class Backbone(nnx.Module):
     causal: bool = False
 
     def embed_images(
-        self, images_BHWC: Float[Array, "B height width 3"]
+        self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None
     ) -> tuple[Float[Array, "B P D"], tuple[Float[Array, "B P D"], ...]]:
         """Returns one image's tokens in the language model's width, and what `Embedded.deep` takes of them.
 
-        images: float32 in [-1, 1], RGB.
+        images: float32 in [-1, 1], RGB. language: of each image, see `image_condition`.
         """
         raise NotImplementedError
 
+    def image_condition(
+        self, text_BSD: Float[Array, "B S D"], asked_BS: Bool[Array, "B S"]
+    ) -> Float[Array, "B D"] | None:
+        """Returns what images are seen with, of the embedded text; most backbones see them without.
+
+        asked: the tokens of the prompt, without those of an answer.
+        """
+        return None
+
     def positions(self, valid_BS: Bool[Array, "B S"]) -> Int[Array, "*axes B S"]:
-        """Returns the positions of a sequence that begins with cameras and text and may go on after them."""
+        """Returns the positions of a sequence that begins with cameras and text and may go on after them.
+
+        A token that is not valid has none that is greater than those before it.
+        """
         return token_positions(valid_BS)
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
 
-    def embed_prefix(self, observation: Observation | TextBatch) -> Embedded:
-        """Returns the tokens of cameras, in config order, and text, each where it stands."""
+    def embed_prefix(
+        self, observation: Observation | TextBatch | Batch, after_images: Float[Array, "B E D"] | None = None
+    ) -> Embedded:
+        """Returns the tokens of cameras, in config order, and text, each where it stands.
+
+        after_images: further tokens, valid in every row, right behind those of the last camera.
+        """
         cameras = self.config.cameras
         images = jnp.stack([_to_float(observation["images"][c]) for c in cameras], axis=1)
+        text, text_mask = self.vlm.embed(observation["prompt"]), observation["prompt_mask"]
+        language = self.image_condition(text, text_mask & ~_answers(observation))
         # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
         B, C = images.shape[:2]
-        tokens, deep = self.embed_images(images.reshape(B * C, *images.shape[2:]))
+        if language is not None:
+            language = jnp.repeat(language, C, axis=0)
+        tokens, deep = self.embed_images(images.reshape(B * C, *images.shape[2:]), language)
         P, D = tokens.shape[1:]
         seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
-        text = self.vlm.embed(observation["prompt"])
         by_camera = lambda x: x.reshape(B, C, P, D)  # noqa: E731
+        extra = None if after_images is None else after_images.astype(tokens.dtype)
+        like = lambda value: None if extra is None else jnp.full(extra.shape[:2], value)  # noqa: E731
+        nothing = None if extra is None else jnp.zeros_like(extra)
         return Embedded(
-            pin(self.splice(by_camera(tokens), text), "batch", None, None),
-            self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), observation["prompt_mask"]),
-            tuple(self.splice(by_camera(x), jnp.zeros_like(text)) for x in deep),
+            pin(self.splice(by_camera(tokens), text, extra), "batch", None, None),
+            self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), text_mask, like(True)),
+            tuple(self.splice(by_camera(x), jnp.zeros_like(text), nothing) for x in deep),
         )
 
-    def splice(self, images: Shaped[Array, "B C P *D"], text: Shaped[Array, "B S *D"]) -> Shaped[Array, "B S2 *D"]:
-        """Returns one sequence of what belongs to images and to text, each where it stands."""
+    def splice(
+        self,
+        images: Shaped[Array, "B C P *D"],
+        text: Shaped[Array, "B S *D"],
+        after_images: Shaped[Array, "B E *D"] | None = None,
+    ) -> Shaped[Array, "B S2 *D"]:
+        """Returns one sequence of what belongs to images, to text, and to tokens behind the last image."""
         B, C, P = images.shape[:3]
+        extra = [] if after_images is None else [after_images]
         slots = self.config.image_slots
         if not slots:
-            return jnp.concatenate([images.reshape(B, C * P, *images.shape[3:]), text], axis=1)
+            return jnp.concatenate([images.reshape(B, C * P, *images.shape[3:]), *extra, text], axis=1)
         parts = []
         for i, (start, end) in enumerate(zip((0, *slots), (*slots, text.shape[1]), strict=True)):
-            parts += [text[:, start:end], *([images[:, i]] if i < C else [])]
+            parts += [*(extra if i == C else []), text[:, start:end], *([images[:, i]] if i < C else [])]
         return jnp.concatenate(parts, axis=1)
+
+    def image_starts(self) -> tuple[int, ...]:
+        """Returns where the tokens of each camera begin in a sequence."""
+        P, slots = self.image_tokens, self.config.image_slots or (0,) * len(self.config.cameras)
+        return tuple(i * P + slot for i, slot in enumerate(slots))
+
+    @property
+    def image_tokens(self) -> int:
+        """P."""
+        return self.config.backbone.image_tokens(self.config.image_size)
 
     def text_of(self, x: Shaped[Array, "B S *D"], text_len: int) -> Shaped[Array, "B T *D"]:
         """Returns what belongs to the `text_len` tokens of text: takes out of a sequence what `splice` put in."""
-        slots = self.config.image_slots
+        slots, P = self.config.image_slots, self.image_tokens
         if not slots:
             return x[:, x.shape[1] - text_len :]
-        P = (x.shape[1] - text_len) // len(slots)
-        return x[:, np.arange(text_len) + P * np.searchsorted(slots, np.arange(text_len), side="right")]
+        extra = x.shape[1] - text_len - len(slots) * P
+        text = np.arange(text_len)
+        return x[:, text + P * np.searchsorted(slots, text, side="right") + extra * (text >= slots[-1])]
 
     def text_slots(self, marked_BS: Bool[Array, "B S"], length: int) -> Bool[Array, "B length"]:
-        """Returns which of a sequence of `length` are marked tokens of text; images are not."""
-        C = len(self.config.cameras)
-        none = jnp.zeros((marked_BS.shape[0], C, (length - marked_BS.shape[1]) // C), bool)
-        return self.splice(none, marked_BS)
+        """Returns which of a sequence of `length` are marked tokens of text; all others are not."""
+        (B, S), C, P = marked_BS.shape, len(self.config.cameras), self.image_tokens
+        extra = jnp.zeros((B, length - S - C * P), bool)
+        return self.splice(jnp.zeros((B, C, P), bool), marked_BS, extra)
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
@@ -194,15 +195,13 @@ class Backbone(nnx.Module):
         self, sequence: Embedded, mask_BST: Bool[Array, "B S T"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Returns tokens after the final norm, and their keys and values."""
-        extra: dict[str, Any] = {"deepstack": sequence.deep} if sequence.deep else {}
-        return self.vlm(sequence.tokens, mask_BST, rope_2BSh, **extra)
+        return self.vlm(sequence.tokens, mask_BST, rope_2BSh, **_deepstack(sequence))
 
     def keys_values(
         self, sequence: Embedded, mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> KVCache:
         """Returns the keys and values of `run` alone, without what only a gradient would need."""
-        extra: dict[str, Any] = {"deepstack": sequence.deep} if sequence.deep else {}
-        return self.vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **extra)
+        return self.vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **_deepstack(sequence))
 
     def text_logits(self, batch: TextBatch | Batch, *, count_masked: bool = False) -> Float[Array, "B S V"]:
         """Returns float32 logits at every text token, each for the token after it.
@@ -253,6 +252,75 @@ class Backbone(nnx.Module):
         losses = self.vlm.token_losses(x_BTD, take(targets))
         return jnp.where(mask.sum(1, keepdims=True) > T, jnp.nan, losses), take(mask)
 
+    # ---- Queries -----------------------------------------------------------------------------------------------------
+
+    def run_queries(
+        self,
+        observation: Observation | TextBatch | Batch,
+        queries_BQD: Float[Array, "B Q D"],
+        after_images: Float[Array, "B E D"] | None = None,
+        *,
+        bidirectional: bool = False,
+        everything_sees_everything: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+        """Runs cameras, text and queries; returns all tokens after the final norm, queries last, and which are valid.
+
+        queries: embeddings that stand behind everything, valid in every row, and see all that is valid before them.
+        after_images: see `embed_prefix`. bidirectional: queries see all queries, not those before them only.
+        everything_sees_everything: what is valid sees all that is valid, queries and prefix.
+        """
+        seen = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
+        sequence, mask, rope = self._with_queries(observation, queries_BQD, after_images, **seen)
+        with jax.named_scope("vlm"):
+            return self.run(sequence, mask, rope)[0], sequence.valid
+
+    def hidden_states(
+        self,
+        observation: Observation | TextBatch | Batch,
+        layers: Sequence[int],
+        *,
+        queries_BQD: Float[Array, "B Q D"] | None = None,
+        after_images: Float[Array, "B E D"] | None = None,
+        bidirectional: bool = False,
+        everything_sees_everything: bool = False,
+    ) -> tuple[Float[Array, "n B S D"], Bool[Array, "B S"]]:
+        """Returns all tokens at some layers, and which are valid.
+
+        layers: 0 for what the first layer is given, i for what is behind layer i, and for the last of them behind the
+            final norm. The rest as in `run_queries`.
+        """
+        B, D = observation["prompt"].shape[0], self.config.backbone.language.width
+        queries = jnp.zeros((B, 0, D)) if queries_BQD is None else queries_BQD
+        seen = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
+        sequence, mask, rope = self._with_queries(observation, queries, after_images, **seen)
+        with jax.named_scope("vlm"):
+            states = self.vlm.hidden_states(sequence.tokens, mask, rope, **_deepstack(sequence))
+        return states[np.asarray(layers)], sequence.valid
+
+    def _with_queries(
+        self,
+        observation: Observation | TextBatch | Batch,
+        queries_BQD: Float[Array, "B Q D"],
+        after_images: Float[Array, "B E D"] | None,
+        *,
+        bidirectional: bool = False,
+        everything_sees_everything: bool = False,
+    ) -> tuple[Embedded, Bool[Array, "B S S"], Float[Array, "2 B S half"]]:
+        """Returns a sequence, what sees what in it, and its rotations; see `run_queries`."""
+        prefix = self.embed_prefix(observation, after_images)
+        (B, S), Q = prefix.valid.shape, queries_BQD.shape[1]
+        behind = lambda x, value: jnp.pad(x, [(0, 0), (0, Q), (0, 0)][: x.ndim], constant_values=value)  # noqa: E731
+        tokens = jnp.concatenate([prefix.tokens, queries_BQD.astype(prefix.tokens.dtype)], axis=1)
+        valid = behind(prefix.valid, True)
+        if everything_sees_everything:
+            mask = attention_mask(valid, jnp.zeros_like(valid))
+        else:
+            starts = jnp.ones((B, S), bool) if self.causal else self.text_slots(_answers(observation), S)
+            own = jnp.asarray(np.arange(Q) == 0 if bidirectional else np.ones(Q, bool))
+            mask = attention_mask(valid, jnp.concatenate([starts, jnp.broadcast_to(own, (B, Q))], axis=1))
+        deep = tuple(behind(x, 0) for x in prefix.deep)
+        return Embedded(tokens, valid, deep), mask, self.vlm.rope(self.positions(valid))
+
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 
     def prefill(
@@ -278,8 +346,9 @@ class Backbone(nnx.Module):
             valid = jnp.pad(valid, ((0, 0), (0, I)), constant_values=True)
             starts = starts.at[:, -I:].set(True)
             deep = tuple(jnp.pad(x, ((0, 0), (0, I), (0, 0))) for x in deep)
-            positions = self.positions(valid) + skip * starts
-        out, kv = self.run(Embedded(tokens, valid, deep), self.mask(valid, starts), self.vlm.rope(positions))
+            positions = self.positions(valid)
+        rope = self.vlm.rope(positions + skip * starts)
+        out, kv = self.run(Embedded(tokens, valid, deep), self.mask(valid, starts), rope)
         S = valid.shape[1]
         last = S - 1 - jnp.argmax(valid[:, ::-1], axis=1)  # slot of the last valid token
         room = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0)))  # noqa: E731
@@ -287,20 +356,24 @@ class Backbone(nnx.Module):
             kv=jax.tree.map(room, kv),
             valid=jnp.pad(valid, ((0, 0), (0, max_new))),
             slot=jnp.int32(S),
-            position=valid.sum(axis=1, dtype=jnp.int32) + skip,
+            position=_last(positions) + 1 + skip,
         )
 
-    def extend(self, tokens_B: Int[Array, "B"], cache: TextCache) -> tuple[Float[Array, "B D"], TextCache]:
-        """Returns one more token of each row after the final norm, and the cache with it."""
+    def extend(
+        self, tokens_B: Int[Array, "B"], cache: TextCache, *, valid_B: Bool[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B D"], TextCache]:
+        """Returns one more token of each row after the final norm, and the cache with it.
+
+        valid: False for rows that get none: what is returned for them means nothing, and nobody sees it. None: all do.
+        """
+        new_B = jnp.ones(tokens_B.shape[0], bool) if valid_B is None else valid_B
         x_B1D = self.vlm.embed(tokens_B[:, None])
-        mask_B1T = jnp.concatenate([cache.valid, jnp.ones((tokens_B.shape[0], 1), bool)], axis=1)[:, None]
+        mask_B1T = jnp.concatenate([cache.valid, jnp.ones_like(new_B)[:, None]], axis=1)[:, None]
         out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=2)  # noqa: E731
         kv: KVCache = jax.tree.map(write, cache.kv, own)
-        valid = jax.lax.dynamic_update_slice_in_dim(
-            cache.valid, jnp.ones((tokens_B.shape[0], 1), bool), cache.slot, axis=1
-        )
-        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + 1)
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new_B[:, None], cache.slot, axis=1)
+        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + new_B)
 
     def next_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Returns the logits of the token after these."""
@@ -341,6 +414,21 @@ class Backbone(nnx.Module):
         backbone = nnx.merge(*nnx.split(self))
         backbone.vlm = packed
         return backbone
+
+
+def _deepstack(sequence: Embedded) -> dict[str, Any]:
+    """Returns what a language model is given besides tokens, masks and rotations."""
+    return {"deepstack": sequence.deep} if sequence.deep else {}
+
+
+def _answers(observation: Any) -> Bool[Array, "B S"]:
+    """Returns which tokens of the text see those before them only; none where nothing says so."""
+    return observation.get("prompt_causal", jnp.zeros(observation["prompt_mask"].shape, bool))
+
+
+def _last(positions: Int[Array, "*axes B S"]) -> Int[Array, "B"]:
+    """Returns the greatest position of each row."""
+    return positions.max((*range(positions.ndim - 2), positions.ndim - 1))
 
 
 def choose_token(

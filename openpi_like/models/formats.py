@@ -181,6 +181,20 @@ class Format:
         return dataclasses.replace(self, table=both)
 
 
+def whole_shape(parts: Iterable[tuple[Index, tuple[int, ...]]]) -> tuple[int, ...]:
+    """Returns the shape of an array made of parts: where each lies in it (`Row.take`), and its shape."""
+    shapes = []
+    for take, shape in parts:
+        sizes = list(shape)
+        for axis, at in enumerate(take):
+            if isinstance(at, int):
+                sizes.insert(axis, at + 1)
+            elif at.stop is not None:
+                sizes[axis] = at.stop
+        shapes.append(sizes)
+    return tuple(map(max, zip(*shapes, strict=True)))
+
+
 def pair(ours: str, theirs: str, names: Sequence[str] = ("kernel", "bias")) -> list[Row]:
     """Returns the rows of arrays with the same names below `ours` and `theirs`."""
     return [Row(f"{ours}/{name}", f"{theirs}/{name}") for name in names]

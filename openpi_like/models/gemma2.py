@@ -28,13 +28,13 @@ class Gemma2Config(GemmaConfig):
     """Sizes of one stack.
 
     query_scalar: queries are divided by its square root ("query_pre_attn_scalar"); None: the head dim.
-    attention_cap, final_cap: of the logits of attention and of the vocabulary, see `cross_entropy.capped`.
+    attention_cap, final_cap: of the logits of attention and of the vocabulary, see `cross_entropy.capped`; None: none.
     window: how many keys a local layer sees, the token's own among them; keys after the token do not count.
     """
 
     query_scalar: float | None = None
-    attention_cap: float = 50.0
-    final_cap: float = 30.0
+    attention_cap: float | None = 50.0
+    final_cap: float | None = 30.0
     window: int = 4096
 
     def __post_init__(self) -> None:

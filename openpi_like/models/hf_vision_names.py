@@ -169,9 +169,9 @@ def timm_idle(config: DinoConfig | SiglipConfig, theirs: str, *, film_width: int
     return {f"{theirs}{name}": shape for name, shape in idle.items()}
 
 
-def prismatic_projector(ours: str, theirs: str) -> list[Row]:
-    """The projector of OpenVLA: "projector."."""
-    pairs = (("first", "fc1"), ("second", "fc2"), ("third", "fc3"))
+def prismatic_projector(ours: str, theirs: str, *, fused: bool = True) -> list[Row]:
+    """The projector of OpenVLA: "projector.". fused: see `PrismaticProjector`."""
+    pairs = (("first", "fc1"), ("second", "fc2"), ("third", "fc3"))[: 3 if fused else 2]
     return [row for a, b in pairs for row in _linear(f"{ours}{a}", f"{theirs}{b}", "F D -> D F")]
 
 

@@ -49,6 +49,10 @@ class PaliGemmaConfig:
             return [f"image_size={image_size}, expected multiples of vision.patch_size={patch}"]
         return []
 
+    def image_tokens(self, image_size: tuple[int, int]) -> int:
+        """Returns P, the tokens of one image of this many pixels."""
+        return self.vision.tokens(image_size)
+
     def create(self, config: Any, key: Key[Array, ""]) -> "PaliGemma":
         """Returns the module with fresh weights."""
         return PaliGemma(config, key)
@@ -75,7 +79,7 @@ class PaliGemma(Backbone):
         self.vlm = Gemma(sizes.vlm, named_key(key, "vlm"), vocab_size=c.vocab_size, **run)
 
     def embed_images(
-        self, images_BHWC: Float[Array, "B height width 3"]
+        self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None
     ) -> tuple[Float[Array, "B P D"], tuple[Float[Array, "B P D"], ...]]:
         """Returns one token per patch."""
         return self.vision(images_BHWC), ()

@@ -1,9 +1,11 @@
-"""The names of PaliGemma's weights, and of SigLIP's and Gemma's, in the layouts that they are published in."""
+"""The names of the weights of PaliGemma, PaliGemma 2, SigLIP and Gemma, in the layouts that they are published in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from openpi_like.models.formats import Format, Index, Row, Table, pair, torch_linear
 from openpi_like.models.gemma import GemmaConfig
+from openpi_like.models.gemma2 import Gemma2Config
+from openpi_like.models.hf_names import gemma2_rows
 
 HF_PAD_ROWS = 64  # Hugging Face's PaliGemma has these rows of embedding beyond the vocabulary
 
@@ -161,18 +163,9 @@ def paligemma_formats(vision_depth: int, vlm: GemmaConfig) -> dict[str, Format]:
             unused={r"^(un)?normalize_(inputs|targets|outputs)\.": "normalisation statistics, which are no weights"},
         )
 
-    def huggingface(names: Sequence[str]) -> Table:
-        """Hugging Face PaliGemma safetensors, in any of the five spellings that transformers has written over time.
-
-        Written in that of the published files, which all of its versions read.
-        """
-        known = ("model.language_model.model.", "model.language_model.", "language_model.model.")
-        language = next((s for s in known if any(n.startswith(s) for n in names)), known[-1])
-        root = "model." if language.startswith("model.") else ""
-        table = f"{language}embed_tokens.weight"
-        rows = torch(language, _vision_prefix(names, f"{root}vision_tower."), f"{root}multi_modal_projector.")
-        copies = dict.fromkeys(("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"), table)
-        return Table((*rows, Row("vlm/embedding", table)), copies=copies, pad_rows={table: HF_PAD_ROWS})
+    def language_rows(prefix: str) -> list[Row]:
+        table = Row("vlm/embedding", f"{prefix}embed_tokens.weight")
+        return [*torch_gemma(vlm.depth, "vlm", prefix, adaptive=False), table]
 
     def openpi(names: Sequence[str]) -> Table:
         """The `PaliGemma/` part of openpi's Orbax `params`; pi0-FAST has no other."""
@@ -200,11 +193,36 @@ def paligemma_formats(vision_depth: int, vlm: GemmaConfig) -> dict[str, Format]:
 
     return {
         "lerobot": Format(r"^(model\.)?paligemma_with_expert\.", lerobot, written_as=("model.",)),
-        "huggingface": Format(r"^(model\.)?language_model\.(model\.)?layers\.", huggingface),
+        "huggingface": _huggingface(vision_depth, language_rows),
         "openpi": Format("^PaliGemma/", openpi),
         "big_vision": Format("^llm/", big_vision),
         "siglip": Format("^img/", siglip),
     }
+
+
+def paligemma2_formats(vision_depth: int, vlm: Gemma2Config) -> dict[str, Format]:
+    """Returns the layouts that hold PaliGemma 2's weights."""
+    return {"huggingface": _huggingface(vision_depth, lambda prefix: gemma2_rows(vlm, "vlm", prefix))}
+
+
+def _huggingface(vision_depth: int, language_rows: Callable[[str], list[Row]]) -> Format:
+    """language_rows: of names that begin with this, the table of tokens among them."""
+
+    def table(names: Sequence[str]) -> Table:
+        """Hugging Face PaliGemma safetensors, in any of the five spellings that transformers has written over time.
+
+        Written in that of the published files, which all of its versions read.
+        """
+        known = ("model.language_model.model.", "model.language_model.", "language_model.model.")
+        language = next((s for s in known if any(n.startswith(s) for n in names)), known[-1])
+        root = "model." if language.startswith("model.") else ""
+        vision = _vision_prefix(names, f"{root}vision_tower.")
+        rows = [*torch_vision(vision_depth, vision, f"{root}multi_modal_projector."), *language_rows(language)]
+        main = f"{language}embed_tokens.weight"
+        copies = dict.fromkeys(("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"), main)
+        return Table(tuple(rows), copies=copies, pad_rows={main: HF_PAD_ROWS})
+
+    return Format(r"^(model\.)?language_model\.(model\.)?layers\.", table)
 
 
 def lerobot_root(names: Sequence[str]) -> str:

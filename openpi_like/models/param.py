@@ -43,6 +43,16 @@ def weight(
     return nnx.Param(init(named_key(key, name), shape), axes=axes, **metadata)
 
 
+def memory(shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+    """Returns what a policy keeps of what it has seen, and no gradient trains: zeros, float32, see `Model.remember`.
+
+    It is a weight in all else: it has a name, lies on the mesh, and is saved, averaged, loaded and served like one.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"memory of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, memory=True)
+
+
 def map_weight(
     key: Key[Array, ""],
     name: str,
@@ -51,12 +61,13 @@ def map_weight(
     *,
     inputs: tuple[int, ...],
     zero: bool = False,
+    init: Initializer | None = None,
 ) -> nnx.Param:
     """Returns the weight of a linear map, drawn from N(0, 1 / fan-in). inputs: the dimensions that are summed over.
 
-    zero: start at zero instead.
+    zero: start at zero instead. init: start as this says instead.
     """
-    return weight(key, name, shape, axes, zeros if zero else fan_in(*inputs), inputs=inputs)
+    return weight(key, name, shape, axes, init or (zeros if zero else fan_in(*inputs)), inputs=inputs)
 
 
 def normal(stddev: float) -> Initializer:
@@ -138,11 +149,12 @@ class Linear(nnx.Module):
         *,
         layers: int | None = None,
         zero: bool = False,
+        init: Initializer | None = None,
     ) -> None:
         """equation: for one layer, e.g. "BSD,DF->BSF"; the kernel's letters that are not in the output are its inputs.
 
         shape, axes: of one layer's kernel. layers: number of stacked layers, None for a single map without that axis.
-        zero: start at zero instead of N(0, 1 / fan-in).
+        zero: start at zero instead of N(0, 1 / fan-in). init: start as this says; the bias is zero in any case.
         """
         self.equation = equation
         terms, output = equation.split("->")
@@ -152,7 +164,7 @@ class Linear(nnx.Module):
         lead_axes: Axes = () if layers is None else ("layers",)
         inputs = tuple(i + outer for i, c in enumerate(letters) if c not in output)
         kept = [i for i, c in enumerate(letters) if c in output]
-        self.kernel = map_weight(key, "kernel", lead + shape, lead_axes + axes, inputs=inputs, zero=zero)
+        self.kernel = map_weight(key, "kernel", lead + shape, lead_axes + axes, inputs=inputs, zero=zero, init=init)
         bias_shape, bias_axes = tuple(shape[i] for i in kept), tuple(axes[i] for i in kept)
         self.bias = weight(key, "bias", lead + bias_shape, lead_axes + bias_axes, zeros)
 

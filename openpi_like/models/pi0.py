@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
+from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.flow import FlowConfig, FlowPolicy, Prefix, Velocity, time_embedding
@@ -38,7 +39,7 @@ class Pi0Config(FlowConfig):
     """Sizes and options of a pi0 policy; see `FlowConfig` and `PolicyConfig` for those that others have too.
 
     pi05: there is no state token, and flow time acts through adaptive norms; the state is in the prompt
-        (`prompt_format` "pi05" or "fast"), or not seen at all ("pi0").
+        (`Pi05Prompt` or `FastPrompt`), or not seen at all (`Pi0Prompt`).
     action_tokens: the backbone also learns to write the actions as tokens, in the same pass (Driess et al. 2025,
         "Knowledge insulating vision-language-action models", arXiv 2505.23705). The expert never sees these tokens.
     insulate: with action tokens, the flow loss does not reach the backbone: the expert reads its keys and values
@@ -57,8 +58,9 @@ class Pi0Config(FlowConfig):
             ours, theirs = getattr(self.backbone.language, name), getattr(self.expert, name)
             if ours != theirs:
                 problems.append(f"expert.{name}={theirs}, expected the backbone's {ours}: they attend to each other")
-        if self.prompt_format == "pi05" and not self.pi05:
-            problems.append("prompt_format='pi05' with pi05=False, expected 'pi0': pi0 has a token for the state")
+        if self.prompt_format.ends_with_indicator and not self.pi05:
+            got = f"prompt_format={self.prompt_format} with pi05=False"
+            problems.append(f"{got}, expected {Pi0Prompt()}: pi0 has a token for the state")
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
         if not self.flow_weight > 0:
@@ -86,7 +88,7 @@ class Pi0Config(FlowConfig):
             action_horizon=50,
             prompt_len=200 if pi05 else 48,
             pi05=pi05,
-            prompt_format="pi05" if pi05 else "pi0",
+            prompt_format=Pi05Prompt() if pi05 else Pi0Prompt(),
             train_on_padding=True,
         )
 

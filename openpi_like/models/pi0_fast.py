@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
 from openpi_like.data.fast import FastTokenizer
+from openpi_like.data.prompts import FastPrompt, PromptFormat
 from openpi_like.data.text import TextTokenizer
 from openpi_like.models.backbone import choose_token
 from openpi_like.models.paligemma import PaliGemmaConfig
@@ -34,7 +35,7 @@ class Pi0FastConfig(PolicyConfig):
         which differs where a camera is masked; its sampling leaves out one position before the first token it writes.
     """
 
-    prompt_format: str = "fast"
+    prompt_format: PromptFormat = FastPrompt()
     openpi_positions: bool = False
 
     def _problems(self) -> list[str]:

@@ -5,6 +5,7 @@ A model's config has the sizes of a batch and a `backbone`, itself a config. A p
     loss(key, batch, counts=None) -> (scalar, per-sample metrics)        loss_counts(batch) -> what it divides by
     validation_losses(key, batch) -> {name: scalar}                      packed() -> itself, for many small calls
     sample_actions(key, observation, action_mask=None, **options) -> normalised actions
+    remember(key, batch) -> {name: what it keeps}, of weights that are not trained but written (`param.memory`)
 
 which is all that the trainer, the validator and the server know of it. A new policy is one file with its config and its
 module, and a config of a run that names it.
@@ -22,11 +23,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from openpi_like.batch import PROMPT_FORMATS, ActionTokens, Batch, Observation
+from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.config import near_names
 from openpi_like.data.fast import FastTokenizer
+from openpi_like.data.prompts import Pi0Prompt, PromptFormat
 from openpi_like.data.text import TextTokenizer
-from openpi_like.models.backbone import Backbone, BackboneConfig
+from openpi_like.models.backbone import Backbone
+from openpi_like.models.backbone_config import BackboneConfig
 from openpi_like.models.formats import Format
 from openpi_like.models.stack import remat_problem
 from openpi_like.robots import Robot
@@ -134,14 +137,14 @@ class PolicyConfig(VisionLanguageConfig):
     """What all policies share; see `VisionLanguageConfig` for images and text.
 
     state_dim, action_dim: padded sizes. action_horizon: A, steps in a chunk.
-    prompt_format: one of `openpi_like.batch.PROMPT_FORMATS`.
+    prompt_format: how its prompts and answers are written, see `openpi_like.data.prompts`.
     action_tokens: how actions are written as tokens, None where they are not.
     """
 
     state_dim: int
     action_dim: int
     action_horizon: int
-    prompt_format: str = "pi0"
+    prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: ActionTokens | None = None
 
     @property
@@ -156,8 +159,8 @@ class PolicyConfig(VisionLanguageConfig):
             for name in ("state_dim", "action_dim", "action_horizon")
             if getattr(self, name) < 1
         ]
-        if self.prompt_format not in PROMPT_FORMATS:
-            problems.append(f"prompt_format={self.prompt_format!r}, expected one of {PROMPT_FORMATS}")
+        if not isinstance(self.prompt_format, PromptFormat):
+            problems.append(f"prompt_format={self.prompt_format!r}, expected a PromptFormat such as {Pi0Prompt()}")
         tokens = self.action_tokens
         if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
             least = tokens.count + tokens.skip
@@ -252,6 +255,13 @@ class Model(nnx.Module):
     def outputs(self, key: Key[Array, ""], batch: Any) -> Float[Array, "B ..."]:
         """Returns what shows that two sets of weights are the same model: here the logits of text."""
         return self.backbone.text_logits(batch)
+
+    def remember(self, key: Key[Array, ""], batch: Any) -> dict[str, Float[Array, "..."]]:
+        """Returns what the model's memory is after a batch that it was trained on, by weight name: here nothing.
+
+        Called once a step, with the weights before it; `key` is that of the loss. Validation and sampling only read.
+        """
+        return {}
 
     def packed(self) -> Any:
         """Returns the same model with its weights as repeated calls want them, see `Gemma.packed`.

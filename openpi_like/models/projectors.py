@@ -17,21 +17,23 @@ from openpi_like.models.param import Linear, linear, map_weight
 class PrismaticProjector(nnx.Module):
     """Three maps with exact GELU between them, of Prismatic VLMs with two encoders (Karamcheti et al. 2024), OpenVLA.
 
-    The first goes to four times the width of both encoders together.
+    The first goes to four times the width of both encoders together. Behind one encoder there are two maps.
     """
 
-    def __init__(self, key: Key[Array, ""], width: int, out_width: int) -> None:
-        """width: D, 2176 in OpenVLA. out_width: E, 4096 there."""
-        F, E = 4 * width, out_width
+    def __init__(self, key: Key[Array, ""], width: int, out_width: int, *, fused: bool = True) -> None:
+        """width: D, 2176 in OpenVLA. out_width: E, 4096 there. fused: there are two encoders."""
+        E = out_width
+        F = 4 * width if fused else E
         self.first = Linear(named_key(key, "first"), "BPD,DF->BPF", (width, F), ("embed", "mlp"))
         self.second = Linear(named_key(key, "second"), "BPF,FE->BPE", (F, E), ("mlp", "embed"))
-        self.third = Linear(named_key(key, "third"), "BPD,DE->BPE", (E, E), (None, "embed"))
+        third = lambda: Linear(named_key(key, "third"), "BPD,DE->BPE", (E, E), (None, "embed"))  # noqa: E731
+        self.third = third() if fused else None
 
     @jax.named_scope("projector")
     def __call__(self, patches_BPD: Float[Array, "B P D"]) -> Float[Array, "B P E"]:
         """Returns one token of the language model per patch."""
         hidden_BPE = self.second(jax.nn.gelu(self.first(patches_BPD), approximate=False))
-        return self.third(jax.nn.gelu(hidden_BPE, approximate=False))
+        return hidden_BPE if self.third is None else self.third(jax.nn.gelu(hidden_BPE, approximate=False))
 
 
 class PixelShuffle(nnx.Module):

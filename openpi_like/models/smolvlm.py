@@ -110,7 +110,7 @@ class SmolVlm(Backbone):
         self.vlm = Llama(sizes.language, named_key(key, "vlm"), vocab_size=c.vocab_size, **run)
 
     def embed_images(
-        self, images_BHWC: Float[Array, "B height width 3"]
+        self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None
     ) -> tuple[Float[Array, "B P D"], tuple[Float[Array, "B P D"], ...]]:
         """Returns one token for each square of patches."""
         return self.connector(self.vision(images_BHWC)), ()

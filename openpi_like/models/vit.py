@@ -25,7 +25,8 @@ GELU = ("tanh", "erf")
 class LayerNorm(nnx.Module):
     """Layer normalisation with scale and bias; statistics in float32, where bfloat16 would lose the variance."""
 
-    def __init__(self, key: Key[Array, ""], width: int, *, layers: int | None = None) -> None:
+    def __init__(self, key: Key[Array, ""], width: int, *, layers: int | None = None, epsilon: float = 1e-6) -> None:
+        self.epsilon = epsilon
         shape, axes = ((width,), ("norm",)) if layers is None else ((layers, width), ("layers", "norm"))
         self.scale = weight(key, "scale", shape, axes, ones)
         self.bias = weight(key, "bias", shape, axes, zeros)
@@ -34,7 +35,7 @@ class LayerNorm(nnx.Module):
         """Normalises over the last axis."""
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
         return (normed * use(self.scale, jnp.float32) + use(self.bias, jnp.float32)).astype(x.dtype)
 
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from openpi_like.config import near_names
 from openpi_like.models.arrays import Arrays, open_arrays
-from openpi_like.models.formats import Format, Row, Table, WeightsError, family, recognise
+from openpi_like.models.formats import Format, Index, Row, Table, WeightsError, family, recognise, whole_shape
 from openpi_like.models.lora import Lora, Overlay, add_lora, is_lora, overlays
 from openpi_like.models.param import BACKBONE
 from openpi_like.models.policy import VisionLanguageConfig
@@ -400,13 +400,12 @@ def layout(config: VisionLanguageConfig, fmt: str) -> dict[str, tuple[int, ...]]
     """Returns {their name: shape} of everything that `export_weights` writes; allocates nothing."""
     ours = {name: tuple(leaf.shape) for name, leaf in weight_shapes(config).items()}
     table = table_for(config, _written_as(config, fmt), fmt)
-    shapes = {}
+    parts: dict[str, list[tuple[Index, tuple[int, ...]]]] = {}
     for row in table.rows:
-        shape = row.their_shape(_shape_at(ours[row.ours], row.at))
-        if row.take:  # q, k and v in one array: the second axis
-            shape = (shape[0], 3, *shape[-3:])
-        shapes[row.theirs] = (shape[0] + table.pad_rows.get(row.theirs, 0), *shape[1:])
-    return shapes | table.fillers
+        parts.setdefault(row.theirs, []).append((row.take, row.their_shape(_shape_at(ours[row.ours], row.at))))
+    whole = {name: whole_shape(each) for name, each in parts.items()}
+    padded = {name: (whole[name][0] + rows, *whole[name][1:]) for name, rows in table.pad_rows.items()}
+    return whole | padded | table.fillers
 
 
 def export_weights(
@@ -429,11 +428,12 @@ def export_weights(
         by_array.setdefault(row.theirs, []).append(row)
 
     def make(name: str) -> np.ndarray:
-        parts = [(row, row.to_theirs(np.asarray(weights[row.ours])[row.at])) for row in by_array[name]]
-        if len(parts) == 1 and not parts[0][0].take:
-            array = parts[0][1]
-        else:  # q and kv of one fused array: the second axis
-            array = np.concatenate([p if p.ndim == 5 else p[:, None] for _, p in parts], axis=1)
+        parts = [(row.take, row.to_theirs(np.asarray(weights[row.ours])[row.at])) for row in by_array[name]]
+        take, array = parts[0]
+        if len(parts) > 1 or take:
+            array = np.empty(whole_shape((take, part.shape) for take, part in parts), array.dtype)
+            for take, part in parts:
+                array[take] = part
         if name in table.pad_rows:
             mean = array.astype(np.float32).mean(axis=0, keepdims=True).astype(array.dtype)
             array = np.concatenate([array, np.repeat(mean, table.pad_rows[name], axis=0)])

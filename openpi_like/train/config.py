@@ -25,7 +25,8 @@ class TrainConfig:
     run_dir: where checkpoints, metrics and the load report go.
     model: a policy config, an object with `create(key)`, for example `Pi0Config`.
     stats: directory with one normalisation file per robot, `<robot name>.json`, as `data/stats.py` writes them.
-    tokenizer: SentencePiece model of the prompts; None takes the one of the `warm_start` checkpoint.
+    tokenizer: of the prompts: a SentencePiece model, a tokenizer.json of Hugging Face, or a directory with one; None
+        takes the one of the `warm_start` checkpoint.
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
         one of the `warm_start` checkpoint.
     hosts: the processes of the run; found from the environment where nothing is given.

@@ -58,8 +58,12 @@ class Trainable:
             raise ValueError("Trainable: " + "; ".join(problems))
 
 
-def trained_names(names: Sequence[str], trainable: Trainable) -> frozenset[str]:
+def trained_names(
+    names: Sequence[str], trainable: Trainable, *, memory: frozenset[str] = frozenset()
+) -> frozenset[str]:
     """Returns which of a model's weights are trained, by name; with LoRA, the names of its overlay are among them.
+
+    memory: names of weights that are written, see `openpi_like.models.param.memory`; unless frozen, they are too.
 
     Raises:
         ValueError: a pattern matches no weight, or an overlay; nothing is left, or nothing is held in `frozen_dtype`.
@@ -76,7 +80,7 @@ def trained_names(names: Sequence[str], trainable: Trainable) -> frozenset[str]:
     trained = [
         name
         for name in names
-        if (lora is None or is_lora(name) or any(re.search(p, name) for p in also))
+        if (lora is None or is_lora(name) or name in memory or any(re.search(p, name) for p in also))
         and not any(re.search(p, name) for p in frozen)
     ]
     problems += [
@@ -138,7 +142,8 @@ class ModelDef:
         every = nnx.to_flat_state(self._state)
         self._metadata = {weight_name(path): variable.get_metadata() for path, variable in every}
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
-        self.trained = trained_names(sorted(self._metadata), trainable)
+        self.memory = frozenset(name for name, metadata in self._metadata.items() if metadata.get("memory", False))
+        self.trained = trained_names(sorted(self._metadata), trainable, memory=self.memory)
 
     def _create(self, key: jax.Array) -> nnx.Module:
         model = self.config.create(key)
@@ -316,12 +321,18 @@ class Trainer:
 
         weights: all of them, nested. counts: what the policy's loss divides by, where `batch` is a part of one.
         """
-        of_images, of_loss = (named_key(jax.random.key(self.seed), name) for name in ("augment", "loss"))
+        of_images, of_loss = self._key("augment"), self._key("loss")
         if self.augment is not None:
             with jax.named_scope("augment"):
                 batch = augment_batch(of_images, batch, self.augment)
         totals = {} if counts is None else {"counts": counts}
+        if self.model.memory:  # which a loss may read; the gradient of it is none
+            fixed = lambda name, x: jax.lax.stop_gradient(x) if name in self.model.memory else x  # noqa: E731
+            weights = unflatten({name: fixed(name, x) for name, x in flatten(weights).items()})
         return self.model.bind(weights).loss(of_loss, batch, **totals)
+
+    def _key(self, name: str) -> jax.Array:
+        return named_key(jax.random.key(self.seed), name)
 
     def _gradients(
         self, state: TrainState, batch: Batch, counts: dict[str, jax.Array] | None = None
@@ -361,7 +372,24 @@ class Trainer:
         (loss, grads), every = jax.lax.scan(add, (jnp.float32(0), zero), self.parts(batch))
         return loss, self.whole(every), grads
 
-    def _updated(self, state: TrainState, grads: Params) -> TrainState:
+    def _remembered(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the memory after a batch, flat by name; of what is frozen, nothing.
+
+        Raises:
+            ValueError: the policy writes what is no memory of it, or in another shape.
+        """
+        written = self.model.bind(state.weights(average=False)).remember(self._key("loss"), batch)
+        have = {name: x.shape for name, x in flatten(state.params).items() if name in self.model.memory}
+        wrong = [
+            f"{name}: {x.shape}, expected {have.get(name, 'no such memory')}"
+            for name, x in written.items()
+            if name not in self.model.memory or have.get(name, x.shape) != x.shape
+        ]
+        if wrong:
+            raise ValueError(f"{type(self.model.config).__name__}.remember wrote what it has not: " + "; ".join(wrong))
+        return {name: x for name, x in written.items() if name in have}
+
+    def _updated(self, state: TrainState, grads: Params, written: dict[str, jax.Array]) -> TrainState:
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -370,6 +398,9 @@ class Trainer:
             decay = self.ema_decay
             with jax.named_scope("ema"):
                 ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        if written:  # whatever the optimiser made of it; and an average of memories is none
+            params = unflatten(flatten(params) | written)
+            ema = None if ema is None else unflatten(flatten(ema) | written)
         return dataclasses.replace(state, params=params, ema=ema, opt_state=opt_state)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -380,10 +411,11 @@ class Trainer:
         with self.tracing():
             compute = self._gradients if self.accumulate == 1 else self._accumulated
             loss, per_sample, grads = compute(state, batch)
+            written = self._remembered(state, batch) if self.model.memory else {}
         norm = optax.tree.norm(grads)
         metrics = {"loss": loss, "grad_norm": norm}
         sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = jax.lax.cond(sound, self._updated, lambda state, _: state, state, grads)
+        new = jax.lax.cond(sound, self._updated, lambda state, *_: state, state, grads, written)
         metrics["skipped"] = 1 - sound.astype(jnp.int32)
         metrics["param_norm"] = optax.tree.norm(new.params)
         metrics |= self._by_part(per_sample) | self._by_dataset(per_sample, batch["dataset_id"])

@@ -9,6 +9,7 @@ package as it was at that commit (3157ead for the files that are there: policies
 """
 
 import argparse
+import importlib
 import tarfile
 import tempfile
 from pathlib import Path
@@ -20,7 +21,6 @@ import numpy as np
 
 import openpi_like
 from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.text import fit_text_tokenizer
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.lora import Lora
 from openpi_like.models.pi0 import Pi0Config
@@ -28,7 +28,7 @@ from openpi_like.models.siglip import SiglipConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.checkpoints.checkpoint import Checkpointer
-from openpi_like.train.checkpoints.contract import Contract, encode_tokenizer
+from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainable, Trainer
@@ -61,7 +61,8 @@ def contract_of(config: Pi0Config) -> Contract:
         return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
 
     normalization = Normalization(SAWYER.name, "zscore", stats(SAWYER.state_names), stats(SAWYER.action_names))
-    tokenizer = encode_tokenizer(fit_text_tokenizer(["press the button"], 300))
+    text, stored = (importlib.import_module(f"openpi_like.{m}") for m in ("data.text", "train.checkpoints.contract"))
+    tokenizer = stored.encode_tokenizer(text.fit_text_tokenizer(["press the button"], 300))  # as they were then
     return Contract(config, (SAWYER,), {SAWYER.name: normalization}, tokenizer, {SAWYER.name: None})
 
 

@@ -106,8 +106,8 @@ def prepare(spec: Spec) -> None:
     """Builds the indexes, the statistics and a tokenizer, each timed."""
     from openpi_like.data.dataset import EpisodeDataset
     from openpi_like.data.index import open_index
+    from openpi_like.data.sentencepiece_model import fit_text_tokenizer
     from openpi_like.data.stats import compute_normalization, save_normalization
-    from openpi_like.data.text import fit_text_tokenizer
 
     index_s = stats_s = 0.0
     steps = 0
@@ -121,7 +121,7 @@ def prepare(spec: Spec) -> None:
         started = time.perf_counter()
         save_normalization(compute_normalization(EpisodeDataset(index, robot)), stats_file(spec, robot))
         stats_s += time.perf_counter() - started
-    Path(spec.work, "text.model").write_bytes(fit_text_tokenizer(sorted(texts), 500))
+    Path(spec.work, "text.model").write_bytes(fit_text_tokenizer(sorted(texts), 500).content())
     say("end", index_s=index_s, stats_s=stats_s, steps=steps)
 
 
@@ -141,7 +141,8 @@ class Shapes:
     prompt_len: int = 64
     vocab_size: int = 1000
     resize: str = "cubic"
-    prompt_format: str = "pi0"
+    prompt_format: Any = None
+    image_slots: tuple[int, ...] = ()
     action_tokens: None = None
 
 
@@ -152,18 +153,19 @@ def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: 
     """
     from openpi_like.data.config import DataConfig, MixtureEntry
     from openpi_like.data.loader import make_loader
+    from openpi_like.data.prompts import Pi0Prompt
     from openpi_like.data.stats import load_normalization
-    from openpi_like.data.text import TextTokenizer
+    from openpi_like.data.text import TextTokenizer, read_tokenizer
 
     entries = tuple(MixtureEntry(r, directory) for r, directory in zip(robots(spec), spec.data, strict=True))
     config = DataConfig(entries, num_threads=spec.threads, num_workers=spec.workers)
-    shapes = Shapes(tuple(c.name for c in entries[0].robot.cameras), spec.horizon)
+    shapes = Shapes(tuple(c.name for c in entries[0].robot.cameras), spec.horizon, prompt_format=Pi0Prompt())
     normalizations = {e.robot.name: load_normalization(stats_file(spec, e.robot), e.robot) for e in entries}
     loader = make_loader(
         config,
         batch_size=spec.batch_size,
         policy=shapes,
-        tokenizer=TextTokenizer(Path(spec.work, "text.model").read_bytes(), shapes.prompt_len),
+        tokenizer=TextTokenizer(read_tokenizer(Path(spec.work, "text.model")), shapes.prompt_len),
         normalizations=normalizations,
     )
 

@@ -18,8 +18,9 @@ from openpi_like.data.files import Location
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from tests.data.odd import copied, write_odd
 from tests.data.toy import ARM, CART, PROMPTS, SOME, TOLD, Shapes, write_toy
 

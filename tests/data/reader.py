@@ -17,7 +17,7 @@ from openpi_like.batch import Batch
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.stats import load_normalization
-from openpi_like.data.text import TextTokenizer
+from openpi_like.data.text import TextTokenizer, read_tokenizer
 from tests.data.toy import CART, SOME, TOLD, Shapes
 
 BATCH = 8
@@ -46,7 +46,7 @@ def read(toy: Path, tokenizer: Path, stats: Path, start: int, **options: Any) ->
         dataclasses.replace(config, **options),
         batch_size=BATCH,
         policy=Shapes(),
-        tokenizer=TextTokenizer(tokenizer.read_bytes(), Shapes().prompt_len),
+        tokenizer=TextTokenizer(read_tokenizer(tokenizer), Shapes().prompt_len),
         normalizations={r.name: load_normalization(stats / f"{r.name}.json", r) for r in (TOLD, CART)},
         start=start,
     )

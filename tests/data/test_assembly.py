@@ -21,6 +21,7 @@ from openpi_like.data.index import open_index
 from openpi_like.data.loader import validation_batches
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import sample_order
+from openpi_like.data.prompts import FastPrompt, Pi05Prompt
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import Camera
@@ -93,7 +94,7 @@ def test_cameras_without_an_image_are_masked(load: Any, config: DataConfig) -> N
 
 @pytest.mark.parametrize(
     "shapes",
-    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", prompt_format="pi05")],
+    [Shapes(), Shapes(prompt_len=80, image_size=(20, 20), resize="pillow", prompt_format=Pi05Prompt())],
     ids=["pi0", "pi05"],
 )
 def test_a_batch_is_its_samples_one_by_one(
@@ -101,7 +102,7 @@ def test_a_batch_is_its_samples_one_by_one(
     shapes: Shapes,
 ) -> None:  # fmt: skip
     """Every leaf of a batch, rebuilt from the columns and images sample by sample."""
-    tokenizer = TextTokenizer(tokenizer.model, shapes.prompt_len, prompt_format=shapes.prompt_format)
+    tokenizer = TextTokenizer(tokenizer.tokenizer, shapes.prompt_len, prompt_format=shapes.prompt_format)
     batch = next(load(camera_dropout=0.0, batch_size=64, frame_stride=2, policy=shapes, tokenizer=tokenizer))
     datasets = [EpisodeDataset(open_index(toy, e.split), e.robot, frame_stride=2) for e in config.entries]
     order = sample_order([len(d) for d in datasets], [3.0, 1.0], config.seed)
@@ -150,7 +151,7 @@ def test_action_tokens_are_those_of_the_chunk(
     fast: FastTokenizer,
 ) -> None:  # fmt: skip
     """Sample by sample, in a mixture of two robots: the prompt, what is said, and which part of it is what."""
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     said = dataclasses.replace(config.entries[1], text_key="language_instruction")
     asked = dataclasses.replace(config.entries[0], text_key="language_instruction", actions=False)
     entries = (config.entries[0], said, asked)
@@ -190,7 +191,7 @@ def test_chunks_out_of_range_stop_the_run_or_are_counted(
     load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
 ) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     options = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow}
     with pytest.raises(
         DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded, expected -3 to 3.*saturate"
@@ -219,13 +220,13 @@ def test_tokenizers_that_do_not_fit_the_policy_are_listed(
         load(policy=WRITES)
     few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0))
     with pytest.raises(
-        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*'pi0'"
+        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*Pi0Prompt\(\)"
     ):
         load(policy=few, action_tokenizer=fast)
 
 
 def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     for vocab_size, message in (
         (
             557,
@@ -243,7 +244,7 @@ def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextToke
 
 def test_answers_that_are_too_long_are_located(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
     short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=12)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=12)
     with pytest.raises(DatasetError, match=r"record \d+.*: prompt .* with its answer has .*answer_len=12; enlarge one"):
         next(load(policy=short, tokenizer=text, action_tokenizer=fast))
 

@@ -17,7 +17,7 @@ from openpi_like.data.loader import make_loader
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization, save_normalization
 from openpi_like.data.text import TextTokenizer
-from tests.data.toy import ARM, CART, Shapes, change_record, shard
+from tests.data.toy import ARM, CART, Shapes, change_record, model_of, shard
 
 CONFIG = """
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ def config(toy: Path, tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPat
         dataset = EpisodeDataset(open_index(toy, split), robot)
         save_normalization(compute_normalization(dataset), directory / f"{robot.name}.json")
         dataset.close()
-    (directory / "text.model").write_bytes(tokenizer.model)
+    (directory / "text.model").write_bytes(model_of(tokenizer))
     (directory / "run.py").write_text(CONFIG.format(toy=str(toy), directory=str(directory)))
     return directory / "run.py"
 

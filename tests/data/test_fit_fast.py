@@ -21,6 +21,7 @@ CONFIG = """
 from types import SimpleNamespace
 from openpi_like.batch import ActionTokens
 from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.data.prompts import FastPrompt
 from tests.data.toy import ARM, CART
 import dataclasses
 
@@ -33,7 +34,7 @@ class Run:
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}, split="val", val_split=None))
 tokens = ActionTokens(max_len=6, count=300, skip=0)
-config = Run(DataConfig(entries), {stats!r}, SimpleNamespace(action_tokens=tokens, prompt_format="fast"))
+config = Run(DataConfig(entries), {stats!r}, SimpleNamespace(action_tokens=tokens, prompt_format=FastPrompt()))
 """
 
 

@@ -19,12 +19,13 @@ from openpi_like.data.index import open_index
 from openpi_like.data.loader import validation_batches
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import sample_order
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import save_normalization
 from openpi_like.data.text import TextTokenizer
 from tests.data.reader import digests, read
 from tests.data.samples import rows
-from tests.data.toy import ARM, LENGTHS, WRITES, Shapes
+from tests.data.toy import ARM, LENGTHS, WRITES, Shapes, model_of
 
 
 def test_there_is_something_to_draw(load: Any, everything: dict[str, Any], config: DataConfig, toy: Path) -> None:
@@ -75,7 +76,7 @@ def test_resuming_anywhere_on_any_hosts_is_exact(
 def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, everything: dict[str, Any]) -> None:
     """Two processes, from the middle of the run, with action tokens and what these could not write."""
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     options: dict[str, Any] = {"policy": WRITES, "tokenizer": text, "action_tokenizer": narrow, "start": 8}
     options |= {"saturate_actions": True, **everything}
     threads, workers = load(**options), load(num_workers=2, num_threads=2, prefetch=1, **options)
@@ -87,7 +88,7 @@ def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, eve
 
 def test_an_error_in_a_worker_reaches_the_run(load: Any, tokenizer: TextTokenizer) -> None:
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))
-    text = TextTokenizer(tokenizer.model, 80, prompt_format="fast", answer_len=60)
+    text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=60)
     loader = load(num_workers=1, policy=WRITES, tokenizer=text, action_tokenizer=narrow)
     with pytest.raises(DatasetError, match=r"record \d+.*: action tokens: .*cannot be encoded"):
         next(loader)
@@ -97,7 +98,7 @@ def test_a_reader_that_is_killed_goes_on_where_it_was(
     toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization], tmp_path: Path
 ) -> None:
     """SIGKILL after some samples, three times, with other threads and workers each time; workers end with the run."""
-    (tmp_path / "text.model").write_bytes(tokenizer.model)
+    (tmp_path / "text.model").write_bytes(model_of(tokenizer))
     for name, normalization in normalizations.items():
         save_normalization(normalization, tmp_path / f"{name}.json")
     where = (toy, tmp_path / "text.model", tmp_path)

@@ -12,7 +12,10 @@ import numpy as np
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data import tfrecord
+from openpi_like.data.prompts import FastPrompt, Pi0Prompt, PromptFormat
 from openpi_like.data.selection import Selection
+from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 
 LENGTHS = {"train": (7, 1, 12, 5, 9, 3, 20, 16, 11, 8, 4, 14), "val": (6, 10, 3)}
@@ -65,13 +68,14 @@ class Shapes:
     prompt_len: int = 40
     vocab_size: int = 512
     resize: str = "cubic"
-    prompt_format: str = "pi0"
+    prompt_format: PromptFormat = Pi0Prompt()
+    image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
 
 
 # A policy that writes actions as tokens.
 WRITES = Shapes(
-    prompt_len=80, prompt_format="fast", vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+    prompt_len=80, prompt_format=FastPrompt(), vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
 )
 
 
@@ -147,6 +151,12 @@ def _episode(rng: np.random.Generator, number: int, length: int) -> dict[str, An
         "renderer": "ray",
     }
     return {"steps": [step(t) for t in range(length)], "episode_metadata": metadata}
+
+
+def model_of(tokenizer: TextTokenizer) -> bytes:
+    """The file's content of the SentencePiece model that a tokenizer uses."""
+    assert isinstance(tokenizer.tokenizer, SentencePieceTokenizer)
+    return tokenizer.tokenizer.content()
 
 
 def shard(directory: Path, number: int = 0, split: str = "train") -> Path:

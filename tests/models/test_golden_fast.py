@@ -8,6 +8,8 @@ import pytest
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.fast import FILES, FastError, FastTokenizer, dct_coefficients
+from openpi_like.data.prompts import FastPrompt
+from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
 from openpi_like.data.text import TextTokenizer
 
 
@@ -111,21 +113,21 @@ def test_golden_fast_files_are_written_unchanged(golden: Path, fast: FastTokeniz
 
 
 @pytest.fixture(scope="module")
-def texts(golden: Path) -> tuple[bytes, dict[str, Any]]:
+def texts(golden: Path) -> tuple[SentencePieceTokenizer, dict[str, Any]]:
     model, path = golden / "item8_tiny_text_tokenizer.model", golden / "item8_tokenization.npz"
     if not (model.is_file() and path.is_file()):
         pytest.skip("no golden vectors: item8 is absent")
-    return model.read_bytes(), dict(np.load(path))
+    return SentencePieceTokenizer.of(model.read_bytes()), dict(np.load(path))
 
 
-def test_golden_fast_prompts(texts: tuple[bytes, dict[str, Any]], fast: FastTokenizer) -> None:
+def test_golden_fast_prompts(texts: tuple[SentencePieceTokenizer, dict[str, Any]], fast: FastTokenizer) -> None:
     model, z = texts
     tokens = ActionTokens(max_len=250)
     for i in sorted({k.split("/")[0] for k in z if "/" in k}):
         prompt, state, actions = str(z[f"{i}/prompt"]), z[f"{i}/state"], z[f"{i}/actions"]
         at = {k.removeprefix(f"{i}/pi0fast/"): v for k, v in z.items() if k.startswith(f"{i}/pi0fast/")}
         room = len(at["long/tokens"])
-        text = TextTokenizer(model, room - 100, prompt_format="fast", answer_len=100)
+        text = TextTokenizer(model, room - 100, prompt_format=FastPrompt(), answer_len=100)
         action_ids = tokens.first(text.vocab_size) - fast.encode(actions[None]).ids[0]
         row = text.encode_actions(prompt, state, action_ids)
         for name, got in (("tokens", row.prompt), ("mask", row.prompt_mask), ("ar_mask", row.prompt_causal)):
@@ -137,21 +139,25 @@ def test_golden_fast_prompts(texts: tuple[bytes, dict[str, Any]], fast: FastToke
         np.testing.assert_array_equal(row.prompt[:short], at["short/tokens"])
         if at["short/mask"].all() and row.prompt_mask.sum() > short:
             with pytest.raises(ValueError, match=rf"tokens .* for actions.*prompt_len={short - 10} \+ answer_len=10"):
-                TextTokenizer(model, short - 10, prompt_format="fast", answer_len=10).encode_actions(
+                TextTokenizer(model, short - 10, prompt_format=FastPrompt(), answer_len=10).encode_actions(
                     prompt, state, action_ids
                 )
-        ids, mask = TextTokenizer(model, len(at["prefix_only/tokens"]), prompt_format="fast").encode(prompt, state)
+        ids, mask = TextTokenizer(model, len(at["prefix_only/tokens"]), prompt_format=FastPrompt()).encode(
+            prompt, state
+        )
         np.testing.assert_array_equal(ids, at["prefix_only/tokens"])
         np.testing.assert_array_equal(mask, at["prefix_only/mask"])
 
 
-def test_golden_fast_extracted_actions(texts: tuple[bytes, dict[str, Any]], fast: FastTokenizer) -> None:
+def test_golden_fast_extracted_actions(
+    texts: tuple[SentencePieceTokenizer, dict[str, Any]], fast: FastTokenizer
+) -> None:
     """From generated ids back to actions: between "Action: " and "|"."""
     model, z = texts
     tokens = ActionTokens(max_len=100)
     for i in sorted({k.split("/")[0] for k in z if "/" in k}):
         written = z[f"{i}/pi0fast/generated_tokens"].astype(int)
-        text = TextTokenizer(model, 100, prompt_format="fast", answer_len=20)
+        text = TextTokenizer(model, 100, prompt_format=FastPrompt(), answer_len=20)
         begin = text.action_indicator()
         assert written[: len(begin)].tolist() == begin
         first = tokens.first(text.vocab_size)

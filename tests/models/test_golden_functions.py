@@ -12,7 +12,9 @@ import pytest
 
 from openpi_like.data.images import fit
 from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.text import TextTokenizer, state_bins
+from openpi_like.data.prompts import FastPrompt, Pi0Prompt, Pi05Prompt, PromptFormat, state_bins
+from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.models.arrays import merge_lora
 from openpi_like.models.flow import time_embedding
 from openpi_like.models.gemma import GemmaConfig, GemmaLayer, RMSNorm, attention_mask, rope, rotate
@@ -41,11 +43,11 @@ def stored(golden: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_model(golden: Path) -> bytes:
+def sentencepiece_model(golden: Path) -> SentencePieceTokenizer:
     path = golden / "item8_tiny_text_tokenizer.model"
     if not path.is_file():
         pytest.skip(f"no golden vectors: {path} is absent")
-    return path.read_bytes()
+    return SentencePieceTokenizer.of(path.read_bytes())
 
 
 def numbered(arrays: dict[str, Any], group: str) -> list[dict[str, Any]]:
@@ -218,16 +220,18 @@ def test_golden_resize_with_pad(stored: dict[str, np.ndarray]) -> None:
             np.testing.assert_array_equal(out.any(axis=(axis, 2)), expected.any(axis=(axis, 2)))
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+@pytest.mark.parametrize(("kind", "prompt_format"), [("pi0", Pi0Prompt()), ("pi05", Pi05Prompt())])
 @pytest.mark.parametrize("length", ["short", "long"])
-def test_golden_prompts(golden: Path, sentencepiece_model: bytes, kind: str, length: str) -> None:
+def test_golden_prompts(
+    golden: Path, sentencepiece_model: SentencePieceTokenizer, kind: str, prompt_format: PromptFormat, length: str
+) -> None:
     path = golden / "item8_tokenization.npz"
     if not path.is_file():
         pytest.skip(f"no golden vectors: {path} is absent")
     z = np.load(path)
     for i in sorted({k.split("/")[0] for k in z.files if "/" in k}):
         expected, mask = z[f"{i}/{kind}/{length}/tokens"], z[f"{i}/{kind}/{length}/mask"]
-        tokenizer = TextTokenizer(sentencepiece_model, len(expected), prompt_format=kind, truncate=True)
+        tokenizer = TextTokenizer(sentencepiece_model, len(expected), prompt_format=prompt_format, truncate=True)
         state = z[f"{i}/state"]
         ids, real = tokenizer.encode(str(z[f"{i}/prompt"]), state)
         np.testing.assert_array_equal(ids, expected)
@@ -235,35 +239,33 @@ def test_golden_prompts(golden: Path, sentencepiece_model: bytes, kind: str, len
         if not mask.all():
             continue
         with pytest.raises(ValueError, match=f"expected at most prompt_len={len(expected)}"):
-            TextTokenizer(sentencepiece_model, len(expected), prompt_format=kind).encode(str(z[f"{i}/prompt"]), state)
+            TextTokenizer(sentencepiece_model, len(expected), prompt_format=prompt_format).encode(
+                str(z[f"{i}/prompt"]), state
+            )
 
 
-def test_golden_prompt_strings(stored: dict[str, np.ndarray], sentencepiece_model: bytes) -> None:
+def test_golden_prompt_strings(stored: dict[str, np.ndarray], sentencepiece_model: SentencePieceTokenizer) -> None:
     """What is given to SentencePiece, call by call, and the bins of the state."""
 
-    class Recorder:
-        def __init__(self, processor: Any) -> None:
-            self.processor, self.calls = processor, list[str]()
+    calls: list[str] = []
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.processor, name)
-
+    class Recorder(SentencePieceTokenizer):
         def encode(self, text: str) -> list[int]:
-            self.calls.append(text)
-            return self.processor.encode(text)
+            calls.append(text)
+            return super().encode(text)
 
-    for kind, key in (("pi0", "pi0"), ("pi05", "pi05"), ("fast", "pi0fast")):
-        tokenizer = TextTokenizer(sentencepiece_model, 400, prompt_format=kind, answer_len=20)
-        recorder: Any = Recorder(tokenizer._processor)
-        tokenizer._processor = recorder
+    formats: dict[str, PromptFormat] = {"pi0": Pi0Prompt(), "pi05": Pi05Prompt(), "pi0fast": FastPrompt()}
+    for key, prompt_format in formats.items():
+        recorder = Recorder(sentencepiece_model.model)
+        tokenizer = TextTokenizer(recorder, 400, prompt_format=prompt_format, answer_len=20)
         for at in numbered(stored, "prompt_strings"):
-            recorder.calls.clear()
+            calls.clear()
             expected = [text for text, _, _ in json.loads(str(at[f"{key}_encode_calls_json"]))]
-            if kind == "fast":
+            if key == "pi0fast":
                 tokenizer.encode_actions(str(at["prompt"]), at["state"], np.zeros(0, np.int32))
             else:
                 tokenizer.encode(str(at["prompt"]), at["state"])
-            assert recorder.calls == expected
+            assert calls == expected
             np.testing.assert_array_equal(state_bins(at["state"]), at["state_bins"])
 
 

@@ -144,7 +144,7 @@ def test_golden_paligemma_generation_follows_the_likeliest_token(
     generate = nnx.jit(PaliGemma.generate, static_argnames="max_new")
     ids, mask = generate(model, jax.random.key(0), observation, max_new=new)
     length, logits = config.prompt_len + new, nnx.jit(PaliGemma.text_logits)
-    longer = bind(dataclasses.replace(config, prompt_len=length), unflatten(flat_weights(model)))
+    longer = bind(dataclasses.replace(config, prompt_len=length), unflatten(flat_weights(model))).backbone
     for b in range(ids.shape[0]):
         n = int(observation["prompt_mask"][b].sum())
         text = list(np.asarray(observation["prompt"][b, :n]))

@@ -17,7 +17,16 @@ from openpi_like.models.gemma import GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.models.weights import bind, export_weights, flat_weights, flatten, plan_load, read_weights, unflatten
+from openpi_like.models.weights import (
+    bind,
+    export_weights,
+    flat_weights,
+    flatten,
+    named_weights,
+    plan_load,
+    read_weights,
+    unflatten,
+)
 from tests.models.golden_set import assert_tokens, config_json, open_golden, patch_size
 
 CASES = ("all_cameras", "masked_camera")
@@ -136,7 +145,7 @@ def test_golden_pi0_fast_gradients(
         return m.loss(jax.random.key(0), batch)[0]
 
     state = nnx.jit(nnx.grad(objective))(model, batch_of(arrays, config, "all_cameras"))
-    grads = {k: v() for k, v in export_weights(config, flatten(nnx.to_pure_dict(state)), "openpi")}
+    grads = {k: v() for k, v in export_weights(config, flatten(named_weights(state)), "openpi")}
     assert set(grads) == set(params)
     for name, grad in grads.items():
         norm = np.linalg.norm(np.asarray(grad, np.float64))
@@ -161,11 +170,11 @@ def test_golden_pi0_fast_step_logits(arrays: dict[str, Any], config: Pi0FastConf
     # Where a camera is masked, the reference's decoding drops valid slots and shows masked ones: not reproduced.
     whole = np.all([arrays[f"{case}/image_masks/{c}"] for c in config.cameras], axis=0)
     steps = written.shape[1]
-    prefill = nnx.jit(lambda m, o: m.prefill(o, max_new=steps, skip=1))
-    extend = nnx.jit(lambda m, t, c: m.extend(t, c))
+    prefill = nnx.jit(lambda m, o: m.backbone.prefill(o, max_new=steps, skip=1))
+    extend = nnx.jit(lambda m, t, c: m.backbone.extend(t, c))
     x, cache = prefill(decoder, observation)
     for s in range(steps):
-        logits = np.asarray(decoder.next_logits(x))
+        logits = np.asarray(decoder.backbone.next_logits(x))
         np.testing.assert_allclose(logits[whole], expected[whole, s], atol=2e-4, err_msg=f"step {s}")
         x, cache = extend(decoder, written[:, s], cache)
 

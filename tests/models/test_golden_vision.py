@@ -404,7 +404,8 @@ def test_towers_split_over_devices_and_with_overlays(filled: Any, name: str) -> 
     expected = nnx.jit(lambda m: m(images, *language))(model)
 
     add_lora(model, Lora((LoraRule("layers/.*kernel$|patch"),)), KEY)
-    mesh, rules = jax.make_mesh((1, 2, 2), MESH_AXES), ShardingRules()
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh, rules = jax.make_mesh((1, 2, 2), MESH_AXES, axis_types=auto), ShardingRules()
     state = nnx.state(model, nnx.Param)
     specs = jax.tree.map(
         lambda w: NamedSharding(mesh, rules.spec(w.get_metadata()["axes"], w.shape, mesh)),

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import ActionTokens
+from openpi_like.data.prompts import FastPrompt, Pi05Prompt
 from openpi_like.draws import row_keys
 from openpi_like.models.flow import draw_noise, draw_time
 from openpi_like.models.pi0 import Pi0, Pi0Config
@@ -22,7 +23,7 @@ KEY = jax.random.key(7)
 def config(tiny_policy: Pi0Config) -> Pi0Config:
     """pi0.5 that writes action tokens too, with a subtask before them."""
     return dataclasses.replace(
-        tiny_policy, pi05=True, prompt_format="fast", action_tokens=ActionTokens(max_len=10, count=50, skip=4)
+        tiny_policy, pi05=True, prompt_format=FastPrompt(), action_tokens=ActionTokens(max_len=10, count=50, skip=4)
     )
 
 
@@ -200,5 +201,5 @@ def test_draws_belong_to_the_sample(config: Pi0Config, model: Pi0, batch: Any) -
 def test_options_without_meaning_are_refused(config: Pi0Config, tiny_policy: Pi0Config) -> None:
     with pytest.raises(ValueError, match=r"flow_weight=0.0, expected a number above 0"):
         dataclasses.replace(config, flow_weight=0.0)
-    with pytest.raises(ValueError, match=r"prompt_format='pi05' with pi05=False, expected 'pi0'"):
-        dataclasses.replace(tiny_policy, prompt_format="pi05")
+    with pytest.raises(ValueError, match=r"prompt_format=Pi05Prompt\(\) with pi05=False, expected Pi0Prompt"):
+        dataclasses.replace(tiny_policy, prompt_format=Pi05Prompt())

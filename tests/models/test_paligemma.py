@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from openpi_like.batch import ActionTokens
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.prompts import FastPrompt
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.models.backbone import EOS
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -179,7 +181,7 @@ def test_shapes_are_those_of_batches(config: TextModelConfig, captions: Any, tin
     made = named(config.batch_shapes(len(captions["prompt"])))
     assert {name: of for name, of in named(captions).items() if name in made} == made
     written = dataclasses.replace(
-        tiny_policy, prompt_format="fast", action_tokens=ActionTokens(max_len=5, count=9, skip=0)
+        tiny_policy, prompt_format=FastPrompt(), action_tokens=ActionTokens(max_len=5, count=9, skip=0)
     )
     for policy, length in ((tiny_policy, 8), (written, 13)):
         shapes = policy.batch_shapes(3)

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.serve.policy import ObservationError, Policy
 from openpi_like.train.checkpoints.load import PolicyParts

@@ -16,12 +16,12 @@ import pytest
 from rich.console import Console
 
 from openpi_like.data.normalize import FieldStats, Normalization
-from openpi_like.data.text import fit_text_tokenizer
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import flatten, unflatten
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, save_policy
-from openpi_like.train.checkpoints.contract import Contract, encode_tokenizer
+from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
@@ -47,7 +47,7 @@ def contract_of() -> Callable[[Any], Contract]:
         return FieldStats(names, (0.5,) * n, (2.0,) * n, (-1.0,) * n, (1.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
 
     normalization = Normalization(SAWYER.name, "zscore", stats(SAWYER.state_names), stats(SAWYER.action_names))
-    tokenizer = encode_tokenizer(fit_text_tokenizer(["press the button"], 300))
+    tokenizer = fit_text_tokenizer(["press the button"], 300)
 
     def make(policy: Any) -> Contract:
         return Contract(

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from openpi_like.batch import ActionTokens
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
@@ -48,7 +49,7 @@ def policies() -> dict[str, PolicyConfig]:
     return {
         "pi0": Pi0Config(**common, expert=gemma),
         "insulated": Pi0Config(
-            **common, expert=gemma, pi05=True, prompt_format="fast", action_tokens=tokens, insulate=True
+            **common, expert=gemma, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, insulate=True
         ),
         "fast": Pi0FastConfig(**common, action_tokens=tokens),
     }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.fast import FastTokenizer, fit_fast
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.stats import save_normalization
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
@@ -26,6 +26,7 @@ from openpi_like.train.checkpoints.checkpoint import save_policy
 from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_contract
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.state import ModelDef
+from tests.data.toy import model_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +58,8 @@ def config_file(tmp_path: Path, policy: Pi0Config) -> str:
     path = tmp_path / "tiny.py"
     path.write_text(
         "from openpi_like.models.pi0 import Pi0Config\nfrom openpi_like.models.gemma import GemmaConfig\n"
-        f"from openpi_like.models.siglip import SiglipConfig\nconfig = {policy!r}\n"
+        "from openpi_like.models.paligemma import PaliGemmaConfig\nfrom openpi_like.models.siglip import SiglipConfig\n"
+        f"from openpi_like.data.prompts import Pi0Prompt\nconfig = {policy!r}\n"
     )
     return str(path)
 
@@ -81,9 +83,9 @@ def test_there_and_back(
 ) -> None:
     status, text = convert(program, run, tmp_path / "out", to)
     assert status == 0
-    assert "actions sampled in 10 steps, same inputs: largest difference 0 (values up to" in text
+    assert "outputs of the same inputs: largest difference 0 (values up to" in text
     text_model = tmp_path / "text.model"
-    text_model.write_bytes(contract.text_tokenizer().model)
+    text_model.write_bytes(model_of(contract.text_tokenizer()))
     stats = tmp_path / "out" / "assets" / "sawyer" / "norm_stats.json"
     if to == "lerobot":
         stats = tmp_path / "stats.json"
@@ -97,7 +99,7 @@ def test_there_and_back(
     same(flat_weights(parts.model), params)
     again, before = parts.normalizations["sawyer"], contract.normalizations["sawyer"]
     assert (again.state.mean, again.action.q99) == (before.state.mean, before.action.q99)
-    assert parts.tokenizer.model == contract.text_tokenizer().model
+    assert parts.tokenizer.tokenizer == contract.tokenizer
     assert read_contract(tmp_path / "back" / "checkpoints" / "0").policy == contract.policy
 
 
@@ -111,7 +113,7 @@ def test_action_tokens_travel_with_the_weights(
     shared = {f.name: getattr(policy, f.name) for f in dataclasses.fields(Pi0FastConfig) if hasattr(policy, f.name)}
     tokens = ActionTokens(max_len=40, count=60, skip=0)
     config = Pi0FastConfig(
-        **{**shared, "prompt_len": 80, "vocab_size": 400, "prompt_format": "fast", "action_tokens": tokens}
+        **{**shared, "prompt_len": 80, "vocab_size": 400, "prompt_format": FastPrompt(), "action_tokens": tokens}
     )
     normalization = dataclasses.replace(contract.normalizations["sawyer"], mode="quantile")
     written = dataclasses.replace(
@@ -140,7 +142,7 @@ def test_action_tokens_travel_with_the_weights(
 
     status, text = convert(program, tmp_path / "run", tmp_path / "out", "openpi")
     assert status == 0
-    assert "text logits, same inputs: largest difference 0" in text
+    assert "outputs of the same inputs: largest difference 0 (values up to" in text
     assert FastTokenizer.load(tmp_path / "out" / "fast_tokenizer").files == fast.files
     assert read_contract(tmp_path / "run" / "checkpoints" / "0") == written
 
@@ -204,7 +206,7 @@ def test_paligemma_through_three_layouts(
     for source, to, left_out in steps:
         status, text = convert(program, source, tmp_path / to, to, model=str(path), drop=left_out)
         assert status == 0
-        assert "text logits, same inputs: largest difference 0" in text
+        assert "outputs of the same inputs: largest difference 0 (values up to" in text
     config = program.find_config(program.Args(tmp_path / "x", tmp_path / "y", "run", model=str(path)))
     got = load_weights(config, tmp_path / "big_vision" / "weights.npz")
     same(got, {k: params[k] for k in ("vision", "vlm")})
@@ -230,7 +232,7 @@ def test_a_policy_that_could_not_be_served_is_refused(
 ) -> None:
     assert convert(program, run, tmp_path / "openpi", "openpi", verify=False)[0] == 0
     text_model = tmp_path / "text.model"
-    text_model.write_bytes(contract.text_tokenizer().model)
+    text_model.write_bytes(model_of(contract.text_tokenizer()))
     stats = tmp_path / "openpi" / "assets" / "sawyer" / "norm_stats.json"
     serving: dict[str, Any] = {
         "model": config_file, "robots": ("sawyer",), "norm_stats": (stats,), "tokenizer": text_model,
@@ -245,7 +247,7 @@ def test_a_policy_that_could_not_be_served_is_refused(
         r"camera 'base' is not a slot(.|\n)*action_horizon 8, the policy has room for 2",
         set=("cameras=('front',)", "action_horizon=2"),
     )
-    refuse("not a SentencePiece model", tokenizer=stats)
+    refuse(r"norm_stats.json: tokenizer.json \([\d,]+ characters\) cannot be read", tokenizer=stats)
     refuse("not normalised by 'quantile', which these weights", set=("pi05=True",))
     refuse("samples no actions", model="paligemma")
     with pytest.raises(ValueError, match="are for published weights and --to run"):
@@ -261,9 +263,8 @@ def test_imported_weights_do_not_overwrite_a_run(tmp_path: Path, run: Path, para
     assert (tmp_path / "params").is_dir()
 
 
-def test_lerobot_config_of_released_sizes(program: SimpleNamespace, tmp_path: Path) -> None:
-    args = program.Args(tmp_path, tmp_path, "lerobot")
-    program.write_lerobot_config(args, Pi0Config.released(pi05=True), Console(quiet=True))
-    stored = json.loads((tmp_path / "config.json").read_text())
+def test_lerobot_config_of_released_sizes() -> None:
+    stored = Pi0Config.released(pi05=True).lerobot_config("float32")
+    assert stored is not None
     assert (stored["type"], stored["action_expert_variant"], stored["chunk_size"]) == ("pi05", "gemma_300m", 50)
     assert stored["tokenizer_max_length"] == 200

@@ -13,6 +13,7 @@ from flax import nnx
 
 from openpi_like.batch import ActionTokens
 from openpi_like.data.augment import Augment, augment_batch
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.draws import named_key
 from openpi_like.models.lora import Lora
 from openpi_like.models.weights import flatten
@@ -132,7 +133,7 @@ def test_without_average_none_is_kept(tiny_policy):
 def insulated(tiny_policy):
     """Both losses, each over the samples that have it."""
     tokens = ActionTokens(max_len=6, count=40, skip=2)
-    return dataclasses.replace(tiny_policy, pi05=True, prompt_format="fast", action_tokens=tokens, unroll=True)
+    return dataclasses.replace(tiny_policy, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, unroll=True)
 
 
 def _with_answers(batch, policy):

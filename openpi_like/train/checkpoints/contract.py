@@ -1,6 +1,5 @@
 """The contract of a policy: everything that serving depends on, with a hash, stored with every checkpoint."""
 
-import base64
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -12,10 +11,11 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from openpi_like.config import from_json, to_json
-from openpi_like.data.assembly import action_token_problems
+from openpi_like.data.assembly import action_token_problems, image_slot_problems
 from openpi_like.data.fast import FastFiles, FastTokenizer
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.data.tokenizer import Tokenizer
 from openpi_like.robots import Robot, policy_problems
 
 FORMAT = 1
@@ -29,14 +29,14 @@ class CheckpointError(ValueError):
 class Contract:
     """What serving depends on. Its hash is checked when it is read, and sent to every client.
 
-    policy: the model's config. robots and normalizations: by robot. tokenizer: SentencePiece model, base64.
+    policy: the model's config. robots and normalizations: by robot. tokenizer: of texts, whole.
     renderers: robot name -> how the training images were rendered, for simulated robots; None for real ones.
     """
 
     policy: Any
     robots: tuple[Robot, ...]
     normalizations: dict[str, Normalization]
-    tokenizer: str
+    tokenizer: Tokenizer
     renderers: dict[str, str | None]
     action_tokenizer: FastFiles | None = None
 
@@ -46,10 +46,7 @@ class Contract:
 
     def text_tokenizer(self) -> TextTokenizer:
         """Returns the tokenizer of the policy's prompts and answers."""
-        p = self.policy
-        return TextTokenizer(
-            base64.b64decode(self.tokenizer), p.prompt_len, prompt_format=p.prompt_format, answer_len=p.answer_len
-        )
+        return TextTokenizer.of_policy(self.tokenizer, self.policy)
 
     def fast_tokenizer(self) -> FastTokenizer | None:
         """Returns the tokenizer of actions, where the policy has action tokens."""
@@ -58,11 +55,6 @@ class Contract:
     def sampling_options(self) -> dict[str, Any]:
         """Returns what `sample_actions` of this policy needs besides an observation, by name."""
         return self.policy.sampling_options(self.text_tokenizer(), self.fast_tokenizer())
-
-
-def encode_tokenizer(model: bytes) -> str:
-    """Returns a SentencePiece model as the text `Contract.tokenizer` holds."""
-    return base64.b64encode(model).decode("ascii")
 
 
 def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -> list[str]:
@@ -85,6 +77,7 @@ def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -
     if tokenizer.vocab_size > policy.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
     problems += action_token_problems(policy, tokenizer, action_tokenizer)
+    problems += image_slot_problems(policy, tokenizer)
     problems += [
         f"robot {robot.name!r}: {p}"
         for robot in contract.robots

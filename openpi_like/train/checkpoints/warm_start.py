@@ -29,7 +29,7 @@ class WarmStart:
     reinitialize: regular expressions of weights that start fresh although the checkpoint has them, or that it may lack;
         whatever else differs is an error, so nothing is loaded partly without being asked for.
     drop: regular expressions of arrays of the checkpoint (in its own names) that this model has no place for.
-    format: of published weights, a name in `openpi_like.models.formats.FORMATS`; None recognises it by its names.
+    format: of published weights, a name in the model's `formats()`; None recognises it by its names.
     lora_scale: merges LoRA weights of openpi, see `openpi_like.models.arrays.LoraMerged`; where the run has LoRA of its
         own, None reads them into it.
     """

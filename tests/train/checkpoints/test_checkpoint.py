@@ -319,11 +319,12 @@ from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep
 from openpi_like.train.checkpoints.contract import CheckpointError
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.state import TrainState
+from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.train.checkpoints.contract import Contract
 
 config = Pi0Config.tiny(cameras=("a",), state_dim=1, action_dim=1, action_horizon=1, prompt_len=4, vocab_size=8)
-contract = Contract(config, (), {}, "", {})
+contract = Contract(config, (), {}, SentencePieceTokenizer(""), {})
 weights = lambda step: {"w": jax.random.normal(jax.random.key(step), (300_000,))}
 
 

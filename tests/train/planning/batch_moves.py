@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from openpi_like.batch import ActionTokens
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
@@ -47,7 +48,7 @@ def policies() -> dict[str, PolicyConfig]:
     }
     tokens = ActionTokens(max_len=ANSWER, count=64, skip=0)
     # With an answer, 9 tokens.
-    written: dict[str, Any] = {"prompt_len": 4, "prompt_format": "fast", "action_tokens": tokens}
+    written: dict[str, Any] = {"prompt_len": 4, "prompt_format": FastPrompt(), "action_tokens": tokens}
     return {
         "pi0": Pi0Config(**common, expert=gemma, prompt_len=5),
         "insulated": Pi0Config(**common, expert=gemma, pi05=True, **written),

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from openpi_like.batch import ActionTokens
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.partition import ShardingRules
@@ -169,7 +170,7 @@ def test_meshes_that_do_not_divide_are_refused(config: TrainConfig, mesh: MeshCo
 RELEASED = {
     "pi0": Pi0Config.released(),
     "insulated": dataclasses.replace(
-        Pi0Config.released(pi05=True), prompt_format="fast", action_tokens=ActionTokens(max_len=100)
+        Pi0Config.released(pi05=True), prompt_format=FastPrompt(), action_tokens=ActionTokens(max_len=100)
     ),
     "fast": Pi0FastConfig.released(),
 }

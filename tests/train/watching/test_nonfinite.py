@@ -18,8 +18,9 @@ from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
 from openpi_like.data.loader import Loader, make_loader
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.draws import sample_keys
 from openpi_like.partition import ShardingRules
 from openpi_like.train.optimizer import OptimizerConfig

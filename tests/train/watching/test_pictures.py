@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from openpi_like.data.augment import Augment, augment_batch
-from openpi_like.data.text import TextTokenizer, fit_text_tokenizer
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.text import TextTokenizer
 from openpi_like.draws import named_key
 from openpi_like.models.siglip import LayerNorm
 from openpi_like.partition import ShardingRules
@@ -65,8 +66,8 @@ def test_images_are_those_that_the_step_makes_of_the_whole_batch(batch: Any, rea
 
 
 def test_action_tokens_are_counted_and_answers_told_from_prompts(batch: Any, reader: TextTokenizer) -> None:
-    ids = [reader._processor.encode(text) for text in ("go", "left")]
-    row = [reader._processor.bos_id(), *ids[0], *ids[1], 299, 298, 297]  # ids that no text has
+    ids = [reader.tokenizer.encode(text) for text in ("go", "left")]
+    row = [reader.tokenizer.bos_id, *ids[0], *ids[1], 299, 298, 297]  # ids that no text has
     where = np.arange(len(row))
     fields = {
         "prompt": np.array([row], np.int32),

@@ -1,0 +1,19 @@
+"""OpenVLA on three Sawyer tasks: 256 bins a dim, written one by one, a chunk of eight steps.
+
+All but the policy is that of pi0.py.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from openpi_like.config import load_run
+from openpi_like.models.openvla import OpenVlaConfig
+
+base = load_run(Path(__file__).with_name("pi0.py"))
+same = {name: getattr(base.model, name) for name in ("cameras", "state_dim", "action_dim", "prompt_len", "vocab_size")}
+
+config = dataclasses.replace(
+    base,
+    run_dir="runs/studies/openvla",
+    model=OpenVlaConfig.tiny(**same, action_horizon=base.model.action_horizon, bin_end=1536, eos=1),
+)

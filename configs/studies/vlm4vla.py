@@ -1,0 +1,19 @@
+"""VLM4VLA on three Sawyer tasks: an action query and an MLP head.
+
+All but the policy is that of pi0.py.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from openpi_like.config import load_run
+from openpi_like.models.vlm4vla import Vlm4VlaConfig
+
+base = load_run(Path(__file__).with_name("pi0.py"))
+same = {name: getattr(base.model, name) for name in ("cameras", "state_dim", "action_dim", "prompt_len", "vocab_size")}
+
+config = dataclasses.replace(
+    base,
+    run_dir="runs/studies/vlm4vla",
+    model=Vlm4VlaConfig.tiny(**same, action_horizon=base.model.action_horizon, binary_dims=(3,)),
+)

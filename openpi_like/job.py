@@ -1,0 +1,91 @@
+"""Jobs of several programs: each step is one of the project's own, printed, timed, and skipped when it is done."""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+class Job:
+    """Runs steps in order and remembers, in `<run>/<name>.json`, which are done and how long they took."""
+
+    def __init__(self, run: Path, name: str, console: Console) -> None:
+        self.run, self.name, self.record_path, self._console = run, name, run / f"{name}.json", console
+        run.mkdir(parents=True, exist_ok=True)
+        self.record: dict[str, Any] = {"seconds": {}, "commands": {}, "done": []}
+        if self.record_path.is_file():
+            self.record = json.loads(self.record_path.read_text())
+        self.record["hardware"] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+        self.record["date"] = datetime.date.today().isoformat()
+
+    def save(self) -> None:
+        temporary = self.record_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.record, indent=1))
+        os.replace(temporary, self.record_path)
+
+    def step(self, name: str, *commands: list[str], server: list[str] | None = None) -> None:
+        """Runs the commands one after another, with a policy server beside them when one is given."""
+        shown = [*([server] if server else []), *commands]
+        text = "\n".join(shlex.join(["python", *c]) for c in shown)
+        if self.record["commands"].get(name, text) != text:
+            raise SystemExit(
+                f"{self.run} holds another {self.name}: its step {name!r} was\n{self.record['commands'][name]}\n"
+                f"and would now be\n{text}\nremove the directory, or give another one with --run"
+            )
+        if name in self.record["done"]:
+            self._console.print(f"[green]done before[/] {name} ({self.record['seconds'][name]:.0f} s)")
+            return
+        self._console.rule(f"[bold]{name}")
+        for line in text.splitlines():
+            self._console.print(f"[dim]$ {line}", soft_wrap=True)
+        self.record["seconds"].setdefault(name, 0.0)
+        self.record["commands"][name] = text
+        started = time.perf_counter()
+        try:
+            with _policy_server(server) if server else contextlib.nullcontext():
+                for command in commands:
+                    subprocess.run([sys.executable, *command], check=True)
+        finally:
+            # Time of interrupted tries counts too.
+            self.record["seconds"][name] += time.perf_counter() - started
+            self.save()
+        self.record["done"].append(name)
+        self.save()
+
+
+@contextlib.contextmanager
+def _policy_server(command: list[str]) -> Iterator[None]:
+    """Starts a policy server, waits until it has compiled and listens, and stops it at the end."""
+    port_file = Path(command[command.index("--port-file") + 1])
+    port_file.unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, *command])
+    try:
+        while not port_file.is_file():
+            if process.poll() is not None:
+                raise SystemExit(
+                    f"the policy server ended with code {process.returncode} before it was ready, see above"
+                )
+            time.sleep(0.1)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

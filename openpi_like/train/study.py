@@ -1,0 +1,117 @@
+"""Studies: several configs, trained on the same data for the same steps, and driven in the same episodes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openpi_like.config import to_json
+from openpi_like.serve.evaluation import wilson
+from openpi_like.train.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One row of a study.
+
+    config: file of its run. set: dotted overrides of it. start: name of an arm above whose weights it begins with,
+    besides those that `reinitialize` names. driven: False where it only prepares another one.
+    """
+
+    config: str
+    set: tuple[str, ...] = ()
+    start: str | None = None
+    reinitialize: tuple[str, ...] = ()
+    driven: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A table of runs, by name, in order. The first that is driven is what others are compared with.
+
+    robot, tasks, episodes: what they are driven with, and how many episodes of each task.
+    """
+
+    arms: Mapping[str, Arm]
+    robot: str
+    tasks: tuple[str, ...]
+    episodes: int
+
+    def __post_init__(self) -> None:
+        problems, above = [], set[str]()
+        for name, arm in self.arms.items():
+            if arm.start is not None and arm.start not in above:
+                problems.append(f"arm {name!r}: start={arm.start!r}, expected one of the arms above: {sorted(above)}")
+            if arm.start is None and arm.reinitialize:
+                problems.append(f"arm {name!r}: reinitialize={arm.reinitialize} without a start")
+            above.add(name)
+        if not any(arm.driven for arm in self.arms.values()):
+            problems.append("no arm is driven, expected one at least")
+        if self.episodes < 1 or not self.tasks:
+            problems.append(f"episodes={self.episodes}, tasks={self.tasks}, expected at least one of each")
+        if problems:
+            raise ValueError("Study: " + "; ".join(problems))
+
+
+SAME = ("data", "batch_size", "steps", "seed")
+
+
+def unequal(configs: Mapping[str, TrainConfig]) -> list[str]:
+    """Returns in what the runs of driven arms differ that a study keeps equal: data, batch size, steps, seed."""
+    problems = []
+    (first, base), *others = configs.items()
+    for name, config in others:
+        for field in SAME:
+            a, b = (to_json(getattr(c, field)) for c in (base, config))
+            if a != b:
+                problems.append(f"arm {name!r}: {field} is not that of {first!r}")
+    return problems
+
+
+def newcombe(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
+    """Returns a 95 % interval of the difference of two success rates, b - a (Newcombe 1998, method 10)."""
+    (p, n), (q, m) = ((sum(x) / len(x), len(x)) for x in (a, b))
+    (lower_a, upper_a), (lower_b, upper_b) = wilson(sum(a), n), wilson(sum(b), m)
+    d = q - p
+    return d - math.hypot(q - lower_b, upper_a - p), d + math.hypot(upper_b - q, p - lower_a)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Returns the exact two-sided p-value that two policies do as well on the same episodes (McNemar 1947).
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"got {len(a)} and {len(b)} episodes, expected the same ones of both")
+    only_a, only_b = (sum(x and not y for x, y in zip(u, v, strict=True)) for u, v in ((a, b), (b, a)))
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def study_rows(outcomes: Mapping[str, Mapping[tuple[str, int], bool]]) -> list[dict[str, Any]]:
+    """Returns a row per arm: success per task and in all, with intervals, and beside the first arm.
+
+    outcomes: arm -> (task, seed) -> success.
+
+    Raises:
+        ValueError: the arms were not driven in the same episodes.
+    """
+    (base_name, base), *_ = outcomes.items()
+    rows = []
+    for name, found in outcomes.items():
+        if found.keys() != base.keys():
+            raise ValueError(f"arm {name!r}: its episodes are not those of {base_name!r}; drive both again")
+        episodes = sorted(found)
+        ours, theirs = [found[e] for e in episodes], [base[e] for e in episodes]
+        low, high = wilson(sum(ours), len(ours))
+        tasks = {}
+        for task in sorted({t for t, _ in episodes}):
+            of = [found[e] for e in episodes if e[0] == task]
+            tasks[task] = {"successes": sum(of), "episodes": len(of), "interval": wilson(sum(of), len(of))}
+        row = {"arm": name, "successes": sum(ours), "episodes": len(ours), "interval": (low, high), "tasks": tasks}
+        if name != base_name:
+            row |= {"difference": newcombe(theirs, ours), "p": mcnemar(theirs, ours)}
+        rows.append(row)
+    return rows

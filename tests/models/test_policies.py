@@ -1,0 +1,109 @@
+"""What the trainer, the validator and the server need of a policy, asked of each of them at tiny size."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openpi_like.models.openvla import OpenVlaConfig
+from openpi_like.models.openvla_oft import OpenVlaOftConfig
+from openpi_like.models.vlm4vla import Vlm4VlaConfig
+
+KEY = jax.random.key(0)
+OWN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
+    "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
+    "openvla_oft": (OpenVlaOftConfig, {"head_width": 16}),
+}
+
+
+@pytest.fixture(scope="module", params=[*OWN, "pi0"])
+def config(request: Any, tiny_policy: Any) -> Any:
+    if request.param == "pi0":
+        return tiny_policy
+    cls, own = OWN[request.param]
+    common = {f.name: getattr(tiny_policy, f.name) for f in dataclasses.fields(cls) if hasattr(tiny_policy, f.name)}
+    return cls(**{**common, **own})
+
+
+@pytest.fixture(scope="module")
+def model(config: Any, filled: Any) -> Any:
+    return filled(lambda: config.create(KEY))
+
+
+@pytest.fixture(scope="module")
+def samples(config: Any, tiny_batch: Any) -> Any:
+    """`tiny_batch` with the policy's horizon."""
+    A = config.action_horizon
+    cut = {k: tiny_batch[k][:, :A] for k in ("actions", "action_mask")}
+    return jax.tree.map(jnp.asarray, tiny_batch | cut)
+
+
+@pytest.fixture(scope="module")
+def functions(model: Any) -> Any:
+    """The policy's calls, compiled once."""
+    return (
+        jax.jit(lambda batch, counts: model.loss(KEY, batch, counts=counts)),
+        jax.jit(lambda observation, mask: model.sample_actions(KEY, observation, action_mask=mask)),
+    )
+
+
+def test_the_loss_of_parts_is_that_of_the_whole(config: Any, model: Any, samples: Any, functions: Any) -> None:
+    loss, _ = functions
+    whole, metrics = loss(samples, None)
+    assert np.isfinite(whole)
+    assert {"loss", "valid"} <= metrics.keys()
+    counts = model.loss_counts(samples)
+    halves = [jax.tree.map(lambda x, h=h: x[h], samples) for h in (slice(0, 4), slice(4, 8))]
+    np.testing.assert_allclose(sum(loss(half, counts)[0] for half in halves), whole, rtol=2e-5)
+    for name in (k for k in metrics if f"{k}_valid" in metrics):
+        assert metrics[name].shape == (8,)
+
+
+def test_what_is_masked_does_not_matter(config: Any, samples: Any, functions: Any) -> None:
+    loss, sample = functions
+    expected, _ = loss(samples, None)
+    seen = samples["image_mask"]["wrist_right"][:, None, None, None]
+    other = samples | {
+        "actions": jnp.where(samples["action_mask"], samples["actions"], 7.0),
+        "prompt": jnp.where(samples["prompt_mask"], samples["prompt"], 9),
+        "images": samples["images"] | {"wrist_right": jnp.where(seen, samples["images"]["wrist_right"], 200)},
+    }
+    np.testing.assert_allclose(loss(other, None)[0], expected, rtol=1e-5)
+    mask = samples["action_mask"]
+    first, second = (sample(config.observation(batch), mask) for batch in (samples, other))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_actions_are_those_that_the_robot_has(config: Any, samples: Any, functions: Any) -> None:
+    _, sample = functions
+    dims = jnp.broadcast_to(samples["action_mask"].any(1, keepdims=True), samples["action_mask"].shape)
+    actions = np.asarray(sample(config.observation(samples), dims))
+    assert actions.shape == samples["actions"].shape
+    assert np.isfinite(actions).all()
+    assert (actions[~np.asarray(dims)] == 0).all()
+    assert (actions[np.asarray(dims)] != 0).any()
+
+
+def test_a_row_is_the_same_in_company_and_alone(config: Any, samples: Any, functions: Any) -> None:
+    _, sample = functions
+    together = sample(config.observation(samples), samples["action_mask"])
+    first = jax.tree.map(lambda x: x[:4], samples)
+    np.testing.assert_allclose(sample(config.observation(first), first["action_mask"]), together[:4], atol=1e-5)
+
+
+def test_validation_and_comparison(config: Any, model: Any, samples: Any) -> None:
+    losses = model.validation_losses(KEY, samples)
+    assert "loss" in losses
+    assert all(np.isfinite(float(v)) for v in losses.values())
+    assert np.isfinite(np.asarray(model.outputs(KEY, samples))).all()
+
+
+def test_packed_samples_the_same(config: Any, model: Any, samples: Any, functions: Any) -> None:
+    observation, mask = config.observation(samples), samples["action_mask"]
+    packed = model.packed()
+    again = jax.jit(lambda o, m: packed.sample_actions(KEY, o, action_mask=m))(observation, mask)
+    np.testing.assert_allclose(again, functions[1](observation, mask), atol=2e-5)
