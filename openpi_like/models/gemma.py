@@ -174,15 +174,20 @@ class PackedLayer(nnx.Module):
     qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
     """
 
-    def __init__(self, layer: Any, config: Any, dtype: str) -> None:
-        """layer, config: `GemmaLayer`'s, or others with the same maps and sizes."""
+    def __init__(self, layer: Any, config: Any, dtype: str, *, own_keys: bool = True) -> None:
+        """layer, config: `GemmaLayer`'s, or others with the same maps and sizes.
+
+        own_keys: False where keys and values are no maps of the tokens: then qkv is (D, N * H), of queries alone.
+        """
         self.config = config
         L, D, N, H = config.depth, config.width, config.num_heads, config.head_dim
-        q = layer.q[...].swapaxes(1, 2).reshape(L, D, N * H)
-        kv = jnp.moveaxis(layer.kv[...], 3, 1).reshape(L, D, -1)
+        qkv = layer.q[...].swapaxes(1, 2).reshape(L, D, N * H)
+        if own_keys:
+            kv = jnp.moveaxis(layer.kv[...], 3, 1).reshape(L, D, -1)
+            qkv = jnp.concatenate([qkv, kv], axis=-1)
         self.attn_norm, self.mlp_norm = layer.attn_norm, layer.mlp_norm
         packed = {
-            "qkv": (jnp.concatenate([q, kv], axis=-1), ("layers", "embed", None)),
+            "qkv": (qkv, ("layers", "embed", None)),
             "out": (layer.out[...].reshape(L, N * H, D), ("layers", None, "embed")),
             "gate_up": (layer.gate_up[...].swapaxes(1, 2).reshape(L, D, -1), ("layers", "embed", "mlp")),
             "down": (layer.down[...], ("layers", "mlp", "embed")),

@@ -180,7 +180,8 @@ class LlamaLayer(MapsLayer):
 
     activation = staticmethod(jax.nn.silu)
 
-    def __init__(self, config: LlamaConfig, key: Key[Array, ""]) -> None:
+    def __init__(self, config: LlamaConfig, key: Key[Array, ""], *, kv_width: int | None = None) -> None:
+        """kv_width: of what keys and values are maps of; None where that is the tokens."""
         L, D, F = config.depth, config.width, config.mlp_dim
         N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -190,7 +191,7 @@ class LlamaLayer(MapsLayer):
         self.attn_norm, self.mlp_norm = norm("attn_norm", D), norm("mlp_norm", D)
         self.q = map_weight(key, "q", (L, N, D, H), ("layers", "heads", "embed", "head_dim"), inputs=(2,))
         map_axes = ("layers", "stack", "kv_heads", "embed", "head_dim")
-        self.kv = map_weight(key, "kv", (L, 2, K, D, H), map_axes, inputs=(3,))
+        self.kv = map_weight(key, "kv", (L, 2, K, kv_width or D, H), map_axes, inputs=(3,))
         self.out = map_weight(key, "out", (L, N, H, D), ("layers", "heads", "head_dim", "embed"), inputs=(1, 2))
         self.gate_up = map_weight(key, "gate_up", (L, 2, D, F), ("layers", "stack", "embed", "mlp"), inputs=(2,))
         self.down = map_weight(key, "down", (L, F, D), ("layers", "mlp", "embed"), inputs=(1,))
@@ -200,12 +201,15 @@ class LlamaLayer(MapsLayer):
         self.kv_bias = weight(key, "kv_bias", (L, 2, K, H), kv_axes, zeros) if bias else None
         self.q_norm, self.k_norm = (norm(name, H) if norms else None for name in ("q_norm", "k_norm"))
 
-    def packed(self, config: LlamaConfig, dtype: str) -> "LlamaLayer | PackedLlamaLayer":
-        """Returns these layers packed; as they are where maps have overlays, or are in fewer bits."""
+    @property
+    def is_plain(self) -> bool:
+        """Says whether no map has an overlay, or is in fewer bits."""
         maps = ("q", "kv", "out", "gate_up", "down")
-        if any(hasattr(self, f"{name}_lora") or isinstance(getattr(self, name)[...], QArray) for name in maps):
-            return self
-        return PackedLlamaLayer(self, config, dtype)
+        return not any(hasattr(self, f"{name}_lora") or isinstance(getattr(self, name)[...], QArray) for name in maps)
+
+    def packed(self, config: LlamaConfig, dtype: str) -> "LlamaLayer | PackedLlamaLayer":
+        """Returns these layers packed; as they are where they are not plain."""
+        return PackedLlamaLayer(self, config, dtype) if self.is_plain else self
 
     @jax.named_scope("projections")
     def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
@@ -233,8 +237,8 @@ class LlamaLayer(MapsLayer):
 class PackedLlamaLayer(PackedLayer):
     """The projections of `LlamaLayer` as one matrix each, see `PackedLayer`; qkv_bias: (N + 2K, H)."""
 
-    def __init__(self, layer: LlamaLayer, config: LlamaConfig, dtype: str) -> None:
-        super().__init__(layer, config, dtype)
+    def __init__(self, layer: LlamaLayer, config: LlamaConfig, dtype: str, *, own_keys: bool = True) -> None:
+        super().__init__(layer, config, dtype, own_keys=own_keys)
         self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
         self.qkv_bias = None
         if layer.q_bias is not None and layer.kv_bias is not None:

@@ -1,7 +1,6 @@
 """pi0 and pi0.5: a vision-language prefix and an action expert trained by flow matching (Black et al. 2024, 2025).
 
-Flow time is t = 1 at noise and t = 0 at data, as in the published weights (the paper counts the other way):
-x_t = t * noise + (1 - t) * actions, velocity = noise - actions, sampling goes from t = 1 down to t = 0.
+What it has in common with other policies that are trained by flow matching is in `openpi_like.models.flow`.
 
 With action tokens the backbone writes the same actions as text, in the same pass, and the expert's loss is kept from
 it (knowledge insulation). What sees what, in training:
@@ -22,30 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
 from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
-from openpi_like.draws import named_key, row_keys, sample_keys
+from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
+from openpi_like.models.flow import FlowConfig, FlowPolicy, Prefix, Velocity, time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
 from openpi_like.models.pi0_names import lerobot_config, pi0_formats
-from openpi_like.models.policy import Model, PolicyConfig
 from openpi_like.partition import pin
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pi0Config(PolicyConfig):
-    """Sizes and options of a pi0 policy; see `PolicyConfig` for those that all policies have.
+class Pi0Config(FlowConfig):
+    """Sizes and options of a pi0 policy; see `FlowConfig` and `PolicyConfig` for those that others have too.
 
     pi05: there is no state token, and flow time acts through adaptive norms; the state is in the prompt
         (`Pi05Prompt` or `FastPrompt`), or not seen at all (`Pi0Prompt`).
-    sample_steps: Euler steps when sampling.
-    flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
-        so a few more draws make the gradient less noisy at less than the cost of as many more samples.
-    train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
     action_tokens: the backbone also learns to write the actions as tokens, in the same pass (Driess et al. 2025,
         "Knowledge insulating vision-language-action models", arXiv 2505.23705). The expert never sees these tokens.
     insulate: with action tokens, the flow loss does not reach the backbone: the expert reads its keys and values
@@ -55,9 +49,6 @@ class Pi0Config(PolicyConfig):
 
     expert: GemmaConfig
     pi05: bool = False
-    sample_steps: int = 10
-    train_on_padding: bool = False
-    flow_draws: int = 1
     insulate: bool = True
     flow_weight: float = 1.0
 
@@ -67,11 +58,6 @@ class Pi0Config(PolicyConfig):
             ours, theirs = getattr(self.backbone.language, name), getattr(self.expert, name)
             if ours != theirs:
                 problems.append(f"expert.{name}={theirs}, expected the backbone's {ours}: they attend to each other")
-        problems += [
-            f"{name}={getattr(self, name)}, expected at least 1"
-            for name in ("sample_steps", "flow_draws")
-            if getattr(self, name) < 1
-        ]
         if self.prompt_format.ends_with_indicator and not self.pi05:
             got = f"prompt_format={self.prompt_format} with pi05=False"
             problems.append(f"{got}, expected {Pi0Prompt()}: pi0 has a token for the state")
@@ -124,37 +110,7 @@ class Pi0Config(PolicyConfig):
         return pi0_formats(backbone, self.expert, pi05=self.pi05, vocab_size=self.vocab_size)
 
 
-def time_embedding(
-    time_B: Float[Array, "B"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
-) -> Float[Array, "B dim"]:
-    """Returns sines, then cosines, of flow time at dim / 2 periods spaced geometrically, both ends included.
-
-    The phase reaches 1571 rad, where float32 resolves 1e-4: it stays float32, with openpi's order of operations.
-    """
-    fraction = jnp.linspace(0.0, 1.0, dim // 2)
-    period = min_period * (max_period / min_period) ** fraction
-    phase = time_B[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
-    return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
-
-
-# Flow times of validation.
-VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """Cameras and prompt, computed once per observation, and what else does not change while actions are sampled.
-
-    cache: keys and values. mask: (B, T, S + T), what suffix tokens see. rope: (2, B, T, H / 2), of their positions.
-    """
-
-    cache: Any  # KVCache; a pytree's fields hold whatever jax maps over them
-    mask: Leaf
-    rope: Leaf
-
-
-class Pi0(Model):
+class Pi0(FlowPolicy):
     """The policy: `loss` to train it, `sample_actions` to use it. A backbone, and an action expert that reads it."""
 
     config: Pi0Config
@@ -296,87 +252,26 @@ class Pi0(Model):
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
-    def flow_loss(
-        self, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
-    ) -> Float[Array, "B A J"]:
-        """Returns the squared error of the velocity, entry by entry, at given noise and flow times; masks nothing.
-
-        Raises:
-            ValueError: the batch does not fit the config; lists everything that does not.
-        """
-        self.config.check_inputs(batch, actions=True)
-        return self._flow_errors(self.training_prefix(batch)[0], batch, noise_BAJ, time_B)
-
-    def _flow_errors(
-        self, prefix: Prefix, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
-    ) -> Float[Array, "B A J"]:
-        t = time_B[:, None, None]
-        # Padded entries are zero by contract; whatever they hold must not reach the network.
-        actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
-        x_t = t * noise_BAJ + (1 - t) * actions
-        velocity = self.velocity(prefix, batch, x_t, time_B)
-        with jax.named_scope("flow_loss"):
-            return jnp.square(velocity - (noise_BAJ - actions))
-
-    def loss(
-        self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-        """Returns the mean squared velocity error at random flow times, and per-sample metrics.
-
-        A sample's loss is the mean over its valid entries and over `config.flow_draws` draws of noise and flow time;
-        the scalar is the mean over samples that have any valid entry. With action tokens, the loss of the text is added
-        (see `text_loss`), each of the two averaged over the samples that have it.
-        Metrics: "loss", and "valid" (1.0, or 0.0 for a sample that counts in no loss, whose loss is 0); with action
-        tokens also "flow_loss" and "text_loss", each with its own "..._valid".
-        A sample's draws depend on `key` and its position alone, see `sample_keys`.
-        counts: see `loss_counts`.
-        """
-        self.config.check_inputs(batch, actions=True)
-        shape = (self.config.action_horizon, self.config.action_dim)
-
-        def draw(draw_key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            keys = sample_keys(draw_key, batch["position"])
-            return draw_noise(keys, shape), draw_time(keys)
-
-        keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
-        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)), counts=counts)
-
     def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        counts = {"flow": self.loss_mask(batch).any((1, 2)).sum().astype(jnp.float32)}
+        counts = super().loss_counts(batch)
         return counts if self.config.action_tokens is None else counts | {"text": self.backbone.text_samples(batch)}
 
-    def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns losses that move only when the weights do: flow times on a fixed grid, noise by `key` and position.
-
-        "loss", and with action tokens "flow_loss" and "text_loss", NaN where no sample of the batch has it.
-        """
-        self.config.check_inputs(batch, actions=True)
-        noise = draw_noise(sample_keys(key, batch["position"]), batch["actions"].shape[1:])
-        times = jnp.broadcast_to(jnp.asarray(VALIDATION_TIMES)[:, None], (len(VALIDATION_TIMES), noise.shape[0]))
-        every = jnp.broadcast_to(noise, (len(VALIDATION_TIMES), *noise.shape))
-        loss, metrics = self._losses(batch, every, times, one_by_one=True)
-        parts = {k: v for k, v in metrics.items() if f"{k}_valid" in metrics}
-        return {"loss": loss, **{k: v.sum() / metrics[f"{k}_valid"].sum() for k, v in parts.items()}}
-
-    def _losses(
+    def _with_other_losses(
         self,
+        flow: Float[Array, ""],
+        per_flow: dict[str, Float[Array, "B"]],
+        other: Float[Array, "B S D"] | None,
         batch: Batch,
-        noise_RBAJ: Float[Array, "R B A J"],
-        time_RB: Float[Array, "R B"],
-        *,
-        one_by_one: bool = False,
-        counts: dict[str, Float[Array, ""]] | None = None,
+        counts: dict[str, Float[Array, ""]],
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-        """As `loss`, at R given draws; one by one in less memory."""
-        total = counts or {}
-        prefix, out = self.training_prefix(batch)
-        at = lambda draw: self._flow_errors(prefix, batch, *draw)  # noqa: E731
-        errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
-        flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch), total.get("flow"))
-        if out is None:
+        """Adds the loss of the text, where there are action tokens, each of the two averaged over samples that have it.
+
+        Then there are the metrics "flow_loss" and "text_loss" too, each with its own "..._valid".
+        """
+        if other is None:
             return flow, per_flow
-        text, per_text = masked_means(*self.backbone.text_errors(out, batch), total.get("text"))
+        text, per_text = masked_means(*self.backbone.text_errors(other, batch), counts.get("text"))
         weight = self.config.flow_weight
         return text + weight * flow, {
             "loss": per_text["loss"] + weight * per_flow["loss"],
@@ -387,83 +282,18 @@ class Pi0(Model):
             "text_loss_valid": per_text["valid"],
         }
 
-    def loss_mask(self, batch: Batch) -> Bool[Array, "B A J"]:
-        """Returns which entries of the actions count in the loss."""
-        mask = batch["action_mask"]
-        if not self.config.train_on_padding:
-            return mask
-        # A sample without any action, such as a question about an image, has nothing to pad.
-        return jnp.broadcast_to(mask.any((1, 2), keepdims=True), mask.shape)
-
     # ---- Sampling ----------------------------------------------------------------------------------------------------
-
-    def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
-        """Returns actions sampled from noise drawn with `key`."""
-        return self.sample_actions(key, self.config.observation(batch))
 
     def packed(self) -> "Pi0":
         """Returns the policy with its expert packed."""
         return self.with_parts(expert=self.expert.packed())
 
-    def sample_actions(
-        self,
-        key: Key[Array, ""],
-        observation: Observation,
-        *,
-        num_steps: int | None = None,
-        noise: Float[Array, "B A J"] | None = None,
-        action_mask: Bool[Array, "B A J"] | None = None,
-    ) -> Float[Array, "B A J"]:
-        """Returns normalised actions: Euler steps from noise (t = 1) to data (t = 0); the prefix is computed once.
-
-        key: draws the noise, row i from `fold_in(key, i)`; not used when `noise` is given.
-        num_steps: None takes `config.sample_steps`.
-        action_mask: which entries of the chunk this robot has (None: all). Dims that it lacks follow the path they had
-            in training, that of padding, x_t = t * noise, whatever the network says about them; so they end at zero.
-
-        Raises:
-            ValueError: the observation does not fit the config; lists everything that does not.
-        """
-        self.config.check_inputs(observation, actions=False)
-        B = observation["state"].shape[0]
-        steps = self.config.sample_steps if num_steps is None else num_steps
-        shape = (self.config.action_horizon, self.config.action_dim)
-        start = draw_noise(row_keys(key, B), shape) if noise is None else noise
+    def sampler(self, observation: Observation) -> Velocity:
+        """Returns the velocity as it is sampled with: the state token is computed once, too (pi0)."""
         prefix = self.prefix(observation, differentiable=False)
         policy = self.packed()
         # A pass for one token reads as many weights as one for all: in a server that is a step more (1 ms on an H200).
-        with_state = not self.config.pi05 and not policy.expert.is_taken_apart
-        if with_state:
-            prefix = policy._with_state(prefix, observation)
-        dt = jnp.float32(-1.0 / steps)
-        dims_B1J = None if action_mask is None else action_mask.any(axis=1, keepdims=True)
-
-        def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            x, t = carry
-            time_B = jnp.full((B,), t)
-            if with_state:
-                x = x + dt * policy.sampling_velocity(prefix, x, time_B)
-            else:
-                x = x + dt * policy.velocity(prefix, observation, x, time_B)
-            # Time accumulates in float32, as in openpi: the embedding turns its rounding into 1e-4 of velocity.
-            t = t + dt
-            if dims_B1J is not None:
-                x = jnp.where(dims_B1J, x, (1 - (i + 1) / steps) * start)
-            return x, t
-
-        return jax.lax.fori_loop(0, steps, step, (start, jnp.float32(1.0)))[0]
-
-
-def _vmap(function: Any, xs: Any) -> Any:
-    return jax.vmap(function)(xs)
-
-
-def draw_noise(keys_B: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
-    """Returns normal noise (B, *shape), each sample's from its own key."""
-    return jax.vmap(lambda key: jax.random.normal(named_key(key, "noise"), shape))(keys_B)
-
-
-def draw_time(keys_B: Key[Array, "B"]) -> Float[Array, "B"]:
-    """Returns flow times 0.001 + 0.999 * Beta(1.5, 1) (pi0 paper, section B), each sample's from its own key."""
-    uniform = jax.vmap(lambda key: jax.random.uniform(named_key(key, "time")))(keys_B)
-    return 0.001 + 0.999 * uniform ** (1 / 1.5)  # Beta(a, 1) has the distribution function x^a
+        if self.config.pi05 or policy.expert.is_taken_apart:
+            return lambda x_BAJ, time_B: policy.velocity(prefix, observation, x_BAJ, time_B)
+        whole = policy._with_state(prefix, observation)
+        return lambda x_BAJ, time_B: policy.sampling_velocity(whole, x_BAJ, time_B)

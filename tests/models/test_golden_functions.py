@@ -16,8 +16,8 @@ from openpi_like.data.prompts import FastPrompt, Pi0Prompt, Pi05Prompt, PromptFo
 from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
 from openpi_like.data.text import TextTokenizer
 from openpi_like.models.arrays import merge_lora
+from openpi_like.models.flow import time_embedding
 from openpi_like.models.gemma import GemmaConfig, GemmaLayer, RMSNorm, attention_mask, rope, rotate
-from openpi_like.models.pi0 import time_embedding
 from openpi_like.models.siglip import LayerNorm
 from openpi_like.robots import ActionField, Camera, Robot, StateField
 from openpi_like.train.optimizer import OptimizerConfig

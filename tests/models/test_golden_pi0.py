@@ -17,9 +17,10 @@ from flax import nnx
 from openpi_like.batch import Batch
 from openpi_like.models.arrays import MemoryArrays
 from openpi_like.models.attention import VARIANTS, Variant, computed_by, splash
+from openpi_like.models.flow import Prefix
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
-from openpi_like.models.pi0 import Pi0, Pi0Config, Prefix
+from openpi_like.models.pi0 import Pi0, Pi0Config
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.weights import bind, export_weights, flat_weights, plan_load, read_weights, unflatten
 from tests.models.golden_set import assert_bfloat16, assert_flow, assert_tokens, config_json, open_golden, patch_size

@@ -12,7 +12,8 @@ from flax import nnx
 from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt, Pi05Prompt
 from openpi_like.draws import row_keys
-from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
+from openpi_like.models.flow import draw_noise, draw_time
+from openpi_like.models.pi0 import Pi0, Pi0Config
 from openpi_like.models.weights import bind, flat_weights, flatten, unflatten
 
 KEY = jax.random.key(7)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from openpi_like.draws import named_key, row_keys, sample_keys
 from openpi_like.models.backbone import masked_means
+from openpi_like.models.flow import draw_noise, draw_time
 from openpi_like.models.gemma import rope, rotate
-from openpi_like.models.pi0 import Pi0, Pi0Config, draw_noise, draw_time
+from openpi_like.models.pi0 import Pi0, Pi0Config
 from openpi_like.models.weights import flat_weights
 
 KEY = jax.random.key(7)
