@@ -35,6 +35,7 @@ from openpi_like.models.lora import Lora
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.policy import PolicyConfig, VisionLanguageConfig
+from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import (
     WeightsError,
@@ -64,6 +65,7 @@ RELEASED = {
     "pi0": lambda: Pi0Config.released(),
     "pi05": lambda: Pi0Config.released(pi05=True),
     "pi0_fast": lambda: Pi0FastConfig.released(),
+    "smolvla": lambda: SmolVlaConfig.released(),
     "paligemma": lambda: TextModelConfig.paligemma(),
 }
 
@@ -73,7 +75,7 @@ class Args:
     """Converts weights between layouts, and shows that both compute the same.
 
     src: a run, or published weights. dst: directory to write. to: layout to write; "run" is ours.
-    model: sizes of published weights: pi0, pi05, pi0_fast, paligemma, or a config file; a run knows its own.
+    model: sizes of published weights: pi0, pi05, pi0_fast, smolvla, paligemma, or a config file; a run knows its own.
     set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
     dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
     alpha / rank. drop: regular expressions of arrays to leave out. keep_lora: write the LoRA weights of a run beside

@@ -165,6 +165,22 @@ class PlainPrompt(PromptFormat):
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
+@dataclasses.dataclass(frozen=True)
+class SmolVlaPrompt(PromptFormat):
+    """SmolVLA: images, then the text as it is, with a newline at its end; no BOS, though SmolLM2's tokenizer has one
+    (LeRobot `policies/smolvla/processor_smolvla.py`).
+    """
+
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
+        return self.question(tokenizer, text, cameras)
+
+    def question(self, tokenizer: Tokenizer, text: str, cameras: int) -> list[int]:
+        return tokenizer.encode(text if text.endswith("\n") else f"{text}\n")
+
+    def leading(self, tokenizer: Tokenizer, cameras: int) -> list[int]:
+        return []
+
+
 def _line(text: str) -> str:
     return text.strip().replace("_", " ").replace("\n", " ")
 

@@ -220,6 +220,8 @@ def family(names: Iterable[str]) -> str:
     has = lambda pattern: any(re.search(pattern, n) for n in names)  # noqa: E731
     if has(r"lora"):
         return "a model with LoRA weights"
+    if has(r"(^|[/.])vlm_with_expert\.|^expert/layers/joint/"):
+        return "SmolVLA"
     if has(r"(^|[/.])(action_time_mlp_in|action_time_in)[/.]"):
         return "pi0"
     if has(r"(^|[/.])(time_mlp_in|time_in)[/.]"):

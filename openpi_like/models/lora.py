@@ -69,7 +69,7 @@ class Lora:
     of states, actions and times, which belong to the robot.
     """
 
-    rules: tuple[LoraRule, ...] = (LoraRule(r"^(vlm|expert)/layers/(q|kv|out|gate_up|down)$"),)
+    rules: tuple[LoraRule, ...] = (LoraRule(r"^(vlm|expert)/layers/(\w+/)?(q|kv|out|gate_up|down)$"),)
     also_train: tuple[str, ...] = (r"^(action|state|time)_",)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from openpi_like.batch import Observation
+from openpi_like.data.prompts import PromptFormat, SmolVlaPrompt
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import Embedded
 from openpi_like.models.flow import FlowConfig, FlowPolicy, Prefix, exact_time_embedding
@@ -42,6 +43,7 @@ class SmolVlaConfig(FlowConfig):
 
     backbone: SmolVlmConfig
     expert: ExpertConfig
+    prompt_format: PromptFormat = SmolVlaPrompt()
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

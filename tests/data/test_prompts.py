@@ -20,6 +20,7 @@ from openpi_like.data.prompts import (
     Pi05Prompt,
     PlainPrompt,
     PromptFormat,
+    SmolVlaPrompt,
 )
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
@@ -39,6 +40,7 @@ CASES: list[tuple[Tokenizer, PromptFormat]] = [
     (PIECES, FastPrompt()),
     (PIECES, PlainPrompt()),
     (PIECES, OpenVlaPrompt()),
+    (PIECES, SmolVlaPrompt()),
     (QWEN, PlainPrompt()),
     (QWEN, ChatPrompt()),
     (SMOL, ChatPrompt(image_token="<image>")),
@@ -76,6 +78,7 @@ def written(tokenizer: Tokenizer, fmt: PromptFormat, text: str, cameras: int = 1
         (Pi05Prompt(), "##<s>Task: Open the drawer, State: -1 192;\nAction: "),
         (FastPrompt(), "##<s>Task: open the\ndrawer, State: -1 192;\n"),
         (PlainPrompt(), "##<s>Open the drawer\n"),
+        (SmolVlaPrompt(), "## Open_the\ndrawer \n"),
         (OpenVlaPrompt(), "<s>##In: What action should the robot take to  open_the\ndrawer ?\nOut: "),
     ],
     ids=str,
@@ -97,6 +100,7 @@ def test_prompts_of_chats() -> None:
     smol = written(SMOL, ChatPrompt(system="", image_token="<image>"), "Open it", cameras=2)
     assert smol == f"<|im_start|>User:##{asked}<end_of_utterance>\nAssistant:"
     assert written(QWEN, PlainPrompt(), "Open it", cameras=2) == "##Open it\n"
+    assert written(QWEN, SmolVlaPrompt(), "Open it\n") == "#Open it\n"
 
 
 def test_slots() -> None:

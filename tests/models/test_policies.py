@@ -8,15 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
+from openpi_like.models.siglip import SiglipConfig
+from openpi_like.models.smolvla import SmolVlaConfig
+from openpi_like.models.smolvla_expert import ExpertConfig
+from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.models.vlm4vla import Vlm4VlaConfig
 
 KEY = jax.random.key(0)
+SMOLVLM = SmolVlmConfig(
+    SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch_size=4),
+    LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_kv_heads=2, head_dim=8, tied=True),
+    shuffle=2,
+)
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
     "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
     "openvla_oft": (OpenVlaOftConfig, {"head_width": 16}),
+    "smolvla": (SmolVlaConfig, {"backbone": SMOLVLM, "expert": ExpertConfig(width=16, mlp_dim=32)}),
 }
 
 

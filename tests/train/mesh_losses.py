@@ -17,11 +17,15 @@ import numpy as np
 from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
+from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.siglip import SiglipConfig
+from openpi_like.models.smolvla import SmolVlaConfig
+from openpi_like.models.smolvla_expert import ExpertConfig
+from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.hosts.places import Hosts
 from openpi_like.train.hosts.process_group import join
@@ -46,12 +50,16 @@ def policies() -> dict[str, PolicyConfig]:
         "remat": "nothing_saveable",
     }
     tokens = ActionTokens(max_len=6, count=40, skip=0)
+    siglip = SiglipConfig(width=16, depth=1, mlp_dim=32, num_heads=4, patch_size=4)
+    llama = LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, tied=True)
+    small = SmolVlmConfig(siglip, llama, shuffle=2)
     return {
         "pi0": Pi0Config(**common, expert=gemma),
         "insulated": Pi0Config(
             **common, expert=gemma, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, insulate=True
         ),
         "fast": Pi0FastConfig(**common, action_tokens=tokens),
+        "smolvla": SmolVlaConfig(**{**common, "backbone": small}, expert=ExpertConfig(width=16, mlp_dim=32)),
     }
 
 

@@ -1,4 +1,4 @@
-"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of three policies.
+"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of four policies.
 
 The suite runs pi0 on all meshes, and the others on the one that splits everything; OPENPI_LIKE_ALL_MESHES=1 runs all on
 all, which takes some minutes.
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
-POLICIES = ("pi0", "insulated", "fast")
+POLICIES = ("pi0", "insulated", "fast", "smolvla")
 EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
 STEPS = 20
 TOLERANCE = 2e-6  # of a loss: sums are taken in another order
@@ -38,7 +38,7 @@ def _lines(process: subprocess.Popen[str]) -> list[dict]:
 def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
     """Eight devices; and two processes with four each, which gather weights from one another, or are a slice each."""
     others = MESHES if EVERYTHING else ("1x1x1", "2x2x2")
-    lines = _lines(_start(8, "pi0", *MESHES)) + _lines(_start(8, "insulated,fast", *others))
+    lines = _lines(_start(8, "pi0", *MESHES)) + _lines(_start(8, "insulated,fast,smolvla", *others))
     shared = ",".join(POLICIES) if EVERYTHING else "pi0"
     split, nothing = map(_lines, [_start(4, shared, "1x8x1", "2x4x1:2", address, "2", str(rank)) for rank in range(2)])
     assert not nothing  # the first process speaks for both
