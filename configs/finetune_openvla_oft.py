@@ -6,8 +6,8 @@
 
 `weights/openvla-7b` holds the released safetensors, and Llama's SentencePiece model as `tokenizer.model`. The recipe is
 the published one (arXiv 2502.19645 and openvla-oft's own options): rank 32, alpha 16, batch 64, 5e-4 for 100,000 steps
-(then 50,000 more at a tenth of it); the base is held in bfloat16 and not trained. One camera and the state: more cameras
-are more names in `cameras`, and as many ones in `image_slots`. For language that is followed more closely there is
+(then 50,000 more at a tenth of it); the base is held in bfloat16 and not trained. One camera and the state; others
+are names in `cameras`, and as many ones in `image_slots`. For language that is followed more closely there is
 `PrismaticConfig.openvla(film=True)`, with "film/" among the patterns of FRESH.
 """
 
