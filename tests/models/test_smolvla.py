@@ -177,7 +177,7 @@ def test_the_usual_overlay_is_on_both_stacks_and_starts_at_the_base(model: SmolV
 
 
 def test_tiny_is_of_about_a_million_weights() -> None:
-    sizes = {"state_dim": 4, "action_dim": 4, "action_horizon": 8, "prompt_len": 16, "vocab_size": 512}
+    sizes: dict[str, Any] = {"state_dim": 4, "action_dim": 4, "action_horizon": 8, "prompt_len": 16, "vocab_size": 512}
     config = SmolVlaConfig.tiny(cameras=("base",), **sizes)
     assert 0.8e6 < sum(np.prod(leaf.shape) for leaf in weight_shapes(config).values()) < 1.5e6
     assert config.backbone.image_tokens(config.image_size) == 16
