@@ -128,13 +128,18 @@ def linear(module: nnx.Module, name: str, equation: str, x: Float[Array, "..."])
 
 
 def linear_parts(
-    module: nnx.Module, name: str, equation: str, x: Float[Array, "..."]
+    module: nnx.Module, name: str, equation: str, x: Float[Array, "..."] | Sequence[Float[Array, "..."]]
 ) -> tuple[Float[Array, "..."], ...]:
-    """As `linear`, once for each element of the weight's first axis, of which the equation says nothing."""
-    w = use(getattr(module, name), x.dtype)
+    """As `linear`, once for each element of the weight's first axis, of which the equation says nothing.
+
+    x: of all of them, or a list of one for each.
+    """
+    stacked = getattr(module, name)
+    each = [x] * stacked[...].shape[0] if isinstance(x, jax.Array) else x
+    w = use(stacked, each[0].dtype)
     overlay = getattr(module, f"{name}_lora", None)
-    every = [_product(equation, x, w[i]) for i in range(w.shape[0])]
-    return tuple(y if overlay is None else y + overlay(equation, x, part=i) for i, y in enumerate(every))
+    every = [_product(equation, x, w[i]) for i, x in enumerate(each)]
+    return tuple(y if overlay is None else y + overlay(equation, each[i], part=i) for i, y in enumerate(every))
 
 
 class Linear(nnx.Module):

@@ -6,7 +6,7 @@ cross layers, whose tokens see keys and values that are maps of the VLM's: these
 are computed once per observation.
 
 Letters: B batch, S prefix tokens, T own tokens, D width, N query heads, K kv heads, H head dim, E = K * H,
-L layers, G blocks, n layers of a block, J kinds of keys (keys and values).
+L layers, G blocks, n layers of a block.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from openpi_like.models.attention import attention
 from openpi_like.models.gemma import rotate
 from openpi_like.models.language import KVCache, LanguageModel, Step
 from openpi_like.models.llama import LlamaConfig, LlamaLayer, LlamaNorm, PackedLlamaLayer, run_layer
-from openpi_like.models.param import linear
+from openpi_like.models.param import linear, linear_parts
 from openpi_like.models.stack import kept, run_layers, unstacked
 from openpi_like.partition import pin
 
@@ -97,8 +97,7 @@ class PackedCrossLayer(PackedLlamaLayer):
 
 def _mapped(layer: CrossLayer | PackedCrossLayer, vlm: KVCache) -> KVCache:
     B, S = vlm.k.shape[:2]
-    flat_JBSE = jnp.stack([vlm.k.reshape(B, S, -1), vlm.v.reshape(B, S, -1)])
-    k, v = linear(layer, "kv", "JBSE,JKEH->JBSKH", flat_JBSE)
+    k, v = linear_parts(layer, "kv", "BSE,KEH->BSKH", [vlm.k.reshape(B, S, -1), vlm.v.reshape(B, S, -1)])
     k, v = (pin(x, "batch", None, "kv_heads", None) for x in (k, v))
     return KVCache(k=kept(k, "keys_values"), v=kept(v, "keys_values"))
 
