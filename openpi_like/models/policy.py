@@ -100,7 +100,7 @@ class VisionLanguageConfig:
 
     def formats(self) -> Mapping[str, Format]:
         """Returns the published layouts that hold this model's weights, by name: here those of its backbone."""
-        return self.backbone.formats(self.vocab_size)
+        return {name: fmt for name, fmt in self.backbone.formats(self.vocab_size).items() if not fmt.partial}
 
     # ---- Shapes of inputs --------------------------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ sample = nnx.jit(Pi0Fast.sample_tokens, static_argnames="temperature")
 class Dice(Pi0Fast):
     """A policy whose logits are thrown by a rule; everything else is the policy's own."""
 
+    backbone: Any = property(lambda self: self)
+
     def __init__(self, config: Pi0FastConfig, rows: int, throw: Any) -> None:
         self.config, self.rows, self.throw = config, rows, throw
 
