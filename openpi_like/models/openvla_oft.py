@@ -65,7 +65,7 @@ class OpenVlaOftConfig(PolicyConfig):
         They are published as files of their own; as safetensors beside the others, their names begin with
         "action_head." and "proprio_projector.".
         """
-        formats = dict(self.backbone.formats(self.vocab_size))
+        formats = dict(super().formats())
         if "openvla" in formats:
             formats["openvla"] = formats["openvla"].with_rows(self._head_table)
         return formats
