@@ -39,6 +39,7 @@ config = TrainConfig(
         image_slots=(1,),
         prompt_len=48,
         prompt_format=OpenVlaPrompt(),
+        eos=2,
         state_dim=ROBOT.state_size,
         action_dim=ROBOT.action_size,
         action_horizon=8,

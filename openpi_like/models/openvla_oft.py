@@ -33,16 +33,21 @@ from openpi_like.robots import Robot
 class OpenVlaOftConfig(PolicyConfig):
     """Sizes and options of an OpenVLA-OFT policy; see `PolicyConfig`.
 
+    eos: the token that stands behind the slots, where the released weights had it too: Llama's 2. None: one more empty
+        slot.
     proprioception: the state is a token. head_width: of the head; None takes the language model's. head_blocks: its
     residual blocks.
     """
 
+    eos: int | None = None
     proprioception: bool = True
     head_width: int | None = None
     head_blocks: int = 2
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
+        if self.eos is not None and not 0 <= self.eos < self.vocab_size:
+            problems.append(f"eos={self.eos}, expected an id below vocab_size={self.vocab_size}, or None")
         if self.head_width is not None and self.head_width < 1:
             problems.append(f"head_width={self.head_width}, expected at least 1, or None")
         if self.head_blocks < 0:
@@ -159,8 +164,10 @@ class OpenVlaOft(OnePassPolicy):
             with jax.named_scope("state"):
                 hidden = jax.nn.gelu(self.state_in(observation["state"]), approximate=False)
                 state = self.state_out(hidden)[:, None].astype(c.dtype)
-        # One slot more stands for the end, which training of the backbone had behind its answers.
         empty = jnp.zeros((B, slots + 1, D), c.dtype)
+        if c.eos is not None:  # all slots see it
+            end = self.backbone.vlm.embed(jnp.full((B, 1), c.eos, jnp.int32))
+            empty = jnp.concatenate([empty[:, :slots], end], axis=1)
         out, valid = self.backbone.run_queries(observation, empty, after_images=state, everything_sees_everything=True)
         S = out.shape[1] - slots - 1
         last = S - 1 - jnp.argmax(valid[:, :S][:, ::-1], axis=1)  # the last token of the prompt
