@@ -29,7 +29,6 @@ from openpi_like.models.hf_vision_names import (
     timm_siglip,
 )
 from openpi_like.models.lora import Lora, LoraRule, add_lora
-from openpi_like.models.prismatic_vision import PrismaticVisionConfig
 from openpi_like.models.projectors import PixelShuffle, PrismaticProjector
 from openpi_like.models.qwen_vision import Qwen3VisionConfig, Qwen25VisionConfig, Windows
 from openpi_like.models.siglip import SiglipConfig
@@ -160,20 +159,6 @@ def test_towers_of_openvla(name: str, config: Any, rows: Any, prefix: str) -> No
     assert_close(nnx.jit(lambda m: m(images))(bound(lambda: create(last), table, weights)), arrays["last"], 2e-4)
     idle = timm_idle(last, prefix)
     assert weights.keys() - {row.theirs for row in table} == idle.keys()
-
-
-def test_both_towers_of_openvla_side_by_side() -> None:
-    dino, siglip = opened("dino"), opened("siglip")
-    config = PrismaticVisionConfig(DINO, SIGLIP)
-    rows = [*timm_dino(DINO, "dino/", FEATURIZER), *timm_siglip(SIGLIP, "siglip/", FUSED)]
-    weights = group(dino, "weights/") | group(siglip, "weights/")
-    create = lambda: config.create(KEY, image_size=(12, 16), **RUN)  # noqa: E731
-    assert config.tokens((12, 16)) == 12
-    expected = np.concatenate([a["second_to_last"] for a in (dino, siglip)], axis=-1)
-    assert expected.shape[-1] == config.width
-    np.testing.assert_array_equal(dino["images"], siglip["images"])
-    images = as_images(dino["images"])
-    assert_close(nnx.jit(lambda m: m(images))(bound(create, rows, weights)), expected, 2e-4)
 
 
 def test_projector_of_openvla() -> None:
@@ -356,7 +341,6 @@ def test_windows_of_all_sizes() -> None:
 ENCODERS: dict[str, tuple[Any, tuple[int, int]]] = {
     "siglip": (SMOL, (8, 12)),
     "dino": (DINO, (8, 12)),
-    "prismatic": (PrismaticVisionConfig(DINO, SIGLIP), (8, 12)),
     "qwen25": (QWEN25, (24, 40)),
     "qwen3": (QWEN3, (16, 24)),
 }
@@ -393,11 +377,11 @@ def test_layers_as_a_loop_or_written_out(filled: Any, name: str) -> None:
             np.testing.assert_allclose(other_grads[path], grad, atol=1e-4 * scale, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["prismatic", "qwen25", "qwen3"])
+@pytest.mark.parametrize("name", ["dino", "qwen25", "qwen3"])
 def test_towers_split_over_devices_and_with_overlays(filled: Any, name: str) -> None:
     """Every weight has axes that the rules know, every map its inputs; a fresh overlay changes nothing."""
     config, size = ENCODERS[name]
-    film = {"film_width": 6} if name == "prismatic" else {}
+    film = {"film_width": 6} if name == "dino" else {}
     model = filled(functools.partial(config.create, KEY, image_size=size, **RUN, **film))
     images = jax.random.uniform(KEY, (4, *size, 3), minval=-1)
     language = [jax.random.normal(KEY, (4, 6))] if film else []
@@ -441,7 +425,6 @@ def test_bfloat16_is_near_float32(filled: Any, name: str) -> None:
         (lambda: dataclasses.replace(SMOL, select="first"), "SiglipConfig: select='first', expected one of"),
         (lambda: dataclasses.replace(SMOL, gelu="quick"), "SiglipConfig: gelu='quick', expected one of"),
         (lambda: dataclasses.replace(DINO, num_heads=3), "DinoConfig: vision width 16: expected a multiple of"),
-        (lambda: PrismaticVisionConfig(DINO, SiglipConfig.tiny()), "patch sizes 4 and 16, expected one for both"),
         (lambda: dataclasses.replace(QWEN3, num_heads=8), r"hidden=16, expected a multiple of 4 \* num_heads=8"),
         (lambda: dataclasses.replace(QWEN3, deepstack=(2, 0)), r"deepstack=\(2, 0\), expected increasing numbers"),
         (lambda: dataclasses.replace(QWEN25, full=(3,)), r"full=\(3,\), expected increasing numbers of layers below"),
