@@ -29,7 +29,8 @@ class Gemma2Config(GemmaConfig):
 
     query_scalar: queries are divided by its square root ("query_pre_attn_scalar"); None: the head dim.
     attention_cap, final_cap: of the logits of attention and of the vocabulary, see `cross_entropy.capped`; None: none.
-    window: how many keys a local layer sees, the token's own among them; keys after the token do not count.
+    window: how many keys a local layer sees, the token's own among them; keys after the token do not count, nor those
+        that are masked.
     """
 
     query_scalar: float | None = None
@@ -136,8 +137,10 @@ class Gemma2(Gemma):
         S, T = mask_BST.shape[1:]
         local_BST = mask_BST
         if self.config.window < T:
-            behind_ST = jnp.arange(T - S, T)[:, None] - jnp.arange(T)
-            local_BST = mask_BST & (behind_ST < self.config.window)
+            # Counted in keys that are seen: neither padding nor slots of a cache that nothing is in yet take room.
+            seen_BST = jnp.cumsum(mask_BST.astype(jnp.int32), axis=-1)
+            behind_BST = jnp.diagonal(seen_BST, offset=T - S, axis1=1, axis2=2)[..., None] - seen_BST
+            local_BST = mask_BST & (behind_BST < self.config.window)
 
         def step(x: jax.Array, inputs: tuple[Any, jax.Array, KVCache | None]) -> tuple[jax.Array, KVCache]:
             layer, i, past = inputs

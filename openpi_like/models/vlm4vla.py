@@ -194,4 +194,6 @@ class Vlm4Vla(OnePassPolicy):
 
     def chosen(self, said_BAJ: Float[Array, "B A J"]) -> Float[Array, "B A J"]:
         """Returns poses up to `clip`, and -1 or 1 for binary dims."""
-        return jnp.where(jnp.asarray(self.config.is_binary), jnp.sign(said_BAJ), said_BAJ * self.config.clip)
+        # Without `sign`, which has a third value; what is not a number stays so.
+        two = jnp.where(said_BAJ > 0, 1.0, jnp.where(said_BAJ <= 0, -1.0, said_BAJ))
+        return jnp.where(jnp.asarray(self.config.is_binary), two, said_BAJ * self.config.clip)

@@ -87,6 +87,13 @@ def test_the_loss_of_vlm4vla_by_hand(tiny_policy: Any, filled: Any, batch: Any) 
     assert np.abs(sampled[..., :3]).max() < 0.65
 
 
+def test_what_has_two_states_is_never_between_them(tiny_policy: Any) -> None:
+    said = jnp.broadcast_to(jnp.array([0.0, -0.0, 1e-9, jnp.nan])[:, None], (4, 4))[None]
+    chosen = np.asarray(vlm4vla(tiny_policy, head_width=16).create(KEY).chosen(said))[0]
+    np.testing.assert_array_equal(chosen[:, 3], [-1.0, -1.0, 1.0, np.nan])
+    np.testing.assert_array_equal(np.isnan(chosen[3]), [True] * 4)
+
+
 @pytest.mark.parametrize(("pattern", "part"), [("^vision/", "vision/"), ("^vlm/embedding$", "vlm/embedding")])
 def test_freezing_leaves_out_exactly_that_part(tiny_policy: Any, pattern: str, part: str) -> None:
     config = vlm4vla(tiny_policy, head_width=16)

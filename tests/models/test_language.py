@@ -97,6 +97,21 @@ def test_bfloat16_is_near(model: Any) -> None:
     assert float(jnp.abs(other.token_losses(x, TOKENS) - expected).mean()) < 0.05 * float(expected.max())
 
 
+def test_what_is_masked_takes_no_room(model: Any) -> None:
+    """Neither padding nor free slots of a cache are among the keys of Gemma 2's window."""
+    run = nnx.jit(lambda m, x, mask, turns, past=None: m(x, mask, turns, past=past))
+    whole, cache = run(model, model.embed(TOKENS), MASK, model.rope(POSITIONS))
+    valid = jnp.tile(jnp.asarray([True, True, False, False, True, True, False, True, True]), (2, 1))
+    at = jnp.cumsum(valid, axis=1) - 1
+    starts = jnp.ones(9, bool)
+    padded, _ = run(model, model.embed(TOKENS[:, at[0]]), attention_mask(valid, starts), model.rope(at))
+    np.testing.assert_allclose(padded[:, valid[0]], whole, atol=1e-5)
+    room = jax.tree.map(lambda x: jnp.pad(x[:, :, :5], [(0, 0), (0, 0), (0, 7), (0, 0), (0, 0)]), cache)
+    seen = jnp.broadcast_to((np.arange(13) < 5) | (np.arange(13) == 12), (2, 1, 13))
+    last, _ = run(model, model.embed(TOKENS[:, 5:]), seen, model.rope(POSITIONS[:, 5:]), room)
+    np.testing.assert_allclose(last[:, 0], whole[:, 5], atol=1e-5)
+
+
 # ---- Rotations and configs -------------------------------------------------------------------------------------------
 
 
