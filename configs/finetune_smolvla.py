@@ -25,7 +25,9 @@ from openpi_like.train.state import Trainable
 
 config = TrainConfig(
     run_dir="runs/smolvla_widowx",
-    model=dataclasses.replace(SmolVlaConfig.released(), cameras=("base", "base_1", "base_2"), action_horizon=8),
+    model=dataclasses.replace(
+        SmolVlaConfig.released(), cameras=("base", "base_1", "base_2"), action_horizon=8, remat="nothing_saveable"
+    ),
     data=DataConfig(
         entries=(MixtureEntry(robot=WIDOWX, path="data/bridge_dataset/1.0.0"),), augment=Augment.openpi(), num_threads=8
     ),

@@ -24,16 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("openpi_like", "data", "train", "serve", "configs", "tests", "docs")
 # Paths below these folders that a page may name although they are not in the repository: data of its readers.
 READERS = ("data/bridge_dataset/",)
-# What other branches bring; to be emptied when they are merged.
-COMING: tuple[str, ...] = (
-    "docs/rollouts.gif",
-    "configs/studies/smolvla.py",
-    "openpi_like/models/paligemma2.py",
-    "openpi_like/models/prismatic.py",
-    "openpi_like/models/qwen_vl.py",
-    "openpi_like/models/smolvla.py",
-    "openpi_like/models/smolvlm.py",
-)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 _OWN = re.compile(r"(^|[/:])my_\w+|^[A-Z_.]+$")  # my_robot.py, runs/my_robot; DIR, RUN, CONFIG
@@ -81,7 +71,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
 
 
-def link_problems(page: Path, text: str, root: Path = ROOT, coming: Sequence[str] = COMING) -> list[str]:
+def link_problems(page: Path, text: str, root: Path = ROOT) -> list[str]:
     """Returns the relative links and pictures of a page that lead nowhere."""
     problems = []
     for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", _SPAN.sub("", _FENCE.sub("", text))):
@@ -90,19 +80,18 @@ def link_problems(page: Path, text: str, root: Path = ROOT, coming: Sequence[str
         file, _, anchor = target.partition("#")
         to = (page.parent / file).resolve() if file else page
         if file and not to.exists():
-            if str(to.relative_to(root)) not in coming:
-                problems.append(f"{page.name}: link to {target}, there is no {to.relative_to(root)}")
+            problems.append(f"{page.name}: link to {target}, there is no {to.relative_to(root)}")
         elif anchor and anchor not in anchors(text if to == page else to.read_text()):
             problems.append(f"{page.name}: link to {target}, {to.name} has no such heading")
     return problems
 
 
-def path_problems(text: str, root: Path = ROOT, coming: Sequence[str] = COMING) -> list[str]:
+def path_problems(text: str, root: Path = ROOT) -> list[str]:
     """Returns the paths of the repository in backticks that do not exist."""
     problems = []
     for word in (w for span in spans(text) for w in re.split(r"[\s=,()\"'\[\]]+", span)):
         if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./*-]*", word):
-            known = word in coming or word.startswith(READERS) or _OWN.search(word)
+            known = word.startswith(READERS) or _OWN.search(word)
             if not known and not any(root.glob(word.rstrip("/"))):
                 problems.append(f"no {word}")
         elif re.fullmatch(r"[\w*]+\.py", word) and not (_OWN.search(word) or _in_any_folder(word, root)):
@@ -126,8 +115,6 @@ def name_problems(text: str) -> list[str]:
 
 
 def _resolves(name: str) -> bool:
-    if any(name.startswith(path.removesuffix(".py").replace("/", ".") + ".") for path in COMING):
-        return True
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -159,7 +146,7 @@ def python_problems(code: str) -> list[str]:
 # ---- Commands --------------------------------------------------------------------------------------------------------
 
 
-def command_problems(line: str, root: Path = ROOT, coming: Sequence[str] = COMING) -> list[str]:
+def command_problems(line: str, root: Path = ROOT) -> list[str]:
     """Returns what is wrong with a command line: its program, an option, a config, one of its overrides, a robot."""
     words = [w for w in shlex.split(line, comments=True) if w != "&"]
     if words[0] == "make":
@@ -169,10 +156,10 @@ def command_problems(line: str, root: Path = ROOT, coming: Sequence[str] = COMIN
         return []
     if not (root / words[1]).is_file():
         return [f"{line}: no program {words[1]}"]
-    return [f"{line}: {problem}" for problem in _argument_problems(root, words[1], words[2:], coming)]
+    return [f"{line}: {problem}" for problem in _argument_problems(root, words[1], words[2:])]
 
 
-def _argument_problems(root: Path, path: str, words: list[str], coming: Sequence[str]) -> Iterator[str]:
+def _argument_problems(root: Path, path: str, words: list[str]) -> Iterator[str]:
     if path == "train/train.py":
         yield from _config_problems(root, words[0], tuple(words[1:]))
         return
@@ -200,7 +187,7 @@ def _argument_problems(root: Path, path: str, words: list[str], coming: Sequence
     if given.get("config"):
         yield from _config_problems(root, str(given["config"]), sets)
     if given.get("study"):
-        yield from _study_problems(root, program, root / given["study"], sets, coming)
+        yield from _study_problems(root, program, root / given["study"], sets)
     if given.get("model") and not _OWN.search(given["model"]):
         try:
             program.find_config(args)
@@ -223,17 +210,14 @@ def _config_problems(root: Path, path: str, overrides: Sequence[str]) -> Iterato
         yield str(e)
 
 
-def _study_problems(
-    root: Path, program: ModuleType, path: Path, sets: Sequence[str], coming: Sequence[str]
-) -> Iterator[str]:
+def _study_problems(root: Path, program: ModuleType, path: Path, sets: Sequence[str]) -> Iterator[str]:
     try:
         study = program.load_study(path)
     except ValueError as e:
         yield str(e)
         return
     for arm in study.arms.values():
-        if arm.config not in coming or (root / arm.config).exists():
-            yield from _config_problems(root, arm.config, (*sets, *arm.set))
+        yield from _config_problems(root, arm.config, (*sets, *arm.set))
 
 
 @functools.cache

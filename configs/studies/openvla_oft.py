@@ -15,5 +15,5 @@ same = {name: getattr(base.model, name) for name in ("cameras", "state_dim", "ac
 config = dataclasses.replace(
     base,
     run_dir="runs/studies/openvla_oft",
-    model=OpenVlaOftConfig.tiny(**same, action_horizon=base.model.action_horizon),
+    model=OpenVlaOftConfig.tiny(**same, action_horizon=base.model.action_horizon, eos=1),
 )

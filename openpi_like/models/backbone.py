@@ -380,12 +380,19 @@ class Backbone(nnx.Module):
         return self.vlm.logits(x_BD[:, None])[:, 0]
 
     def generate(
-        self, key: Key[Array, ""], observation: Observation, *, max_new: int, temperature: float = 0.0, skip: int = 0
+        self,
+        key: Key[Array, ""],
+        observation: Observation,
+        *,
+        max_new: int,
+        temperature: float = 0.0,
+        skip: int = 0,
+        eos: int = EOS,
     ) -> tuple[Int[Array, "B new"], Bool[Array, "B new"]]:
         """Returns new token ids, 0 after the end, and the mask of real ones (the end-of-sequence token included).
 
         Stops when every row has ended. temperature: 0 takes the likeliest token; otherwise row i draws its token s
-        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`.
+        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`. eos: of the tokenizer; by default Gemma's.
         """
         x, cache = self.prefill(observation, max_new=max_new, skip=skip)
         B = x.shape[0]
@@ -400,7 +407,7 @@ class Backbone(nnx.Module):
             token = jnp.where(ended, 0, token)
             ids, mask = ids.at[:, step].set(token), mask.at[:, step].set(~ended)
             x, cache = self.extend(token, cache)
-            return step + 1, x, cache, ended | (token == EOS), ids, mask
+            return step + 1, x, cache, ended | (token == eos), ids, mask
 
         start = (jnp.int32(0), x, cache, jnp.zeros(B, bool))
         empty = (jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new), bool))

@@ -6,7 +6,6 @@ Letters: B batch, P patches, D width, R registers, L layers, E width of a langua
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
-from openpi_like.models.vision import IMAGENET, normalized, select_problems, size_problems
+from openpi_like.models.vision import IMAGENET, PatchTower, normalized, select_problems
 from openpi_like.models.vit import LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
 @dataclasses.dataclass(frozen=True)
-class DinoConfig:
+class DinoConfig(PatchTower):
     """Sizes of the tower; patch_size in pixels.
 
     select: which tokens are returned, see `vision.SELECT`; layers behind them are not there.
@@ -49,19 +48,6 @@ class DinoConfig:
     def vit_l_14_reg4(cls) -> "DinoConfig":
         """Returns ViT-L/14 with 4 registers as OpenVLA uses it: patches of the block before the last."""
         return cls(width=1024, depth=24, mlp_dim=4096, num_heads=16, patch_size=14)
-
-    @property
-    def layers(self) -> int:
-        """L, the layers that are computed."""
-        return self.depth - (self.select == "second_to_last")
-
-    def tokens(self, image_size: tuple[int, int]) -> int:
-        """Returns P, see `vision.VisionEncoderConfig`."""
-        return math.prod(side // self.patch_size for side in image_size)
-
-    def problems(self, image_size: tuple[int, int]) -> list[str]:
-        """Returns what is wrong with this size of images, see `vision.VisionEncoderConfig`."""
-        return size_problems(image_size, self.patch_size, "patch_size")
 
     def create(
         self,

@@ -158,11 +158,13 @@ class Format:
 
     sign: a regular expression, found in a name that only this layout has. table: returns the rows, for the names of a
         file, by which variants are told apart. written_as: names that stand for a file where there is none to look at.
+    partial: the layout is that of policies, of which these rows are the backbone's part alone.
     """
 
     sign: str
     table: Callable[[Sequence[str]], Table]
     written_as: tuple[str, ...] = ()
+    partial: bool = False
 
     def with_rows(self, more: Callable[[Sequence[str]], Table]) -> "Format":
         """Returns the layout with the rows, and all else, of a second table: of what a policy adds to its backbone."""
@@ -178,7 +180,7 @@ class Format:
                 lora_names=second.lora_names or first.lora_names,
             )
 
-        return dataclasses.replace(self, table=both)
+        return dataclasses.replace(self, table=both, partial=False)
 
 
 def whole_shape(parts: Iterable[tuple[Index, tuple[int, ...]]]) -> tuple[int, ...]:

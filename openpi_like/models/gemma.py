@@ -10,6 +10,7 @@ F mlp width, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from qwix import QArray
 
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
-from openpi_like.models.language import KVCache, LanguageModel, Step
+from openpi_like.models.language import KVCache, LanguageModel, MapsLayer, Step
 from openpi_like.models.param import Linear, fan_in, linear, linear_parts, map_weight, use, weight, zeros
 from openpi_like.models.stack import kept
 from openpi_like.partition import lookup, pin
@@ -128,8 +129,10 @@ def _residual(x: jax.Array, branch: jax.Array, gate: jax.Array | None) -> jax.Ar
     return x + branch if gate is None else x + gate * branch
 
 
-class GemmaLayer(nnx.Module):
+class GemmaLayer(MapsLayer):
     """Attention and gated MLP. Declared for all layers at once; `run_layer` takes one layer's weights of it."""
+
+    activation = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
 
     def __init__(self, config: GemmaConfig, key: Key[Array, ""], *, adaptive: bool) -> None:
         L, D, F = config.depth, config.width, config.mlp_dim
@@ -162,24 +165,6 @@ class GemmaLayer(nnx.Module):
         k, v = linear_parts(self, "kv", "BSD,KDH->BSKH", y_BSD)
         k, v = (pin(x, "batch", None, "kv_heads", None) for x in (rotate(k, rope_2BSh[:, :, :, None]), v))
         return KVCache(k=kept(k, "keys_values"), v=kept(v, "keys_values"))
-
-    def project(
-        self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
-    ) -> tuple[Float[Array, "B N S H"], KVCache]:
-        """Returns queries, keys and values of normalised tokens."""
-        return self.queries(y_BSD, rope_2BSh), self.keys_and_values(y_BSD, rope_2BSh)
-
-    @jax.named_scope("projections")
-    def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
-        """Returns what attention adds to the tokens."""
-        return linear(self, "out", "BNSH,NHD->BSD", seen_BNSH)
-
-    @jax.named_scope("mlp")
-    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns what the MLP adds to the tokens; gelu is the tanh approximation."""
-        gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
-        hidden_BSF = pin(jax.nn.gelu(gate, approximate=True) * up, "batch", None, "mlp")
-        return linear(self, "down", "BSF,FD->BSD", kept(hidden_BSF, "mlp"))
 
 
 class PackedLayer(nnx.Module):

@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.models.cross_entropy import capped, cross_entropy
-from openpi_like.models.stack import run_layers, unstacked
+from openpi_like.models.param import linear, linear_parts
+from openpi_like.models.stack import kept, run_layers, unstacked
+from openpi_like.partition import pin
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +30,35 @@ class KVCache:
     def after(self, past: "KVCache | None") -> "KVCache":
         """Returns those of `past`, then these; inside a layer."""
         return self if past is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), past, self)
+
+
+class MapsLayer(nnx.Module):
+    """What layers of language models share: the maps q, kv, out, gate_up and down, declared for all layers at once.
+
+    A subclass declares them, and says how queries, keys and values come about.
+    """
+
+    activation: Callable[[jax.Array], jax.Array]  # of the gate
+    queries: Callable[..., jax.Array]  # (B, S, D) normalised tokens, rotations -> (B, N, S, H)
+    keys_and_values: Callable[..., KVCache]
+
+    def project(
+        self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
+    ) -> tuple[Float[Array, "B N S H"], KVCache]:
+        """Returns queries, keys and values of normalised tokens."""
+        return self.queries(y_BSD, rope_2BSh), self.keys_and_values(y_BSD, rope_2BSh)
+
+    @jax.named_scope("projections")
+    def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
+        """Returns what attention adds to the tokens."""
+        return linear(self, "out", "BNSH,NHD->BSD", seen_BNSH)
+
+    @jax.named_scope("mlp")
+    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns what the MLP adds to the tokens."""
+        gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
+        hidden_BSF = pin(self.activation(gate) * up, "batch", None, "mlp")
+        return linear(self, "down", "BSF,FD->BSD", kept(hidden_BSF, "mlp"))
 
 
 M = TypeVar("M", bound="LanguageModel")

@@ -18,7 +18,7 @@ from qwix import QArray
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
 from openpi_like.models.gemma import PackedLayer, rope, rotate
-from openpi_like.models.language import KVCache, LanguageModel, Step
+from openpi_like.models.language import KVCache, LanguageModel, MapsLayer, Step
 from openpi_like.models.param import fan_in, linear, linear_parts, map_weight, ones, use, weight, zeros
 from openpi_like.models.stack import kept
 from openpi_like.partition import lookup, pin
@@ -175,8 +175,10 @@ class LlamaNorm(nnx.Module):
         return (normed * use(self.scale, jnp.float32)).astype(x.dtype)
 
 
-class LlamaLayer(nnx.Module):
+class LlamaLayer(MapsLayer):
     """Attention and gated MLP. Declared for all layers at once; `run_layer` takes one layer's weights of it."""
+
+    activation = staticmethod(jax.nn.silu)
 
     def __init__(self, config: LlamaConfig, key: Key[Array, ""], *, kv_width: int | None = None) -> None:
         """kv_width: of what keys and values are maps of; None where that is the tokens."""
@@ -230,24 +232,6 @@ class LlamaLayer(nnx.Module):
             k = self.k_norm(k)
         k, v = (pin(x, "batch", None, "kv_heads", None) for x in (rotate(k, rope_2BSh[:, :, :, None]), v))
         return KVCache(k=kept(k, "keys_values"), v=kept(v, "keys_values"))
-
-    def project(
-        self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]
-    ) -> tuple[Float[Array, "B N S H"], KVCache]:
-        """Returns queries, keys and values of normalised tokens."""
-        return self.queries(y_BSD, rope_2BSh), self.keys_and_values(y_BSD, rope_2BSh)
-
-    @jax.named_scope("projections")
-    def project_out(self, seen_BNSH: Float[Array, "B N S H"]) -> Float[Array, "B S D"]:
-        """Returns what attention adds to the tokens."""
-        return linear(self, "out", "BNSH,NHD->BSD", seen_BNSH)
-
-    @jax.named_scope("mlp")
-    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns what the MLP adds to the tokens."""
-        gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
-        hidden_BSF = pin(jax.nn.silu(gate) * up, "batch", None, "mlp")
-        return linear(self, "down", "BSF,FD->BSD", kept(hidden_BSF, "mlp"))
 
 
 class PackedLlamaLayer(PackedLayer):

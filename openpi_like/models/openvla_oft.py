@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.data.fast import FastTokenizer
@@ -24,7 +24,7 @@ from openpi_like.models.backbone import masked_means
 from openpi_like.models.formats import Format, Row, Table, torch_linear
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
-from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.models.vit import LayerNorm
 from openpi_like.robots import Robot
 
@@ -33,16 +33,21 @@ from openpi_like.robots import Robot
 class OpenVlaOftConfig(PolicyConfig):
     """Sizes and options of an OpenVLA-OFT policy; see `PolicyConfig`.
 
+    eos: the token that stands behind the slots, where the released weights had it too: Llama's 2. None: one more empty
+        slot.
     proprioception: the state is a token. head_width: of the head; None takes the language model's. head_blocks: its
     residual blocks.
     """
 
+    eos: int | None = None
     proprioception: bool = True
     head_width: int | None = None
     head_blocks: int = 2
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
+        if self.eos is not None and not 0 <= self.eos < self.vocab_size:
+            problems.append(f"eos={self.eos}, expected an id below vocab_size={self.vocab_size}, or None")
         if self.head_width is not None and self.head_width < 1:
             problems.append(f"head_width={self.head_width}, expected at least 1, or None")
         if self.head_blocks < 0:
@@ -65,7 +70,7 @@ class OpenVlaOftConfig(PolicyConfig):
         They are published as files of their own; as safetensors beside the others, their names begin with
         "action_head." and "proprio_projector.".
         """
-        formats = dict(self.backbone.formats(self.vocab_size))
+        formats = dict(super().formats())
         if "openvla" in formats:
             formats["openvla"] = formats["openvla"].with_rows(self._head_table)
         return formats
@@ -136,7 +141,7 @@ class L1Head(nnx.Module):
         return self.map_out(self.norm_out(x))
 
 
-class OpenVlaOft(Model):
+class OpenVlaOft(OnePassPolicy):
     """The policy: `loss` to train it, `sample_actions` to use it."""
 
     config: OpenVlaOftConfig
@@ -159,8 +164,10 @@ class OpenVlaOft(Model):
             with jax.named_scope("state"):
                 hidden = jax.nn.gelu(self.state_in(observation["state"]), approximate=False)
                 state = self.state_out(hidden)[:, None].astype(c.dtype)
-        # One slot more stands for the end, which training of the backbone had behind its answers.
         empty = jnp.zeros((B, slots + 1, D), c.dtype)
+        if c.eos is not None:  # all slots see it
+            end = self.backbone.vlm.embed(jnp.full((B, 1), c.eos, jnp.int32))
+            empty = jnp.concatenate([empty[:, :slots], end], axis=1)
         out, valid = self.backbone.run_queries(observation, empty, after_images=state, everything_sees_everything=True)
         S = out.shape[1] - slots - 1
         last = S - 1 - jnp.argmax(valid[:, :S][:, ::-1], axis=1)  # the last token of the prompt
@@ -190,27 +197,3 @@ class OpenVlaOft(Model):
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss"."""
         return {"loss": self.loss(key, batch)[0]}
-
-    # ---- Sampling ----------------------------------------------------------------------------------------------------
-
-    def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
-        """Returns normalised actions."""
-        return self.predict(self.config.observation(batch))
-
-    def sample_actions(
-        self,
-        key: Key[Array, ""],
-        observation: Observation,
-        *,
-        action_mask: Bool[Array, "B A J"] | None = None,
-    ) -> Float[Array, "B A J"]:
-        """Returns normalised actions; `key` is not used, nothing is drawn.
-
-        action_mask: which entries of the chunk this robot has (None: all); the others are 0.
-
-        Raises:
-            ValueError: the observation does not fit the config; lists everything that does not.
-        """
-        self.config.check_inputs(observation, actions=False)
-        actions = self.predict(observation)
-        return actions if action_mask is None else jnp.where(action_mask, actions, 0.0)

@@ -192,7 +192,7 @@ def paligemma_formats(vision_depth: int, vlm: GemmaConfig) -> dict[str, Format]:
         return Table(tuple(rows), unused=unused)
 
     return {
-        "lerobot": Format(r"^(model\.)?paligemma_with_expert\.", lerobot, written_as=("model.",)),
+        "lerobot": Format(r"^(model\.)?paligemma_with_expert\.", lerobot, written_as=("model.",), partial=True),
         "huggingface": _huggingface(vision_depth, language_rows),
         "openpi": Format("^PaliGemma/", openpi),
         "big_vision": Format("^llm/", big_vision),

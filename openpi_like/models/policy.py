@@ -100,7 +100,7 @@ class VisionLanguageConfig:
 
     def formats(self) -> Mapping[str, Format]:
         """Returns the published layouts that hold this model's weights, by name: here those of its backbone."""
-        return self.backbone.formats(self.vocab_size)
+        return {name: fmt for name, fmt in self.backbone.formats(self.vocab_size).items() if not fmt.partial}
 
     # ---- Shapes of inputs --------------------------------------------------------------------------------------------
 
@@ -269,6 +269,42 @@ class Model(nnx.Module):
         A server does this once, when it loads; where it was not done, sampling does it in every call.
         """
         return self
+
+
+class OnePassPolicy(Model):
+    """A policy that says a whole chunk in one pass and draws nothing."""
+
+    config: "PolicyConfig"
+
+    def predict(self, observation: Observation) -> Float[Array, "B A J"]:
+        """Returns what the network says of an observation."""
+        raise NotImplementedError
+
+    def chosen(self, said_BAJ: Float[Array, "B A J"]) -> Float[Array, "B A J"]:
+        """Returns the normalised actions that are done for what `predict` says."""
+        return said_BAJ
+
+    def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
+        """Returns what the network says."""
+        return self.predict(self.config.observation(batch))
+
+    def sample_actions(
+        self,
+        key: Key[Array, ""],
+        observation: Observation,
+        *,
+        action_mask: Bool[Array, "B A J"] | None = None,
+    ) -> Float[Array, "B A J"]:
+        """Returns normalised actions; `key` is not used.
+
+        action_mask: which entries of the chunk this robot has (None: all); the others are 0.
+
+        Raises:
+            ValueError: the observation does not fit the config; lists everything that does not.
+        """
+        self.config.check_inputs(observation, actions=False)
+        actions = self.chosen(self.predict(observation))
+        return actions if action_mask is None else jnp.where(action_mask, actions, 0.0)
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
-from openpi_like.models.vision import select_problems, size_problems
+from openpi_like.models.vision import PatchTower, select_problems
 from openpi_like.models.vit import GELU, LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipConfig:
+class SiglipConfig(PatchTower):
     """Sizes of the tower; patch_size in pixels.
 
     select: which tokens are returned, see `vision.SELECT`; layers behind them are not there.
@@ -61,19 +61,6 @@ class SiglipConfig:
     def base_16(cls) -> "SiglipConfig":
         """Returns the base model of SmolVLM-256M and 500M, for images of 512 pixels."""
         return cls(width=768, depth=12, mlp_dim=3072, num_heads=12, patch_size=16)
-
-    @property
-    def layers(self) -> int:
-        """L, the layers that are computed."""
-        return self.depth - (self.select == "second_to_last")
-
-    def tokens(self, image_size: tuple[int, int]) -> int:
-        """Returns P, see `vision.VisionEncoderConfig`."""
-        return math.prod(side // self.patch_size for side in image_size)
-
-    def problems(self, image_size: tuple[int, int]) -> list[str]:
-        """Returns what is wrong with this size of images, see `vision.VisionEncoderConfig`."""
-        return size_problems(image_size, self.patch_size, "patch_size")
 
     def create(
         self,

@@ -46,7 +46,7 @@ def smolvlm_formats(vision: SiglipConfig, vlm: LlamaConfig, layers: int, vocab_s
         return dataclasses.replace(both, unused=both.unused | statistics)
 
     return {
-        "lerobot": Format(r"^(model\.)?vlm_with_expert\.", lerobot, written_as=("model.",)),
+        "lerobot": Format(r"^(model\.)?vlm_with_expert\.", lerobot, written_as=("model.",), partial=True),
         "huggingface": Format(r"^model\.text_model\.", huggingface),
     }
 

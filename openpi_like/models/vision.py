@@ -3,6 +3,7 @@
 Letters: B batch, P tokens (patches, or merged patches), D width of the tokens, E width of a language vector.
 """
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -62,6 +63,27 @@ def normalized(
     """Returns images in [-1, 1] as (images in [0, 1] - mean) / std per colour."""
     mean, std = (jnp.asarray(values, images_BHWC.dtype) for values in mean_std)
     return images_BHWC / (2 * std) + (0.5 - mean) / std
+
+
+class PatchTower:
+    """What configs of plain transformers over patches share; they have the fields that are named here."""
+
+    depth: int
+    patch_size: int
+    select: str
+
+    @property
+    def layers(self) -> int:
+        """L, the layers that are computed."""
+        return self.depth - (self.select == "second_to_last")
+
+    def tokens(self, image_size: tuple[int, int]) -> int:
+        """Returns P, see `VisionEncoderConfig`."""
+        return math.prod(side // self.patch_size for side in image_size)
+
+    def problems(self, image_size: tuple[int, int]) -> list[str]:
+        """Returns what is wrong with this size of images, see `VisionEncoderConfig`."""
+        return size_problems(image_size, self.patch_size, "patch_size")
 
 
 def size_problems(image_size: tuple[int, int], unit: int, what: str) -> list[str]:

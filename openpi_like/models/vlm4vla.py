@@ -24,7 +24,7 @@ from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear, weight, zeros
-from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.robots import Robot
 
 
@@ -129,7 +129,7 @@ class ActionHead(nnx.Module):
         return jnp.concatenate(parts, axis=-1)[..., order]
 
 
-class Vlm4Vla(Model):
+class Vlm4Vla(OnePassPolicy):
     """The policy: `loss` to train it, `sample_actions` to use it."""
 
     config: Vlm4VlaConfig
@@ -192,27 +192,6 @@ class Vlm4Vla(Model):
         parts = ("pose_loss", "gripper_loss")
         return {"loss": loss, **{k: metrics[k].sum() / metrics[f"{k}_valid"].sum() for k in parts}}
 
-    # ---- Sampling ----------------------------------------------------------------------------------------------------
-
-    def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
-        """Returns what the head says."""
-        return self.predict(self.config.observation(batch))
-
-    def sample_actions(
-        self,
-        key: Key[Array, ""],
-        observation: Observation,
-        *,
-        action_mask: Bool[Array, "B A J"] | None = None,
-    ) -> Float[Array, "B A J"]:
-        """Returns normalised actions: poses, and -1 or 1 for binary dims; `key` is not used, nothing is drawn.
-
-        action_mask: which entries of the chunk this robot has (None: all); the others are 0.
-
-        Raises:
-            ValueError: the observation does not fit the config; lists everything that does not.
-        """
-        self.config.check_inputs(observation, actions=False)
-        said = self.predict(observation)
-        actions = jnp.where(jnp.asarray(self.config.is_binary), jnp.sign(said), said * self.config.clip)
-        return actions if action_mask is None else jnp.where(action_mask, actions, 0.0)
+    def chosen(self, said_BAJ: Float[Array, "B A J"]) -> Float[Array, "B A J"]:
+        """Returns poses up to `clip`, and -1 or 1 for binary dims."""
+        return jnp.where(jnp.asarray(self.config.is_binary), jnp.sign(said_BAJ), said_BAJ * self.config.clip)

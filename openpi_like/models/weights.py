@@ -135,7 +135,8 @@ def table_for(
     chosen = recognise(names, formats) if fmt is None else fmt
     if chosen is None:
         raise WeightsError(
-            f"names of no format we know ({', '.join(list(names)[:5])} ...); known: {', '.join(formats)}"
+            f"names of no format that holds this model ({', '.join(list(names)[:5])} ...); known: {', '.join(formats)}"
+            f"\nthese arrays look like {family(names)}, this config is {family(formats['ours'].written_as)}"
         )
     if chosen not in formats:
         raise WeightsError(f"no weight format {chosen!r}; {near_names(chosen, list(formats))}")

@@ -128,8 +128,8 @@ def test_configs_of_openvla_that_do_not_fit(tiny_policy: Any) -> None:
         OpenVlaConfig(**fields, bin_end=200, eos=300)
     with pytest.raises(ValueError, match=r"binary_dims=\(0, 9\).*head_width=6, expected a multiple of 4.*clip=0"):
         Vlm4VlaConfig(**fields, binary_dims=(0, 9), head_width=6, clip=0.0)
-    with pytest.raises(ValueError, match=r"head_width=0.*head_blocks=-1"):
-        OpenVlaOftConfig(**fields, head_width=0, head_blocks=-1)
+    with pytest.raises(ValueError, match=r"eos=300, .*head_width=0.*head_blocks=-1"):
+        OpenVlaOftConfig(**fields, head_width=0, head_blocks=-1, eos=300)
 
 
 # ---- OpenVLA-OFT -----------------------------------------------------------------------------------------------------
@@ -176,6 +176,19 @@ def test_oft_is_as_large_as_published() -> None:
     head = 2 * J * D + (J * D * D + D) + 2 * block + 2 * D + (D * J + J)
     assert sum(s.size for n, s in shapes.items() if n.startswith("action_head/")) == head
     assert sum(s.size for n, s in shapes.items() if n.startswith("state_")) == 8 * D + D + D * D + D
+
+
+def test_behind_the_slots_of_oft_stands_the_end(tiny_policy: Any, filled: Any, batch: Any) -> None:
+    """Only its embedding differs between two ids; without one it is a slot like the others."""
+    models = [filled(lambda eos=eos: oft(tiny_policy, head_width=12, eos=eos).create(KEY)) for eos in (None, 1, 2)]
+    observation = models[0].config.observation(batch)
+    empty, one, two = (np.asarray(model.predict(observation)) for model in models)
+    assert (np.abs(one - two).max((1, 2)) > 1e-6).all()
+    table = models[1].backbone.vlm.embedding
+    table[...] = table[...].at[1].set(0.0)
+    unused = observation | {"prompt": jnp.where(observation["prompt"] == 1, 3, observation["prompt"])}
+    np.testing.assert_allclose(models[1].predict(unused), models[0].predict(unused), atol=1e-5)
+    assert (np.abs(empty - one).max((1, 2)) > 1e-6).all()
 
 
 def test_every_token_of_oft_sees_every_other(tiny_policy: Any, filled: Any, batch: Any) -> None:

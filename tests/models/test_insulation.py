@@ -14,7 +14,7 @@ from openpi_like.data.prompts import FastPrompt, Pi05Prompt
 from openpi_like.draws import row_keys
 from openpi_like.models.flow import draw_noise, draw_time
 from openpi_like.models.pi0 import Pi0, Pi0Config
-from openpi_like.models.weights import bind, flat_weights, flatten, unflatten
+from openpi_like.models.weights import bind, flat_weights, flatten, named_weights, unflatten
 
 KEY = jax.random.key(7)
 
@@ -87,7 +87,7 @@ def part(name: str) -> Any:
 
 def gradients(model: Pi0, batch: Any, draws: Any, name: str) -> dict[str, float]:
     """Returns the norm of the gradient of every weight."""
-    flat = flatten(nnx.to_pure_dict(part(name)(model, batch, draws)))
+    flat = flatten(named_weights(part(name)(model, batch, draws)))
     return {k: float(jnp.linalg.norm(v.astype(jnp.float32))) for k, v in flat.items()}
 
 

@@ -161,7 +161,7 @@ def test_answers_that_do_not_fit_are_refused(text: TextTokenizer) -> None:
 
 
 def test_batches_that_do_not_fit_are_refused(config: TextModelConfig, captions: Any) -> None:
-    model: Any = nnx.eval_shape(lambda: config.create(KEY))
+    model: Any = nnx.eval_shape(lambda: config.create(KEY)).backbone
     wrong = {**captions, "prompt_causal": captions["prompt_causal"].astype(np.int32)}
     wrong["images"] = {"imag": captions["images"]["image"]}
     with pytest.raises(ValueError, match=r"prompt_causal: got int32(.|\n)*images\['image'\]: missing; did you mean"):

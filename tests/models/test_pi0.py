@@ -20,6 +20,7 @@ from openpi_like.models.flow import draw_noise, draw_time
 from openpi_like.models.gemma import rope, rotate
 from openpi_like.models.pi0 import Pi0, Pi0Config
 from openpi_like.models.weights import flat_weights
+from tests.models.other_parts import PARTS, with_other
 
 KEY = jax.random.key(7)
 
@@ -68,16 +69,10 @@ def test_content_of_masked_entries_changes_nothing(model: Pi0, tiny_batch: Any, 
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("part", ["images", "prompt", "state"])
+@pytest.mark.parametrize("part", PARTS)
 def test_content_of_valid_entries_changes_fresh_predictions(model: Pi0, tiny_batch: Any, draws: Any, part: str) -> None:
-    changed = copy.deepcopy(tiny_batch)
-    if part == "images":
-        changed["images"]["base"] = 255 - changed["images"]["base"]
-    elif part == "prompt":
-        changed["prompt"] = np.where(changed["prompt_mask"], 9, 0).astype(np.int32)
-    else:
-        changed["state"] = changed["state"] + 1
-    difference = np.abs(flow_loss(model, changed, *draws) - flow_loss(model, tiny_batch, *draws))
+    changed = flow_loss(model, with_other(tiny_batch, part), *draws)
+    difference = np.abs(changed - flow_loss(model, tiny_batch, *draws))
     assert (difference.max((1, 2)) > 1e-4).all()
 
 

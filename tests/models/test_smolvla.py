@@ -3,7 +3,6 @@
 What is asked of every policy is in test_policies.py, and LeRobot's numbers are in test_golden_smolvla.py.
 """
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -25,6 +24,7 @@ from openpi_like.models.smolvla_expert import ExpertConfig
 from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.models.weights import flatten, named_weights, weight_shapes
 from openpi_like.train.state import Trainable, trained_names
+from tests.models.other_parts import PARTS, with_other
 
 KEY = jax.random.key(7)
 
@@ -65,16 +65,10 @@ def observation_of(batch: Any) -> Any:
 # ---- What sees what --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["images", "prompt", "state"])
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_of_an_observation_is_seen(model: SmolVla, tiny_batch: Any, draws: Any, part: str) -> None:
-    changed = copy.deepcopy(tiny_batch)
-    if part == "images":
-        changed["images"]["base"] = 255 - changed["images"]["base"]
-    elif part == "prompt":
-        changed["prompt"] = np.where(changed["prompt_mask"], 9, 0).astype(np.int32)
-    else:
-        changed["state"] = changed["state"] + 1
-    difference = np.abs(flow_loss(model, changed, *draws) - flow_loss(model, tiny_batch, *draws))
+    changed = flow_loss(model, with_other(tiny_batch, part), *draws)
+    difference = np.abs(changed - flow_loss(model, tiny_batch, *draws))
     assert (difference.max((1, 2)) > 1e-4).all()
 
 

@@ -168,7 +168,7 @@ def test_the_wrong_family_is_named(tiny_policy: Pi0Config, openpi_arrays: Arrays
         loaded(pi05, openpi_arrays)
     with pytest.raises(WeightsError, match="look like pi0, this config is PaliGemma"):
         loaded(paligemma(tiny_policy), openpi_arrays)
-    with pytest.raises(WeightsError, match="names of no format we know"):
+    with pytest.raises(WeightsError, match="names of no format that holds this model"):
         loaded(tiny_policy, {"encoder.weight": np.zeros(3, np.float32)})
     with pytest.raises(WeightsError, match="no weight format 'openpie'; did you mean 'openpi'"):
         loaded(tiny_policy, openpi_arrays, fmt="openpie")
