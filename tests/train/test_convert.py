@@ -215,7 +215,9 @@ def test_paligemma_through_three_layouts(
 def test_what_is_missing_is_said_at_once(program: SimpleNamespace, tmp_path: Path, run: Path, config_file: str) -> None:
     with pytest.raises(ValueError, match=r"--robots: missing(.|\n)*--tokenizer: missing"):
         convert(program, tmp_path / "nothing", tmp_path / "out", "run", model=config_file)
-    with pytest.raises(ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, smolvla, paligemma, or a"):
+    with pytest.raises(
+        ValueError, match="--model: missing; expected one of pi0, pi05, pi0_fast, smolvla, paligemma, or a"
+    ):
         convert(program, tmp_path / "nothing", tmp_path / "out", "openpi")
     with pytest.raises(ValueError, match="a run knows its own model"):
         convert(program, run, tmp_path / "out", "openpi", model="pi0")
