@@ -43,8 +43,8 @@ def config(tiny_policy: Any) -> SmolVlaConfig:
 
 
 @pytest.fixture(scope="module")
-def model(config: SmolVlaConfig) -> SmolVla:
-    return config.create(jax.random.key(0))
+def model(config: SmolVlaConfig, filled: Any) -> SmolVla:
+    return filled(lambda: config.create(KEY))
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +119,16 @@ def test_euler_on_the_exact_linear_field_returns_the_data(
 
 
 @pytest.mark.parametrize("how", ["int8", "bfloat16"])
-def test_sampling_in_fewer_bits_stays_close(config: SmolVlaConfig, model: SmolVla, batch: Any, how: str) -> None:
-    expected = model.sample_actions(KEY, observation_of(batch))
+def test_sampling_in_fewer_bits_stays_close(
+    config: SmolVlaConfig, model: SmolVla, filled: Any, batch: Any, how: str
+) -> None:
+    sample = nnx.jit(SmolVla.sample_actions)
+    expected = sample(model, KEY, observation_of(batch))
     if how == "int8":
         other = for_sampling(model, quantize="int8")
     else:
-        other = dataclasses.replace(config, dtype="bfloat16").create(jax.random.key(0)).packed()
-    got = nnx.jit(SmolVla.sample_actions)(other, KEY, observation_of(batch))
+        other = filled(lambda: dataclasses.replace(config, dtype="bfloat16").create(KEY)).packed()
+    got = sample(other, KEY, observation_of(batch))
     assert got.dtype == jnp.float32
     assert 0 < np.abs(got - expected).max() < 0.2
 
@@ -133,11 +136,11 @@ def test_sampling_in_fewer_bits_stays_close(config: SmolVlaConfig, model: SmolVl
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def test_every_weight_learns_from_the_first_step(config: SmolVlaConfig, batch: Any, draws: Any) -> None:
+def test_every_weight_learns_from_the_first_step(config: SmolVlaConfig, filled: Any, batch: Any, draws: Any) -> None:
     """Except those behind the last keys and values of the language model; and the same with layers recomputed."""
 
     def gradients(changes: Any) -> dict[str, jax.Array]:
-        model = dataclasses.replace(config, **changes).create(jax.random.key(0))
+        model = filled(lambda: dataclasses.replace(config, **changes).create(KEY))
         found = nnx.jit(nnx.grad(lambda model, *inputs: model.flow_loss(*inputs).mean()))(model, batch, *draws)
         return flatten(named_weights(found))
 
