@@ -226,7 +226,7 @@ def sampling(args: Args, quantize: str | None) -> Iterator[dict[str, Any]]:
 
         def sample(held: Any, key: Any, observation: Any, mask: Any) -> Any:
             policy = nnx.merge(graph, jax.tree.unflatten(structure, held))
-            policy.config = config
+            policy.config = policy.backbone.config = config
             return policy.sample_actions(key, observation, action_mask=mask)
 
         observation = inputs(config.input_shapes(B, actions=False))
