@@ -20,15 +20,24 @@ T = TypeVar("T")
 _CLASS = "__class__"
 _PACKAGE = "openpi_like"
 # Packages whose dataclasses a checkpoint may hold. What reads a checkpoint imports them: it may come from anyone.
-_trusted = {_PACKAGE, *filter(None, os.environ.get("OPENPI_LIKE_TRUST", "").split(","))}
+_trusted = {_PACKAGE}
 
 
 def trust(*packages: str) -> None:
     """Lets checkpoints hold dataclasses of your own packages (top-level names), such as the config of a policy.
 
     To be called wherever such a checkpoint is written or read; `OPENPI_LIKE_TRUST=one,two` does it for any program.
+
+    Raises:
+        ValueError: a name is not that of a top-level package.
     """
+    wrong = [name for name in packages if not name.isidentifier()]
+    if wrong:
+        raise ValueError(f"packages to trust: {wrong}, expected top-level names, such as 'my_policies'")
     _trusted.update(packages)
+
+
+trust(*filter(None, map(str.strip, os.environ.get("OPENPI_LIKE_TRUST", "").split(","))))
 
 
 def near_names(name: str, known: Sequence[str]) -> str:

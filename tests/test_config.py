@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from openpi_like.config import from_json, load_run, override, to_json
+from openpi_like.config import from_json, load_run, override, to_json, trust
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.selection import Selection
 from openpi_like.robots.sawyer import SAWYER
@@ -35,6 +38,20 @@ def test_json_written_before_a_class_moved_is_read(name, now, then):
     text = json.dumps(to_json(of)).replace(now, then)
     assert then in text
     assert from_json(json.loads(text)) == of
+
+
+def test_trust_is_given_to_whole_packages():
+    with pytest.raises(ValueError, match=r"\['my.policies', ''\], expected top-level names"):
+        trust("fine", "my.policies", "")
+
+
+@pytest.mark.parametrize("named", ["mine, yours", " mine,yours,"])
+def test_trust_in_the_environment(named):
+    shown = "from openpi_like import config; print(*sorted(config._trusted))"
+    done = subprocess.run(
+        [sys.executable, "-c", shown], env=os.environ | {"OPENPI_LIKE_TRUST": named}, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout.split() == [b"mine", b"openpi_like", b"yours"]
 
 
 def test_json_names_fields_of_another_version():

@@ -26,7 +26,7 @@ from openpi_like.models.weights import weight_shapes
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.train.checkpoints.checkpoint import find_step
 from openpi_like.train.checkpoints.contract import read_contract
-from openpi_like.train.study import Study, study_rows, unequal
+from openpi_like.train.study import Study, slug, study_rows, unequal
 from openpi_like.train.watching.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,11 +59,6 @@ def load_study(path: Path) -> Study:
     if not isinstance(found, Study):
         raise ValueError(f"{path}: expected a `study` of openpi_like.train.study.Study, got {type(found).__name__}")
     return found
-
-
-def slug(name: str) -> str:
-    """Returns the name of an arm as one of a file."""
-    return name.replace(", ", "_").replace(" ", "_")
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -134,6 +129,8 @@ def main(args: Args, console: Console) -> None:
             server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
             job.step(f"drive {study.robot} with {name}", [*drive, *port], server=server)
 
+    if not configs:  # --only of arms that prepare others
+        return
     found = {
         name: {(e.task, e.seed): e.success for e in read_episodes(args.run / f"{slug(name)}.jsonl")} for name in configs
     }

@@ -82,11 +82,13 @@ class VisionLanguageConfig:
             problems.append(f"resize={self.resize!r}, expected one of {RESIZE}")
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(f"dtype={self.dtype!r}, expected 'float32' or 'bfloat16'")
-        slots = self.image_slots
-        if slots and (len(slots) != len(self.cameras) or list(slots) != sorted(slots) or slots[-1] >= self.prompt_len):
+        slots, places = self.image_slots, range(self.prompt_len)
+        if slots and (
+            len(slots) != len(self.cameras) or list(slots) != sorted(slots) or not all(slot in places for slot in slots)
+        ):
             problems.append(
-                f"image_slots={slots}, expected one for each of {len(self.cameras)} cameras, in order, each less than "
-                f"prompt_len={self.prompt_len}"
+                f"image_slots={slots}, expected one for each of {len(self.cameras)} cameras, in order, each from 0 and "
+                f"less than prompt_len={self.prompt_len}"
             )
         wrong = remat_problem(self.remat)
         if wrong is not None:

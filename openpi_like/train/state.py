@@ -379,15 +379,16 @@ class Trainer:
             ValueError: the policy writes what is no memory of it, or in another shape.
         """
         written = self.model.bind(state.weights(average=False)).remember(self._key("loss"), batch)
-        have = {name: x.shape for name, x in flatten(state.params).items() if name in self.model.memory}
+        have = {name: x for name, x in flatten(state.params).items() if name in self.model.memory}
         wrong = [
-            f"{name}: {x.shape}, expected {have.get(name, 'no such memory')}"
+            f"{name}: {x.shape}, expected {have[name].shape if name in have else 'no such memory'}"
             for name, x in written.items()
-            if name not in self.model.memory or have.get(name, x.shape) != x.shape
+            if name not in self.model.memory or (name in have and have[name].shape != x.shape)
         ]
         if wrong:
             raise ValueError(f"{type(self.model.config).__name__}.remember wrote what it has not: " + "; ".join(wrong))
-        return {name: x for name, x in written.items() if name in have}
+        # What is not written stays: weight decay would make it smaller.
+        return {name: written.get(name, x).astype(x.dtype) for name, x in have.items()}
 
     def _updated(self, state: TrainState, grads: Params, written: dict[str, jax.Array]) -> TrainState:
         with jax.named_scope("optimizer"):

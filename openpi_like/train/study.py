@@ -25,6 +25,11 @@ class Arm:
     driven: bool = True
 
 
+def slug(name: str) -> str:
+    """Returns the name of an arm as one of a file."""
+    return name.replace(", ", "_").replace(" ", "_")
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A table of runs, by name, in order. The first that is driven is what others are compared with.
@@ -38,8 +43,11 @@ class Study:
     episodes: int
 
     def __post_init__(self) -> None:
-        problems, above = [], set[str]()
+        problems, above, files = [], set[str](), dict[str, str]()
         for name, arm in self.arms.items():
+            if "/" in name or files.setdefault(slug(name), name) != name:
+                other = "" if "/" in name else f", as arm {files[slug(name)]!r}"
+                problems.append(f"arm {name!r}: its files would be {slug(name)!r}{other}; give it another name")
             if arm.start is not None and arm.start not in above:
                 problems.append(f"arm {name!r}: start={arm.start!r}, expected one of the arms above: {sorted(above)}")
             if arm.start is None and arm.reinitialize:
@@ -58,14 +66,13 @@ SAME = ("data", "batch_size", "steps", "seed")
 
 def unequal(configs: Mapping[str, TrainConfig]) -> list[str]:
     """Returns in what the runs of driven arms differ that a study keeps equal: data, batch size, steps, seed."""
-    problems = []
-    (first, base), *others = configs.items()
-    for name, config in others:
-        for field in SAME:
-            a, b = (to_json(getattr(c, field)) for c in (base, config))
-            if a != b:
-                problems.append(f"arm {name!r}: {field} is not that of {first!r}")
-    return problems
+    first = next(iter(configs), "")
+    return [
+        f"arm {name!r}: {field} is not that of {first!r}"
+        for name, config in configs.items()
+        for field in SAME
+        if to_json(getattr(config, field)) != to_json(getattr(configs[first], field))
+    ]
 
 
 def newcombe(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:

@@ -35,6 +35,12 @@ def backbone_of(image_slots: tuple[int, ...] = (), *, causal: bool = False) -> B
     return model
 
 
+@pytest.mark.parametrize("slots", [(-1, 2), (2, 1), (0, S), (1,)])
+def test_image_slots_that_are_no_places_of_a_prompt(slots: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"image_slots=.*, each from 0 and less than prompt_len=6"):
+        dataclasses.replace(CONFIG, image_slots=slots)
+
+
 @pytest.fixture(scope="module")
 def observation() -> Any:
     """The second row has no wrist camera and a shorter prompt."""

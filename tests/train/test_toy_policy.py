@@ -84,11 +84,11 @@ def trusted(monkeypatch: Any) -> None:
     trust(__name__.split(".")[0])
 
 
-def _trainer(toy: ToyConfig) -> Trainer:
+def _trainer(toy: ToyConfig, *, weight_decay: float = 0.0, ema_decay: float | None = None) -> Trainer:
     return Trainer(
         ModelDef(toy),
-        OptimizerConfig(peak_lr=3e-2, end_lr=1e-3, warmup_steps=2, decay_steps=60, weight_decay=0.0).create(),
-        ema_decay=None,
+        OptimizerConfig(peak_lr=3e-2, end_lr=1e-3, warmup_steps=2, decay_steps=60, weight_decay=weight_decay).create(),
+        ema_decay=ema_decay,
         seed=0,
         mesh=MeshConfig(fsdp=2, tensor=2).create(),
         rules=ShardingRules(),
@@ -167,6 +167,30 @@ def _batch(toy: ToyConfig, tiny_batch: Any) -> Any:
     batch = jax.tree.map(fill, shapes) | {"dataset_id": tiny_batch["dataset_id"]}
     batch["actions"] = np.broadcast_to(np.tanh(batch["state"])[:, None], batch["actions"].shape).copy()
     return batch
+
+
+class Reader(Toy):
+    def remember(self, key: jax.Array, batch: Any) -> Any:
+        return {"count": self.count[...].astype(jnp.bfloat16) + 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReaderConfig(ToyConfig):
+    def create(self, key: jax.Array) -> "Reader":
+        return Reader(self, key)
+
+
+def test_memory_that_is_not_written_stays(policy: Any, tiny_batch: Any) -> None:
+    """The optimiser would let it decay. Written in another type, it keeps its own."""
+    fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(ToyConfig) if hasattr(policy, f.name)}
+    trainer = _trainer(ReaderConfig(**fields), weight_decay=0.5, ema_decay=0.9)
+    state = trainer.init()
+    state.params["mean"] = state.params["mean"] + 2.0
+    before = np.asarray(state.params["mean"])
+    state, _ = trainer.train_step(state, put_batch(_batch(ReaderConfig(**fields), tiny_batch), trainer.mesh))
+    for kept in (state.params, state.ema):
+        np.testing.assert_array_equal(kept["mean"], before)
+        assert (float(kept["count"]), kept["count"].dtype) == (1.0, jnp.float32)
 
 
 class Wrong(Toy):
