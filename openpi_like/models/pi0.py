@@ -14,7 +14,7 @@ Letters: B batch, S prefix tokens, P patches, D width, A action horizon, J actio
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class Pi0Config(FlowConfig):
     flow_weight: of the flow loss beside the text loss (alpha in eq. 4 there).
     """
 
+    writes_tokens: ClassVar[bool] = True
     expert: GemmaConfig
     pi05: bool = False
     insulate: bool = True

@@ -9,7 +9,7 @@ C coefficients of a chunk, I tokens that every answer begins with.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Pi0FastConfig(PolicyConfig):
         which differs where a camera is masked; its sampling leaves out one position before the first token it writes.
     """
 
+    writes_tokens: ClassVar[bool] = True
     prompt_format: PromptFormat = FastPrompt()
     openpi_positions: bool = False
 

@@ -15,7 +15,7 @@ Letters: B batch, S text tokens, T tokens of an answer, A action horizon, J acti
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,7 @@ class PolicyConfig(VisionLanguageConfig):
     action_horizon: int
     prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: ActionTokens | None = None
+    writes_tokens: ClassVar[bool] = False  # whether a policy of this kind can have action tokens
 
     @property
     def answer_len(self) -> int:
@@ -164,6 +165,8 @@ class PolicyConfig(VisionLanguageConfig):
         if not isinstance(self.prompt_format, PromptFormat):
             problems.append(f"prompt_format={self.prompt_format!r}, expected a PromptFormat such as {Pi0Prompt()}")
         tokens = self.action_tokens
+        if tokens is not None and not self.writes_tokens:
+            problems.append(f"action_tokens={tokens}, expected None: actions are not written as text")
         if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
             least = tokens.count + tokens.skip
             problems.append(f"vocab_size={self.vocab_size}, expected at least {least} for the ids of action tokens")

@@ -50,8 +50,6 @@ class SmolVlaConfig(FlowConfig):
         depth, every = self.backbone.language.depth, self.expert.self_every
         if depth % every:
             problems.append(f"backbone: {depth} layers are used, expected a multiple of expert.self_every={every}")
-        if self.action_tokens is not None:
-            problems.append(f"action_tokens={self.action_tokens}, expected None: actions are not written as text")
         return problems
 
     @classmethod

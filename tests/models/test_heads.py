@@ -12,6 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openpi_like.batch import ActionTokens
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.openvla import BINS, OpenVlaConfig, action_bins, bin_centres
 from openpi_like.models.openvla_oft import L1Head, OpenVlaOftConfig
@@ -133,6 +134,10 @@ def test_configs_of_openvla_that_do_not_fit(tiny_policy: Any) -> None:
     fields = {name: getattr(tiny_policy, name) for name in (*COMMON, "backbone")}
     with pytest.raises(ValueError, match=r"bin_end=200, expected 256 to vocab_size=300; eos=300, expected an id below"):
         OpenVlaConfig(**fields, bin_end=200, eos=300)
+    with pytest.raises(
+        ValueError, match=r"action_tokens=ActionTokens.*, expected None: actions are not written"
+    ):
+        OpenVlaOftConfig(**fields, action_tokens=ActionTokens(max_len=4, count=64, skip=0))
     with pytest.raises(ValueError, match=r"binary_dims=\(0, 9\).*head_width=6, expected a multiple of 4.*clip=0"):
         Vlm4VlaConfig(**fields, binary_dims=(0, 9), head_width=6, clip=0.0)
     with pytest.raises(ValueError, match=r"eos=300, .*head_width=0.*head_blocks=-1"):
