@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.models.backbone import Embedded, masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
@@ -59,7 +58,7 @@ class OpenVlaConfig(PolicyConfig):
             problems.append(f"eos={self.eos}, expected an id below vocab_size={self.vocab_size}")
         return problems
 
-    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a robot is normalised otherwise than to [-1, 1], which the bins divide."""
         if robot.normalization == "quantile":
             return []

@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.batch import Batch, Observation
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.formats import Format, Row, Table, torch_linear
@@ -54,7 +53,7 @@ class OpenVlaOftConfig(PolicyConfig):
             problems.append(f"head_blocks={self.head_blocks}, expected at least 0")
         return problems
 
-    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a robot is normalised otherwise than the released policies' are."""
         if robot.normalization == "quantile":
             return []

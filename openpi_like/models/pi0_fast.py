@@ -18,9 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.prompts import FastPrompt, PromptFormat
-from openpi_like.data.text import TextTokenizer
 from openpi_like.models.backbone import choose_token
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
@@ -66,14 +64,14 @@ class Pi0FastConfig(PolicyConfig):
             )
         }
 
-    def sampling_options(self, text: TextTokenizer, fast: FastTokenizer | None) -> dict[str, Any]:
+    def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
         """Returns "decoding": how the tokens that are written become actions."""
         assert fast is not None  # the contract's problems have been checked
         tables = fast.tables(self.action_horizon * self.action_dim, count=self.tokens.count)
         begin = np.array(text.action_indicator(), np.int32)
         return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
 
-    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a chunk of the robot takes more action tokens than there is room for."""
         if fast is None:
             return []

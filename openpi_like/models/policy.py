@@ -25,9 +25,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.config import near_names
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.prompts import Pi0Prompt, PromptFormat
-from openpi_like.data.text import TextTokenizer
 from openpi_like.models.backbone import Backbone
 from openpi_like.models.backbone_config import BackboneConfig
 from openpi_like.models.formats import Format
@@ -205,11 +203,14 @@ class PolicyConfig(VisionLanguageConfig):
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
         return {}
 
-    def sampling_options(self, text: TextTokenizer, fast: FastTokenizer | None) -> dict[str, Any]:
-        """Returns what `sample_actions` takes besides an observation, by name, made of a checkpoint's tokenizers."""
+    def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
+        """Returns what `sample_actions` takes besides an observation, by name, made of a checkpoint's tokenizers.
+
+        text: `TextTokenizer`. fast: `FastTokenizer`, or None. A model does not import the reading of data.
+        """
         return {}
 
-    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns why this policy cannot act for a robot, beyond what its sizes say."""
         return []
 

@@ -19,7 +19,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from openpi_like.batch import Batch, Observation
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
@@ -65,7 +64,7 @@ class Vlm4VlaConfig(PolicyConfig):
         """Which dims have two states."""
         return np.isin(np.arange(self.action_dim), self.binary_dims)
 
-    def robot_problems(self, robot: Robot, fast: FastTokenizer | None) -> list[str]:
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a robot is normalised otherwise than to [-1, 1], where tanh ends."""
         if robot.normalization == "quantile":
             return []

@@ -134,9 +134,7 @@ def test_configs_of_openvla_that_do_not_fit(tiny_policy: Any) -> None:
     fields = {name: getattr(tiny_policy, name) for name in (*COMMON, "backbone")}
     with pytest.raises(ValueError, match=r"bin_end=200, expected 256 to vocab_size=300; eos=300, expected an id below"):
         OpenVlaConfig(**fields, bin_end=200, eos=300)
-    with pytest.raises(
-        ValueError, match=r"action_tokens=ActionTokens.*, expected None: actions are not written"
-    ):
+    with pytest.raises(ValueError, match=r"action_tokens=ActionTokens.*, expected None: actions are not written"):
         OpenVlaOftConfig(**fields, action_tokens=ActionTokens(max_len=4, count=64, skip=0))
     with pytest.raises(ValueError, match=r"binary_dims=\(0, 9\).*head_width=6, expected a multiple of 4.*clip=0"):
         Vlm4VlaConfig(**fields, binary_dims=(0, 9), head_width=6, clip=0.0)
