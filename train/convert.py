@@ -34,7 +34,7 @@ from openpi_like.models.arrays import open_arrays
 from openpi_like.models.lora import Lora
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
-from openpi_like.models.policy import PolicyConfig, VisionLanguageConfig
+from openpi_like.models.policy import VisionLanguageConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.text_model import TextModelConfig
 from openpi_like.models.weights import (
@@ -123,8 +123,6 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
     """Returns what serving needs, from a run or from the arguments."""
     if is_run(args.src):
         return read_contract(find_step(args.src))
-    if not isinstance(config, PolicyConfig):
-        raise ValueError(f"{type(config).__name__} samples no actions; --to run is for policies")
     problems = []
     if not args.robots:
         problems.append("--robots: missing; a run is served to robots")
@@ -132,7 +130,7 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
         problems.append("--tokenizer: missing; the file or directory of the tokenizer the weights were trained with")
-    if config.action_tokens is not None and args.action_tokenizer is None:
+    if config.answer_len and args.action_tokenizer is None:
         problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
         raise ValueError("--to run needs more:\n  " + "\n  ".join(problems))
@@ -219,10 +217,9 @@ def write(
             if normalization.mode != mode:
                 console.print(f"WARNING: robot {name!r} is normalised by {normalization.mode}, openpi will use {mode}")
     if args.to == "lerobot":
-        assert isinstance(config, PolicyConfig)  # no other model has this layout
         stored = config.lerobot_config(args.dtype)
         if stored is None:
-            console.print("no config.json is written: LeRobot knows Gemma's 2B and 300M sizes only")
+            console.print("no config.json is written: LeRobot has none for these sizes")
         else:
             (args.dst / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
     return args.dst

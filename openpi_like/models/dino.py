@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
-from openpi_like.models.vision import IMAGENET, PatchTower, normalized, select_problems
+from openpi_like.models.vision import IMAGENET, PatchTower, normalized
 from openpi_like.models.vit import LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
@@ -33,9 +33,7 @@ class DinoConfig(PatchTower):
     select: str = "second_to_last"
 
     def __post_init__(self) -> None:
-        problems = select_problems(self.select)
-        if self.width % self.num_heads:
-            problems.append(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
+        problems = self.tower_problems()
         if problems:
             raise ValueError("DinoConfig: " + "; ".join(problems))
 

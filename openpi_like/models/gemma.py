@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
-from qwix import QArray
 
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
@@ -148,10 +147,7 @@ class GemmaLayer(MapsLayer):
 
     def packed(self, config: GemmaConfig, dtype: str) -> "GemmaLayer | PackedLayer":
         """Returns these layers packed; as they are where maps have overlays, or are in fewer bits."""
-        maps = ("q", "kv", "out", "gate_up", "down")
-        if any(hasattr(self, f"{name}_lora") or isinstance(getattr(self, name)[...], QArray) for name in maps):
-            return self
-        return PackedLayer(self, config, dtype)
+        return PackedLayer(self, config, dtype) if self.is_plain else self
 
     @jax.named_scope("projections")
     def queries(self, y_BSD: Float[Array, "B S D"], rope_2BSh: Float[Array, "2 B S half"]) -> Float[Array, "B N S H"]:
@@ -173,6 +169,8 @@ class PackedLayer(nnx.Module):
     Sampling calls an expert on a few tokens again and again: there the number of products counts.
     qkv: (D, (N + 2K) * H). out: (N * H, D). gate_up: (D, 2F). down: (F, D); stacked with L in front.
     """
+
+    activation = staticmethod(GemmaLayer.activation)
 
     def __init__(self, layer: Any, config: Any, dtype: str, *, own_keys: bool = True) -> None:
         """layer, config: `GemmaLayer`'s, or others with the same maps and sizes.
@@ -221,7 +219,7 @@ class PackedLayer(nnx.Module):
     def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """As `GemmaLayer.mlp`."""
         gate, up = jnp.split(linear(self, "gate_up", "BSD,DF->BSF", y_BSD), 2, axis=-1)
-        return linear(self, "down", "BSF,FD->BSD", jax.nn.gelu(gate, approximate=True) * up)
+        return linear(self, "down", "BSF,FD->BSD", self.activation(gate) * up)
 
 
 def run_layer(

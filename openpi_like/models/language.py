@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from qwix import QArray
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.models.cross_entropy import capped, cross_entropy
@@ -39,6 +40,13 @@ class MapsLayer(nnx.Module):
     """
 
     activation: Callable[[jax.Array], jax.Array]  # of the gate
+    MAPS = ("q", "kv", "out", "gate_up", "down")
+
+    @property
+    def is_plain(self) -> bool:
+        """Says whether no map has an overlay, or is in fewer bits."""
+        return not any(hasattr(self, f"{n}_lora") or isinstance(getattr(self, n)[...], QArray) for n in self.MAPS)
+
     queries: Callable[..., jax.Array]  # (B, S, D) normalised tokens, rotations -> (B, N, S, H)
     keys_and_values: Callable[..., KVCache]
 

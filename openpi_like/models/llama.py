@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
-from qwix import QArray
 
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
@@ -201,12 +200,6 @@ class LlamaLayer(MapsLayer):
         self.kv_bias = weight(key, "kv_bias", (L, 2, K, H), kv_axes, zeros) if bias else None
         self.q_norm, self.k_norm = (norm(name, H) if norms else None for name in ("q_norm", "k_norm"))
 
-    @property
-    def is_plain(self) -> bool:
-        """Says whether no map has an overlay, or is in fewer bits."""
-        maps = ("q", "kv", "out", "gate_up", "down")
-        return not any(hasattr(self, f"{name}_lora") or isinstance(getattr(self, name)[...], QArray) for name in maps)
-
     def packed(self, config: LlamaConfig, dtype: str) -> "LlamaLayer | PackedLlamaLayer":
         """Returns these layers packed; as they are where they are not plain."""
         return PackedLlamaLayer(self, config, dtype) if self.is_plain else self
@@ -237,6 +230,8 @@ class LlamaLayer(MapsLayer):
 class PackedLlamaLayer(PackedLayer):
     """The projections of `LlamaLayer` as one matrix each, see `PackedLayer`; qkv_bias: (N + 2K, H)."""
 
+    activation = staticmethod(LlamaLayer.activation)
+
     def __init__(self, layer: LlamaLayer, config: LlamaConfig, dtype: str, *, own_keys: bool = True) -> None:
         super().__init__(layer, config, dtype, own_keys=own_keys)
         self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
@@ -260,11 +255,6 @@ class PackedLlamaLayer(PackedLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(x, rope_2BSh[:, :, :, None]) for x in (q, k))
         return q.swapaxes(1, 2), KVCache(k=k, v=v)
-
-    def mlp(self, y_BSD: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """As `LlamaLayer.mlp`."""
-        gate, up = jnp.split(linear(self, "gate_up", "BSD,DF->BSF", y_BSD), 2, axis=-1)
-        return linear(self, "down", "BSF,FD->BSD", jax.nn.silu(gate) * up)
 
 
 def run_layer(

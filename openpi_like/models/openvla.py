@@ -39,6 +39,12 @@ def bin_centres() -> Float[np.ndarray, "256"]:
     return np.concatenate([centres, centres[-1:]]).astype(np.float32)
 
 
+def eos_problems(eos: int | None, text: Any) -> list[str]:
+    """Returns a line if a policy's `eos` is not that of a `TextTokenizer`; None is no id, and fits."""
+    theirs = text.tokenizer.eos_id
+    return [] if eos in (None, theirs) else [f"eos={eos}, expected {theirs}, the id of the tokenizer"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenVlaConfig(PolicyConfig):
     """Sizes and options of an OpenVLA policy; see `PolicyConfig`.
@@ -57,6 +63,10 @@ class OpenVlaConfig(PolicyConfig):
         if not 0 <= self.eos < self.vocab_size:
             problems.append(f"eos={self.eos}, expected an id below vocab_size={self.vocab_size}")
         return problems
+
+    def tokenizer_problems(self, text: Any) -> list[str]:
+        """Returns whether the tokenizer ends its answers with another id."""
+        return eos_problems(self.eos, text)
 
     def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a robot is normalised otherwise than to [-1, 1], which the bins divide."""

@@ -21,6 +21,7 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.formats import Format, Row, Table, torch_linear
+from openpi_like.models.openvla import eos_problems
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
 from openpi_like.models.policy import OnePassPolicy, PolicyConfig
@@ -52,6 +53,10 @@ class OpenVlaOftConfig(PolicyConfig):
         if self.head_blocks < 0:
             problems.append(f"head_blocks={self.head_blocks}, expected at least 0")
         return problems
+
+    def tokenizer_problems(self, text: Any) -> list[str]:
+        """Returns whether the tokenizer ends its answers with another id."""
+        return eos_problems(self.eos, text)
 
     def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a robot is normalised otherwise than the released policies' are."""

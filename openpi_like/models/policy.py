@@ -102,6 +102,14 @@ class VisionLanguageConfig:
         """Returns the published layouts that hold this model's weights, by name: here those of its backbone."""
         return {name: fmt for name, fmt in self.backbone.formats(self.vocab_size).items() if not fmt.partial}
 
+    def released_normalization(self) -> str:
+        """Returns by which statistics the released weights of such a policy see a robot: "zscore" or "quantile"."""
+        return "zscore"
+
+    def lerobot_config(self, dtype: str) -> dict[str, Any] | None:
+        """Returns LeRobot's `config.json` for these weights in `dtype`; None where it has no such policy."""
+        return None
+
     # ---- Shapes of inputs --------------------------------------------------------------------------------------------
 
     def text_shapes(self, B: int, *, answers: bool = False) -> dict[str, Any]:
@@ -210,17 +218,13 @@ class PolicyConfig(VisionLanguageConfig):
         """
         return {}
 
+    def tokenizer_problems(self, text: Any) -> list[str]:
+        """Returns why this policy cannot be told or say anything with a `TextTokenizer`, beyond what its sizes say."""
+        return []
+
     def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns why this policy cannot act for a robot, beyond what its sizes say."""
         return []
-
-    def released_normalization(self) -> str:
-        """Returns by which statistics the released weights of such a policy see a robot: "zscore" or "quantile"."""
-        return "zscore"
-
-    def lerobot_config(self, dtype: str) -> dict[str, Any] | None:
-        """Returns LeRobot's `config.json` for these weights in `dtype`; None where it has no such policy."""
-        return None
 
     def chunk_mask(self, horizon: int, dims: int) -> Bool[np.ndarray, "A J"]:
         """Returns which entries of a chunk a robot has: its first `horizon` steps, and of these its first `dims`."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
 from openpi_like.models.param import Linear, normal, use, weight
-from openpi_like.models.vision import PatchTower, select_problems
+from openpi_like.models.vision import PatchTower
 from openpi_like.models.vit import GELU, LayerNorm, VitLayer, VitTower, run_vit, to_patches
 
 
@@ -34,9 +34,7 @@ class SiglipConfig(PatchTower):
     gelu: str = "tanh"
 
     def __post_init__(self) -> None:
-        problems = select_problems(self.select)
-        if self.width % self.num_heads:
-            problems.append(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
+        problems = self.tower_problems()
         if self.gelu not in GELU:
             problems.append(f"gelu={self.gelu!r}, expected one of {GELU}")
         if problems:

@@ -68,9 +68,18 @@ def normalized(
 class PatchTower:
     """What configs of plain transformers over patches share; they have the fields that are named here."""
 
+    width: int
     depth: int
+    num_heads: int
     patch_size: int
     select: str
+
+    def tower_problems(self) -> list[str]:
+        """Returns what is wrong with the sizes."""
+        problems = select_problems(self.select)
+        if self.width % self.num_heads:
+            problems.append(f"vision width {self.width}: expected a multiple of num_heads={self.num_heads}")
+        return problems
 
     @property
     def layers(self) -> int:

@@ -1,6 +1,7 @@
 """Heads and bins of VLM4VLA, OpenVLA and OpenVLA-OFT against formulas, published counts, and what the papers say."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -214,3 +215,14 @@ def test_every_token_of_oft_sees_every_other(tiny_policy: Any, filled: Any, batc
     blind = filled(lambda: oft(tiny_policy, head_width=12, proprioception=False).create(KEY))
     moved = observation | {"state": batch["state"] + 1}
     np.testing.assert_array_equal(blind.predict(observation), blind.predict(moved))
+
+
+def test_answers_end_as_the_tokenizer_has_it(tiny_policy: Any) -> None:
+    fields = {name: getattr(tiny_policy, name) for name in (*COMMON, "backbone")}
+    text = SimpleNamespace(tokenizer=SimpleNamespace(eos_id=1))
+    assert OpenVlaConfig(**fields, bin_end=300, eos=2).tokenizer_problems(text) == [
+        "eos=2, expected 1, the id of the tokenizer"
+    ]
+    assert OpenVlaOftConfig(**fields, eos=7).tokenizer_problems(text) == ["eos=7, expected 1, the id of the tokenizer"]
+    for fits in (OpenVlaConfig(**fields, bin_end=300, eos=1), OpenVlaOftConfig(**fields)):
+        assert fits.tokenizer_problems(text) == []

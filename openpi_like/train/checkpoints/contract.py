@@ -78,6 +78,7 @@ def contract_problems(contract: Contract, *, drop_cameras: Sequence[str] = ()) -
         problems.append(f"the tokenizer has {tokenizer.vocab_size} ids, the policy knows {policy.vocab_size}")
     problems += action_token_problems(policy, tokenizer, action_tokenizer)
     problems += image_slot_problems(policy, tokenizer)
+    problems += policy.tokenizer_problems(tokenizer)
     problems += [
         f"robot {robot.name!r}: {p}"
         for robot in contract.robots
