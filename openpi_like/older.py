@@ -56,11 +56,20 @@ def _tokenizer_object(fields: Fields) -> Fields:
     return {**fields, "tokenizer": {"__class__": path, "model": stored}}
 
 
+def _maps_in_blocks(fields: Fields) -> Fields:
+    """The default pattern of LoRA did not reach maps that lie deeper in their layers, which no policy had."""
+    before = r"^(vlm|expert)/layers/(q|kv|out|gate_up|down)$"
+    if fields.get("pattern") != before:
+        return fields
+    return {**fields, "pattern": before.replace("layers/", r"layers/(\w+/)?")}
+
+
 # Class path (of today) -> stored fields (JSON, without "__class__") -> today's fields (JSON).
 CHANGED: dict[str, Change] = {
     "openpi_like.models.pi0:Pi0Config": _in_turn(_parts_of_backbone, _prompt_format_object),
     "openpi_like.models.pi0_fast:Pi0FastConfig": _in_turn(_parts_of_backbone, _prompt_format_object),
     "openpi_like.train.checkpoints.contract:Contract": _tokenizer_object,
+    "openpi_like.models.lora:LoraRule": _maps_in_blocks,
 }
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that older code wrote (see tests/bench/make_old_checkpoint.py) load, serve, and go on."""
 
+import dataclasses
 import tarfile
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openpi_like.models.lora import Lora
+from openpi_like.config import from_json, to_json
+from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.weights import flatten
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step
@@ -74,3 +76,11 @@ def test_its_run_goes_on(run):
     after, metrics = trainer.train_step(state, put_batch(inputs(contract.policy, 4), trainer.mesh))
     assert np.isfinite(float(metrics["loss"]))
     assert any((before[name] != np.asarray(x)).any() for name, x in flatten(jax.device_get(after.params)).items())
+
+
+def test_a_pattern_as_it_was_is_the_pattern_as_it_is():
+    """In a run's config too, which may name it as it was."""
+    before = LoraRule(r"^(vlm|expert)/layers/(q|kv|out|gate_up|down)$", rank=3)
+    assert from_json(to_json(before)) == dataclasses.replace(before, pattern=Lora().rules[0].pattern)
+    other = LoraRule("^vlm/layers/q$")
+    assert from_json(to_json(other)) == other
