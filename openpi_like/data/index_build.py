@@ -28,8 +28,8 @@ import numpy as np
 from openpi_like.data import files
 from openpi_like.data.files import Location
 from openpi_like.data.index_columns import file_name, index_columns
-from openpi_like.data.index_shard import Shard, index_shard
-from openpi_like.data.schema import DatasetError, Feature, Schema, Split
+from openpi_like.data.index_shard import index_shard
+from openpi_like.data.schema import DatasetError, Feature, Schema, Shard, Split
 
 INDEX_VERSION = 3
 SHOWN_RECORDS = 50  # damaged records listed in one message

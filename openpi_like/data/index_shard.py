@@ -1,6 +1,5 @@
 """One shard of a split read into one file with all of its columns, a part of the index that is built from it."""
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -10,31 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from openpi_like.data.files import Location
 from openpi_like.data.index_columns import index_columns
-from openpi_like.data.schema import Schema, Split
+from openpi_like.data.schema import Schema, Shard
 from openpi_like.data.storage import RecordError, Rows, StoredEpisode
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """What a process needs to index one shard. number: of the split. part: the file that it writes."""
-
-    split: Split
-    number: int
-    size: int
-    schema: Schema
-    part: Path
-
-    @property
-    def location(self) -> Location:
-        """Its file."""
-        return self.split.shards[self.number]
-
-    @property
-    def expected(self) -> int:
-        """Its records."""
-        return self.split.lengths[self.number]
 
 
 class _Episodes:

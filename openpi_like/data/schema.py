@@ -1,9 +1,14 @@
 """What a dataset says of itself, whatever its layout: its fields, and where the records of a split are stored."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from openpi_like.data.files import Location, Stat
-from openpi_like.data.storage import Storage
+from openpi_like.data.storage import Pictures, RecordError, StoredEpisode
 
 
 class DatasetError(ValueError):
@@ -46,7 +51,7 @@ class Split:
     name: str
     dataset: str
     version: str
-    storage: Storage
+    storage: "Storage"
     shards: tuple[Location, ...]
     lengths: tuple[int, ...]
     stats: tuple[Stat | None, ...]
@@ -55,3 +60,56 @@ class Split:
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.version} split {self.name!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a process needs to index one shard. number: of the split. part: the file that it writes."""
+
+    split: Split
+    number: int
+    size: int
+    schema: Schema
+    part: Path
+
+    @property
+    def location(self) -> Location:
+        """Its file."""
+        return self.split.shards[self.number]
+
+    @property
+    def expected(self) -> int:
+        """Its records."""
+        return self.split.lengths[self.number]
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """How records are stored: a new way is a new class, and nothing else asks which it is.
+
+    A frozen object, since it travels to other processes with its split.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called, for instance "tfrecord"."""
+
+    def episodes(self, shard: "Shard") -> Iterator[tuple[str, StoredEpisode | RecordError]]:
+        """Yields (what to call the place, record) of every record of a shard, in order.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+
+    def complete(self, split: "Split", parts: Path, index: Path) -> None:
+        """Adds to a finished index what pictures need beside its columns. parts: directory of the build."""
+
+    def pictures(self, split: "Split", index: Path) -> Pictures:
+        """Returns what reads pictures. index: the directory of the index."""
+
+    def read_bytes(self, images: dict[str, np.ndarray], key: str) -> int:
+        """Returns the most that is read at once for a picture `key`. images: key -> (N, 2) of some steps."""
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """What reading pictures keeps in each process, and how many bytes that takes at most."""

@@ -1,21 +1,12 @@
-"""How the records of a split are stored: what reads them for an index, and what reads their pictures afterwards.
-
-A new way of storing is a new `Storage`; nothing else asks which it is.
-"""
+"""Records and pictures as they are stored, whatever the storage: what a `schema.Storage` gives to an index."""
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from openpi_like.data.files import Location
 from openpi_like.data.images import decode, encoding
-
-if TYPE_CHECKING:  # a split has a storage
-    from openpi_like.data.index_shard import Shard
-    from openpi_like.data.schema import Split
 
 Rows = np.ndarray | list[str]  # the values of the steps of an episode, first axis; texts as strings
 
@@ -42,6 +33,16 @@ class StoredEpisode:
     problems: tuple[str, ...] = ()
     undecodable: dict[str, str] = dataclasses.field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
+
+
+def pack(high: np.ndarray | int, low: np.ndarray) -> np.ndarray:
+    """Returns two numbers, each below 2^31 and 2^32, as one int64: what an index holds of where a picture is."""
+    return (np.asarray(high, np.int64) << 32) | low
+
+
+def unpack(packed: int) -> tuple[int, int]:
+    """Returns the two numbers of `pack`."""
+    return packed >> 32, packed & 0xFFFFFFFF
 
 
 class Place(NamedTuple):
@@ -101,32 +102,3 @@ class EncodedPictures:
 
     def encoding(self, place: Place) -> str:
         return encoding(self.encoded(place))
-
-
-@runtime_checkable
-class Storage(Protocol):
-    """How records are stored. A frozen object: it travels to other processes with its split."""
-
-    @property
-    def name(self) -> str:
-        """What it is called, for instance "tfrecord"."""
-
-    def episodes(self, shard: "Shard") -> Iterator[tuple[str, StoredEpisode | RecordError]]:
-        """Yields (what to call the place, record) of every record of a shard, in order.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-
-    def complete(self, split: "Split", parts: Path, index: Path) -> None:
-        """Adds to a finished index what pictures need beside its columns. parts: directory of the build."""
-
-    def pictures(self, split: "Split", index: Path) -> Pictures:
-        """Returns what reads pictures. index: the directory of the index."""
-
-    def read_bytes(self, images: dict[str, np.ndarray], key: str) -> int:
-        """Returns the most that is read at once for a picture `key`. images: key -> (N, 2) of some steps."""
-
-    @property
-    def kept(self) -> dict[str, int]:
-        """What reading pictures keeps in each process, and how many bytes that takes at most."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from openpi_like.data import arrayrecord, files
+from openpi_like.data.byte_cache import ByteCache
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from tests.data.odd import DEPTH, LENGTHS, NAME, copied
@@ -46,7 +47,7 @@ def test_records_are_kept_up_to_a_number_of_bytes(
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    cache = arrayrecord._Cache(limit)
+    cache = ByteCache(limit)
     monkeypatch.setattr(arrayrecord, "_cache", cache)
     index, reference = open_index(odd_arrays, "train"), open_index(odd, "train")
     steps = [int(i) for i in np.random.default_rng(0).permutation(np.repeat(np.arange(index.steps), 4))]

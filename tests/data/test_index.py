@@ -202,7 +202,5 @@ def test_a_file_cut_after_it_was_indexed(copy: Path) -> None:
     dataset = EpisodeDataset(open_index(copy, "train"), ARM)
     path = shard(copy, 2)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(
-        DatasetError, match=r"episode 11, step 13 .*/image: read .* bytes; the file was changed"
-    ):
+    with pytest.raises(DatasetError, match=r"episode 11, step 13 .*/image: read .* bytes; the file was changed"):
         dataset.image(len(dataset) - 1, ARM.cameras[0])

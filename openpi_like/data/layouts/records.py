@@ -12,8 +12,7 @@ from openpi_like.config import near_names
 from openpi_like.data import arrayrecord, tfrecord
 from openpi_like.data.files import Ranges
 from openpi_like.data.index_columns import IndexColumn, index_columns
-from openpi_like.data.index_shard import Shard
-from openpi_like.data.schema import Feature, Schema, Split
+from openpi_like.data.schema import Feature, Schema, Shard, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode
 
 Reader = Callable[[bytes, tfrecord.Span], Rows]

@@ -9,8 +9,7 @@ from openpi_like.data import files
 from openpi_like.data.files import Location, Stat
 from openpi_like.data.layouts.layout import is_file
 from openpi_like.data.layouts.records import ArrayRecords, TfRecords
-from openpi_like.data.schema import DatasetError, Feature, Schema, Split
-from openpi_like.data.storage import Storage
+from openpi_like.data.schema import DatasetError, Feature, Schema, Split, Storage
 
 # A list of more integers than this under a name with one of these words is text, a Unicode code point per integer,
 # padded with zeros (language_table: observation/instruction is int32[512]).
