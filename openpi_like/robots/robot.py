@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
+from openpi_like.robots.limits import Limits, excess_problems, joined
 from openpi_like.robots.representations import ROTATIONS, UNITS
 
 _NO_ROTATION = 1e-6  # a quaternion shorter than this has no direction
@@ -127,6 +128,7 @@ class StateField:
 
     unit: one of `UNITS`. gripper: convention, for gripper fields. rotation, model_rotation: one of `ROTATIONS`, the
     representation stored and the one the model sees (default: as stored).
+    names: of the dims, such as joints, as the dataset has them; () numbers them. limits: see `Limits`.
     """
 
     name: str
@@ -137,6 +139,8 @@ class StateField:
     gripper: Gripper | None = None
     rotation: str | None = None
     model_rotation: str | None = None
+    names: tuple[str, ...] = ()
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -153,6 +157,12 @@ class StateField:
             problems.append("a field is a rotation or a gripper, not both")
         if self.size < 1 or self.start < 0:
             problems.append(f"size {self.size} and start {self.start}, expected size >= 1 and start >= 0")
+        if self.names and len(self.names) != self.size:
+            problems.append(f"{len(self.names)} names {self.names}, expected {self.size}, or none")
+        if self.limits is not None:
+            problems += self.limits.size_problems(self.size)
+            if self.rotation is not None and (self.limits.velocity, self.limits.acceleration) != (None, None):
+                problems.append("limits of velocity and acceleration of a rotation, whose numbers have no speed")
         problems += self._command_problems()
         if problems:
             raise ValueError(f"{type(self).__name__} {self.name!r}: " + "; ".join(problems))
@@ -172,6 +182,17 @@ class StateField:
     def model_unit(self) -> str:
         """Unit in model space."""
         return "1" if self.gripper else UNITS[self.unit][0]
+
+    @property
+    def dim_names(self) -> tuple[str, ...]:
+        """One name per dim in robot space, e.g. "waist [deg]", or "hand_0 [mm]" where `names` has none."""
+        return tuple(f"{n} [{self.unit}]" for n in self.names or _numbered(self.name, self.size))
+
+    @property
+    def model_dim_names(self) -> tuple[str, ...]:
+        """One name per dim in model space, e.g. "waist [rad]"."""
+        names = self.names if self.model_rotation in (None, self.rotation) else ()
+        return tuple(f"{n} [{self.model_unit}]" for n in names or _numbered(self.name, self.model_size))
 
     @property
     def _rotation_scale(self) -> float:
@@ -218,6 +239,10 @@ class StateField:
             rotation = ROTATIONS[self.model_rotation or ""][1](x.reshape(-1, self.model_size))
             return self._from_rotation(rotation).reshape(*x.shape[:-1], self.size)
         return x / UNITS[self.unit][1]
+
+
+def _numbered(name: str, size: int) -> list[str]:
+    return [f"{name}_{i}" for i in range(size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +355,10 @@ class Robot:
                 problems.append(f"{what} names {twice} are used twice")
             if not items and what != "state field":
                 problems.append(f"no {what}, expected at least one")
+        for what, fields in (("state", self.state), ("action", self.action)):
+            dims = [n for f in fields for n in f.names]
+            if twice := sorted({n for n in dims if dims.count(n) > 1}):
+                problems.append(f"{what} dims {twice} are named twice")
         states = {f.name: f for f in self.state}
         for field in self.action:
             if field.relative_to is None:
@@ -380,17 +409,45 @@ class Robot:
     @property
     def action_names(self) -> tuple[str, ...]:
         """One name per action dim in model space, e.g. "hand_0 [m]"."""
-        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.action for i in range(f.model_size))
+        return tuple(n for f in self.action for n in f.model_dim_names)
 
     @property
     def robot_action_names(self) -> tuple[str, ...]:
         """One name per action dim in robot space, e.g. "hand_0 [mm]"."""
-        return tuple(f"{f.name}_{i} [{f.unit}]" for f in self.action for i in range(f.size))
+        return tuple(n for f in self.action for n in f.dim_names)
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """One name per state dim in model space."""
-        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.state for i in range(f.model_size))
+        return tuple(n for f in self.state for n in f.model_dim_names)
+
+    @functools.cached_property
+    def action_limits(self) -> Limits:
+        """Limits of one action, a number per dim, in robot space."""
+        return joined([(f.limits, f.size) for f in self.action])
+
+    @functools.cached_property
+    def state_limits(self) -> Limits:
+        """Limits of the state, a number per dim, in robot space."""
+        return joined([(f.limits, f.size) for f in self.state])
+
+    def limit_problems(self, actions: Float[np.ndarray, "*batch T Js"], hz: float | None = None) -> list[str]:
+        """Returns a line for each action dim and limit that consecutive actions, in robot space, go beyond.
+
+        hz: their rate, `control_hz` where None. The numbers behind the lines are those of `action_excess`.
+        """
+        return excess_problems(self.action_excess(actions, hz), self.action_limits, self.robot_action_names)
+
+    def action_excess(
+        self, actions: Float[np.ndarray, "*batch T Js"], hz: float | None = None
+    ) -> dict[str, Float[np.ndarray, "*batch T Js"]]:
+        """Returns how far actions go beyond each kind of limit, see `Limits.excess`; hz as in `limit_problems`."""
+        _check_size("actions", actions, self.robot_action_size, self)
+        parts = [
+            (f.limits or Limits()).excess(x, hz or self.control_hz, f.command)
+            for f, x in zip(self.action, _split(actions, self.action), strict=True)
+        ]
+        return {kind: np.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
 
     def encode_state(self, state: Float[np.ndarray, "*batch Ds"]) -> Float[np.ndarray, "*batch De"]:
         """Robot space -> model space. (..., robot_state_size) -> (..., state_size), float32."""
