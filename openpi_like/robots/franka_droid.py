@@ -1,12 +1,12 @@
 """Franka arm of the DROID platform, in the columns of the dataset lerobot/droid_1.0.1: 15 Hz, radians.
 
 The columns are those of lerobot/examples/port_datasets/port_droid.py. The gripper (Robotiq 2F-85) is 0 open, 1 closed.
-DROID's arms are Franka Emika Robots (Panda): ranges and speeds are those of franka_description/robots/fer, greatest
-accelerations those of libfranka's rate_limiting.h. Both are limits at which the robot stops, not what is advisable.
+DROID's arms are Franka Emika Robots (Panda). Ranges, speeds and accelerations are those of Franka's documentation
+(source/control-parameters-joint-panda.csv and -fr3.csv): where the robot stops, not what is advisable.
 
 FRANKA_DROID commands joint positions (the column `action`), FRANKA_DROID_VELOCITY the joint velocities that openpi
-trains on, as a fraction of the greatest that DROID's controller gives. FR3_DROID is the same platform with a Franka
-Research 3 (franka_description/robots/fr3, libfranka as above). The RLDS release is `oxe:DROID` and `oxe:DROID_JOINTS`.
+trains on, where 1 is 0.2 rad in a step (droid/robot_ik/robot_ik_solver.py). FR3_DROID is the same platform with a
+Franka Research 3. The RLDS release is `oxe:DROID` and `oxe:DROID_JOINTS`.
 """
 
 import dataclasses
