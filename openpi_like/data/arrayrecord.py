@@ -14,7 +14,7 @@ from typing import Any
 
 from openpi_like.data import files
 from openpi_like.data.files import Location
-from openpi_like.data.tfrecord import RecordError
+from openpi_like.data.storage import RecordError
 
 CACHE_BYTES = 64 << 20
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from openpi_like.data.images import decode
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import Camera, Robot
@@ -43,9 +42,10 @@ def read_image(index: FrameIndex, robot: Robot, step: int, camera: Camera) -> np
     Raises:
         DatasetError: it cannot be read, or does not have the size that the camera has.
     """
-    data = index.read_image(step, camera.key)
     try:
-        image = decode(data, camera.channel_order)
+        image = index.read_pixels(step, camera.key, camera.channel_order)
+    except DatasetError:
+        raise
     except ValueError as e:
         raise DatasetError(
             f"{index.where(step)}: cannot decode {camera.key}: {e} (camera {camera.name!r}); data/index.py "

@@ -245,10 +245,8 @@ class EpisodeDataset:
         """
         images, read = self.index.images, 0
         for block in blocks(self._part):
-            if self.index.split.file_format == "array_record":  # a whole record, compressed and not; most is images
-                read = max(read, *(2 * int(of[block].sum(axis=1).max()) for of in images.values()))
-            else:
-                read = max(read, int(images[camera.key][block, 1].max()))
+            of = {key: spans[block] for key, spans in images.items()}
+            read = max(read, self.index.split.storage.read_bytes(of, camera.key))
         declared = [side or 0 for side in self.index.schema.steps[camera.key].shape]
         return read, (1 + camera.upside_down) * max(self._first_image[camera.name], math.prod(declared))
 

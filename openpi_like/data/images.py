@@ -9,6 +9,12 @@ from PIL import Image
 from openpi_like.config import near_names
 
 _JPEG = b"\xff\xd8\xff"
+ENCODINGS = {"jpeg": _JPEG, "png": b"\x89PNG"}  # what their first bytes are
+
+
+def encoding(data: bytes) -> str:
+    """Returns the name of an image's encoding, one of `ENCODINGS`, or "other"."""
+    return next((name for name, magic in ENCODINGS.items() if data.startswith(magic)), "other")
 
 
 def decode(data: bytes, channel_order: str = "rgb") -> UInt8[np.ndarray, "H W 3"]:
