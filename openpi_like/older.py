@@ -14,6 +14,7 @@ MOVED = {
     "openpi_like.data.dataset:Selection": "openpi_like.data.selection:Selection",
     "openpi_like.data.loader:DataConfig": "openpi_like.data.config:DataConfig",
     "openpi_like.data.loader:MixtureEntry": "openpi_like.data.config:MixtureEntry",
+    "openpi_like.robots.robot:Gripper": "openpi_like.robots.gripper:Gripper",
 }
 
 

@@ -1,6 +1,7 @@
 """ALOHA: two ViperX 300 arms on one table, joint position control (gym-aloha's model)."""
 
-from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 _GRIPPER = Gripper(open=1.0, closed=0.0)
 

@@ -11,7 +11,18 @@ from openpi_like.robots.oxe import ROBOTS
 from openpi_like.robots.robot import Robot
 
 # Files of this folder that define no robot
-_NO_ROBOTS = ("robot", "representations", "dataset_copies", "policy_fit", "find", "oxe_disputed", "oxe_fields")
+_NO_ROBOTS = (
+    "robot",
+    "representations",
+    "limits",
+    "lerobot_fields",
+    "gripper",
+    "dataset_copies",
+    "policy_fit",
+    "find",
+    "oxe_disputed",
+    "oxe_fields",
+)
 
 
 def find_robot(name: str) -> Robot:

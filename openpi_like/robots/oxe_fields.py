@@ -1,6 +1,7 @@
 """Fields, grippers and lengths of chunks that robots of OXE have in common, see `oxe`."""
 
-from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 OPENNESS = Gripper(open=1.0, closed=0.0)
 CLOSEDNESS = Gripper(open=0.0, closed=1.0)

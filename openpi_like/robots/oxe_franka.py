@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.oxe_fields import (
     CLOSEDNESS,
     FRANKA_WIDTH,
@@ -14,7 +15,7 @@ from openpi_like.robots.oxe_fields import (
     pose,
     world_vector,
 )
-from openpi_like.robots.robot import ActionField, Camera, Gripper, StateField
+from openpi_like.robots.robot import ActionField, Camera, StateField
 
 # Static images are 150 x 200. Commands are relative, in the base frame, and scaled as in CALVIN, from the same lab.
 TACO_PLAY = oxe_robot(

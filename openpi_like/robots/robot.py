@@ -22,66 +22,11 @@ from jaxtyping import Bool, Float, Shaped
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
+from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.limits import Limits, excess_problems, joined
 from openpi_like.robots.representations import ROTATIONS, UNITS
 
 _NO_ROTATION = 1e-6  # a quaternion shorter than this has no direction
-CONVENTIONS = ("absolute", "trigger", "look_ahead")
-
-
-@dataclasses.dataclass(frozen=True)
-class Gripper:
-    """The dataset's values of a fully open and a fully closed gripper. Model space is 1 = open, 0 = closed.
-
-    convention: what a stored value says.
-        "absolute": the opening itself, or the one that is wanted. Values between the two stay as they are.
-        "trigger": a change. `open` opens, `closed` closes, anything about half way between them leaves the gripper as
-            it is. The first trigger of an episode is taken to change something, so before it the gripper is in the
-            opposite state; without any trigger it is open.
-        "look_ahead": a measured opening that stands in for a command. While it is between open and closed, the command
-            is the one of the two that it reaches next; where the episode ends before that, the nearer one.
-    """
-
-    open: float
-    closed: float
-    convention: str = "absolute"
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.open == self.closed:
-            problems.append(f"open and closed are both {self.open}, expected two different values")
-        if self.convention not in CONVENTIONS:
-            problems.append(f"convention {self.convention!r} is unknown; {near_names(self.convention, CONVENTIONS)}")
-        if problems:
-            raise ValueError("gripper: " + "; ".join(problems))
-
-    def opens(self, values: Float[np.ndarray, "N"], first: Bool[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
-        """Returns whether the command of each step is to be open (or else closed), for derived conventions.
-
-        values: as stored, whole episodes. first: True at the first step of each episode.
-        """
-        opening = (values.astype(np.float64) - self.closed) / (self.open - self.closed)
-        if self.convention == "trigger":
-            # octo's thresholds: triggers count from a tenth of full size on
-            said = np.select([opening > 0.55, opening < 0.45], [1, 0], -1)
-            before, after = _nearest_said(said, first), _nearest_said(said[::-1], _last(first)[::-1])[::-1]
-            return np.select([before >= 0, after >= 0], [before == 1, after == 0], True)
-        # Bridge's thresholds, as its users have them
-        said = np.select([opening > 0.95, opening < 0.05], [1, 0], -1)
-        after = _nearest_said(said[::-1], _last(first)[::-1])[::-1]
-        return np.where(after >= 0, after == 1, opening >= 0.5)
-
-
-def _last(first: np.ndarray) -> np.ndarray:
-    """True at the last step of each episode."""
-    return np.append(first[1:], True)
-
-
-def _nearest_said(said: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Per step, the last value so far in its episode that is not -1, or -1 where there is none."""
-    at = np.arange(len(said))
-    latest = np.maximum.accumulate(np.where(said >= 0, at, -1))
-    start = np.maximum.accumulate(np.where(first, at, 0))
-    return np.where(latest >= start, said[latest], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +72,7 @@ class StateField:
 
     unit: one of `UNITS`. gripper: convention, for gripper fields. rotation, model_rotation: one of `ROTATIONS`, the
     representation stored and the one the model sees (default: as stored).
+    names: of the dims, such as joints, as the dataset has them; () numbers them. limits: see `Limits`.
     """
 
     name: str
@@ -137,6 +83,8 @@ class StateField:
     gripper: Gripper | None = None
     rotation: str | None = None
     model_rotation: str | None = None
+    names: tuple[str, ...] = ()
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -153,6 +101,12 @@ class StateField:
             problems.append("a field is a rotation or a gripper, not both")
         if self.size < 1 or self.start < 0:
             problems.append(f"size {self.size} and start {self.start}, expected size >= 1 and start >= 0")
+        if self.names and len(self.names) != self.size:
+            problems.append(f"{len(self.names)} names {self.names}, expected {self.size}, or none")
+        if self.limits is not None:
+            problems += self.limits.size_problems(self.size)
+            if self.rotation is not None and (self.limits.velocity, self.limits.acceleration) != (None, None):
+                problems.append("limits of velocity and acceleration of a rotation, whose numbers have no speed")
         problems += self._command_problems()
         if problems:
             raise ValueError(f"{type(self).__name__} {self.name!r}: " + "; ".join(problems))
@@ -172,6 +126,17 @@ class StateField:
     def model_unit(self) -> str:
         """Unit in model space."""
         return "1" if self.gripper else UNITS[self.unit][0]
+
+    @property
+    def dim_names(self) -> tuple[str, ...]:
+        """One name per dim in robot space, e.g. "waist [deg]", or "hand_0 [mm]" where `names` has none."""
+        return tuple(f"{n} [{self.unit}]" for n in self.names or _numbered(self.name, self.size))
+
+    @property
+    def model_dim_names(self) -> tuple[str, ...]:
+        """One name per dim in model space, e.g. "waist [rad]"."""
+        names = self.names if self.model_rotation in (None, self.rotation) else ()
+        return tuple(f"{n} [{self.model_unit}]" for n in names or _numbered(self.name, self.model_size))
 
     @property
     def _rotation_scale(self) -> float:
@@ -218,6 +183,10 @@ class StateField:
             rotation = ROTATIONS[self.model_rotation or ""][1](x.reshape(-1, self.model_size))
             return self._from_rotation(rotation).reshape(*x.shape[:-1], self.size)
         return x / UNITS[self.unit][1]
+
+
+def _numbered(name: str, size: int) -> list[str]:
+    return [f"{name}_{i}" for i in range(size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +299,10 @@ class Robot:
                 problems.append(f"{what} names {twice} are used twice")
             if not items and what != "state field":
                 problems.append(f"no {what}, expected at least one")
+        for what, fields in (("state", self.state), ("action", self.action)):
+            dims = [n for f in fields for n in f.names]
+            if twice := sorted({n for n in dims if dims.count(n) > 1}):
+                problems.append(f"{what} dims {twice} are named twice")
         states = {f.name: f for f in self.state}
         for field in self.action:
             if field.relative_to is None:
@@ -380,17 +353,45 @@ class Robot:
     @property
     def action_names(self) -> tuple[str, ...]:
         """One name per action dim in model space, e.g. "hand_0 [m]"."""
-        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.action for i in range(f.model_size))
+        return tuple(n for f in self.action for n in f.model_dim_names)
 
     @property
     def robot_action_names(self) -> tuple[str, ...]:
         """One name per action dim in robot space, e.g. "hand_0 [mm]"."""
-        return tuple(f"{f.name}_{i} [{f.unit}]" for f in self.action for i in range(f.size))
+        return tuple(n for f in self.action for n in f.dim_names)
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """One name per state dim in model space."""
-        return tuple(f"{f.name}_{i} [{f.model_unit}]" for f in self.state for i in range(f.model_size))
+        return tuple(n for f in self.state for n in f.model_dim_names)
+
+    @functools.cached_property
+    def action_limits(self) -> Limits:
+        """Limits of one action, a number per dim, in robot space."""
+        return joined([(f.limits, f.size) for f in self.action])
+
+    @functools.cached_property
+    def state_limits(self) -> Limits:
+        """Limits of the state, a number per dim, in robot space."""
+        return joined([(f.limits, f.size) for f in self.state])
+
+    def limit_problems(self, actions: Float[np.ndarray, "*batch T Js"], hz: float | None = None) -> list[str]:
+        """Returns a line for each action dim and limit that consecutive actions, in robot space, go beyond.
+
+        hz: their rate, `control_hz` where None. The numbers behind the lines are those of `action_excess`.
+        """
+        return excess_problems(self.action_excess(actions, hz), self.action_limits, self.robot_action_names)
+
+    def action_excess(
+        self, actions: Float[np.ndarray, "*batch T Js"], hz: float | None = None
+    ) -> dict[str, Float[np.ndarray, "*batch T Js"]]:
+        """Returns how far actions go beyond each kind of limit, see `Limits.excess`; hz as in `limit_problems`."""
+        _check_size("actions", actions, self.robot_action_size, self)
+        parts = [
+            (f.limits or Limits()).excess(x, hz or self.control_hz, f.command)
+            for f, x in zip(self.action, _split(actions, self.action), strict=True)
+        ]
+        return {kind: np.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
 
     def encode_state(self, state: Float[np.ndarray, "*batch Ds"]) -> Float[np.ndarray, "*batch De"]:
         """Robot space -> model space. (..., robot_state_size) -> (..., state_size), float32."""

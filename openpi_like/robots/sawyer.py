@@ -1,6 +1,7 @@
 """Sawyer arm of Meta-World: Cartesian steps of the hand, and a gripper effort."""
 
-from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 # The state has nothing that a real arm would not know: no object poses, no goal.
 SAWYER = Robot(

@@ -1,6 +1,7 @@
 """WidowX 250 of Bridge V2 (Walke et al. 2023), in the layout of its Open X-Embodiment release."""
 
-from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 _GRIPPER = Gripper(open=1.0, closed=0.0)
 
