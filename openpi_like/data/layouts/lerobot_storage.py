@@ -46,6 +46,8 @@ PAGE_BYTES = 2 << 20  # what writers make a page of pictures: a megabyte and the
 _CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "ZSTD", "LZ4")
 _NEAR = 0.25  # of the time between two steps: a frame or step further away than this is not that step's
 _RATE = 0.02  # part by which the time of a whole episode may differ from what its rate says
+_FEW = 5  # steps that, evenly apart, have a rate of their own
+_MANY = 50  # steps whose mean says something of their rate, whatever the jitter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +131,14 @@ class _Table:
                 meta = file.metadata.row_group(group)
                 at = [i for i in range(meta.num_columns) if meta.column(i).path_in_schema == f"{key}.bytes"]
                 if not at:
-                    raise RecordError(f"{key}: its pictures are not in the table", resumable=True)
+                    raise RecordError("its pictures are not in the table", resumable=True)
                 column = file.schema.column(at[0])
                 values = find_values(ranges, self._shard.location, meta.column(at[0]), column.max_definition_level)
                 page, start, length = values.places.T
                 found.append(np.stack([pack(page + len(pages), start), length], axis=1))
                 pages += values.pages
         except (RecordError, OSError) as e:
-            return RecordError(f"{key}: {e}", resumable=True), np.zeros((0, 4), np.int64)
+            return RecordError(str(e), resumable=True), np.zeros((0, 4), np.int64)
         finally:
             ranges.close()
         told = [(page.start, page.length, page.size, _CODECS.index(page.codec)) for page in pages]
@@ -171,7 +173,7 @@ class _Table:
                         raise places
                     values[field.column] = places[span]
             except (RecordError, DatasetError, OSError) as e:
-                problems.append(str(e) if str(e).startswith(key) else f"{key}: {e}")
+                problems.append(f"{key}: {e}")
         return StoredEpisode(values, tuple(problems))
 
     def _values(self, table: Any, field: IndexColumn) -> Rows:
@@ -229,8 +231,8 @@ def time_problems(seconds: np.ndarray, number: np.ndarray, rate: float) -> list[
         return [f"timestamp: {int((~np.isfinite(seconds)).sum())} of {len(seconds)} are not finite"]
     problems = []
     between = np.diff(seconds) * rate
-    mean = (seconds[-1] - seconds[0]) * rate / max(len(seconds) - 1, 1)
-    if len(seconds) > 1 and abs(float(np.median(between)) - 1) > _RATE and abs(mean - 1) > _RATE:
+    even = len(between) >= _FEW and bool(np.ptp(between) < _RATE * np.abs(between).max())
+    if (even or _drifts(between)) and abs(float(np.median(between)) - 1) > _RATE:
         took = np.median(np.diff(seconds))
         real = f"{1 / took:.4g} Hz" if took > 0 else f"{took:g} s from one to the next"
         problems.append(f"timestamp: those of {real}, meta/info.json says fps {rate:g}")
@@ -246,6 +248,11 @@ def time_problems(seconds: np.ndarray, number: np.ndarray, rate: float) -> list[
         first = int(np.argmax(number != np.arange(len(number))))
         problems.append(f"frame_index: step {first} has number {int(number[first])}; some are missing or there twice")
     return problems
+
+
+def _drifts(between: np.ndarray) -> bool:
+    """Whether many steps are at another rate on the whole. between: their distances, 1 is what is right."""
+    return len(between) >= _MANY and abs(float(between.mean()) - 1) > _RATE
 
 
 # ---- What is found while an index is built, and kept with it ---------------------------------------------------------
@@ -266,29 +273,31 @@ def _packets_file(parts: Path, name: str, stat: files.Stat) -> Path:
     return parts / f"video-{digest([name, stat.size, stat.stamp])}.npz"
 
 
-@functools.lru_cache(maxsize=8)
 def _packets(directory: Location, name: str, parts: Path) -> Packets:
     """Returns the packets of a video. Found once for all processes: a file in `parts` keeps them."""
     stat = dict(file_stats(directory, [name])).get(name)
     if stat is None:
         raise RecordError(f"{name} is missing", resumable=True)
-    found = _kept_packets(parts, name, {name: stat})
-    if found is None:
+    path = _packets_file(parts, name, stat)
+    if not path.is_file():
         try:
             found = read_packets(join(directory, name))
         except RecordError as e:
             raise RecordError(f"{name}: {e}", resumable=True) from e
         codec = np.array(json.dumps(dataclasses.astuple(found.codec)))
-        _save(_packets_file(parts, name, stat), {"rows": found.rows, "seconds": found.seconds, "codec": codec})
-    return found
+        _save(path, {"rows": found.rows, "seconds": found.seconds, "codec": codec})
+    return _load_packets(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)  # several episodes are in one video
+def _load_packets(path: Path, _: int) -> Packets:
+    with np.load(path) as arrays:
+        return Packets(arrays["rows"], arrays["seconds"], Codec(*json.loads(str(arrays["codec"]))))
 
 
 def _kept_packets(parts: Path, name: str, stats: Mapping[str, files.Stat]) -> Packets | None:
     path = _packets_file(parts, name, stats[name]) if name in stats else None
-    if path is None or not path.is_file():
-        return None
-    with np.load(path) as arrays:
-        return Packets(arrays["rows"], arrays["seconds"], Codec(*json.loads(str(arrays["codec"]))))
+    return _load_packets(path, path.stat().st_mtime_ns) if path is not None and path.is_file() else None
 
 
 def _write_pages(parts: Path, shards: int, directory: Path) -> None:

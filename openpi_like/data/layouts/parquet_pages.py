@@ -50,8 +50,9 @@ def read_page(ranges: Ranges, location: Location, page: Page) -> bytes:
         return data
     import pyarrow as pa
 
+    codec = {"LZ4": "lz4_raw"}.get(page.codec, page.codec.lower())  # Parquet's own name is LZ4_RAW
     try:
-        return pa.decompress(data, decompressed_size=page.size, codec=page.codec.lower(), asbytes=True)
+        return pa.decompress(data, decompressed_size=page.size, codec=codec, asbytes=True)
     except (pa.ArrowException, OSError, ValueError) as e:
         raise RecordError(f"a page of its column is damaged: {e}; copy the file again", resumable=True) from e
 

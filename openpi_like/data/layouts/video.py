@@ -87,16 +87,14 @@ def read_packets(location: Location) -> Packets:
             if "mp4" not in container.format.name:
                 raise RecordError(f"it is {container.format.name}, expected mp4", resumable=True)
             if not container.streams.video:
-                raise RecordError("it has no video", resumable=True)
+                raise RecordError("it is no video, cut or damaged: it has no frames; copy it again", resumable=True)
             stream = container.streams.video[0]
             codec = Codec(stream.codec_context.codec.name, bytes(stream.codec_context.extradata or b"").hex())
             found = [(p.pos, p.size, p.pts, p.is_keyframe) for p in container.demux(stream) if p.size]
             base = float(stream.time_base)
             announced = stream.frames
         except package.FFmpegError as e:
-            raise RecordError(
-                f"it cannot be opened as a video: {e}; it is cut or damaged: copy it again", resumable=True
-            ) from e
+            raise RecordError(f"it is no video, cut or damaged: {e}; copy it again", resumable=True) from e
     if announced > len(found) or any(pos + length > size for pos, length, *_ in found):
         raise RecordError(
             f"it is cut: {len(found)} of {announced} frames are there, the file ends at byte {size}; copy it again",
