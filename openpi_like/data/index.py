@@ -28,6 +28,7 @@ import numpy as np
 
 from openpi_like.data import files
 from openpi_like.data.files import Location, Url
+from openpi_like.data.images import Target
 from openpi_like.data.index_build import (
     INDEX_VERSION,
     Progress,
@@ -130,17 +131,26 @@ class FrameIndex:
         except (OSError, RecordError) as error:
             raise self._unreadable(step, key, error) from error
 
-    def read_pixels(self, step: int, key: str, channel_order: str = "rgb") -> np.ndarray:
-        """Returns the decoded image of one step, (H, W, 3) uint8, RGB. May be called from several threads.
+    def read_pixels(self, step: int, key: str) -> np.ndarray:
+        """Returns the decoded image of one step, (H, W, 3) uint8, RGB; raises as `read_for`."""
+        return self.read_for(step, key)[0]
+
+    def read_for(
+        self, step: int, key: str, channel_order: str = "rgb", target: Target | None = None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the decoded image of one step, (H, W, 3) uint8, and the size in which it is stored.
+
+        May be called from several threads.
 
         channel_order: "bgr" where the stored image has its channels swapped.
+        target: what it is made into, so that it may be decoded at a part of its size, see `decode_for`.
 
         Raises:
             DatasetError: it cannot be read.
             ValueError: what was read is not an image.
         """
         try:
-            return self._pictures.pixels(self._place(step, key), channel_order)
+            return self._pictures.pixels(self._place(step, key), channel_order, target)
         except (OSError, RecordError) as error:
             raise self._unreadable(step, key, error) from error
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from openpi_like.data.files import Location
-from openpi_like.data.images import decode, encoding
+from openpi_like.data.images import Target, decode_for, encoding
 
 Rows = np.ndarray | list[str]  # the values of the steps of an episode, first axis; texts as strings
 
@@ -66,8 +66,10 @@ class Pictures(Protocol):
             OSError, RecordError: it cannot be read; or pictures are not stored one by one.
         """
 
-    def pixels(self, place: Place, channel_order: str) -> np.ndarray:
-        """Returns a decoded picture (H, W, 3) uint8. channel_order: see `Camera`.
+    def pixels(self, place: Place, channel_order: str, target: Target | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns a decoded picture (H, W, 3) uint8, and the size in which it is stored.
+
+        channel_order: see `Camera`. target: what it is made into; it may be decoded at a part of its size.
 
         Raises:
             OSError, RecordError: it cannot be read.
@@ -97,8 +99,8 @@ class EncodedPictures:
             )
         return data
 
-    def pixels(self, place: Place, channel_order: str) -> np.ndarray:
-        return decode(self.encoded(place), channel_order)
+    def pixels(self, place: Place, channel_order: str, target: Target | None) -> tuple[np.ndarray, tuple[int, int]]:
+        return decode_for(self.encoded(place), channel_order, target)
 
     def encoding(self, place: Place) -> str:
         return encoding(self.encoded(place))

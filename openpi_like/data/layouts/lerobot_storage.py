@@ -15,6 +15,7 @@ from openpi_like.config import near_names
 from openpi_like.data import files
 from openpi_like.data.byte_cache import ByteCache
 from openpi_like.data.files import Location, Ranges
+from openpi_like.data.images import Target
 from openpi_like.data.index_build import digest
 from openpi_like.data.index_columns import IndexColumn, file_name, index_columns
 from openpi_like.data.layouts.lerobot_meta import (
@@ -345,10 +346,11 @@ class _Pictures(EncodedPictures):
         page = _cache.get((id(self), (name, row)), read)
         return page[offset : offset + place.length]
 
-    def pixels(self, place: Place, channel_order: str) -> np.ndarray:
+    def pixels(self, place: Place, channel_order: str, target: Target | None) -> tuple[np.ndarray, tuple[int, int]]:
         if file_name(place.key) in self._pages:
-            return super().pixels(place, channel_order)
-        return self._videos.pixels(place.at, channel_order)
+            return super().pixels(place, channel_order, target)
+        image = self._videos.pixels(place.at, channel_order)
+        return image, image.shape[:2]
 
     def encoding(self, place: Place) -> str:
         if file_name(place.key) in self._pages:
