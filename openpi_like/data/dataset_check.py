@@ -17,6 +17,8 @@ from openpi_like.robots.robot import Camera, Robot, StateField
 
 _OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
 
+_RATE = 0.01  # part by which a robot's rate may differ from that of its data
+
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,7 @@ def check_dataset(
         )
         problems += [f"{what}: {no_field(index, key, known)}" for what, key in keys if key not in known]
     problems += _selection_problems(index, robot, selection)
+    problems += _rate_problems(index, robot)
     if not selection.skip_not_finite:
         for what, field in usable:
             problems += describe_not_finite(index, [field], not_finite(index, part, [field]), f"{what} field ")
@@ -106,6 +109,16 @@ def _selection_problems(index: FrameIndex, robot: Robot, selection: Selection) -
             "robot moves cannot be told"
         )
     return problems
+
+
+def _rate_problems(index: FrameIndex, robot: Robot) -> list[str]:
+    rate, expected = index.split.rate, robot.control_hz * robot.stride
+    if rate is None or abs(rate - expected) <= _RATE * expected:
+        return []
+    return [
+        f"control_hz: the dataset has {rate:g} steps in a second, the robot {expected:g} (control_hz {robot.control_hz:g} "
+        f"x stride {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride where the robot is to be slower"
+    ]
 
 
 def _look_at_camera(index: FrameIndex, robot: Robot, part: range, camera: Camera) -> tuple[list[str], int]:

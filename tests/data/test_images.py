@@ -129,9 +129,7 @@ def scene(height: int, width: int) -> np.ndarray:
     size=st.tuples(st.integers(1, 100), st.integers(1, 100)),
     how=st.sampled_from(FITS),
 )
-def test_a_part_of_a_jpeg_is_never_smaller_than_what_is_made_of_it(
-    h: int, w: int, size: tuple[int, int], how: str
-) -> None:
+def test_a_part_of_a_jpeg_is_large_enough(h: int, w: int, size: tuple[int, int], how: str) -> None:
     data = simplejpeg.encode_jpeg(scene(h, w), colorsubsampling="420")
     image, stored = decode_for(data, "rgb", Target(*size, how))
     assert stored == (h, w)
@@ -162,7 +160,7 @@ def test_a_part_of_a_jpeg_differs_little(height: int, width: int, to: int, how: 
 
 def test_only_large_jpegs_are_decoded_in_part() -> None:
     image = scene(100, 120)
-    target = Target(60, 60)
+    target = Target(61, 61)
     for data in (cv2.imencode(".png", image)[1].tobytes(), simplejpeg.encode_jpeg(image)):
         found, stored = decode_for(data, "bgr", target)
         np.testing.assert_array_equal(found, decode(data, "bgr"))

@@ -1,5 +1,6 @@
 """LeRobot datasets, read in place: every number and pixel, and what is said of those that are damaged."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -120,6 +121,12 @@ def test_a_robot_reads_it(plain: dict[str, Path], version: str) -> None:
     assert mask.tolist() == [[True] * 4, [True, False, False, False]]
     assert dataset.prompts(np.array([0, 5])) == [TASKS[0], TASKS[1]]
     np.testing.assert_array_equal(dataset.image(0, ARM.cameras[1]), pictures(2, 1, 1)[0])
+
+
+def test_a_robot_of_another_rate(plain: dict[str, Path]) -> None:
+    with pytest.raises(DatasetError, match=r"20 steps in a second, the robot 30 .* set control_hz=20, or a stride"):
+        open_dataset(plain["v3.0"], dataclasses.replace(ARM, control_hz=30.0), "train")
+    assert len(open_dataset(plain["v3.0"], dataclasses.replace(ARM, control_hz=10.0, stride=2), "train"))
 
 
 @pytest.mark.parametrize(
