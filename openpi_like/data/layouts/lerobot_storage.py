@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import tempfile
@@ -319,12 +320,13 @@ def _write_pages(parts: Path, shards: int, directory: Path) -> None:
 # ---- Reading pictures ------------------------------------------------------------------------------------------------
 
 _cache = ByteCache(CACHE_BYTES)
+_owners = itertools.count()
 
 
 class _Pictures(EncodedPictures):
     def __init__(self, directory: Location, split: Split, index: Path) -> None:
         self._videos = VideoFrames(VideoTable(index / "video", directory))
-        self._ranges = Ranges()
+        self._ranges, self._owner = Ranges(), next(_owners)
         self._number = {location: i for i, location in enumerate(split.shards)}
         self._pages = {}
         for path in sorted((index / "pages").glob("start-*.npy")):
@@ -343,7 +345,7 @@ class _Pictures(EncodedPictures):
             begin, length, size, codec = rows[row].tolist()
             return read_page(self._ranges, place.shard, Page(begin, length, size, _CODECS[codec]))
 
-        page = _cache.get((id(self), (name, row)), read)
+        page = _cache.get((self._owner, (name, row)), read)
         return page[offset : offset + place.length]
 
     def pixels(self, place: Place, channel_order: str, target: Target | None) -> tuple[np.ndarray, tuple[int, int]]:
@@ -360,4 +362,4 @@ class _Pictures(EncodedPictures):
     def close(self) -> None:
         self._videos.close()
         self._ranges.close()
-        _cache.forget(id(self))
+        _cache.forget(self._owner)
