@@ -116,7 +116,7 @@ def _rate_problems(index: FrameIndex, robot: Robot) -> list[str]:
     if rate is None or abs(rate - expected) <= _RATE * expected:
         return []
     return [
-        f"control_hz: the dataset has {rate:g} steps in a second, the robot {expected:g} (control_hz x stride = "
+        f"control_hz: the dataset has {rate:g} steps a second, the robot {expected:g} (control_hz x stride: "
         f"{robot.control_hz:g} x {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride for a slower robot"
     ]
 

@@ -124,7 +124,7 @@ def test_a_robot_reads_it(plain: dict[str, Path], version: str) -> None:
 
 
 def test_a_robot_of_another_rate(plain: dict[str, Path]) -> None:
-    with pytest.raises(DatasetError, match=r"20 steps in a second, the robot 30 .* set control_hz=20, or a stri"):
+    with pytest.raises(DatasetError, match=r"20 steps a second, the robot 30 .* set control_hz=20, or a stri"):
         open_dataset(plain["v3.0"], dataclasses.replace(ARM, control_hz=30.0), "train")
     assert len(open_dataset(plain["v3.0"], dataclasses.replace(ARM, control_hz=10.0, stride=2), "train"))
 
