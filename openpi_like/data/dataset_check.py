@@ -117,7 +117,7 @@ def _rate_problems(index: FrameIndex, robot: Robot) -> list[str]:
         return []
     return [
         f"control_hz: the dataset has {rate:g} steps a second, the robot {expected:g} (control_hz x stride: "
-        f"{robot.control_hz:g} x {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride for a slower robot"
+        f"{robot.control_hz:g} x {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride if it is slower"
     ]
 
 
