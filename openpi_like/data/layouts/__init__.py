@@ -27,6 +27,11 @@ def read_dataset(directory: Location, split: str, *, allow_missing: bool = False
     return find_layout(directory).read(directory, split, allow_missing=allow_missing)
 
 
+def read_schema(directory: Location) -> Schema:
+    """Returns the fields of a dataset; raises as `read_dataset`."""
+    return find_layout(directory).schema(directory)
+
+
 def split_names(directory: Location) -> list[str]:
     """Returns the splits of a dataset; raises as `read_dataset`."""
     return find_layout(directory).split_names(directory)
