@@ -16,16 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from openpi_like.data.index import FrameIndex, Texts
+from openpi_like.data.blocks import blocks
+from openpi_like.data.episode_sample import Sample, bounds, count_texts, rows
+from openpi_like.data.index import FrameIndex
 
 _SHOWN = 3  # places named per trap
 _BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
 _WRAPS = 3  # jumps by a turn that are no accident
-_EPISODES = 4  # that a sample is of, at least
-_BLOCK = 1 << 16  # steps read together
-SAMPLE = 200_000  # steps of a sample: some 20 MB for the numbers of an arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,89 +37,16 @@ class Trap:
     advice: str
 
 
-# ---- Steps that are looked at ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Episodes of an index, evenly spaced, whole or their beginnings; all where they have no more steps than asked for.
-
-    index: what they are of. steps: (n,), ascending. starts: (e + 1,), where each episode begins in `steps`.
-    """
-
-    index: FrameIndex
-    steps: Int[np.ndarray, "n"]
-    starts: Int[np.ndarray, "e1"]
-
-    @classmethod
-    def take(cls, index: FrameIndex, most: int = SAMPLE) -> "Sample":
-        """Takes every n-th episode, for an n that gives at most `most` steps.
-
-        Where that would leave fewer than 4, these (or all) and of each the beginning.
-        """
-        first = np.asarray(index.episode_start)
-        lengths, largest = np.diff(first), max(index.episodes // _EPISODES, -(-index.episodes // most))
-        every = min(-(-index.steps // most), largest)
-        while every < largest and lengths[::every].sum() > most:
-            every += 1
-        chosen = np.arange(0, index.episodes, every)
-        lengths = lengths[chosen]
-        if lengths.sum() > most:
-            lengths = np.minimum(lengths, most // len(chosen))
-        steps = np.concatenate([np.arange(first[e], first[e] + n) for e, n in zip(chosen, lengths, strict=True)])
-        return cls(index, steps, np.append(0, np.cumsum(lengths)))
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing was left out."""
-        return len(self.steps) == self.index.steps
-
-    def __str__(self) -> str:
-        """What it is, for a report."""
-        if self.whole:
-            return f"all {self.index.steps:,} steps"
-        ends = np.append(self.steps[self.starts[1:-1] - 1], self.steps[-1]) + 1
-        cut = not np.isin(ends, self.index.episode_start).all()
-        return (
-            f"{len(self.steps):,} of {self.index.steps:,} steps, those of {len(self.starts) - 1:,} of "
-            f"{self.index.episodes:,} episodes, evenly spaced{', of some the beginnings only' if cut else ''}"
-        )
-
-    def rows(self, key: str) -> Shaped[np.ndarray, "n D"]:
-        """Returns a numeric field of its steps."""
-        x = rows(self.index, key)
-        return x if self.whole else x[self.steps]
-
-
-def rows(index: FrameIndex, key: str) -> Shaped[np.ndarray, "N D"]:
-    """Returns a numeric field of all steps, memory-mapped."""
-    x = index.columns[key]
-    return np.asarray(x).reshape(len(x), -1)
-
-
-def bounds(x: Shaped[np.ndarray, "N D"]) -> Shaped[np.ndarray, "2 D"]:
-    """Returns the least and the greatest value of each dim, without NaN, in one pass that keeps nothing."""
-    return np.stack([np.fmin.reduce(x, axis=0), np.fmax.reduce(x, axis=0)])
-
-
-def count_texts(texts: Texts) -> dict[str, int]:
-    """Returns how many steps, or episodes, have each text."""
-    counts = np.zeros(len(texts.table), np.int64)
-    for at in range(0, len(texts.ids), _BLOCK):
-        counts += np.bincount(texts.ids[at : at + _BLOCK], minlength=len(texts.table))
-    return dict(zip(texts.table, counts.tolist(), strict=True))
-
-
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def not_finite(key: str, x: Shaped[np.ndarray, "N D"], where: Callable[[int], str]) -> Trap | None:
     """NaN and infinite values. where: see `FrameIndex.where`."""
     count, first = 0, list[int]()
-    for at in range(0, len(x), _BLOCK):
-        bad = np.flatnonzero(~np.isfinite(x[at : at + _BLOCK]).all(axis=1))
+    for block in blocks(range(len(x))):
+        bad = np.flatnonzero(~np.isfinite(x[block]).all(axis=1))
         count += len(bad)
-        first += [at + int(i) for i in bad[: _SHOWN - len(first)]]
+        first += [block.start + int(i) for i in bad[: _SHOWN - len(first)]]
     if not count:
         return None
     places = "; ".join(map(where, first)) + ("; ..." if count > _SHOWN else "")

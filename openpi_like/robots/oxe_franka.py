@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.oxe_fields import (
     CLOSEDNESS,
     FRANKA_WIDTH,
@@ -14,7 +15,6 @@ from openpi_like.robots.oxe_fields import (
     pose,
     world_vector,
 )
-from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.robot import ActionField, Camera, StateField
 
 # Static images are 150 x 200. Commands are relative, in the base frame, and scaled as in CALVIN, from the same lab.

@@ -11,9 +11,9 @@ from hypothesis.extra.numpy import arrays
 
 from openpi_like.config import from_json, to_json
 from openpi_like.robots.aloha import ALOHA
+from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.representations import UNITS
-from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.robot import ActionField, Camera, StateField
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.widowx import WIDOWX
