@@ -22,9 +22,11 @@ from openpi_like.data.index import FrameIndex
 
 _SHOWN = 3  # places named per trap
 _BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
+_DRAWN = 0.7  # of the pixels equal their neighbour in pictures that were drawn, in photographs at most 0.6
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
-_WRAPS = 3  # jumps by a turn that are no accident
+WRAPS = 3  # jumps by a turn that are no accident
+OPPOSITE = -0.4  # `follows` of grippers with opposite polarity: right ones are above 0 by far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def angle_wraps(key: str, x: Shaped[np.ndarray, "N D"], starts: Int[np.ndarray, 
         for turn, unit in ((2 * np.pi, "rad"), (360.0, "deg")):
             near = int((np.abs(jumps - turn) < 0.1 * turn).sum())
             between = int(((jumps > 0.3 * turn) & (jumps < 0.9 * turn)).sum())
-            if near >= max(_WRAPS, between + 1) and span < 1.05 * turn:
+            if near >= max(WRAPS, between + 1) and span < 1.05 * turn:
                 found.append(f"[{d}] {near} times by one turn ({unit})")
     if not found:
         return None
@@ -214,7 +216,7 @@ def inverted_gripper(
     states: Mapping[str, Shaped[np.ndarray, "N _"]],
     starts: Int[np.ndarray, "E1"],
 ) -> Trap | None:
-    """Gripper dims of the action whose gripper state moves the other way (see `follows`, below -0.4).
+    """Gripper dims of the action whose gripper state moves the other way (see `follows` and `OPPOSITE`).
 
     Gripper states are dims that look like one, fields with "grip" in their name, and the last dim of a state of the
     action's size: arms move with grippers (grasp, then lift), so that any other dim would correlate too.
@@ -231,7 +233,7 @@ def inverted_gripper(
             continue
         matches = [(follows(action[:, d], x, starts), name) for name, x in candidates]
         best, name = max(matches, key=lambda m: abs(m[0]), default=(0.0, ""))
-        if best < -0.4:
+        if best < OPPOSITE:
             found.append(f"[{d}] against {name}, correlation {best:.2f}")
     if not found:
         return None
@@ -307,10 +309,18 @@ def warmth(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> float:
     return total / weight if weight else 0.0
 
 
+def _even(image: np.ndarray) -> float:
+    """Part of the pixels that have exactly the colour of the one to their right."""
+    return float((image[:, 1:] == image[:, :-1]).all(axis=2).mean())
+
+
 def swapped_channels(key: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Trap | None:
-    """Pictures that are mostly blue where they have a colour: `warmth` below -0.3. A blue table looks the same."""
+    """Photographs that are mostly blue where they have a colour: `warmth` below -0.3. A blue table looks the same.
+
+    What a simulator draws may have any colour, so pictures of even surfaces are not judged.
+    """
     measured = warmth(images)
-    if measured >= -0.3:
+    if measured >= -0.3 or np.median([_even(image) for image in images]) > _DRAWN:
         return None
     return Trap(
         "swapped channels",
