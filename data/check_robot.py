@@ -6,7 +6,7 @@ Units, rate, limits, gripper polarity, targets or changes, rotations, lag betwee
 lead (in a simulator too, where there is one), values that are cut, language, and cameras as the policy sees them.
 --out writes a page with plots and pictures. --strict exits with 1 when something looks wrong, for scripts.
 
-It looks at whole episodes, evenly spaced, with at most --steps steps; data/show.py looks at the dataset without a robot.
+It looks at whole episodes, evenly spaced, with at most --steps steps. data/show.py looks at data without a robot.
 """
 
 import dataclasses

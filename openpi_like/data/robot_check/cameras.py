@@ -17,7 +17,8 @@ _EPISODES = 4  # shown, and of each as many frames:
 _FRAMES = 3
 _SAMPLED = 24  # images that brightness is measured on
 _ABSENT = 0.5  # of the steps
-_DARK, _BRIGHT = 12, 245  # mean of 255: nothing can be seen in the shadows, or lights, of such a picture
+_DARK, _BRIGHT = 20, 235  # mean of 255, of pictures with
+_SHALLOW = 12.0  # a standard deviation below this: a night or an overexposed wall; drawn worlds on white have more
 _FLAT = 3.0  # standard deviation of 255: a cap, or a camera that delivers one colour
 _FROZEN = 0.5  # of the steps in which the robot moves: cameras at 30 Hz, stored at 50, repeat 0.4 of their frames
 _MOVES = 0.01  # of the range of a state: a smaller movement may not change a picture
@@ -84,9 +85,8 @@ def _view(sample: RobotSample, camera: Camera) -> Finding:
             sizes.add(f"{image.shape[0]} x {image.shape[1]}")
             out = np.zeros((height, width, 3), np.uint8)
             fit(image, out, fit=camera.fit)
-            pictures.append(
-                Picture(f"{camera.name}, {sample.index.where(steps[i]).split(', ', 1)[1].split(' (')[0]}", out)
-            )
+            step = steps[i] - int(sample.sample.steps[sample.starts[e]])
+            pictures.append(Picture(f"{camera.name}, episode {e + 1}, step {step}", out))
     message = f"{camera.key}, {', '.join(sorted(sizes))} pixels, seen at {height} x {width} by fit={camera.fit!r}"
     return Finding("found", camera.name, message, "", (), tuple(pictures))
 
@@ -101,7 +101,7 @@ def _light(
     found.append(
         Finding("found", camera.name, f"mean brightness {mean:.0f} of 255 ({min(means):.0f} to {max(means):.0f})")
     )
-    if found[0].level == "found" and (mean < _DARK or mean > _BRIGHT):
+    if found[0].level == "found" and (mean < _DARK or mean > _BRIGHT) and deviation < _SHALLOW:
         what = "dark" if mean < _DARK else "bright"
         advice = "look at exposure; a policy that learned from such pictures sees little"
         found.append(Finding("suspect", camera.name, f"too {what}: mean brightness {mean:.0f} of 255", advice))

@@ -37,7 +37,7 @@ class Finding:
     """One thing that a check says.
 
     level: "found" is a measurement, "suspect" says that the robot is probably not described as the data are, "error"
-        that the data cannot be used so. about: the field or camera, "" for all of the robot. message: what was measured.
+        that the data cannot be used so. about: the field or camera, "" for all. message: what was measured.
     advice: what to change, or to look at. curves, pictures: what the page shows for it.
     """
 
@@ -63,8 +63,11 @@ class Finding:
 class Check(Protocol):
     """One subject of a robot's description. name: its heading. question: what it answers, in a line."""
 
-    name: str
-    question: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def question(self) -> str: ...
 
     def findings(self, sample: "RobotSample") -> list[Finding]:
         """Returns what the data of a sample say."""

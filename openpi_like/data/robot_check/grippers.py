@@ -128,7 +128,7 @@ def _polarity(about: str, action: ActionField, sample: RobotSample) -> list[Find
 
 
 def _levels(command: np.ndarray, width: np.ndarray, sample: RobotSample) -> tuple[float, float]:
-    """Greatest correlation of a command with the state up to 8 steps later, and of its opposite; 0 where one is constant."""
+    """Greatest correlation of a command, and of its opposite, with the state up to 8 steps later; 0 for constants."""
     alike = opposite = 0.0
     for lag in range(_LAG + 1):
         t = sample.rows_with(0, lag)

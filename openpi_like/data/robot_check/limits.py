@@ -34,25 +34,24 @@ def _beyond(about: str, field: StateField, x: np.ndarray, command: str, sample: 
     if field.limits is None:
         if not isinstance(field, ActionField) or field.gripper is not None or field.rotation is not None:
             return []
-        low, high = np.quantile(x, [_TAIL, 1 - _TAIL], axis=0)
+        reached = ", ".join(f"{a:.3g} .. {b:.3g}" for a, b in np.quantile(x, [_TAIL, 1 - _TAIL], axis=0).T)
         return [
             Finding(
                 "found",
                 about,
-                "no limits declared; the data reach " + ", ".join(f"{a:.3g} .. {b:.3g}" for a, b in zip(low, high)),
+                f"no limits declared; the data reach {reached}",
                 "with limits=Limits(lower=, upper=, velocity=) a server can refuse or cut what the robot must not do",
             )
         ]
     parts = [field.limits.excess(x[sample.episode(e)], sample.hz, command) for e in range(len(sample.lengths))]
-    often, seldom = [], []
+    often, seldom = list[str](), list[str]()
     bounds = dict(zip(parts[0], field.limits.arrays(field.size), strict=True))
     for kind, bound in bounds.items():
         by = np.concatenate([part[kind] for part in parts])
         for d in np.flatnonzero((by > 0).any(axis=0)):
             share = float((by[:, d] > 0).mean())
-            line = (
-                f"{field.dim_names[d]} {kind} {bound[d]:.4g} by up to {by[:, d].max():.3g} in {share:.2%} of the steps"
-            )
+            far = f"by up to {by[:, d].max():.3g} in {share:.2%} of the steps"
+            line = f"{field.dim_names[d]} {kind} {bound[d]:.4g} {far}"
             (often if share > _OFTEN else seldom).append(line)
     if often:
         return [

@@ -52,7 +52,7 @@ def report(sample: RobotSample, found: dict[str, list[Finding]], checks: Sequenc
 
 def _fields(sample: RobotSample) -> str:
     """The robot's fields, with what is stored in them."""
-    rows = []
+    rows = list[tuple[str, ...]]()
     robot = sample.robot
     for what, fields, values in (("state", robot.state, sample.states), ("action", robot.action, sample.commands)):
         for field in fields:
@@ -87,5 +87,5 @@ def _plot(curves: Sequence[Curves]) -> Figure:
 
 def _jpeg(image: np.ndarray) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(image).save(out, format="jpeg", quality=85)
+    Image.fromarray(image).save(out, format="jpeg", quality=75)
     return out.getvalue()

@@ -31,9 +31,8 @@ class Rotations:
         fields: list[tuple[str, StateField, np.ndarray]] = [
             (f"state {f.name}", f, sample.states[f.name]) for f in sample.robot.state
         ]
-        fields += [
-            (f"action {f.name}", f, sample.commands[f.name]) for f in sample.robot.action if _is_target(f, sample)
-        ]
+        targets = [f for f in sample.robot.action if f.command == "absolute" and f.name in sample.commands]
+        fields += [(f"action {f.name}", f, sample.commands[f.name]) for f in targets]
         found = []
         for about, field, x in fields:
             if field.rotation is not None:
@@ -43,10 +42,6 @@ class Rotations:
                 trap = traps.angle_wraps(field.key, x, sample.starts)
                 found += Finding.of_trap(trap, about, advice if field.size == 3 else "")
         return found or [Finding("found", "", "the robot has no rotation, and nothing wraps like an angle")]
-
-
-def _is_target(field: ActionField, sample: RobotSample) -> bool:
-    return field.command == "absolute" and field.name in sample.commands
 
 
 def _norms(about: str, field: StateField, x: Float[np.ndarray, "n size"]) -> list[Finding]:
