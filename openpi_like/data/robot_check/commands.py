@@ -1,18 +1,19 @@
-"""Is an action a target or a change, and how many steps later does the state show it?"""
+"""Is an action a target or a change, of which dims, and how many steps later does the state show it?"""
 
 import dataclasses
 
 import numpy as np
 
 from openpi_like.data.robot_check.findings import Curves, Finding
-from openpi_like.data.robot_check.response import Response
+from openpi_like.data.robot_check.response import Response, follows_which
 from openpi_like.data.robot_check.robot_sample import RobotSample
-from openpi_like.robots.robot import ActionField
+from openpi_like.robots.robot import ActionField, StateField
 
 _EXPLAINS = 0.5  # of the variance: what explains less is no description of a command
 _BETTER = 0.2  # of the variance, by which the other description has to be better: arms move to where they are not yet
 _TOLD = 0.2  # of the variance: a fit below it has no lag
 _AHEAD = 1.25  # times what is not explained at the best lag is not at 1: rounding and noise differ by less
+_WEIGHT = 0.25  # of the command's variance: dims that hardly move follow anything
 _LONG = 1.0  # seconds: a policy that asks for something this long before it happens cannot correct itself
 
 
@@ -45,6 +46,7 @@ class Commands:
             else:
                 response = Response.measure(sample, field, state)
                 found += [_kind(about, field, response, state.name), _lag(about, field, response, sample.hz)]
+                found += _order(about, field, state, sample)
         return found
 
 
@@ -64,6 +66,27 @@ def _kind(about: str, field: ActionField, response: Response, state: str) -> Fin
     else:
         advice = f'it looks like a target: set command="absolute", relative_to={state!r}'
     return Finding("suspect", about, f"{field.command}, but {numbers}", advice)
+
+
+def _order(about: str, field: ActionField, state: StateField, sample: RobotSample) -> list[Finding]:
+    """Dims of the command that another dim of the state follows, and not their own."""
+    if field.rotation is not None or field.size == 1:
+        return []
+    follows = follows_which(sample, field, state)
+    best, own = follows.argmax(axis=1), follows.diagonal()
+    wrong = (follows.max(axis=1) >= _EXPLAINS) & (follows.max(axis=1) >= own + _BETTER)
+    weight = sample.commands[field.name].var(axis=0)
+    if wrong.sum() < 2 or weight[wrong].sum() < _WEIGHT * weight.sum():
+        return []
+    shown = ", ".join(f"[{d}] is followed by [{best[d]}]" for d in np.flatnonzero(wrong))
+    return [
+        Finding(
+            "suspect",
+            about,
+            f"order: of state {state.name!r}, {shown}",
+            "command and state have their dims in different order, or start= is wrong in one of them",
+        )
+    ]
 
 
 def _lag(about: str, field: ActionField, response: Response, hz: float) -> Finding:

@@ -122,7 +122,13 @@ def _polarity(about: str, action: ActionField, sample: RobotSample) -> list[Find
         first = sample.starts[:-1]
         which = _inverted(command[first, d], width[first, d])
         found.append(
-            Finding("suspect", about, message, f"{which} looks inverted: swap open= and closed= there", curves)
+            Finding(
+                "suspect",
+                about,
+                message,
+                f"{which} looks inverted: swap open= and closed= there; the first picture shows which",
+                curves,
+            )
         )
     return found
 

@@ -70,7 +70,7 @@ class Response:
         """Measures a command and the state that it moves."""
         c = Series(action, sample.commands[action.name])
         s = Series(state, sample.states[state.name])
-        most = int(np.clip((np.median(sample.lengths) - 1) // 2, 1, _LAG))
+        most = _longest_lag(sample)
         lags = np.arange(-most, most + 1)
         target, change = np.full(len(lags), np.nan), np.full(len(lags), np.nan)
         for i, lag in enumerate(lags.tolist()):
@@ -130,6 +130,30 @@ def size_ratio(sample: RobotSample, action: ActionField, state: StateField, lag:
     if not alike.any():
         return None
     return float(np.sqrt((a[:, alike] ** 2).sum() / (b[:, alike] ** 2).sum()))
+
+
+def follows_which(sample: RobotSample, action: ActionField, state: StateField) -> Float[np.ndarray, "D D"]:
+    """Returns the part of the variance of each dim of a command that each dim of the state explains, at its best lag.
+
+    For fields that are no rotations. Rows are dims of the command; 0 where nothing moves.
+    """
+    c, s = Series(action, sample.commands[action.name]), Series(state, sample.states[state.name])
+    best = np.zeros((action.size, state.size))
+    for lag in range(1, _longest_lag(sample) + 1):
+        t = sample.rows_with(0, lag - 1, lag)
+        if len(t) < _PAIRS:
+            continue
+        a, b, _ = _prepared(
+            c.targets[t], s.targets[t + lag] if action.command == "absolute" else s.change(t + lag - 1, t + lag)
+        )
+        size = np.sqrt(np.outer((a * a).sum(axis=0), (b * b).sum(axis=0)))
+        best = np.maximum(best, np.maximum(a.T @ b / np.maximum(size, 1e-300), 0) ** 2)
+    return best
+
+
+def _longest_lag(sample: RobotSample) -> int:
+    """Half an episode at most: of longer lags too few steps are left."""
+    return int(np.clip((np.median(sample.lengths) - 1) // 2, 1, _LAG))
 
 
 def explained(a: Float[np.ndarray, "m D"], b: Float[np.ndarray, "m D"]) -> float:
