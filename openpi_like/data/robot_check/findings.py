@@ -1,15 +1,13 @@
 """What a check of a robot on its data says."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from openpi_like.data.robot_check.robot_sample import RobotSample
 from openpi_like.data.traps import Trap
-
-if TYPE_CHECKING:
-    from openpi_like.data.robot_check.robot_sample import RobotSample
 
 LEVELS = ("found", "suspect", "error")
 
@@ -60,6 +58,7 @@ class Finding:
         return [] if trap is None else [cls("suspect", about, f"{trap.kind}: {trap.found}", advice or trap.advice)]
 
 
+@runtime_checkable
 class Check(Protocol):
     """One subject of a robot's description. name: its heading. question: what it answers, in a line."""
 
@@ -69,5 +68,5 @@ class Check(Protocol):
     @property
     def question(self) -> str: ...
 
-    def findings(self, sample: "RobotSample") -> list[Finding]:
+    def findings(self, sample: RobotSample) -> list[Finding]:
         """Returns what the data of a sample say."""

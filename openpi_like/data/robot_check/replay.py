@@ -71,7 +71,8 @@ def _replay(about: str, field: ActionField, state: StateField, sample: RobotSamp
     if not far.any():
         return Finding("found", about, f"state {state.name!r} does not move, so there is nothing to replay")
     off = float(np.median(np.array(errors)[far] / np.array(ways)[far]))
-    message = f"replayed, it is {off:.0%} of the way off in the median of {far.sum()} episodes{scaled}"
+    size = f"{off:.0%} of" if off < 10 else f"{off:.3g} times"
+    message = f"replayed, it is {size} the way off in the median of {far.sum()} episodes{scaled}"
     if off < _LOST:
         return Finding("found", about, message, "", tuple(curves))
     advice = "it does not lead where the robot went: look at command, unit, start, and the order of the fields"
