@@ -21,7 +21,7 @@ from openpi_like.data.episode_sample import Sample, bounds, count_texts, rows
 from openpi_like.data.index import FrameIndex
 
 _SHOWN = 3  # places named per trap
-_BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
+BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
 _DRAWN = 0.7  # of the pixels equal their neighbour in pictures that were drawn, in photographs at most 0.6
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
@@ -279,7 +279,7 @@ def black_camera(
 
     How many of all images are black is estimated by their encoded size, which is smaller than that of any other.
     """
-    black = np.array([image.max() <= _BLACK for image in images], bool)
+    black = np.array([image.max() <= BLACK for image in images], bool)
     if not black.any():
         return None
     largest = int(sizes[sampled[black]].max())

@@ -42,7 +42,9 @@ class Cameras:
                 at = _shown_at(sample, camera, chosen)
                 images = [read_image(sample.index, sample.robot, int(s), camera) for s in at]
                 seen[camera.name] = dict(zip(chosen.tolist(), images, strict=True))
-                found += [_view(sample, camera), *_light(sample, camera, at, images), *_frozen(sample, camera)]
+                found += [_view(sample, camera), *_light(sample, camera, at, images)]
+                if any(image.max() > traps.BLACK for image in images):
+                    found += _frozen(sample, camera)
             found += _absent(sample, camera, len(steps))
         return found + _same(seen)
 

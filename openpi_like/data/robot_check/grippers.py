@@ -1,6 +1,7 @@
 """Do grippers open where the robot says so, with these values, and is a command a position or a change?"""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from openpi_like.data.robot_check.robot_sample import RobotSample
 from openpi_like.robots.robot import ActionField, StateField
 
 _BEYOND = 0.05  # of the steps: measured fingers overshoot now and then
-_NARROW = 0.2  # of the way from closed to open: two-ended values that stay within are on another scale
+_NARROW = 0.2  # of the way from closed to open: two-ended commands that stay within are on another scale, as are states
+_WIDE = 0.8  # of which a command asks for so much
 _BETWEEN = 0.1  # of the steps: triggers say nothing most of the time, positions are at an end
 _SURE = 0.8  # of the episodes that begin open, or closed
 _LAG = 8  # steps within which a gripper has followed its command
@@ -31,9 +33,11 @@ class Grippers:
     def findings(self, sample: RobotSample) -> list[Finding]:
         """See `Check.findings`."""
         found = []
+        wide = _asked_for(sample)
         for field in sample.robot.state:
             if field.gripper is not None:
-                found += _values(f"state {field.name}", field, sample.states[field.name])
+                asked = field.name in wide
+                found += _values(f"state {field.name}", field, sample.states[field.name], asked)
         for action in sample.robot.action:
             if action.gripper is None:
                 continue
@@ -41,13 +45,35 @@ class Grippers:
             if action.gripper.convention == "trigger":
                 found += _said(about, action, sample)
             if action.name in sample.commands:
-                found += _values(about, action, sample.commands[action.name])
+                x = sample.commands[action.name]
+                found += _values(about, action, x, bool(traps.gripper_dims(x)))
                 found += _polarity(about, action, sample)
         return found or [Finding("found", "", "the robot has no gripper")]
 
 
-def _values(about: str, field: StateField, x: np.ndarray) -> list[Finding]:
-    """Values beside open and closed. Triggers are commands of open and closed by now."""
+def _asked_for(sample: RobotSample) -> set[str]:
+    """Gripper states that were commanded over most of their way, or over so little that the command is suspected."""
+    found = set()
+    for action in sample.robot.action:
+        state = sample.state_of(action)
+        if action.gripper is not None and state is not None and action.name in sample.commands:
+            x = sample.commands[action.name]
+            way = _way(action, x)
+            if way >= _WIDE or (way < _NARROW and traps.gripper_dims(x)):
+                found.add(state.name)
+    return found
+
+
+def _way(field: StateField, x: np.ndarray) -> float:
+    """How much of the way from closed to open its values take."""
+    return float(np.ptp(np.quantile(field.to_model(x), [0.01, 0.99])))
+
+
+def _values(about: str, field: StateField, x: np.ndarray, asked: bool) -> list[Finding]:
+    """Values beside open and closed. Triggers are commands of open and closed by now.
+
+    asked: whether it should have gone most of the way between the two, as a command with two ends should.
+    """
     assert field.gripper is not None
     low, high = (float(v) for v in np.quantile(x, [0.01, 0.99]))
     said = f"closed={field.gripper.closed:g} to open={field.gripper.open:g}"
@@ -56,7 +82,8 @@ def _values(about: str, field: StateField, x: np.ndarray) -> list[Finding]:
     opening = field.to_model(x)
     beyond = float(((opening < -OUTSIDE) | (opening > 1 + OUTSIDE)).any(axis=1).mean())
     is_open, closed = (high, low) if field.gripper.open > field.gripper.closed else (low, high)
-    measured = f"open={is_open:.4g} and closed={closed:.4g}"
+    digits = max(0, 2 - math.floor(math.log10(high - low))) if high > low else 4
+    measured = f"open={round(is_open, digits):g} and closed={round(closed, digits):g}"
     if isinstance(field, ActionField) and field.gripper.convention == "absolute" and traps.trigger_gripper(about, x):
         return [
             Finding(
@@ -69,8 +96,8 @@ def _values(about: str, field: StateField, x: np.ndarray) -> list[Finding]:
     if beyond > _BEYOND:
         message = f"{beyond:.0%} of its values lie outside {said}: it has {low:.4g} to {high:.4g}"
         return [Finding("suspect", about, message, f"set {measured}, if the data have both")]
-    if traps.gripper_dims(x) and float(np.ptp(np.quantile(opening, [0.01, 0.99]))) < _NARROW:
-        message = f"it has two ends, {low:.4g} and {high:.4g}, close together between {said}"
+    if asked and _way(field, x) < _NARROW:
+        message = f"it goes from {low:.4g} to {high:.4g}, a small part of {said}"
         return [Finding("suspect", about, message, f"set {measured}, if the data have both")]
     return [Finding("found", about, f"{low:.4g} to {high:.4g} between {said}")]
 

@@ -94,10 +94,10 @@ def _images(rng: np.random.Generator, number: int, steps: int) -> dict[str, list
         "base": live,
         "wrist": [255 - x for x in live],
         "black": black,
-        "half": live if number % 2 else black,
+        "half": [x[::-1] for x in live] if number % 2 else black,
         "frozen": [live[0]] * steps,
         "slow": [live[t // 3] for t in range(steps)],
-        "dark": [x // 16 for x in live],
+        "dark": [x // 8 for x in live],
         "bright": [255 - x // 32 for x in live],
         "flat": [np.full_like(scene, 120) + (t % 2) for t in range(steps)],
     }

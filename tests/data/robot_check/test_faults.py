@@ -62,6 +62,7 @@ def flipped(x: np.ndarray) -> None:
 
 S, A = "state", "action"
 FREE = with_field(with_field(ARM, S, "joints", limits=None), A, "joints", limits=None)
+MM = Gripper(open=80.0, closed=0.0)
 ROLLS = with_field(ARM, S, "turn", model_rotation=None)
 # name: (what is wrong, check, about, part of what to do)
 FAULTS: dict[str, tuple[Fault, str, str, str]] = {
@@ -103,13 +104,19 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         in_data(lambda i: scaled(i, "observation/state", slice(10, 11), 80)),
         "Grippers",
         "state gripper",
-        "set open=80 and closed=0.",
+        "set open=80 and closed=0,",
+    ),
+    "both grippers said mm": (
+        in_robot(with_field(with_field(ARM, A, "gripper", gripper=MM), S, "gripper", gripper=MM)),
+        "Grippers",
+        "state gripper",
+        "set open=1 and closed=0,",
     ),
     "gripper said mm": (
-        in_robot(with_field(ARM, A, "gripper", gripper=Gripper(open=80.0, closed=0.0))),
+        in_robot(with_field(ARM, A, "gripper", gripper=MM)),
         "Grippers",
         "action gripper",
-        "set open=1 and closed=0",
+        "set open=1 and closed=0,",
     ),
     "triggers": (in_data(stored(A, trigger)), "Grippers", "action gripper", 'convention="trigger"'),
     "no triggers": (
