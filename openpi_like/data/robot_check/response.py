@@ -175,9 +175,11 @@ def _prepared(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     moving = np.ones(a.shape[1], bool)
     out = []
     for x in (a, b):
-        low, high = np.quantile(x, [_TAILS, 1 - _TAILS], axis=0)
+        # Values that are there, so that of few the greatest is cut too, and does not pull an interpolated quantile.
+        low = np.quantile(x, _TAILS, axis=0, method="higher")
+        high = np.quantile(x, 1 - _TAILS, axis=0, method="lower")
         # Differences of float32 numbers are no movement.
-        moving &= high - low > 1e-5 * np.abs(x).max(axis=0) + 1e-9
+        moving &= high - low > 1e-5 * np.maximum(np.abs(low), np.abs(high)) + 1e-9
         x = np.clip(x, low, high)
         out.append(x - x.mean(axis=0))
     return out[0], out[1], moving

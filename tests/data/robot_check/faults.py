@@ -15,8 +15,8 @@ def with_field(robot: Robot, what: str, name: str, **changes: Any) -> Robot:
     """The robot with another `state` or `action` field of that name."""
     fields = getattr(robot, what)
     assert any(f.name == name for f in fields)
-    changed = tuple(dataclasses.replace(f, **changes) if f.name == name else f for f in fields)
-    return dataclasses.replace(robot, **{what: changed})
+    changed: Any = {what: tuple(dataclasses.replace(f, **changes) if f.name == name else f for f in fields)}
+    return dataclasses.replace(robot, **changed)
 
 
 def inverted(robot: Robot, what: str, name: str = "gripper") -> Robot:

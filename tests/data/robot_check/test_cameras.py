@@ -25,8 +25,8 @@ def suspicions(findings: list[Finding]) -> list[str]:
     return [f"{f.about}: {f.message}; {f.advice}" for f in findings if f.level != "found"]
 
 
-def camera(name: str, **options: int) -> Camera:
-    return Camera(name, f"observation/{name}", **options)
+def camera(name: str, min_bytes: int = 0) -> Camera:
+    return Camera(name, f"observation/{name}", min_bytes=min_bytes)
 
 
 def test_pictures_are_those_that_the_policy_sees(arm_index: FrameIndex) -> None:
