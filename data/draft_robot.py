@@ -25,7 +25,9 @@ from rich.console import Console
 from openpi_like.data import files
 from openpi_like.data.episode_sample import Sample, bounds, rows
 from openpi_like.data.index import open_index
-from openpi_like.data.schema import DatasetError, Feature, Schema, read_schema, split_names
+from openpi_like.data.layouts import split_names
+from openpi_like.data.layouts.tfds import read_schema
+from openpi_like.data.schema import DatasetError, Feature, Schema
 from openpi_like.data.traps import gripper_dims, trigger_gripper
 from openpi_like.robots.oxe import ROBOTS
 

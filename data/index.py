@@ -37,7 +37,8 @@ from rich.table import Table
 from openpi_like.data import files
 from openpi_like.data.damage import check_images, image_problem
 from openpi_like.data.index import FrameIndex, open_index
-from openpi_like.data.schema import DatasetError, find_datasets, split_names
+from openpi_like.data.layouts import find_datasets, split_names
+from openpi_like.data.schema import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)

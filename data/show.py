@@ -28,13 +28,13 @@ from rich.table import Column, Table
 
 from openpi_like import html_page
 from openpi_like.data.episode_sample import SAMPLE, Sample, bounds, rows, time_gaps
-from openpi_like.data.images import decode, fit
+from openpi_like.data.images import fit
 from openpi_like.data.index import FrameIndex, open_index
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.traps import Trap, action_keys, find_traps, state_keys
 from openpi_like.robots.oxe import ROBOTS
 
 TILE = (128, 128)
-MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
 PICTURES = (".png", ".jpg", ".jpeg")
 
 
@@ -145,8 +145,7 @@ def cameras(index: FrameIndex, samples: dict[str, tuple[np.ndarray, list[np.ndar
             found.append((key, f"{feature.dtype} of shape {feature.shape}, not shown", "", "", ""))
             continue
         steps, images = samples[key]
-        heads = [index.read_image(int(s), key)[:4] for s in steps]
-        formats = {next((kind for magic, kind in MAGIC.items() if h.startswith(magic)), "other") for h in heads}
+        formats = {index.image_encoding(int(s), key) for s in steps}
         sizes = sorted({f"{i.shape[0]} x {i.shape[1]}" for i in images})
         bytes_ = np.asarray(index.images[key][:, 1])
         found.append(
@@ -181,7 +180,9 @@ def suspicions(found: Sequence[Trap], sample: Sample) -> Rows:
 
 def image(index: FrameIndex, step: int, key: str) -> np.ndarray:
     try:
-        return decode(index.read_image(step, key))
+        return index.read_pixels(step, key)
+    except DatasetError:
+        raise
     except ValueError as e:
         raise ValueError(f"{index.where(step)}: cannot decode {key}: {e}") from e
 

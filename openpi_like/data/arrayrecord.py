@@ -8,13 +8,13 @@ reads files on disk; those of a store are copied to the cache directory first (`
 import itertools
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from openpi_like.data import files
+from openpi_like.data.byte_cache import ByteCache
 from openpi_like.data.files import Location
-from openpi_like.data.tfrecord import RecordError
+from openpi_like.data.storage import RecordError
 
 CACHE_BYTES = 64 << 20
 
@@ -60,35 +60,7 @@ def read_records(location: Location) -> Iterator[bytes | RecordError]:
         yield payload
 
 
-class _Cache:
-    """The values used last, up to a number of bytes. May be used from several threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._bytes = limit, 0
-        self._kept: OrderedDict[tuple[int, Location, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[int, Location, int], read: Callable[[], bytes]) -> bytes:
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        data = read()
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = data
-                self._bytes += len(data)
-            while self._bytes > self._limit:
-                self._bytes -= len(self._kept.popitem(last=False)[1])
-        return data
-
-    def forget(self, owner: int) -> None:
-        with self._lock:
-            for key in [k for k in self._kept if k[0] == owner]:
-                self._bytes -= len(self._kept.pop(key))
-
-
-_cache = _Cache(CACHE_BYTES)
+_cache = ByteCache(CACHE_BYTES)
 _owners = itertools.count()
 
 
@@ -107,7 +79,7 @@ class Records:
             OSError: the file is not there or cannot be read.
             RecordError: the record is damaged.
         """
-        return _cache.get((self._owner, location, record), lambda: _read(self._reader(location), record))
+        return _cache.get((self._owner, (location, record)), lambda: _read(self._reader(location), record))
 
     def _reader(self, location: Location) -> Any:
         with self._lock:

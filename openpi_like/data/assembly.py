@@ -215,7 +215,13 @@ class Assembler:
             for camera, mask in zip(cameras, seen, strict=True):
                 image_mask[camera.name][rows] = mask
                 at = rows[mask]
-                dataset.images_into(frames[at], camera, [images[camera.name][row] for row in at], resize=policy.resize)
+                dataset.images_into(
+                    frames[at],
+                    camera,
+                    [images[camera.name][row] for row in at],
+                    resize=policy.resize,
+                    scaled=self.config.scaled_jpegs and policy.resize == "cubic",
+                )
         for name, mask in image_mask.items():
             images[name][~mask] = 0
         if policy.action_tokens is None:

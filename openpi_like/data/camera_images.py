@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from openpi_like.data.images import decode
+from openpi_like.data.images import Target
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.robot import Camera, Robot
@@ -37,15 +37,18 @@ def image_steps(index: FrameIndex, camera: Camera, episode: np.ndarray, step: np
     return at
 
 
-def read_image(index: FrameIndex, robot: Robot, step: int, camera: Camera) -> np.ndarray:
+def read_image(index: FrameIndex, robot: Robot, step: int, camera: Camera, target: Target | None = None) -> np.ndarray:
     """Reads and decodes the image that is stored at a step, (H, W, 3) uint8, RGB and the right way up.
+
+    target: see `decode_for`.
 
     Raises:
         DatasetError: it cannot be read, or does not have the size that the camera has.
     """
-    data = index.read_image(step, camera.key)
     try:
-        image = decode(data, camera.channel_order)
+        image, got = index.read_for(step, camera.key, camera.channel_order, target)
+    except DatasetError:
+        raise
     except ValueError as e:
         raise DatasetError(
             f"{index.where(step)}: cannot decode {camera.key}: {e} (camera {camera.name!r}); data/index.py "
@@ -53,7 +56,7 @@ def read_image(index: FrameIndex, robot: Robot, step: int, camera: Camera) -> np
         ) from e
     if camera.upside_down:
         image = cv2.rotate(image, cv2.ROTATE_180)
-    got, expected = image.shape[:2], (camera.height, camera.width)
+    expected = camera.height, camera.width
     if any(b is not None and a != b for a, b in zip(got, expected, strict=True)):
         raise DatasetError(
             f"{index.where(step)}: {camera.key} is {got[0]} x {got[1]} pixels, camera {camera.name!r} of "

@@ -88,6 +88,8 @@ class DataConfig:
     num_threads: each decodes a batch at a time. num_workers: processes with so many threads each; 0 decodes in this
         one. prefetch: batches kept ready. index_dir, max_corrupt_fraction: see `open_dataset`.
     memory_budget_mib: MiB that loading may take on one host, all its processes together; None sets no limit.
+    scaled_jpegs: decode JPEGs that are much larger than the policy's picture at a part of their size, see `decode_for`;
+        not done for a policy that resizes as "pillow", whose filter wants all pixels.
     saturate_actions: where action tokens cannot write a coefficient, write the nearest one they can, and count; without
         it, such a chunk is an error. Held-out chunks, which no tokenizer was fitted to, are always treated so.
     """
@@ -105,6 +107,7 @@ class DataConfig:
     memory_budget_mib: int | None = None
     index_dir: str | None = None
     max_corrupt_fraction: float = 0.0
+    scaled_jpegs: bool = True
     saturate_actions: bool = False
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openpi_like.data.images import decode, decode_depth
+from openpi_like.data.images import decode_depth
 from openpi_like.data.index import DAMAGED, FrameIndex, load_index
 from openpi_like.data.index_build import Progress
 from openpi_like.data.index_columns import file_name
@@ -34,12 +34,14 @@ def image_problem(index: FrameIndex, step: int, key: str) -> str | None:
     Raises:
         DatasetError: it cannot be read at all, which says nothing about the image.
     """
-    data, dtype = index.read_image(step, key), index.schema.steps[key].dtype
+    dtype = index.schema.steps[key].dtype
     try:
         if dtype == "uint8":
-            decode(data)
+            index.read_pixels(step, key)
         else:
-            decode_depth(data, dtype)
+            decode_depth(index.read_image(step, key), dtype)
+    except DatasetError:
+        raise
     except ValueError as e:
         return f"{index.where(step)}: cannot decode {key}: {e}"
     return None

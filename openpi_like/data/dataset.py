@@ -14,7 +14,7 @@ from openpi_like.data.blocks import blocks
 from openpi_like.data.camera_images import image_steps, is_present, read_image
 from openpi_like.data.dataset_check import check_dataset, no_field
 from openpi_like.data.frames import select_frames, warn_of_no_instruction
-from openpi_like.data.images import fit
+from openpi_like.data.images import Target, fit
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
@@ -219,17 +219,19 @@ class EpisodeDataset:
         out: Sequence[UInt8[np.ndarray, "h w 3"]],
         *,
         resize: str = "cubic",
+        scaled: bool = False,
     ) -> None:
         """Writes images into `out`, each resized to the size it has there where that differs.
 
-        resize: see `images.fit`.
+        resize: see `images.fit`. scaled: large JPEGs are decoded at a part of their size, see `decode_for`.
 
         Raises:
             DatasetError: as `image`.
         """
         steps = image_steps(self.index, camera, *self._frames.place(frames)).tolist()
-        for step, image in zip(steps, out, strict=True):
-            fit(read_image(self.index, self.robot, step, camera), image, resize=resize, fit=camera.fit)
+        for step, image in sorted(zip(steps, out, strict=True), key=lambda at: at[0]):  # frames of a video in its order
+            target = Target(image.shape[0], image.shape[1], camera.fit) if scaled else None
+            fit(read_image(self.index, self.robot, step, camera, target), image, resize=resize, fit=camera.fit)
 
     def held_bytes(self) -> int:
         """Returns what this takes in the memory of a process: its own arrays and all texts. Columns are mapped."""
@@ -245,10 +247,8 @@ class EpisodeDataset:
         """
         images, read = self.index.images, 0
         for block in blocks(self._part):
-            if self.index.split.file_format == "array_record":  # a whole record, compressed and not; most is images
-                read = max(read, *(2 * int(of[block].sum(axis=1).max()) for of in images.values()))
-            else:
-                read = max(read, int(images[camera.key][block, 1].max()))
+            of = {key: spans[block] for key, spans in images.items()}
+            read = max(read, self.index.split.storage.read_bytes(of, camera.key))
         declared = [side or 0 for side in self.index.schema.steps[camera.key].shape]
         return read, (1 + camera.upside_down) * max(self._first_image[camera.name], math.prod(declared))
 

@@ -186,6 +186,17 @@ def read_text(location: Location) -> str:
         return fs.cat_file(path).decode()
 
 
+@contextlib.contextmanager
+def open_binary(location: Location) -> Iterator[Any]:
+    """Opens a file for reading in any order; raises as `read_text`."""
+    if isinstance(location, Path):
+        with location.open("rb") as file:
+            yield file
+        return
+    with _store(location) as (fs, path), fs.open(path, "rb", block_size=BLOCK) as file:
+        yield file
+
+
 def size(location: Location) -> int:
     """Returns a file's length in bytes; raises as `read_text`."""
     if isinstance(location, Path):

@@ -6,7 +6,7 @@ processes share it. It is kept in a directory whose name carries a fingerprint o
     index.json                  name, shards, schema, tables of texts, what was left out or skipped
     step/<column>.npy           numeric fields (N, *shape), texts as ids (N,), N = steps of all episodes
     image/<column>.npy          (N, 2) int64: offset and length in bytes of the encoded image; the offset counts from
-                                the beginning of the shard file, for ArrayRecord of the record
+                                the beginning of the shard file, for ArrayRecord of the record; see `Storage` for others
     episode/<column>.npy        fields of whole episodes (E, *shape)
     place/<column>.npy          start (E + 1,), shard (E,) and record (E,) of the episodes
     damaged/<column>.npy        steps whose image does not decode, ascending; only where that was checked, see `damage`
@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from openpi_like.data import arrayrecord, files, tfrecord
-from openpi_like.data.files import Location, Ranges, Url
+from openpi_like.data import files
+from openpi_like.data.files import Location, Url
+from openpi_like.data.images import Target
 from openpi_like.data.index_build import (
     INDEX_VERSION,
     Progress,
@@ -38,7 +39,9 @@ from openpi_like.data.index_build import (
     some_of,
 )
 from openpi_like.data.index_columns import file_name
-from openpi_like.data.schema import DatasetError, Feature, Schema, Split, read_schema, read_split
+from openpi_like.data.layouts import read_dataset
+from openpi_like.data.schema import DatasetError, Feature, Schema, Split
+from openpi_like.data.storage import Pictures, Place, RecordError
 
 DAMAGED = "damaged"  # the directory of an index that says which images do not decode
 
@@ -81,10 +84,10 @@ class FrameIndex:
     checked: bool
     damaged: dict[str, np.ndarray]
     path: Path
-    _ranges: Ranges = dataclasses.field(default_factory=Ranges, init=False, repr=False, compare=False)
-    _records: arrayrecord.Records = dataclasses.field(
-        default_factory=arrayrecord.Records, init=False, repr=False, compare=False
-    )
+    _pictures: Pictures = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_pictures", self.split.storage.pictures(self.split, self.path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return load_index, (self.path, self.split, self.schema)
@@ -121,29 +124,55 @@ class FrameIndex:
         """Returns the encoded image of one step. May be called from several threads.
 
         Raises:
-            DatasetError: it cannot be read.
+            DatasetError: it cannot be read; or images are not stored one by one, see `read_pixels`.
         """
-        e = self._episode(step)
-        shard = self.split.shards[self.episode_shard[e]]
-        offset, length = self.images[key][step].tolist()
         try:
-            if self.split.file_format == "array_record":
-                data = self._records.read(shard, int(self.episode_record[e]))[offset : offset + length]
-            else:
-                data = self._ranges.read(shard, offset, length)
-        except (OSError, tfrecord.RecordError) as error:
-            raise DatasetError(f"{self.where(step)}: cannot read {key}: {error}{files.advice(error)}") from error
-        if len(data) < length:
-            raise DatasetError(
-                f"{self.where(step)}: read {len(data)} of {length} bytes of {key}; "
-                "the file was changed since it was indexed: copy it again"
-            )
-        return data
+            return self._pictures.encoded(self._place(step, key))
+        except (OSError, RecordError) as error:
+            raise self._unreadable(step, key, error) from error
+
+    def read_pixels(self, step: int, key: str) -> np.ndarray:
+        """Returns the decoded image of one step, (H, W, 3) uint8, RGB; raises as `read_for`."""
+        return self.read_for(step, key)[0]
+
+    def read_for(
+        self, step: int, key: str, channel_order: str = "rgb", target: Target | None = None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns the decoded image of one step, (H, W, 3) uint8, and the size in which it is stored.
+
+        May be called from several threads.
+
+        channel_order: "bgr" where the stored image has its channels swapped.
+        target: what it is made into, so that it may be decoded at a part of its size, see `decode_for`.
+
+        Raises:
+            DatasetError: it cannot be read.
+            ValueError: what was read is not an image.
+        """
+        try:
+            return self._pictures.pixels(self._place(step, key), channel_order, target)
+        except (OSError, RecordError) as error:
+            raise self._unreadable(step, key, error) from error
+
+    def image_encoding(self, step: int, key: str) -> str:
+        """Returns how the image of one step is encoded, for instance "jpeg" or "h264"; raises as `read_pixels`."""
+        try:
+            return self._pictures.encoding(self._place(step, key))
+        except (OSError, RecordError) as error:
+            raise self._unreadable(step, key, error) from error
+
+    def _place(self, step: int, key: str) -> Place:
+        e = self._episode(step)
+        return Place(
+            key, self.split.shards[self.episode_shard[e]], int(self.episode_record[e]), *self.images[key][step].tolist()
+        )
+
+    def _unreadable(self, step: int, key: str, error: Exception) -> DatasetError:
+        return DatasetError(f"{self.where(step)}: cannot read {key}: {error}{files.advice(error)}")
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""
-        self._ranges.close()
-        self._records.close()
+        self._pictures.close()
 
 
 def open_index(
@@ -158,7 +187,8 @@ def open_index(
     """Opens the index of a split, building it first where there is none or the files have changed since.
 
     Args:
-        directory: a TFDS directory, which holds dataset_info.json; a path or any URL (see `files`).
+        directory: of a dataset in one of `layouts`, as a TFDS directory, which holds dataset_info.json; a path or any
+            URL (see `files`).
         index_dir: where indexes are kept; default `.openpi_like_index` in `directory`, or the cache directory (see
             `files.cache_directory`) where `directory` is a URL or cannot be written.
         max_corrupt_fraction: part of the records that may be damaged or missing; these are skipped, counted and
@@ -188,8 +218,7 @@ def _open(
     workers: int,
     progress: Progress | None,
 ) -> FrameIndex:
-    found = read_split(directory, split, allow_missing=max_corrupt_fraction > 0)
-    schema = read_schema(directory)
+    found, schema = read_dataset(directory, split, allow_missing=max_corrupt_fraction > 0)
     fingerprint = _fingerprint(found, schema)
     roots = [Path(index_dir).absolute()] if index_dir is not None else _default_roots(directory)
     name = f"{found.dataset}-{found.version}-{split}-{digest(fingerprint)}"
@@ -216,7 +245,7 @@ def _open(
 
 
 def _fingerprint(split: Split, schema: Schema) -> dict[str, Any]:
-    return {
+    known = {
         "index_version": INDEX_VERSION,
         "features.json": schema_digest(schema),
         "shard lengths": list(split.lengths),
@@ -224,6 +253,7 @@ def _fingerprint(split: Split, schema: Schema) -> dict[str, Any]:
         "shard sizes": [s and s.size for s in split.stats],
         "shard times": [s and s.stamp for s in split.stats],
     }
+    return known | ({"files beside the shards": split.companions} if split.companions else {})
 
 
 def _default_roots(directory: Location) -> list[Path]:

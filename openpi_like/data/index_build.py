@@ -28,8 +28,8 @@ import numpy as np
 from openpi_like.data import files
 from openpi_like.data.files import Location
 from openpi_like.data.index_columns import file_name, index_columns
-from openpi_like.data.index_shard import Shard, index_shard
-from openpi_like.data.schema import DatasetError, Feature, Schema, Split
+from openpi_like.data.index_shard import index_shard
+from openpi_like.data.schema import DatasetError, Feature, Schema, Shard, Split
 
 INDEX_VERSION = 3
 SHOWN_RECORDS = 50  # damaged records listed in one message
@@ -215,9 +215,10 @@ def _shards(parts: Path, split: Split, schema: Schema) -> list[Shard | None]:
         if stat is None:
             shards.append(None)
             continue
-        key = digest([INDEX_VERSION, schema_digest(schema), location.name, stat.size, stat.stamp, expected])
+        known = [INDEX_VERSION, schema_digest(schema), location.name, stat.size, stat.stamp, expected]
+        key = digest([*known, split.companions] if split.companions else known)
         part = parts / f"{i:05d}-{key}.npz"
-        shards.append(Shard(location, split.file_format, expected, stat.size, schema, part))
+        shards.append(Shard(split, i, stat.size, schema, part))
     return shards
 
 
@@ -262,7 +263,7 @@ def build_index(
             damaged += meta["damaged"]
             surplus += [meta["surplus"]] if meta["surplus"] else []
             for key in meta["unknown"]:
-                left_out.setdefault(key.removeprefix("steps/"), "features.json does not have it")
+                left_out.setdefault(key.removeprefix("steps/"), "the dataset's own description does not have it")
         problems = []
         if surplus:
             problems.append(f"{split}: {some_of(surplus)}\ncopy the dataset again")
@@ -279,6 +280,7 @@ def build_index(
             "left_out": left_out,
             "skipped": damaged,
         }
+        split.storage.complete(split, parts, draft)
         (draft / "index.json").write_text(json.dumps(index))
         draft.rename(path)
     except (OSError, DatasetError) as e:

@@ -1,32 +1,17 @@
 """One shard of a split read into one file with all of its columns, a part of the index that is built from it."""
 
-import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openpi_like.config import near_names
-from openpi_like.data import arrayrecord, tfrecord
-from openpi_like.data.files import Location
-from openpi_like.data.index_columns import Rows, index_columns
-from openpi_like.data.schema import Schema
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """What a process needs to index one shard. expected: its records. part: the file that it writes."""
-
-    location: Location
-    file_format: str
-    expected: int
-    size: int
-    schema: Schema
-    part: Path
+from openpi_like.data.index_columns import index_columns
+from openpi_like.data.schema import Schema, Shard
+from openpi_like.data.storage import RecordError, Rows, StoredEpisode
 
 
 class _Episodes:
@@ -34,7 +19,6 @@ class _Episodes:
 
     def __init__(self, schema: Schema) -> None:
         self._fields, _ = index_columns(schema)
-        self._names = {f"steps/{key}" for key in schema.steps} | set(schema.episode)
         self._rows: dict[str, list[np.ndarray]] = {f.column: [np.empty((0, *f.shape), f.dtype)] for f in self._fields}
         self._texts: dict[str, dict[str, int]] = {f.column: {} for f in self._fields if f.feature.kind == "text"}
         self._lengths: list[int] = []
@@ -43,27 +27,17 @@ class _Episodes:
         self._parsed = 0
         self._undecodable: dict[str, tuple[int, str]] = {}
 
-    def add(self, data: bytes, offset: int, record: int) -> None:
-        """Adds one episode; adds nothing if it is malformed (RecordError)."""
-        features = tfrecord.parse_example(data)
+    def add(self, episode: StoredEpisode, record: int) -> None:
+        """Adds one episode; adds nothing if it cannot be used (RecordError)."""
         self._parsed += 1
-        rows: dict[str, Rows] = {}
-        problems = []
-        for field in self._fields:
-            if field.name not in features:
-                problems.append(f"{field.name}: missing; {near_names(field.name, list(features))}")
-                continue
-            try:
-                rows[field.column] = field.read(data, features[field.name])
-            except tfrecord.RecordError as e:
-                problems.append(f"{field.name}: {e}")
-                if field.feature.kind == "text":
-                    count, first = self._undecodable.get(field.column, (0, str(e)))
-                    self._undecodable[field.column] = count + 1, first
+        for column, why in episode.undecodable.items():
+            count, first = self._undecodable.get(column, (0, why))
+            self._undecodable[column] = count + 1, first
+        rows, problems = episode.rows, list(episode.problems)
         lengths = {f: len(rows[f.column]) for f in self._fields if f.column in rows}
         steps = {n for f, n in lengths.items() if f.folder != "episode"}
         problems += [
-            f"{f.name}: {n} values, expected 1" for f, n in lengths.items() if f.folder == "episode" and n != 1
+            f"{f.feature.key}: {n} values, expected 1" for f, n in lengths.items() if f.folder == "episode" and n != 1
         ]
         if len(steps) > 1:
             counts = ", ".join(f"{f.feature.key}: {n}" for f, n in lengths.items() if f.folder != "episode")
@@ -71,24 +45,23 @@ class _Episodes:
         elif steps == {0}:
             problems.append("it has no steps")
         if problems:
-            raise tfrecord.RecordError("; ".join(problems), resumable=True)
+            raise RecordError("; ".join(problems), resumable=True)
         for field in self._fields:
-            values = rows[field.column]
-            if isinstance(values, list):
-                table = self._texts[field.column]
-                values = np.array([table.setdefault(text, len(table)) for text in values], np.int32)
-            elif field.folder == "image":
-                values[:, 0] += offset
-            self._rows[field.column].append(values)
+            self._rows[field.column].append(self._stored(field.column, rows[field.column]))
         self._lengths.append(steps.pop())
         self._records.append(record)
-        self._unknown |= features.keys() - self._names
+        self._unknown |= episode.unknown
+
+    def _stored(self, column: str, values: Rows) -> np.ndarray:
+        if not isinstance(values, list):
+            return values
+        table = self._texts[column]
+        return np.array([table.setdefault(text, len(table)) for text in values], np.int32)
 
     def save(self, path: Path, **meta: Any) -> None:
         """Writes all of it to one file, which is there whole or not at all."""
-        # Features of several parts (ragged ones) are stored under the name of the feature and that of the part.
-        unknown = sorted(u for u in self._unknown if not any(u.startswith(f"{name}/") for name in self._names))
-        meta |= {"texts": {column: list(table) for column, table in self._texts.items()}, "unknown": unknown}
+        meta |= {"texts": {column: list(table) for column, table in self._texts.items()}}
+        meta |= {"unknown": sorted(self._unknown)}
         meta |= {"parsed": self._parsed, "undecodable": self._undecodable}
         arrays = {column: np.concatenate(rows) for column, rows in self._rows.items()}
         arrays |= {"place/length": np.array(self._lengths, np.int64), "place/record": np.array(self._records, np.int64)}
@@ -103,26 +76,16 @@ class _Episodes:
                 Path(file.name).unlink(missing_ok=True)
 
 
-def _read_shard(shard: Shard) -> Iterator[tuple[int, str, bytes | tfrecord.RecordError]]:
-    """Yields (offset of the payload, what to call the place, payload) of every record."""
-    if shard.file_format == "array_record":
-        for record, payload in enumerate(arrayrecord.read_records(shard.location)):
-            yield 0, f"{shard.location.name}, record {record}", payload
-    else:
-        for record, (offset, payload) in enumerate(tfrecord.read_records(shard.location)):
-            yield offset, f"{shard.location.name}, record {record}, byte {offset}", payload
-
-
 def index_shard(shard: Shard, report: Callable[[int], None] | None = None) -> None:
     """Reads one shard and writes its part. report: called with the bytes that are done."""
     episodes, damaged, records = _Episodes(shard.schema), [], 0
     name = shard.location.name
-    for offset, place, payload in _read_shard(shard):
+    for place, episode in shard.split.storage.episodes(shard):
         try:
-            if isinstance(payload, tfrecord.RecordError):
-                raise payload
-            episodes.add(payload, offset, records)
-        except tfrecord.RecordError as e:
+            if isinstance(episode, RecordError):
+                raise episode
+            episodes.add(episode, records)
+        except RecordError as e:
             damaged.append(f"{place}: {e}")
             if not e.resumable:
                 damaged += [f"{name}, record {k}: behind the damage" for k in range(records + 1, shard.expected)]
@@ -131,7 +94,7 @@ def index_shard(shard: Shard, report: Callable[[int], None] | None = None) -> No
         records += 1
         if report is not None:
             report(shard.size * min(records, shard.expected) // max(shard.expected, 1))
-    told = f"the file holds {records}, dataset_info.json says {shard.expected}"
+    told = f"the file holds {records}, the dataset says {shard.expected}"
     damaged += [f"{name}, record {k}: missing, {told}" for k in range(records, shard.expected)]
     surplus = f"{name}: more records than expected, {told}" if records > shard.expected else None
     episodes.save(shard.part, damaged=damaged, surplus=surplus)

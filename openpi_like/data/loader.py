@@ -21,7 +21,6 @@ import numpy as np
 from absl import flags
 
 from openpi_like.batch import Batch
-from openpi_like.data import arrayrecord
 from openpi_like.data.assembly import Assembler
 from openpi_like.data.config import DataConfig, PolicyShape, open_datasets
 from openpi_like.data.dataset import EpisodeDataset
@@ -229,8 +228,8 @@ def memory_needed(
     if config.group_episodes is not None:
         of = [(d.frames_per_episode(), config.group_episodes, config.num_threads) for d in datasets]
         needed["order of groups"] = processes * sum(GroupedOrder.most_bytes(*x) for x in of)
-    if any(d.index.split.file_format == "array_record" for d in datasets):
-        needed["records that were read last"] = (1 + config.num_workers) * arrayrecord.CACHE_BYTES
+    kept = {what: size for d in datasets for what, size in d.index.split.storage.kept.items()}
+    needed |= {what: (1 + config.num_workers) * size for what, size in kept.items()}
     if config.num_workers:
         needed[f"{config.num_workers} processes"] = config.num_workers * WORKER_BYTES
     return needed

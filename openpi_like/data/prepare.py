@@ -27,10 +27,11 @@ from jaxtyping import UInt8
 
 from openpi_like.data import arrayrecord, files, tfrecord
 from openpi_like.data.files import Location
-from openpi_like.data.images import decode
-from openpi_like.data.schema import DatasetError, Feature, read_schema, read_split, split_names
+from openpi_like.data.images import ENCODINGS, decode, encoding
+from openpi_like.data.layouts.tfds import read_schema, read_split, split_names
+from openpi_like.data.schema import DatasetError, Feature
+from openpi_like.data.storage import RecordError
 
-_MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG"}
 _DONE = ".prepared"  # what is done, in the directory that is written
 _PART = ".part-"  # begins the names of files that are not complete
 _SHOWN = 20
@@ -55,7 +56,7 @@ class Prepare:
         problems = []
         if self.height < 1 or self.width < 1:
             problems.append(f"box of {self.height} x {self.width} pixels, expected at least 1 x 1")
-        if self.encoding not in _MAGIC:
+        if self.encoding not in ENCODINGS:
             problems.append(f"encoding {self.encoding!r}, expected 'jpeg' or 'png'")
         if not 1 <= self.quality <= 100:
             problems.append(f"quality {self.quality}, expected 1 to 100")
@@ -79,7 +80,7 @@ class Prepare:
             return data
         image = decode(data)
         size = self.size(*image.shape[:2])
-        if size == image.shape[:2] and data.startswith(_MAGIC[self.encoding]):
+        if size == image.shape[:2] and encoding(data) == self.encoding:
             return data
         if size != image.shape[:2]:
             image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
@@ -151,7 +152,7 @@ def rewrite_example(data: bytes, images: Sequence[str], change: Callable[[bytes]
     features = tfrecord.parse_example(data)
     missing = sorted(set(images) - set(features))
     if missing:
-        raise tfrecord.RecordError(f"has no {', '.join(missing)}", resumable=True)
+        raise RecordError(f"has no {', '.join(missing)}", resumable=True)
     before = after = 0
     entries = []
     for name, span in features.items():
@@ -165,7 +166,7 @@ def rewrite_example(data: bytes, images: Sequence[str], change: Callable[[bytes]
     return _field(1, b"".join(entries)), before, after
 
 
-def _records(task: Task) -> Iterator[bytes | tfrecord.RecordError]:
+def _records(task: Task) -> Iterator[bytes | RecordError]:
     if task.source_format == "array_record":
         return arrayrecord.read_records(task.source)
     return (payload for _, payload in tfrecord.read_records(task.source))
@@ -206,7 +207,7 @@ def prepare_shard(task: Task) -> list[str]:
         with contextlib.closing(_writer(part, task.config.file_format)) as writer:
             for number, record in enumerate(_records(task), 1):
                 try:
-                    if isinstance(record, tfrecord.RecordError):
+                    if isinstance(record, RecordError):
                         raise record
                     payload, old, new = rewrite_example(record, task.images, task.config.image)
                 except ValueError as e:
@@ -276,7 +277,7 @@ def plan(source: str | Path, out: Path, config: Prepare, splits: Sequence[str] =
     return [
         Task(
             source=shard,
-            source_format=split.file_format,
+            source_format=split.storage.name,
             target=out / f"{split.dataset}-{split.name}.{config.file_format}-{i:05d}-of-{len(split.shards):05d}",
             expected=expected,
             stamp=f"{stat.size} {stat.stamp}" if stat else "",

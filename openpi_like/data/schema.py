@@ -1,20 +1,14 @@
-"""What a TFDS directory says about itself: `dataset_info.json` and `features.json`, read without TFDS."""
+"""What a dataset says of itself, whatever its layout: its fields, and where the records of a split are stored."""
 
 import dataclasses
-import json
-import logging
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from openpi_like.config import near_names
-from openpi_like.data import files
+import numpy as np
+
 from openpi_like.data.files import Location, Stat
-
-# A list of more integers than this under a name with one of these words is text, a Unicode code point per integer,
-# padded with zeros (language_table: observation/instruction is int32[512]).
-CODE_POINT_WORDS = ("instruction", "language")
-CODE_POINT_LENGTH = 64
-
-_log = logging.getLogger(__name__)
+from openpi_like.data.storage import Pictures, RecordError, StoredEpisode
 
 
 class DatasetError(ValueError):
@@ -23,11 +17,11 @@ class DatasetError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One leaf of `features.json`.
+    """One field of a step or of an episode.
 
     key: path, e.g. "observation/state" in a step. kind: "numeric", "text", "image", or "other" where this reader cannot
     read it. shape: of one step's value; None where it may vary. encoding: "none", "zlib" or "bytes"; of texts that are
-    stored as integers "code_points" (see `CODE_POINT_WORDS`).
+    stored as integers "code_points" (see `layouts.tfds.CODE_POINT_WORDS`).
     """
 
     key: str
@@ -49,199 +43,73 @@ class Schema:
 class Split:
     """One split: its shard files in order, how many records (episodes) each holds, and what the storage says of it.
 
-    file_format: "tfrecord" or "array_record". stats: None where the file is missing, if that is tolerated.
+    storage: how records are read. stats: None where the file is missing, if that is tolerated.
+    companions: a digest of all other files that the records need (videos, tables of episodes), or "".
+    rate: steps in a second, in Hz, where the dataset says it.
     """
 
     name: str
     dataset: str
     version: str
-    file_format: str
+    storage: "Storage"
     shards: tuple[Location, ...]
     lengths: tuple[int, ...]
     stats: tuple[Stat | None, ...]
+    companions: str = ""
+    rate: float | None = None
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.version} split {self.name!r}"
 
 
-_NUMERIC = {"bool", "float16", "float32", "float64"} | {f"{s}int{b}" for s in ("", "u") for b in (8, 16, 32, 64)}
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a process needs to index one shard. number: of the split. part: the file that it writes."""
+
+    split: Split
+    number: int
+    size: int
+    schema: Schema
+    part: Path
+
+    @property
+    def location(self) -> Location:
+        """Its file."""
+        return self.split.shards[self.number]
+
+    @property
+    def expected(self) -> int:
+        """Its records."""
+        return self.split.lengths[self.number]
 
 
-def _shape(node: dict[str, Any]) -> tuple[int | None, ...]:
-    # A dimension that may vary is written as -1 (or as null).
-    dims = [None if d is None else int(d) for d in node.get("shape", {}).get("dimensions", [])]
-    return tuple(None if d is not None and d < 0 else d for d in dims)
+@runtime_checkable
+class Storage(Protocol):
+    """How records are stored: a new way is a new class, and nothing else asks which it is.
 
-
-def _leaves(node: dict[str, Any], path: str) -> list[Feature]:
-    if "featuresDict" in node:
-        children = node["featuresDict"].get("features", {})
-        return [leaf for name, child in children.items() for leaf in _leaves(child, f"{path}/{name}" if path else name)]
-    if "tensor" in node:
-        tensor = node["tensor"]
-        dtype, shape = tensor["dtype"], _shape(tensor)
-        if dtype in ("string", "object") and shape == ():
-            return [Feature(path, "text", "string", ())]
-        numeric = dtype in _NUMERIC and None not in shape
-        encoding = tensor.get("encoding") or "none"
-        if numeric and encoding == "none" and _is_code_points(path, dtype, shape):
-            return [Feature(path, "text", dtype, shape, "code_points")]
-        return [Feature(path, "numeric" if numeric else "other", dtype, shape, encoding)]
-    if "text" in node:
-        return [Feature(path, "text", "string", ())]
-    if "classLabel" in node:
-        return [Feature(path, "numeric", "int64", ())]
-    if "image" in node:
-        image = node["image"]
-        return [Feature(path, "image", image.get("dtype", "uint8"), _shape(image))]
-    return [Feature(path, "other", node.get("pythonClassName", "unknown").rpartition(".")[2], ())]
-
-
-def _is_code_points(path: str, dtype: str, shape: tuple[int | None, ...]) -> bool:
-    named = any(word in path.rpartition("/")[2] for word in CODE_POINT_WORDS)
-    return named and "int" in dtype and len(shape) == 1 and (shape[0] or 0) > CODE_POINT_LENGTH
-
-
-def read_schema(directory: Location) -> Schema:
-    """Reads `features.json`. Keys are joined with "/"; names may contain "/" themselves.
-
-    Raises:
-        DatasetError: there is no such file, or no `steps` in it.
+    A frozen object, since it travels to other processes with its split.
     """
-    root = _read_json(directory / "features.json")
-    features = root.get("featuresDict", {}).get("features", {})
-    steps = features.get("steps")
-    if steps is None or "sequence" not in steps:
-        raise DatasetError(
-            f"{directory}/features.json: no sequence 'steps', so this is not RLDS; it has "
-            f"{sorted(features) or 'nothing'}"
-        )
-    episode = [leaf for name, node in features.items() if name != "steps" for leaf in _leaves(node, name)]
-    return Schema(
-        steps={f.key: f for f in sorted(_leaves(steps["sequence"]["feature"], ""), key=lambda f: f.key)},
-        episode={f.key: f for f in sorted(episode, key=lambda f: f.key)},
-    )
 
+    @property
+    def name(self) -> str:
+        """What it is called, for instance "tfrecord"."""
 
-def find_datasets(directory: Location) -> list[Location]:
-    """Returns the TFDS directories that `directory` is or holds: itself, or versions and configurations of datasets.
+    def episodes(self, shard: "Shard") -> Iterator[tuple[str, StoredEpisode | RecordError]]:
+        """Yields (what to call the place, record) of every record of a shard, in order.
 
-    Raises:
-        DatasetError: there is none.
-    """
-    try:
-        _list_files(directory)
-    except DatasetError:
-        patterns = [f"{'*/' * depth}dataset_info.json" for depth in (1, 2, 3)]
-        below = [name for pattern in patterns for name in files.glob(directory, pattern)]
-        if not below:
-            raise
-        return [directory / name.removesuffix("/dataset_info.json") for name in below]
-    return [directory]
+        Raises:
+            OSError: the file cannot be read.
+        """
 
+    def complete(self, split: "Split", parts: Path, index: Path) -> None:
+        """Adds to a finished index what pictures need beside its columns. parts: directory of the build."""
 
-def split_names(directory: Location) -> list[str]:
-    """Returns the splits that `dataset_info.json` lists; raises as `read_split`."""
-    _list_files(directory)
-    return [s["name"] for s in _read_json(directory / "dataset_info.json").get("splits", [])]
+    def pictures(self, split: "Split", index: Path) -> Pictures:
+        """Returns what reads pictures. index: the directory of the index."""
 
+    def read_bytes(self, images: dict[str, np.ndarray], key: str) -> int:
+        """Returns the most that is read at once for a picture `key`. images: key -> (N, 2) of some steps."""
 
-def read_split(directory: Location, split: str, *, allow_missing: bool = False) -> Split:
-    """Reads `dataset_info.json` and finds the shards of a split.
-
-    allow_missing: shards may be absent as long as one is there.
-
-    Raises:
-        DatasetError: the directory, the split or shards are missing, or the format is not TFRecord or ArrayRecord.
-    """
-    there = _list_files(directory)
-    info = _read_json(directory / "dataset_info.json")
-    splits = {s["name"]: s for s in info.get("splits", [])}
-    if split not in splits:
-        raise DatasetError(f"{directory}: no split {split!r}; {near_names(split, list(splits))}")
-    file_format = info.get("fileFormat", "tfrecord")
-    if file_format not in ("tfrecord", "array_record"):
-        raise DatasetError(
-            f"{directory}: file format {file_format!r}, expected 'tfrecord' or 'array_record'; write it again in one"
-        )
-    lengths = tuple(int(n) for n in splits[split].get("shardLengths", []))
-    if not lengths or not sum(lengths):
-        raise DatasetError(f"{directory}: split {split!r} has no records, says dataset_info.json")
-    template = splits[split].get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    count = len(lengths)
-    names = []
-    for i in range(count):
-        name = template
-        for key, value in (
-            ("DATASET", info["name"]),
-            ("SPLIT", split),
-            ("FILEFORMAT", file_format),
-            ("SHARD_INDEX", f"{i:05d}"),
-            ("NUM_SHARDS", f"{count:05d}"),
-            ("SHARD_X_OF_Y", f"{i:05d}-of-{count:05d}"),
-        ):
-            name = name.replace("{" + key + "}", value)
-        names.append(name)
-    missing = [name for name in names if name not in there]
-    # The same name with other numbers: of another generation of the dataset, or of another count of shards.
-    stem = f"{info['name']}-{split}.{file_format}-"
-    unknown = [name for name in there if name.startswith(stem) and name not in names]
-    if len(missing) == count or (missing and not allow_missing):
-        others = [name for name in there if split in name]
-        raise DatasetError(
-            f"{directory}: dataset_info.json expects {count} shards of split {split!r} (numbered 0 to {count - 1}), "
-            f"missing: {', '.join(missing)}; there: {', '.join(others) or 'none'}; copy the dataset again"
-        )
-    if unknown:
-        _log.warning(
-            "%s: dataset_info.json knows %d shards of split %r; these files are not among them and are not read: %s",
-            directory, count, split, ", ".join(unknown),
-        )  # fmt: skip
-    return Split(
-        name=split,
-        dataset=info["name"],
-        version=str(info.get("version", directory.name)),
-        file_format=file_format,
-        shards=tuple(directory / name for name in names),
-        lengths=lengths,
-        stats=tuple(there.get(name) for name in names),
-    )
-
-
-def _list_files(directory: Location) -> dict[str, Stat]:
-    """Returns the files of a TFDS directory, dataset_info.json among them."""
-    try:
-        there = files.list_files(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(f"no dataset directory {directory}; {_nearest(directory.parent)}") from None
-    except OSError as e:
-        raise DatasetError(f"cannot read {directory}: {e}") from e
-    if "dataset_info.json" not in there:
-        below = [name for pattern in ("*", "*/*") for name in files.glob(directory, f"{pattern}/dataset_info.json")]
-        versions = [name.removesuffix("/dataset_info.json") for name in below]
-        hint = f"did you mean one of its subdirectories {versions}?" if versions else "expected a TFDS directory"
-        raise DatasetError(f"{directory} has no dataset_info.json; {hint}")
-    return there
-
-
-def _nearest(directory: Location) -> str:
-    """Says what is in the nearest directory that exists."""
-    while True:
-        try:
-            return f"in {directory} there is: {', '.join(files.list_directories(directory)) or 'nothing'}"
-        except OSError:
-            if directory == directory.parent:
-                return f"there is nothing in {directory} either"
-            directory = directory.parent
-
-
-def _read_json(path: Location) -> dict[str, Any]:
-    try:
-        return json.loads(files.read_text(path))
-    except FileNotFoundError:
-        there = sorted(files.list_files(path.parent))
-        raise DatasetError(f"no {path}; expected a TFDS directory, which has {path.name}; there: {there}") from None
-    except OSError as e:
-        raise DatasetError(f"cannot read {path}: {e}") from e
-    except ValueError as e:
-        raise DatasetError(f"{path} is not JSON: {e}; copy the dataset again") from None
+    @property
+    def kept(self) -> dict[str, int]:
+        """What reading pictures keeps in each process, and how many bytes that takes at most."""

@@ -13,20 +13,13 @@ import google_crc32c
 import numpy as np
 
 from openpi_like.data.files import Forward, Location
+from openpi_like.data.storage import RecordError
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
 
 Span = tuple[int, int]  # [start, end) in a record's payload
-
-
-class RecordError(ValueError):
-    """A record is damaged. `resumable`: the records after it can still be read."""
-
-    def __init__(self, message: str, *, resumable: bool) -> None:
-        super().__init__(message)
-        self.resumable = resumable
 
 
 def masked_crc(data: bytes) -> int:

@@ -15,6 +15,7 @@ _NO_ROBOTS = (
     "robot",
     "representations",
     "limits",
+    "lerobot_fields",
     "gripper",
     "dataset_copies",
     "policy_fit",

@@ -77,8 +77,8 @@ class Limits:
     ) -> dict[str, Float[np.ndarray, "*batch T D"]]:
         """Returns by how much a sequence of values goes beyond each bound: 0 within it, and where none is known.
 
-        values: consecutive commands or states, in robot space, `hz` of them per second. command: what they are, see
-            `ActionField`. A step's speed is that since the step before, so the first (two) have none to be judged.
+        values: consecutive commands or states, in robot space, `hz` of them per second; what was commanded last before
+            them, to judge the first step's speed too. command: what they are, see `ActionField`.
 
         Raises:
             ValueError: values are not finite.
@@ -131,7 +131,7 @@ def excess_problems(
             at = ", ".join(map(str, np.unravel_index(int(steps.argmax()), steps.shape)))
             got = bounds[kind][d] + steps.max() * (-1 if kind == "lower" else 1)
             problems.append(
-                f"{dim}: {kind} limit {bounds[kind][d]:.6g}, got {got:.6g} at step {at} ({count} of {steps.size} steps)"
+                f"{dim}: {kind} limit {bounds[kind][d]:.4g}, got {got:.4g} at step {at} ({count} of {steps.size} steps)"
             )
     return problems
 

@@ -20,6 +20,7 @@ from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
+from openpi_like.data.storage import RecordError
 from openpi_like.data.text import TextTokenizer
 from tests.data.odd import copied, write_odd
 from tests.data.robot_check.arm import write_arm
@@ -68,7 +69,7 @@ def shards_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read = tfrecord.read_records
 
-    def noted(path: Location) -> Iterator[tuple[int, bytes | tfrecord.RecordError]]:
+    def noted(path: Location) -> Iterator[tuple[int, bytes | RecordError]]:
         names.append(path.name)
         return read(path)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from openpi_like.data import arrayrecord, files
+from openpi_like.data.byte_cache import ByteCache
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from tests.data.odd import DEPTH, LENGTHS, NAME, copied
@@ -36,7 +37,7 @@ def assert_same(ours: FrameIndex, theirs: FrameIndex) -> None:
 
 def test_both_file_formats_hold_the_same(odd: Path, odd_arrays: Path) -> None:
     ours, theirs = open_index(odd_arrays, "train"), open_index(odd, "train")
-    assert (ours.split.file_format, theirs.split.file_format) == ("array_record", "tfrecord")
+    assert (ours.split.storage.name, theirs.split.storage.name) == ("array_record", "tfrecord")
     assert_same(ours, theirs)
 
 
@@ -46,7 +47,7 @@ def test_records_are_kept_up_to_a_number_of_bytes(
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    cache = arrayrecord._Cache(limit)
+    cache = ByteCache(limit)
     monkeypatch.setattr(arrayrecord, "_cache", cache)
     index, reference = open_index(odd_arrays, "train"), open_index(odd, "train")
     steps = [int(i) for i in np.random.default_rng(0).permutation(np.repeat(np.arange(index.steps), 4))]
@@ -73,7 +74,8 @@ def test_more_array_records_than_may_stay_open(odd: Path, odd_arrays: Path, monk
     index, reference = open_index(odd_arrays, "train"), open_index(odd, "train")
     for step in (0, 8, 22, 0):
         assert index.read_image(step, DEPTH) == reference.read_image(step, DEPTH)
-    assert len(index._records._readers) == 1
+    pictures: Any = index._pictures
+    assert len(pictures._records._readers) == 1
 
 
 def damaged_arrays(directory: Path, to: Path, damage: Any) -> tuple[Path, Path]:

@@ -179,7 +179,7 @@ def test_a_missing_or_cut_shard_of_a_store(memory: Any, toy: Path) -> None:
     index = open_index(url, "train")
     memory.pipe_file(name, content[:100])
     step = int(index.episode_start[6])
-    with pytest.raises(DatasetError, match=r"episode 6, step 0 .* bytes of observation/image; the file was changed"):
+    with pytest.raises(DatasetError, match=r"episode 6, step 0 .*/image: read .* bytes; the file was changed"):
         index.read_image(step, "observation/image")
     memory.rm(name)
     with pytest.raises(DatasetError, match=r"episode 6, step 0 .* cannot read observation/image: "):

@@ -8,11 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openpi_like.data.images import decode, decode_depth, fit
+from openpi_like.data.images import FITS, Target, decode, decode_depth, decode_for, fit
 
 
 def test_fit_keeps_smooth_pictures() -> None:
@@ -106,6 +107,68 @@ def test_names_that_mean_nothing() -> None:
         fit(image, out, fit="crop_center")
     with pytest.raises(ValueError, match=r"resize 'cubics' is unknown; did you mean 'cubic'\?"):
         fit(image, out, resize="cubics")
+
+
+# ---- JPEGs at a part of their size -----------------------------------------------------------------------------------
+
+
+def scene(height: int, width: int) -> np.ndarray:
+    """A picture with edges, texture and smooth parts, as a camera has them."""
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (9, 12, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    image[height // 3 : height // 2, width // 4 : width // 2] = 230
+    cv2.line(image, (0, height), (width, 0), (20, 60, 20), max(1, height // 60))
+    noise = rng.normal(0, 4, image.shape)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    h=st.integers(1, 300),
+    w=st.integers(1, 300),
+    size=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    how=st.sampled_from(FITS),
+)
+def test_a_part_of_a_jpeg_is_never_smaller_than_what_is_made_of_it(
+    h: int, w: int, size: tuple[int, int], how: str
+) -> None:
+    data = simplejpeg.encode_jpeg(scene(h, w), colorsubsampling="420")
+    image, stored = decode_for(data, "rgb", Target(*size, how))
+    assert stored == (h, w)
+    (factor,) = {f for f in (1, 2, 4, 8) if image.shape[:2] == (-(-h // f), -(-w // f))} or {0}
+    least = Target(*size, how).least(h, w)
+    assert h >= factor * least[0]
+    assert w >= factor * least[1]
+    assert factor == 8 or h < 2 * factor * least[0] or w < 2 * factor * least[1]
+    if factor == 1:
+        np.testing.assert_array_equal(image, decode(data))
+
+
+@pytest.mark.parametrize(("height", "width", "to"), [(480, 640, 224), (720, 1280, 224), (480, 640, 64), (256, 320, 96)])
+@pytest.mark.parametrize("how", FITS)
+def test_a_part_of_a_jpeg_differs_little(height: int, width: int, to: int, how: str) -> None:
+    data = simplejpeg.encode_jpeg(scene(height, width), quality=90, colorsubsampling="420")
+    of_all, of_part = np.zeros((2, to, to, 3), np.uint8)
+    fit(decode(data), of_all, fit=how)
+    part, _ = decode_for(data, "rgb", Target(to, to, how))
+    assert part.size < decode(data).size / 3
+    fit(part, of_part, fit=how)
+    error = of_all.astype(float) - of_part
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 38
+    assert abs(error.mean()) < 0.3  # no brightness is lost, and nothing is shifted:
+    shifted = np.roll(of_part, 1, axis=1).astype(float) - of_all
+    assert (error**2).mean() < 0.5 * (shifted**2).mean()
+
+
+def test_only_large_jpegs_are_decoded_in_part() -> None:
+    image = scene(100, 120)
+    target = Target(60, 60)
+    for data in (cv2.imencode(".png", image)[1].tobytes(), simplejpeg.encode_jpeg(image)):
+        found, stored = decode_for(data, "bgr", target)
+        np.testing.assert_array_equal(found, decode(data, "bgr"))
+        assert stored == (100, 120)
+    with pytest.raises(ValueError, match=r"[Pp]remature end|[Nn]ot a JPEG|[Ii]nvalid"):
+        decode_for(simplejpeg.encode_jpeg(scene(480, 640))[:3000], "rgb", target)
 
 
 # ---- Depth -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from openpi_like.data import tfrecord
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.images import decode
 from openpi_like.data.index import open_index
-from openpi_like.data.schema import DatasetError, read_schema
+from openpi_like.data.layouts.tfds import read_schema
+from openpi_like.data.schema import DatasetError
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.crosscheck import assert_same_as_tfds
 from tests.data.toy import ARM, LENGTHS, change_record, shard
@@ -121,7 +122,7 @@ def test_a_shard_with_other_records_than_announced(copy: Path) -> None:
     (copy / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(
         DatasetError,
-        match=r"toy_arm-train.tfrecord-00001.*, record 5: missing, the file holds 5, dataset_info.json says 6",
+        match=r"toy_arm-train.tfrecord-00001.*, record 5: missing, the file holds 5, the dataset says 6",
     ) as e:
         open_index(copy, "train")
     assert str(shard(copy, 1).name) in str(e.value)
@@ -201,5 +202,5 @@ def test_a_file_cut_after_it_was_indexed(copy: Path) -> None:
     dataset = EpisodeDataset(open_index(copy, "train"), ARM)
     path = shard(copy, 2)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match=r"episode 11, step 13 .* of observation/image; the file was changed"):
+    with pytest.raises(DatasetError, match=r"episode 11, step 13 .*/image: read .* bytes; the file was changed"):
         dataset.image(len(dataset) - 1, ARM.cameras[0])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.index import open_index
-from openpi_like.data.index_columns import from_code_points
+from openpi_like.data.layouts.records import from_code_points
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.tfrecord import RecordError
+from openpi_like.data.storage import RecordError
 from tests.data.odd import NAME, code_points, write
 from tests.data.toy import CART, change_record
 

@@ -24,6 +24,7 @@ from openpi_like.data.images import decode
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.prepare import Prepare, plan, prepare_shard, rewrite_example, write_info, write_shards
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.storage import RecordError
 from tests.conftest import REPOSITORY
 from tests.data.beam import BEAM, import_beam
 from tests.data.toy import LENGTHS, change_record, shard
@@ -115,7 +116,7 @@ def test_examples_keep_all_other_bytes(toy: Path, tfds: Any) -> None:
     assert (before, after) == (sum(map(len, images)), sum(map(len, images)) + 300 * len(images))
     for key in old:
         assert key == name or new[key].SerializeToString() == old[key].SerializeToString()
-    with pytest.raises(tfrecord.RecordError, match="has no steps/x"):
+    with pytest.raises(RecordError, match="has no steps/x"):
         rewrite_example(data, ["steps/x"], lambda x: x)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from openpi_like.data.index import open_index
-from openpi_like.data.schema import DatasetError, _is_code_points, read_schema
+from openpi_like.data.layouts.tfds import _is_code_points, read_schema
+from openpi_like.data.schema import DatasetError
 from tests.data.odd import LEFT_OUT, LENGTHS, NAME
 
 
@@ -89,7 +90,7 @@ def test_more_records_than_announced_in_two_shards_are_both_named(odd_copy: Path
         with pytest.raises(DatasetError) as e:
             open_index(odd_copy, "train", max_corrupt_fraction=fraction)
         for i in (0, 1):
-            assert f"-{i:05d}: more records than expected, the file holds 2, dataset_info.json says 1" in str(e.value)
+            assert f"-{i:05d}: more records than expected, the file holds 2, the dataset says 1" in str(e.value)
 
 
 def test_a_field_that_no_record_has(odd_copy: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_field_that_no_record_has(odd_copy: Path) -> None:
 def test_a_field_that_features_json_does_not_have(odd_copy: Path) -> None:
     edit(odd_copy / "features.json", lambda schema: step_features(schema).pop("flag"))
     index = open_index(odd_copy, "train")
-    assert index.left_out == LEFT_OUT | {"flag": "features.json does not have it"}
+    assert index.left_out == LEFT_OUT | {"flag": "the dataset's own description does not have it"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openpi_like.data import tfrecord
-from openpi_like.data.tfrecord import RecordError
+from openpi_like.data.storage import RecordError
 
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), max_size=20)
 INTEGERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20)

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from openpi_like.config import from_json, to_json
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.robots.gripper import Gripper
+from openpi_like.robots.limits import Limits
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.representations import UNITS
 from openpi_like.robots.robot import ActionField, Camera, StateField
@@ -64,6 +65,14 @@ def test_names_and_sizes():
     )
     assert (wide.robot_state_size, wide.state_size) == (3, 6)
     assert len(wide.state_names) == 6
+    turn = ("roll", "pitch", "yaw")
+    named = make_robot(
+        [StateField("r", "s", 3, unit="deg", rotation="rpy", model_rotation="axis_angle", names=turn)],
+        [ActionField("arm", "a", 2, unit="deg", names=("waist", "elbow"))],
+    )
+    assert named.action_names == ("waist [rad]", "elbow [rad]")
+    assert named.robot_action_names == ("waist [deg]", "elbow [deg]")
+    assert named.state_names == ("r_0 [rad]", "r_1 [rad]", "r_2 [rad]")  # no roll, pitch, yaw any more
 
 
 # ---- laws
@@ -179,8 +188,11 @@ def test_a_robot_stored_before_fields_were_added_is_read():
             del camera[name]
     for field in (*stored["state"], *stored["action"]):
         field.pop("next_step", None)
+        for name in ("names", "limits"):
+            del field[name]
         if field["gripper"]:
             del field["gripper"]["convention"]
+            field["gripper"]["__class__"] = "openpi_like.robots.robot:Gripper"
     assert from_json(stored) == WIDOWX
 
 
@@ -232,6 +244,19 @@ def test_a_robot_stored_before_fields_were_added_is_read():
         (lambda: ActionField("x", "s", 1, unit="feet"), "ActionField 'x': unit 'feet'"),
         (lambda: ActionField("x", "s", 1, command="relative"), "command 'relative', expected 'absolute', 'delta' or"),
         (lambda: ActionField("x", "s", 1, command="delta", relative_to="x"), "cannot be made relative"),
+        (lambda: StateField("x", "s", 2, names=("a",)), r"1 names \('a',\), expected 2, or none"),
+        (
+            lambda: StateField("x", "s", 3, limits=Limits((0.0, 0.0), velocity=1.0)),
+            "limits.lower has 2 numbers, expected 3, or one number for all dims",
+        ),
+        (
+            lambda: StateField("x", "s", 3, rotation="rpy", limits=Limits(acceleration=1.0)),
+            "limits of velocity and acceleration of a rotation",
+        ),
+        (
+            lambda: make_robot([StateField(n, "s", 1, names=("waist",)) for n in ("left", "right")], [ACTION]),
+            r"state dims \['waist'\] are named twice",
+        ),
         (lambda: make_robot([STATE, STATE], [ACTION]), r"state field names \['hand'\] are used twice"),
         (lambda: make_robot([STATE], [ACTION, ACTION]), "action field names"),
         (lambda: make_robot([STATE], [ACTION], cameras=()), "no camera, expected at least one"),

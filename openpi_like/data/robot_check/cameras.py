@@ -22,7 +22,8 @@ _SHALLOW = 12.0  # a standard deviation below this: a night or an overexposed wa
 _FLAT = 3.0  # standard deviation of 255: a cap, or a camera that delivers one colour
 _FROZEN = 0.5  # of the steps in which the robot moves: cameras at 30 Hz, stored at 50, repeat 0.4 of their frames
 _MOVES = 0.01  # of the range of a state: a smaller movement may not change a picture
-_PAIRS = 32  # repeated images that are read to make sure
+_PAIRS = 32  # of images that are compared
+_ALIKE = 2  # of 255 levels, everywhere: a video codec may change a frozen picture by so much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,26 +115,25 @@ def _light(
 
 
 def _frozen(sample: RobotSample, camera: Camera) -> list[Finding]:
-    """Images that are, byte for byte, those of the step before, although the robot has moved."""
-    t = sample.rows_with(0, 1)
-    steps = sample.sample.steps
+    """Images that are those of the step before, although the robot has moved."""
+    t, steps = sample.rows_with(0, 1), sample.sample.steps
     moves = np.zeros(len(t), bool)
     for x in sample.states.values():
         span = np.ptp(np.quantile(x, [0.01, 0.99], axis=0), axis=0)
         moves |= ((np.abs(x[t + 1] - x[t]) > _MOVES * span) & (span > 0)).any(axis=1)
     t = t[moves] if sample.states else t
+    t = t[np.isin(steps[t], present := _present(sample, camera)) & np.isin(steps[t + 1], present)]
     if not len(t):
         return []
-    sizes = np.asarray(sample.index.images[camera.key][:, 1])
-    equal = t[sizes[steps[t]] == sizes[steps[t + 1]]]
-    some = equal[np.unique(np.linspace(0, max(0, len(equal) - 1), _PAIRS).round().astype(int))] if len(equal) else equal
-    repeated = [
-        sample.index.read_image(int(steps[i]), camera.key) == sample.index.read_image(int(steps[i + 1]), camera.key)
-        for i in some
-    ]
-    share = float(np.mean(repeated)) * len(equal) / len(t) if repeated else 0.0
-    message = f"{share:.0%} of its frames repeat the one before although the robot moves"
-    if share > _FROZEN:
+    repeated = []
+    for i in t[np.unique(np.linspace(0, len(t) - 1, _PAIRS).round().astype(int))]:
+        before, after = (
+            read_image(sample.index, sample.robot, int(s), camera).astype(np.int16)
+            for s in _shown_at(sample, camera, steps[i : i + 2])
+        )
+        repeated.append(before.shape == after.shape and int(np.abs(before - after).max()) <= _ALIKE)
+    message = f"{np.mean(repeated):.0%} of {len(repeated)} frames repeat the one before although the robot moves"
+    if np.mean(repeated) > _FROZEN:
         return [Finding("suspect", camera.name, message, "it froze, or is far slower than the data: leave it out")]
     return [Finding("found", camera.name, message)]
 

@@ -15,7 +15,7 @@ from openpi_like.data.step_values import StepValues, not_finite
 from openpi_like.robots.robot import ActionField, Robot, StateField
 
 STEPS = 50_000  # of a sample: correlations are stable long before, and every check stays below a second or two
-_SECONDS = (1.0, 1e-3, 1e-6, 1e-9)  # units of time stamps
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}  # units of time stamps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RobotSample:
     ) -> "RobotSample":
         """Takes at most `most` steps, see `Sample.take`, without episodes that have values that are not finite.
 
-        rate: steps per second, where the dataset's own description says it; otherwise a time stamp may.
+        rate: steps per second, where someone knows better than the dataset's own description and its time stamps.
 
         Raises:
             DatasetError: the dataset does not have what the robot says, or no episode is left; lists all.
@@ -71,7 +71,7 @@ class RobotSample:
         check_dataset(index, robot, part, Selection(skip_not_finite=True), max_corrupt_fraction)
         bad = not_finite(index, part, [*robot.state, *robot.action])
         sample = Sample.take(index, most)
-        known = Rate(rate, "the dataset's description") if rate is not None else _stamped_rate(sample, robot)
+        known = _rate(sample, robot, rate)
         sample = _without(sample, bad)
         if not len(sample.steps):
             raise DatasetError(
@@ -150,15 +150,19 @@ def _without(sample: Sample, bad: np.ndarray) -> Sample:
     return Sample(sample.index, sample.steps[np.repeat(good, lengths)], np.append(0, np.cumsum(lengths[good])))
 
 
-def _stamped_rate(sample: Sample, robot: Robot) -> Rate | None:
-    """The rate by a time stamp. Its unit is not known: the one is taken that is nearest to what the robot says."""
-    if (stamps := time_gaps(sample)) is None:
-        return None
-    key, gaps = stamps
-    gap = float(np.median(gaps))
-    unit = min(_SECONDS, key=lambda u: abs(np.log(gap * u * robot.control_hz * robot.stride)))
-    return Rate(1 / (gap * unit), f"{key} (taken as {_name(unit)})", gaps * unit)
+def _rate(sample: Sample, robot: Robot, known: float | None) -> Rate | None:
+    """The rate, by who says it: the caller, the dataset's description, a time stamp.
 
-
-def _name(unit: float) -> str:
-    return dict(zip(_SECONDS, ("s", "ms", "us", "ns"), strict=True))[unit]
+    The unit of a time stamp is not known: the one is taken that is nearest to what the robot says.
+    """
+    stamps, described = time_gaps(sample), sample.index.split.rate
+    gaps, stamped = None, ""
+    if stamps is not None:
+        gap = float(np.median(stamps[1]))
+        unit = min(_SECONDS, key=lambda u: abs(np.log(gap * _SECONDS[u] * robot.control_hz * robot.stride)))
+        gaps, stamped = stamps[1] * _SECONDS[unit], f"{stamps[0]} (taken as {unit})"
+    if known is not None:
+        return Rate(known, "what was given", gaps)
+    if described is not None:
+        return Rate(described, "the dataset's description", gaps)
+    return None if gaps is None else Rate(float(1 / np.median(gaps)), stamped, gaps)

@@ -176,7 +176,7 @@ def test_an_arm_that_is_as_described_is_not_suspected(arm_index: FrameIndex) -> 
     assert [f for findings in found.values() for f in findings if f.level != "found"] == []
     text = {name: " ".join(f"{f.about}: {f.message};" for f in findings) for name, findings in found.items()}
     assert list(found) == [check.name for check in CHECKS]
-    assert "10 steps per second by the dataset's description, as the robot says" in text["Rate"]
+    assert "10 steps per second by what was given, as the robot says" in text["Rate"]
     assert "action hand: lag: the state is as commanded after 1 steps (0.1 s)" in text["Commands"]
     assert "action joints: lag: the state is as commanded after 1 steps (0.1 s)" in text["Commands"]
     assert "2 different instructions: 'pick up the cup', 'open the drawer'" in text["Language"]
@@ -207,6 +207,10 @@ def test_time_stamps_say_the_rate_and_what_was_dropped(arm_index: FrameIndex) ->
     for unit in (1.0, 1e3, 1e9):
         time = np.arange(n) * 0.1 * unit
         assert suspected(with_columns(arm_index, timestamp=time), ARM) == []
+    described = dataclasses.replace(arm_index, split=dataclasses.replace(arm_index.split, rate=30.0))
+    (rate,) = suspected(with_columns(described, timestamp=np.arange(n) * 0.1), FREE)
+    assert "30 steps per second by the dataset's description, but control_hz 10" in rate[1].message
+    assert rate[1].advice == "set control_hz=30, or keep 10 and set stride=3"
     time = np.arange(n) * 0.1
     (rate,) = suspected(with_columns(arm_index, timestamp=time / 2), FREE)
     assert "20 steps per second by timestamp (taken as s), but control_hz 10 times stride 1 is 10" in rate[1].message
