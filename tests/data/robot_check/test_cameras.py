@@ -1,6 +1,7 @@
 """What is said of cameras: those that work, and those with each fault; on the pictures that the policy sees."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from openpi_like.data.images import decode, fit
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.robot_check import Finding, RobotSample
 from openpi_like.data.robot_check.cameras import Cameras
+from openpi_like.data.robot_check.rates import Rates
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots import Camera
 from openpi_like.robots.widowx import WIDOWX
+from tests.data import toy_lerobot
 from tests.data.robot_check.arm import ARM, EPISODES, STEPS
+
+HALF = dataclasses.replace(toy_lerobot.ARM, control_hz=toy_lerobot.FPS / 2)
 
 
 def look(index: FrameIndex, *cameras: Camera, **options: int) -> list[Finding]:
@@ -116,3 +121,24 @@ def test_the_absent_camera_of_bridge(bridge: Path, tmp_path: Path) -> None:
     robot = dataclasses.replace(WIDOWX, cameras=(*WIDOWX.cameras, Camera("wrist", "observation/image_3")))
     (black,) = suspicions(Cameras().findings(RobotSample.take(index, robot)))
     assert black.startswith("wrist: black camera: 24 of 24 sampled images are black; 100% of all")
+
+
+def test_videos_of_a_lerobot_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that moves, and one that froze and was encoded so; the rate is that of the dataset."""
+    moving = toy_lerobot.pictures
+
+    def pictures(episode: int, length: int, seed: int = 0) -> np.ndarray:
+        frames = moving(episode, length, seed)
+        return np.broadcast_to(frames[:1], frames.shape) if seed else frames
+
+    monkeypatch.setattr(toy_lerobot, "pictures", pictures)
+    cameras = {toy_lerobot.FRONT: "video", toy_lerobot.WRIST: "video"}
+    index = open_index(toy_lerobot.write_v30(tmp_path / "toy", cameras), "train")
+    sample = RobotSample.take(index, toy_lerobot.ARM)
+    (frozen,) = suspicions(Cameras().findings(sample))
+    # At a key frame the codec changes it by more than it does between two
+    assert re.match(r"wrist: (7|8|9)\d% of 29 frames repeat the one before", frozen)
+    rate, *_ = Rates().findings(sample)
+    assert rate.message == "20 steps per second by the dataset's description, as the robot says"
+    (wrong,) = (f for f in Rates().findings(dataclasses.replace(sample, robot=HALF)) if f.level != "found")
+    assert wrong.advice == "set control_hz=20, or keep 10 and set stride=2"
