@@ -24,10 +24,11 @@ import tyro
 from rich.console import Console
 
 from openpi_like.data import files
+from openpi_like.data.episode_sample import Sample, bounds, rows
 from openpi_like.data.index import open_index
 from openpi_like.data.layouts import read_schema, split_names
 from openpi_like.data.schema import DatasetError, Feature, Schema
-from openpi_like.data.traps import Sample, bounds, gripper_dims, rows, trigger_gripper
+from openpi_like.data.traps import gripper_dims, trigger_gripper
 from openpi_like.robots.oxe import ROBOTS
 
 MAX_SIZE = 64  # longer vectors are embeddings or point clouds

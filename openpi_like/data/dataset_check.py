@@ -15,7 +15,7 @@ from openpi_like.data.selection import Selection
 from openpi_like.data.step_values import describe_not_finite, moves, not_finite
 from openpi_like.robots.robot import Camera, Robot, StateField
 
-_OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
+OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
 
 _RATE = 0.01  # part by which a robot's rate may differ from that of its data
 
@@ -159,7 +159,7 @@ def _warn_of_grippers(index: FrameIndex, robot: Robot, part: range, usable: Sequ
             stored = index.columns[field.key][block].reshape(block.stop - block.start, -1)
             values = stored[:, field.start : field.start + field.size].astype(np.float64)
             opening = field.to_model(values)
-            outside += int(((opening < -_OUTSIDE) | (opening > 1 + _OUTSIDE)).any(axis=1).sum())
+            outside += int(((opening < -OUTSIDE) | (opening > 1 + OUTSIDE)).any(axis=1).sum())
             least, most = min(least, float(values.min())), max(most, float(values.max()))
         if outside:
             _log.warning(
