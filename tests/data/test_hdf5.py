@@ -1,6 +1,7 @@
 """Datasets in HDF5: every number and picture is what h5py reads, however it is stored; samples and their resuming."""
 
 import dataclasses
+import io
 import pickle
 import re
 import runpy
@@ -14,13 +15,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from rich.console import Console
 
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.images import decode
 from openpi_like.data.index import FrameIndex, open_index
-from openpi_like.data.layouts import find_datasets, hdf5_records, read_dataset, split_names
+from openpi_like.data.layouts import find_datasets, hdf5_records, split_names
 from openpi_like.data.layouts.robomimic_hdf5 import natural
 from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.stats import compute_normalization
@@ -166,7 +168,7 @@ def test_robocasa_tells_what_to_do(tmp_path: Path) -> None:
 
 
 def test_texts_and_numbers_beside_the_steps(tmp_path: Path) -> None:
-    """Instructions per step, per episode, as a list of one, as an attribute of either type; numbers stay as they are."""
+    """Instructions per step, per episode, as a list of one, as an attribute of either type; numbers as they are."""
     for e, n in enumerate((3, 4)):
         with h5py.File(tmp_path / f"episode_{e}.h5", "w") as file:
             file["action"] = np.arange(n * 2, dtype=">f4").reshape(n, 2)
@@ -210,7 +212,7 @@ def test_texts_and_numbers_beside_the_steps(tmp_path: Path) -> None:
 def test_any_way_of_storing_gives_the_same_pictures(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever HDF5 offers: chunks of any shape, filters, a block before the file, datasets that grew or lie outside."""
+    """Whatever HDF5 offers: chunks of any shape, filters, a block before the file, datasets that lie outside."""
     steps, height, width = (data.draw(st.integers(1, n)) for n in (6, 5, 7))
     shape = (steps, height, width, 3)
     frames = hdf5_files.pictures(np.random.default_rng(data.draw(st.integers(0, 99))), steps, height, width)
@@ -287,7 +289,9 @@ def test_processes_share_an_index_and_build_the_same(tmp_path: Path) -> None:
     assert contents(together.path) == contents(alone.path)
     copy = pickle.loads(pickle.dumps(alone))
     assert copy.split == alone.split
-    np.testing.assert_array_equal(copy.read_pixels(7, "obs/agentview_image"), alone.read_pixels(7, "obs/agentview_image"))
+    np.testing.assert_array_equal(
+        copy.read_pixels(7, "obs/agentview_image"), alone.read_pixels(7, "obs/agentview_image")
+    )
 
 
 def test_a_file_that_changes_is_indexed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -328,8 +332,9 @@ def mixed(toy: Path, tmp_path: Path, tokenizer: TextTokenizer) -> Iterator[Any]:
 
     def make(**options: Any) -> Loader:
         changes = {k: options.pop(k) for k in list(options) if k in {f.name for f in dataclasses.fields(DataConfig)}}
-        of = dict(policy=Shapes(state_dim=8, action_dim=6), tokenizer=tokenizer, normalizations=normalizations)
-        made.append(make_loader(dataclasses.replace(config, **changes), **({"batch_size": 8} | of | options)))
+        of: dict[str, Any] = dict(tokenizer=tokenizer, normalizations=normalizations)
+        of["policy"] = Shapes(state_dim=8, action_dim=6)
+        made.append(make_loader(dataclasses.replace(config, **changes), **{"batch_size": 8, **of, **options}))
         return made[-1]
 
     yield make
@@ -375,12 +380,8 @@ def test_samples_are_what_is_stored(tmp_path: Path) -> None:
     assert dataset.prompts(frames[:2]) == ["transfer the cube"] * 2
 
 
-def test_programs_take_hdf5(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_programs_take_hdf5(tmp_path: Path) -> None:
     """The report of a dataset, which looks at all that is stored."""
-    import io
-
-    from rich.console import Console
-
     write_robomimic(tmp_path / "image.hdf5")
     program, shown = runpy.run_path(str(REPOSITORY / "data" / "show.py")), io.StringIO()
     program["main"](

@@ -49,8 +49,8 @@ class Hdf5Layout:
         without = [f"{location.name} has {', '.join(of)}" for location, of in splits.items() if split not in of]
         if without:
             raise DatasetError(
-                f"{directory}: {len(without)} of {len(splits)} files have no split {split!r}; write the mask in all, or "
-                f"keep files with other masks in directories of their own:\n  {some_of(without)}"
+                f"{directory}: {len(without)} of {len(splits)} files have no split {split!r}; write the mask in all, "
+                f"or keep files with other masks in directories of their own:\n  {some_of(without)}"
             )
         counts = {location: len(of[split]) for location, of in splits.items()}
         if not any(counts.values()):

@@ -140,7 +140,9 @@ def _holds(names: Any) -> str:
 def _datasets(group: Hdf5, prefix: str, depth: int = 0) -> Iterator[tuple[str, Hdf5]]:
     """Yields (path in the episode, dataset) of all datasets."""
     if depth > _MAX_DEPTH:
-        raise RecordError(f"{prefix}: groups nested more than {_MAX_DEPTH} deep; does a link lead back?", resumable=True)
+        raise RecordError(
+            f"{prefix}: groups nested more than {_MAX_DEPTH} deep; does a link lead back?", resumable=True
+        )
     for name in group:
         item = group[name]
         if hasattr(item, "keys"):

@@ -1,4 +1,4 @@
-"""HDF5 files as robomimic has them: episodes `data/demo_0`, ..., and splits in `mask`. LIBERO and RoboCasa add texts."""
+"""HDF5 files as robomimic has them: episodes `data/demo_0`, ..., splits in `mask`. LIBERO and RoboCasa add texts."""
 
 import dataclasses
 import json
@@ -23,9 +23,9 @@ class RobomimicForm:
         return "data" in file
 
     def problem(self, file: Hdf5) -> str | None:
-        data = file["data"] if "data" in file else None
-        if not hasattr(data, "keys"):
+        if "data" not in file or not hasattr(file["data"], "keys"):
             return "it has no group 'data', which files of robomimic have"
+        data = file["data"]
         if not len(data):
             return "its group 'data' is empty, expected demo_0, ..."
         if "env_args" not in data.attrs:
@@ -43,13 +43,14 @@ class RobomimicForm:
 
     def splits(self, file: Hdf5) -> dict[str, list[str]]:
         everything = sorted(file["data"], key=natural)
-        masks = file["mask"] if "mask" in file else {}
+        if "mask" not in file:
+            return {"train": [f"data/{name}" for name in everything]}
+        masks = file["mask"]
         try:
-            chosen = {split: [_name(n) for n in masks[split][()]] for split in masks}
+            chosen = {split: sorted((_name(n) for n in masks[split][()]), key=natural) for split in masks}
         except (TypeError, AttributeError) as e:
             raise RecordError(f"its group 'mask' has something other than lists of names: {e}", resumable=False) from e
-        found = {split: sorted(names, key=natural) for split, names in chosen.items()}
-        named = {"all": everything, **found} if found else {"train": everything}
+        named = {"all": everything, **chosen}
         return {split: [f"data/{name}" for name in names] for split, names in named.items()}
 
     def rate(self, file: Hdf5) -> float | None:
