@@ -266,8 +266,10 @@ def test_names_are_sorted_by_their_numbers(numbers: set[int], name: str) -> None
 
 
 def test_rows_are_read_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With h5py, from more files than are kept open."""
+    """With h5py, from more files than all datasets of a process keep open."""
     monkeypatch.setattr(hdf5_records, "OPEN_FILES", 2)
+    other = open_index(write_robomimic(tmp_path / "lift.hdf5", stored="gzip"), "train")
+    other.read_pixels(0, "obs/agentview_image")
     index = open_index(write_aloha(tmp_path / "cube", "gzip"), "train")
     key = "observations/images/cam_low"
     expected = [stored[key][...] for _, stored in episodes(index, lambda file, e: file)]
@@ -276,10 +278,12 @@ def test_rows_are_read_by_many_threads(tmp_path: Path, monkeypatch: pytest.Monke
     with ThreadPoolExecutor(4) as pool:
         for i, image in zip(order, pool.map(lambda i: index.read_pixels(int(i), key), order), strict=True):
             np.testing.assert_array_equal(image, flat[i])
-    reader = index._pictures._rows  # type: ignore[attr-defined]
-    assert len(reader._kept) == 2
+    assert len(hdf5_records._open_files) == 2
+    other.read_pixels(1, "obs/agentview_image")
     index.close()
-    assert not reader._kept
+    assert [location.name for _, location in hdf5_records._open_files] == ["lift.hdf5"]
+    other.close()
+    assert not hdf5_records._open_files
 
 
 def test_processes_share_an_index_and_build_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import threading
 from collections import OrderedDict
@@ -18,10 +19,15 @@ from openpi_like.data.layouts.hdf5_tree import DAMAGE, Form, Hdf5, Tree, damaged
 from openpi_like.data.schema import Feature, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode
 
-OPEN_FILES = 64  # that h5py keeps open for pictures which only it can read; opening one costs about 0.1 ms
+OPEN_FILES = 64  # that a process keeps open for pictures which only h5py can read; opening one costs about 0.1 ms
 FILE_BYTES = 1 << 20  # what h5py keeps of each
 BLOCK = 16 << 20  # bytes of encoded pictures that are looked at together
 _CHUNK_CACHE = 1 << 20  # of HDF5, for an open dataset
+
+# Files that all datasets of a process keep open for h5py together, with the episodes in them, those read last.
+_open_files: OrderedDict[tuple[int, Location], tuple[Hdf5, list[str]]] = OrderedDict()
+_owners = itertools.count()
+_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,16 +236,15 @@ class _Hdf5Pictures(EncodedPictures):
 
 
 class _RowReader:
-    """Reads rows with h5py, which serves one thread at a time. Keeps files open, those used last."""
+    """Reads rows with h5py, which serves one thread at a time. Keeps files open, see `_open_files`."""
 
     def __init__(self, form: Form, split: str) -> None:
         self._form, self._split = form, split
-        self._kept: OrderedDict[Location, tuple[Hdf5, list[str]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._owner = next(_owners)
 
     def read(self, place: Place) -> bytes:
         """Returns the bytes of a picture; raises OSError, RecordError."""
-        with self._lock:
+        with _lock:
             try:
                 file, paths = self._open(place.shard)
                 # Datasets are not kept open: each would hold a cache of chunks.
@@ -249,18 +254,19 @@ class _RowReader:
         return (row if isinstance(row, bytes) else row.tobytes())[: place.length]
 
     def _open(self, location: Location) -> tuple[Hdf5, list[str]]:
-        if location not in self._kept:
+        key = self._owner, location
+        if key not in _open_files:
             file = open_file(location)
             with contextlib.ExitStack() as stack:
                 stack.callback(file.close)
-                self._kept[location] = file, _paths(self._form, file, self._split)
+                _open_files[key] = file, _paths(self._form, file, self._split)
                 stack.pop_all()
-            if len(self._kept) > OPEN_FILES:
-                self._kept.popitem(last=False)[1][0].close()
-        self._kept.move_to_end(location)
-        return self._kept[location]
+            while len(_open_files) > OPEN_FILES:
+                _open_files.popitem(last=False)[1][0].close()
+        _open_files.move_to_end(key)
+        return _open_files[key]
 
     def close(self) -> None:
-        with self._lock:
-            while self._kept:
-                self._kept.popitem()[1][0].close()
+        with _lock:
+            for key in [k for k in _open_files if k[0] == self._owner]:
+                _open_files.pop(key)[0].close()
