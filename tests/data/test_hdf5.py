@@ -20,7 +20,7 @@ from rich.console import Console
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.damage import check_images
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
-from openpi_like.data.images import decode
+from openpi_like.data.images import Target, decode
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.layouts import find_datasets, hdf5_records, split_names
 from openpi_like.data.layouts.robomimic_hdf5 import natural
@@ -70,7 +70,9 @@ def check_pictures(index: FrameIndex, group: Any, *, encoded: bool) -> None:
                     assert index.read_image(i, key) == data
                     row = decode(data)
                 np.testing.assert_array_equal(index.read_pixels(i, key), row)
-                np.testing.assert_array_equal(index.read_pixels(i, key, "bgr"), row[..., ::-1])
+                swapped, size = index.read_for(i, key, "bgr", Target(224, 224))
+                np.testing.assert_array_equal(swapped, row[..., ::-1])
+                assert size == row.shape[:2]
 
 
 def by_number(file: h5py.File, e: int) -> h5py.Group:
@@ -384,13 +386,19 @@ def test_samples_are_what_is_stored(tmp_path: Path) -> None:
     assert dataset.prompts(frames[:2]) == ["transfer the cube"] * 2
 
 
+def run(program: str, *args: Any, **options: Any) -> str:
+    names, shown = runpy.run_path(str(REPOSITORY / "data" / program)), io.StringIO()
+    names["main"](names["Args"](*args, **options), Console(file=shown, width=300))
+    return shown.getvalue()
+
+
 def test_programs_take_hdf5(tmp_path: Path) -> None:
-    """The report of a dataset, which looks at all that is stored."""
-    write_robomimic(tmp_path / "image.hdf5")
-    program, shown = runpy.run_path(str(REPOSITORY / "data" / "show.py")), io.StringIO()
-    program["main"](
-        program["Args"](str(tmp_path / "image.hdf5"), out=tmp_path / "report.html"), Console(file=shown, width=300)
-    )
-    assert "obs/agentview_image" in shown.getvalue()
-    assert "raw" in shown.getvalue()
-    assert (tmp_path / "report.html").stat().st_size > 1000
+    """The report of a dataset, which looks at all that is stored, and the draft of a robot."""
+    data = str(write_robomimic(tmp_path / "image.hdf5"))
+    text = run("show.py", data, out=tmp_path / "report.html")
+    assert re.search(r"obs/agentview_image \S raw +\S 8 x 10 +\S 240 .. 240 ", text), text
+    text = run("draft_robot.py", data, tmp_path / "panda.py")
+    assert 'Camera("base", "obs/agentview_image", 8, 10),' in text
+    assert 'StateField("robot0_eef_pos", "obs/robot0_eef_pos", 3, unit="?"),' in text
+    assert "control_hz=20.0" in text
+    assert "absent" not in text  # raw pictures are of one length

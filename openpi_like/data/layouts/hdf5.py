@@ -33,6 +33,11 @@ class Hdf5Layout:
     def is_at(self, directory: Location) -> bool:
         return bool(_list_files(directory))
 
+    def schema(self, directory: Location) -> Schema:
+        form, splits, _ = _look(directory, _list_files(directory))
+        paths = {file: [path for episodes in of.values() for path in episodes] for file, of in splits.items()}
+        return _first_episode(directory, form, paths)[1]
+
     def split_names(self, directory: Location) -> list[str]:
         form, splits, damage = _look(directory, _list_files(directory))
         _refuse(directory, form, damage)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from openpi_like.data.files import Location, Ranges
+from openpi_like.data.images import Target
 from openpi_like.data.index_columns import IndexColumn, index_columns
-from openpi_like.data.index_shard import Shard
 from openpi_like.data.layouts.hdf5_tree import DAMAGE, Form, Hdf5, Tree, damaged, describe, open_file
-from openpi_like.data.schema import Feature, Split
+from openpi_like.data.schema import Feature, Shard, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode
 
 OPEN_FILES = 64  # that a process keeps open for pictures which only h5py can read; opening one costs about 0.1 ms
@@ -36,7 +36,7 @@ class StoredImages:
     0 where it is a range of bytes of the file."""
 
     key: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int, int, int] | None
     chunk: int
 
 
@@ -120,7 +120,7 @@ def stored_images(tree: Tree, file: Hdf5) -> tuple[StoredImages, ...]:
     for key, feature in tree.schema.steps.items():
         if feature.kind == "image":
             data = tree.datasets[key]
-            raw = tuple(d for d in feature.shape if d is not None) if feature.encoding == "raw" else None
+            raw = data.shape[1:] if feature.encoding == "raw" else None
             unpacked = math.prod(data.chunks or data.shape[1:]) * data.dtype.itemsize
             found.append(StoredImages(key, raw, unpacked if (_first_bytes_of_rows(data, file) < 0).any() else 0))
     return tuple(found)
@@ -220,12 +220,12 @@ class _Hdf5Pictures(EncodedPictures):
             raise RecordError("its pictures are not encoded: take their pixels", resumable=True)
         return super().encoded(place)
 
-    def pixels(self, place: Place, channel_order: str) -> np.ndarray:
+    def pixels(self, place: Place, channel_order: str, target: Target | None) -> tuple[np.ndarray, tuple[int, int]]:
         shape = self._shapes[place.key]
         if shape is None:
-            return super().pixels(place, channel_order)
-        image = np.frombuffer(super().encoded(place), np.uint8).reshape(shape)
-        return np.ascontiguousarray(image[..., ::-1]) if channel_order == "bgr" else image
+            return super().pixels(place, channel_order, target)
+        image: np.ndarray = np.frombuffer(super().encoded(place), np.uint8).reshape(shape)
+        return np.ascontiguousarray(image[..., ::-1]) if channel_order == "bgr" else image, shape[:2]
 
     def encoding(self, place: Place) -> str:
         return super().encoding(place) if self._shapes[place.key] is None else "raw"
