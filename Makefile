@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The newest tested interpreter that is there; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := train,sim,rlds,beam,trackers,dev
+EXTRAS := train,sim,rlds,beam,formats,trackers,dev
 # These four declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
 # needs a display, gym-aloha wants dm_control (only its model files are used), openpi-client wants numpy<2, apache-beam
 # wants older numpy, protobuf, pyarrow and pillow (whose resizing differs by a level from that of the pinned one).

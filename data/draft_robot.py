@@ -164,7 +164,7 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     for slot, f in seen:
         height, width = (None if d is None else int(d) for d in f.shape[:2])
         sizes = np.zeros(0, np.int64) if sample is None else sample.index.images[f.key][sample.steps, 1]
-        if len(sizes) > 1 and sizes.min() == sizes.max():
+        if len(sizes) > 1 and sizes.min() == sizes.max() and f.encoding != "raw":
             lines.append(f"        # every image has {sizes[0]:,} bytes: a camera that was absent?")
         lines.append(f'        Camera("{slot}", {quoted(f.key)}, {height}, {width}),')
     lines += [f"        # {f.key}: {f.dtype} of shape {f.shape} is not a colour image" for f in left]
