@@ -41,7 +41,7 @@ class FetchSim:
     robot = FETCH
     tasks = tuple(PROMPTS)
     max_steps = 100  # twice the benchmark's own horizon: disturbed demonstrations take longer
-    noises: tuple[float, ...] = (0.0, 0.2, 0.4)
+    noises: tuple[float, ...] = (0.0, 0.15, 0.3)
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()  # before the package does

@@ -32,7 +32,7 @@ PROMPTS = {
 _ENVS = {"lift": ("lift", "Lift", ("cube",)), "stack": ("stack", "Stack", ("cubeA", "cubeB"))}
 
 _TABLE = 0.8  # m, height of its surface
-_HALF_SIZES = {"cube": 0.021, "cubeA": 0.02, "cubeB": 0.025}  # m; the package draws the first at random
+_HALF_SIZES = {"cube": 0.02, "cubeA": 0.02, "cubeB": 0.025}  # m; the package draws the first at random
 _REGION = 0.08  # m from the middle of the table, as the package has it for two cubes
 _APART = 0.1  # m between two cubes, so that open fingers fit between them
 
@@ -42,12 +42,14 @@ _BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (0.6, -0.3, 1.3), (-0.07, 0.0, 0.89),
 # Meshes of Sawyer's display that are too thin to have a volume, which MuJoCo has refused since 3.2.7. They are only
 # seen: no mass depends on them.
 _FLAT_MESHES = ("robot0_head_1", "robot0_head_4")
+# Sawyer's shoulder rubs against its base, whose shapes overlap, and hardly turns.
+_OVERLAPPING = (("robot0_right_arm_base_link", "robot0_right_l0"),)
 
 
 class ArmSim:
     """See `Sim`. A seed is the positions and the turns of the cubes.
 
-    model_name: of the arm in the package. closed, opened: metres between the pads of its gripper.
+    model_name: of the arm in the package. closed, opened: metres between the middles of its gripper's pads.
     """
 
     robot: Robot
@@ -56,7 +58,7 @@ class ArmSim:
     opened: float
     tasks = tuple(PROMPTS)
     max_steps = 200
-    noises: tuple[float, ...] = (0.0, 0.25, 0.5)
+    noises: tuple[float, ...] = (0.0, 0.2, 0.4)
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()  # before the package does
@@ -105,7 +107,8 @@ class ArmSim:
         """Share of the full distance between the fingers."""
         geoms = self._env.robots[0].gripper["right"].important_geoms
         left, right = (self._data.geom(geoms[f"{side}_fingerpad"][0]).xpos for side in ("left", "right"))
-        return float((np.linalg.norm(left - right) - self.closed) / (self.opened - self.closed))
+        share = (np.linalg.norm(left - right) - self.closed) / (self.opened - self.closed)
+        return float(np.clip(share, 0.0, 1.0))
 
     def observe(self) -> dict[str, Any]:
         """See `Sim.observe`."""
@@ -162,37 +165,40 @@ class ArmSim:
 class PandaSim(ArmSim):
     """Franka Emika Panda with its own parallel gripper."""
 
-    robot, model_name, closed, opened = PANDA, "Panda", 0.0, 0.08
+    robot, model_name, closed, opened = PANDA, "Panda", 0.008, 0.086
 
 
 class SawyerSim(ArmSim):
     """Rethink Sawyer with its own parallel gripper."""
 
-    robot, model_name, closed, opened = SAWYER, "Sawyer", 0.0, 0.08
+    robot, model_name, closed, opened = SAWYER, "Sawyer", 0.021, 0.067
 
 
 class UR5eSim(ArmSim):
     """UR5e with a Robotiq 2F-85."""
 
-    robot, model_name, closed, opened = UR5E, "UR5e", 0.0, 0.08
+    robot, model_name, closed, opened = UR5E, "UR5e", 0.015, 0.11
 
 
 class IIWASim(ArmSim):
     """KUKA LBR iiwa with a Robotiq 2F-140."""
 
-    robot, model_name, closed, opened = IIWA, "IIWA", 0.0, 0.14
+    robot, model_name, closed, opened = IIWA, "IIWA", 0.022, 0.129
 
 
 class Kinova3Sim(ArmSim):
     """Kinova Gen3 with a Robotiq 2F-85."""
 
-    robot, model_name, closed, opened = KINOVA3, "Kinova3", 0.0, 0.08
+    robot, model_name, closed, opened = KINOVA3, "Kinova3", 0.015, 0.11
 
 
 _GAIN = 40.0  # of the longest step per metre
 _TURN_GAIN = 4.0  # of the longest turn per radian
 _OPEN, _CLOSE = -1.0, 1.0
 _ABOVE = np.array([0.0, 0.0, 0.1])  # m, from where the hand goes down
+_FINGERTIPS = 0.05  # m between the hand and the cube where the fingers begin to be beside it
+_ALIGNED = (0.006, 0.015)  # m, at least and at most: how near the hand has to be before it goes down there
+_CALM = 0.2  # share of the noise where fingers go around a cube, or put it down
 _GRASP_STEPS = 15  # at most
 _RELEASE_STEPS = 8
 _CLEARANCE = 0.03  # m between the two cubes on the way
@@ -204,6 +210,7 @@ class ArmExpert:
     def __init__(self, sim: ArmSim, task: str, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._rng, self._noise = sim, rng, noise
         self._rotation = sim.hand_rotation
+        self._calm = False
         self._actions = {"lift": self._lift, "stack": self._stack}[task]()
 
     def act(self) -> Float[np.ndarray, "7"]:
@@ -211,8 +218,9 @@ class ArmExpert:
         return np.clip(next(self._actions), -1.0, 1.0).astype(np.float32)
 
     def disturb(self, action: Float[np.ndarray, "7"]) -> Float[np.ndarray, "7"]:
-        """Gaussian noise on the hand's position and orientation; see `Expert.disturb`."""
-        noise = self._noise * self._rng.standard_normal(7) * [1, 1, 1, 1, 1, 1, 0]
+        """Gaussian noise on the hand's position and orientation, less where it must fit; see `Expert.disturb`."""
+        sigma = self._noise * (_CALM if self._calm else 1.0)
+        noise = sigma * self._rng.standard_normal(7) * [1, 1, 1, 1, 1, 1, 0]
         return np.clip(action + noise, -1.0, 1.0).astype(np.float32)
 
     def _to(self, target: np.ndarray, gripper: float) -> np.ndarray:
@@ -234,12 +242,18 @@ class ArmExpert:
     def _grasp(self) -> Iterator[np.ndarray]:
         """Until the cube is held, or was lost."""
         self._rotation = _facing(self._sim.cubes[0][1])
-        while self._off(self._cube()) > 0.01 or self._turned > 0.1:
+        self._calm = False
+        while self._off(self._cube()) > 0.015 or self._turned > 0.15:
             yield self._to(self._cube() + _ABOVE, _OPEN)
-        while self._sim.hand[2] > self._cube()[2] + 0.005:
-            if self._off(self._cube()) > 0.03:
+        self._calm = True
+        play = self._sim.opened - self._sim.closed - 2 * _HALF_SIZES["cube"]
+        aligned = np.clip(play / 4, *_ALIGNED)
+        while (height := self._sim.hand[2] - self._cube()[2]) > 0.005:
+            off = self._off(self._cube())
+            if off > 0.03:
                 return
-            yield self._to(self._cube(), _OPEN)
+            wait = off > aligned and height < _FINGERTIPS  # above the cube, until the fingers fit over it
+            yield self._to(self._cube() + [0.0, 0.0, _FINGERTIPS if wait else 0.0], _OPEN)
         for _ in range(_GRASP_STEPS):
             yield self._to(self._cube(), _CLOSE)
             if self._sim.holds_cube:
@@ -253,6 +267,7 @@ class ArmExpert:
     def _lift(self) -> Iterator[np.ndarray]:
         while True:
             yield from self._grasp()
+            self._calm = False
             yield from self._carry(self._cube() + _ABOVE, 0.0)
 
     def _stack(self) -> Iterator[np.ndarray]:
@@ -261,8 +276,10 @@ class ArmExpert:
             base = self._sim.cubes[1][0]
             on_top = base + [0.0, 0.0, _HALF_SIZES["cubeA"] + _HALF_SIZES["cubeB"]]
             over = on_top + [0.0, 0.0, _CLEARANCE]
+            self._calm = False
             yield from self._carry(np.array([*self._cube()[:2], over[2]]), 0.015)
             yield from self._carry(over, 0.01)
+            self._calm = True
             yield from self._carry(on_top, 0.005)
             for _ in range(_RELEASE_STEPS):
                 yield self._to(self._sim.hand, _OPEN)
@@ -324,6 +341,9 @@ def _robot_model(name: str) -> str:
         for mesh in self.asset.iter("mesh"):
             if mesh.get("name") in _FLAT_MESHES:
                 mesh.set("inertia", "shell")
+        for body1, body2 in _OVERLAPPING:
+            if self.worldbody.find(f".//body[@name='{body2}']") is not None:
+                ET.SubElement(self.contact, "exclude", body1=body1, body2=body2)
 
     model = type(base)(f"Loadable{name}", (base,), {"__init__": init})  # its metaclass registers it by this name
     return register_robot_class("FixedBaseRobot")(model).__name__
