@@ -1,6 +1,8 @@
 """Fetch tasks of gymnasium-robotics (Plappert et al. 2018), seen by two cameras: goals are red balls, not numbers."""
 
+import contextlib
 import importlib
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -36,7 +38,7 @@ _FINGER_OPEN = 0.05  # m, of one finger
 
 
 class FetchSim:
-    """See `Sim`. A seed is a position of the block, and of the goal; layouts that are solved at the start are left out."""
+    """See `Sim`. A seed is a position of the block and of the goal; what is solved at the start is left out."""
 
     robot = FETCH
     tasks = tuple(PROMPTS)
@@ -45,6 +47,7 @@ class FetchSim:
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()  # before the package does
+        _import("gymnasium_robotics")  # missing packages are to be named here, not at the first reset
         self.renderer = renderer_name()
         self.success = False
         self._envs: dict[str, tuple[Any, np.ndarray]] = {}  # with the state in which each was made
@@ -198,11 +201,15 @@ class FetchExpert:
         return self._sim.block - np.append(_BEHIND * way / max(float(np.linalg.norm(way)), 1e-6), 0.0)
 
 
+def _import(module: str) -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # where the package greets
+        warnings.simplefilter("ignore")  # deprecations inside the packages
+        return importlib.import_module(module)
+
+
 def _make_env(task: str) -> Any:
     module, name = _ENVS[task]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the packages
-        env = getattr(importlib.import_module(f"gymnasium_robotics.envs.fetch.{module}"), name)()
+    env = getattr(_import(f"gymnasium_robotics.envs.fetch.{module}"), name)()
     aim(env.model, _MODEL_CAMERAS["base"], _BASE_POSITION, _BASE_TARGET, _BASE_FOVY)
     wrist = _MODEL_CAMERAS["wrist"]
     aim(env.model, wrist, _WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY, body="robot0:gripper_link")

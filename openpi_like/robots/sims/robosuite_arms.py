@@ -3,6 +3,7 @@
 The package's own scenes, grippers and operational space controller at 20 Hz; layouts, cameras and frames are ours.
 """
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -62,7 +63,8 @@ class ArmSim:
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()  # before the package does
-        _import_robosuite()
+        with _undisturbed():
+            importlib.import_module("robosuite")  # missing packages are to be named here, not at the first reset
         self.renderer = renderer_name()
         self.success = False
         self._envs: dict[str, Any] = {}  # building one takes up to three seconds
@@ -73,7 +75,8 @@ class ArmSim:
         """See `Sim.reset`."""
         self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
         if task not in self._envs:
-            self._envs[task] = _make_env(task, self.model_name)
+            with _undisturbed():
+                self._envs[task] = _make_env(task, self.model_name)
         self._task = task
         self._env.reset()
         self._place_cubes(np.random.default_rng(seed))
@@ -195,7 +198,8 @@ class Kinova3Sim(ArmSim):
 _GAIN = 40.0  # of the longest step per metre
 _TURN_GAIN = 4.0  # of the longest turn per radian
 _OPEN, _CLOSE = -1.0, 1.0
-_ABOVE = np.array([0.0, 0.0, 0.1])  # m, from where the hand goes down
+_UP = np.array([0.0, 0.0, 1.0])
+_ABOVE = 0.1 * _UP  # m, from where the hand goes down
 _FINGERTIPS = 0.05  # m between the hand and the cube where the fingers begin to be beside it
 _ALIGNED = (0.006, 0.015)  # m, at least and at most: how near the hand has to be before it goes down there
 _CALM = 0.2  # share of the noise where fingers go around a cube, or put it down
@@ -253,7 +257,7 @@ class ArmExpert:
             if off > 0.03:
                 return
             wait = off > aligned and height < _FINGERTIPS  # above the cube, until the fingers fit over it
-            yield self._to(self._cube() + [0.0, 0.0, _FINGERTIPS if wait else 0.0], _OPEN)
+            yield self._to(self._cube() + (_FINGERTIPS if wait else 0.0) * _UP, _OPEN)
         for _ in range(_GRASP_STEPS):
             yield self._to(self._cube(), _CLOSE)
             if self._sim.holds_cube:
@@ -274,8 +278,8 @@ class ArmExpert:
         while True:
             yield from self._grasp()
             base = self._sim.cubes[1][0]
-            on_top = base + [0.0, 0.0, _HALF_SIZES["cubeA"] + _HALF_SIZES["cubeB"]]
-            over = on_top + [0.0, 0.0, _CLEARANCE]
+            on_top = base + (_HALF_SIZES["cubeA"] + _HALF_SIZES["cubeB"]) * _UP
+            over = on_top + _CLEARANCE * _UP
             self._calm = False
             yield from self._carry(np.array([*self._cube()[:2], over[2]]), 0.015)
             yield from self._carry(over, 0.01)
@@ -289,29 +293,36 @@ class ArmExpert:
 
 
 def _facing(cube: Rotation) -> Rotation:
-    """Fingers down and flat against the sides of a cube that lies on the table, as near to the x axis as they can be."""
+    """Fingers down and flat against a cube that lies on the table, turned as little as that needs."""
     angle = cube.as_euler("zyx")[0]
     angle -= np.pi / 2 * np.round(angle / (np.pi / 2))
     return Rotation.from_euler("z", angle) * Rotation.from_matrix([[0, 1, 0], [1, 0, 0], [0, 0, -1]])
 
 
-def _import_robosuite() -> None:
-    """Imports the package, which would greet with five warnings and change where mujoco is to draw."""
-    logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno > logging.WARNING)
-    before = os.environ.get("MUJOCO_GL")
-    import robosuite  # noqa: F401
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Around the package's own code, which logs what is of no use here, and changes where MuJoCo is to draw."""
+    logger, before = logging.getLogger("robosuite_logs"), os.environ.get("MUJOCO_GL")
 
-    if before is None:
-        os.environ.pop("MUJOCO_GL", None)
-    else:
-        os.environ["MUJOCO_GL"] = before
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+        if before is None:
+            os.environ.pop("MUJOCO_GL", None)
+        else:
+            os.environ["MUJOCO_GL"] = before
 
 
 @functools.cache
 def _env_class(task: str) -> Any:
     """The package's class of a task, without its observables, which take a tenth of a step, and without chance."""
     module, name, _ = _ENVS[task]
-    base = getattr(importlib.import_module(f"robosuite.environments.manipulation.{module}"), name)
+    base: Any = getattr(importlib.import_module(f"robosuite.environments.manipulation.{module}"), name)
 
     class Env(base):
         def edit_model_xml(self, xml_str: str) -> str:
