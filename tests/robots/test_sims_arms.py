@@ -12,9 +12,10 @@ import pytest
 
 from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.sims import make_sim
+from openpi_like.robots.sims.robosuite_arms import SawyerSim
 
 SPEC = importlib.util.find_spec("robosuite")
-if SPEC is None:
+if SPEC is None or SPEC.origin is None:
     pytest.skip("robosuite is not installed: make arms", allow_module_level=True)
 
 
@@ -102,12 +103,13 @@ def test_wordings_take_turns(sim):
 
 def test_sawyer_loads_with_its_own_masses_and_a_free_shoulder():
     """Its thin meshes are treated as shells, which must add nothing to its bodies."""
-    sim = make_sim("robosuite_sawyer")
+    sim = SawyerSim()
     sim.reset("lift", 0)
     model, data = sim._env.sim.model._model, sim._data
-    file = Path(SPEC.submodule_search_locations[0]) / "models" / "assets" / "robots" / "sawyer" / "robot.xml"
+    assert SPEC is not None
+    file = Path(str(SPEC.origin)).parent / "models" / "assets" / "robots" / "sawyer" / "robot.xml"
     masses = {
-        body.get("name"): float(inertial.get("mass"))
+        body.get("name"): float(inertial.attrib["mass"])
         for body in ET.parse(file).getroot().iter("body")
         if (inertial := body.find("inertial")) is not None
     }
