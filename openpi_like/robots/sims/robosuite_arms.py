@@ -33,15 +33,16 @@ PROMPTS = {
 _ENVS = {"lift": ("lift", "Lift", ("cube",)), "stack": ("stack", "Stack", ("cubeA", "cubeB"))}
 
 _TABLE = 0.8  # m, height of its surface
-_HALF_SIZES = {"cube": 0.02, "cubeA": 0.02, "cubeB": 0.025}  # m; the package draws the first at random
+# m. The package draws the first at random, up to 2.2 cm, around which Sawyer's fingers just fit.
+_HALF_SIZES = {"cube": 0.02, "cubeA": 0.02, "cubeB": 0.025}
 _REGION = 0.08  # m from the middle of the table, as the package has it for two cubes
 _APART = 0.1  # m between two cubes, so that open fingers fit between them
 
 _MODEL_CAMERAS = {"base": "agentview", "wrist": "robot0_eye_in_hand"}
 # The package's own view shows the arm up to its shoulder, and cubes of four pixels.
 _BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (0.6, -0.3, 1.3), (-0.07, 0.0, 0.89), 38.0
-# Meshes of Sawyer's display that are too thin to have a volume, which MuJoCo has refused since 3.2.7. They are only
-# seen: no mass depends on them.
+# Meshes of Sawyer's head that are too thin to have a volume, which MuJoCo refuses from 3.3 on. They are only seen: no
+# mass depends on them.
 _FLAT_MESHES = ("robot0_head_1", "robot0_head_4")
 # Sawyer's shoulder rubs against its base, whose shapes overlap, and hardly turns.
 _OVERLAPPING = (("robot0_right_arm_base_link", "robot0_right_l0"),)
@@ -62,7 +63,7 @@ class ArmSim:
     noises: tuple[float, ...] = (0.0, 0.2, 0.4)
 
     def __init__(self) -> None:
-        self._mujoco = import_mujoco()  # before the package does
+        import_mujoco()  # before the package does
         with _undisturbed():
             importlib.import_module("robosuite")  # missing packages are to be named here, not at the first reset
         self.renderer = renderer_name()
