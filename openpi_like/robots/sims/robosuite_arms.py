@@ -197,12 +197,13 @@ class Kinova3Sim(ArmSim):
 
 
 _GAIN = 40.0  # of the longest step per metre
+_LEAD = 2.0  # control steps: where the hand will be by itself, since it stops late
 _TURN_GAIN = 4.0  # of the longest turn per radian
 _OPEN, _CLOSE = -1.0, 1.0
 _UP = np.array([0.0, 0.0, 1.0])
 _ABOVE = 0.1 * _UP  # m, from where the hand goes down
 _FINGERTIPS = 0.05  # m between the hand and the cube where the fingers begin to be beside it
-_ALIGNED = (0.006, 0.015)  # m, at least and at most: how near the hand has to be before it goes down there
+_ALIGNED = (0.006, 0.02)  # m, at least and at most: how near the hand has to be before it goes down there
 _CALM = 0.2  # share of the noise where fingers go around a cube, or put it down
 _GRASP_STEPS = 15  # at most
 _RELEASE_STEPS = 8
@@ -215,7 +216,7 @@ class ArmExpert:
     def __init__(self, sim: ArmSim, task: str, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._rng, self._noise = sim, rng, noise
         self._rotation = sim.hand_rotation
-        self._calm = False
+        self._hand, self._calm = sim.hand, False
         self._actions = {"lift": self._lift, "stack": self._stack}[task]()
 
     def act(self) -> Float[np.ndarray, "7"]:
@@ -230,7 +231,10 @@ class ArmExpert:
 
     def _to(self, target: np.ndarray, gripper: float) -> np.ndarray:
         turn = (self._rotation * self._sim.hand_rotation.inv()).as_rotvec()
-        return np.array([*_GAIN * (target - self._sim.hand), *_TURN_GAIN * turn, gripper])
+        hand = self._sim.hand
+        coming = hand + _LEAD * (hand - self._hand)
+        self._hand = hand
+        return np.array([*_GAIN * (target - coming), *_TURN_GAIN * turn, gripper])
 
     def _off(self, target: np.ndarray) -> float:
         """Distance from the hand to `target`, seen from above."""
