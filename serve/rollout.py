@@ -165,7 +165,7 @@ def main(args: Args, console: Console) -> None:
     episodes = [e for e in read_episodes(args.out) if (e.task, e.seed) in set(wanted)]
     for row in success_rows(episodes):
         interval = f"[{row['wilson_low']:.2f}, {row['wilson_high']:.2f}]"
-        console.print(f"{row['robot']:8} {row['task']:22} {row['successes']:3}/{row['episodes']} {interval}")
+        console.print(f"{row['robot']:17} {row['task']:22} {row['successes']:3}/{row['episodes']} {interval}")
 
 
 if __name__ == "__main__":

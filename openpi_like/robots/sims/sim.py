@@ -73,8 +73,8 @@ class Sim(Protocol):
         """
 
 
-def prompt_of(prompts: Mapping[str, str], task: str, seed: int, robot: Robot) -> str:
-    """Returns the instruction of `task`.
+def prompt_of(prompts: Mapping[str, tuple[str, ...]], task: str, seed: int, robot: Robot) -> str:
+    """Returns the instruction of `task`: of its wordings, the seeds take turns.
 
     Raises:
         ValueError: no such task, or a negative seed.
@@ -83,7 +83,7 @@ def prompt_of(prompts: Mapping[str, str], task: str, seed: int, robot: Robot) ->
         raise ValueError(f"robot {robot.name!r} has no task {task!r}; {near_names(task, list(prompts))}")
     if seed < 0:
         raise ValueError(f"seed {seed}, expected 0 .. {HELD_OUT_SEED - 1} for demonstrations or more for evaluation")
-    return prompts[task]
+    return prompts[task][seed % len(prompts[task])]
 
 
 def check_action(action: np.ndarray, robot: Robot) -> np.ndarray:
