@@ -236,7 +236,8 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 score = config.keep.score(line)
                 patience.look(step, score)
                 metrics.write(step, "val", line)
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("loss"))
+                told = ("loss", config.keep.metric) if config.keep.best else ("loss",)
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith(told))
                 progress.console.print(f"step {step}: validation {shown}")
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
             if saving or patience.spent:

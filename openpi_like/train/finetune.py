@@ -26,6 +26,7 @@ from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.presets import PRESETS, patterns
 from openpi_like.train.statistics import Blended, Own, Pretrained, pretrained
 
+LINE = 120  # characters of a line, at most, where it can be broken
 MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
 STATISTICS: dict[str, Any] = {"own": Own, "pretrained": Pretrained, "blended": Blended}
 
@@ -380,9 +381,9 @@ def _entries(data: tuple[str, ...], parts: list[tuple[str, str | None]]) -> tupl
         options += [f"val_split={literal(val_split)}"] if val_split != "val" else []
         return call("MixtureEntry", *options)
 
-    if len(data) == 1:
-        return [], [f"entries=({entry(literal(data[0]), *parts[0])},),"]
-    if len(set(parts)) == 1:
+    if len(data) == 1 and len(only := entry(literal(data[0]), *parts[0])) <= LINE - len("        entries=(,),"):
+        return [], [f"entries=({only},),"]
+    if len(data) > 1 and len(set(parts)) == 1:
         return [f"DATA = {literal(data)}"], [f"entries=tuple({entry('path', *parts[0])} for path in DATA),"]
     each = [entry(literal(path), *part) for path, part in zip(data, parts, strict=True)]
     return [], ["entries=(", *(f"    {one}," for one in each), "),"]

@@ -9,7 +9,6 @@ from openpi_like.config import near_names, to_json
 from openpi_like.serve.evaluation import wilson
 from openpi_like.train.config import TrainConfig
 
-
 SAME = ("data", "batch_size", "steps", "seed")  # kept equal between the arms that are driven
 
 
