@@ -130,7 +130,7 @@ def main(args: Args, console: Console) -> None:
                 str(args.workers),
             ]
             server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
-            server += [] if study.step is None else ["--step", study.step]
+            server += ["--step", "best"] if study.best else []
             job.step(f"drive {study.robot} with {name}", [*drive, *port], server=server)
 
     if not configs:  # --only of arms that prepare others

@@ -22,5 +22,5 @@ study = Study(
     tasks=("window-open",),
     episodes=20,
     varies=("data",),
-    step="best",
+    best=True,
 )

@@ -64,7 +64,10 @@ def mixture_quantile(level: float, parts: Sequence[tuple[float, np.ndarray]]) ->
         two of them are one.
     """
     xs = np.unique(np.concatenate([knots for weight, knots in parts if weight > 0]))
-    before, at = (sum(w * _distribution(knots, xs, side) for w, knots in parts if w > 0) for side in ("left", "right"))
+    before, at = (
+        np.sum([w * _distribution(knots, xs, side) for w, knots in parts if w > 0], axis=0)
+        for side in ("left", "right")
+    )
     i = int(np.argmax(at >= level - 1e-12))
     if i == 0 or before[i] <= level:
         return float(xs[i])

@@ -1,5 +1,6 @@
 """Models by name: the sizes of published weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 from openpi_like.config import load_run
@@ -8,7 +9,7 @@ from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.text_model import TextModelConfig
 
-RELEASED = {
+RELEASED: dict[str, Callable[[], Any]] = {
     "pi0": Pi0Config.released,
     "pi05": lambda: Pi0Config.released(pi05=True),
     "pi0_fast": Pi0FastConfig.released,

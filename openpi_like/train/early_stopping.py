@@ -20,10 +20,15 @@ class Patience:
         self.since = 0
 
     def look(self, step: int, score: float | None) -> None:
-        """Takes the score of a validation; lower is better, and one that is not finite, or None, is not better."""
-        self.since += 1
-        if score is not None and math.isfinite(score) and (self.best is None or score < self.best[1]):
-            self.best, self.since = (step, score), 0
+        """Takes the score of a validation; lower is better, and one that is not finite, or None, is not better.
+
+        Of equal ones the last is the best, as it is for `Keep`; but it is no progress.
+        """
+        found = math.inf if score is None or math.isnan(score) else score
+        before = math.inf if self.best is None else self.best[1]
+        self.since = 0 if found < before else self.since + 1
+        if math.isfinite(found) and found <= before:
+            self.best = (step, found)
 
     def look_back(self, keep: Keep, lines: Iterable[Mapping[str, Any]], *, until: int) -> None:
         """Takes the validations of a run that goes on at step `until`, from its metrics, see `read_metrics`."""

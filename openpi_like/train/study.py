@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from openpi_like.config import near_names, to_json
 from openpi_like.serve.evaluation import wilson
@@ -39,8 +39,7 @@ class Study:
     """A table of runs, by name, in order. The first that is driven is what others are compared with.
 
     robot, tasks, episodes: what they are driven with, and how many episodes of each task. varies: of what is otherwise
-    kept equal (`SAME`), that which the study is about. step: of a run that is driven: None is the last, "best" the one
-    with the best score.
+    kept equal (`SAME`), that which the study is about. best: drive the step of each run with the best score, not the last.
     """
 
     arms: Mapping[str, Arm]
@@ -48,13 +47,11 @@ class Study:
     tasks: tuple[str, ...]
     episodes: int
     varies: tuple[str, ...] = ()
-    step: Literal["best"] | None = None
+    best: bool = False
 
     def __post_init__(self) -> None:
         problems, above, files = [], set[str](), dict[str, str]()
         problems += [f"varies={v!r}; {near_names(v, SAME)}" for v in self.varies if v not in SAME]
-        if self.step not in (None, "best"):
-            problems.append(f"step={self.step!r}, expected None or 'best'")
         for name, arm in self.arms.items():
             if "/" in name or files.setdefault(slug(name), name) != name:
                 other = "" if "/" in name else f", as arm {files[slug(name)]!r}"

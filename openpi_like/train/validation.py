@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Float
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
@@ -35,6 +36,19 @@ def sampled_chunks(
         policy = trainer.model.bind(params)
         mask = jnp.broadcast_to(action_mask, batch["actions"].shape)
         return policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
+
+
+def action_errors(
+    predicted: Float[np.ndarray, "steps Js"], done: Float[np.ndarray, "steps Js"]
+) -> tuple[Float[np.ndarray, "Js"], float]:
+    """Returns the mean absolute error of each dim, in its own unit, and one number for all of them, without one.
+
+    That is the mean, over the dims that vary, of this error beside the mean absolute deviation of what was done. NaN
+    where none of them varies.
+    """
+    error, spread = np.abs(predicted - done).mean(0), np.abs(done - done.mean(0)).mean(0)
+    varies = spread >= FLOOR
+    return error, float((error[varies] / spread[varies]).mean()) if varies.any() else float("nan")
 
 
 class Validator:
@@ -84,12 +98,9 @@ class Validator:
             names[name] = robot.robot_action_names
         line = {name: float(np.mean(of)) for name, of in losses.items()}
         for name, parts in errors.items():
-            predicted, done = (np.concatenate(of) for of in zip(*parts, strict=True))
-            mean = np.abs(predicted - done).mean(0)
+            mean, relative = action_errors(*(np.concatenate(of) for of in zip(*parts, strict=True)))
             line.update({f"action_mae/{name}/{n}": float(v) for n, v in zip(names[name], mean, strict=True)})
-            spread = np.abs(done - done.mean(0)).mean(0)
-            if (spread >= FLOOR).any():
-                line[f"action_error/{name}"] = float((mean / np.maximum(spread, FLOOR))[spread >= FLOOR].mean())
+            line[f"action_error/{name}"] = relative
         return line | ({"saturated": float(saturated)} if saturated else {})
 
     def _batches(self, *, count: int) -> Iterator[ValidationBatch]:

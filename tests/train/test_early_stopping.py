@@ -23,7 +23,7 @@ def after(most: int | None, *scores: float | None) -> Patience:
 @pytest.mark.parametrize(
     ("most", "scores", "best", "spent"),
     [
-        (2, (3.0, 2.0, 2.5, 2.0), (20, 2.0), True),  # as good is not better
+        (2, (3.0, 2.0, 2.5, 2.0), (40, 2.0), True),  # as good is not better
         (2, (3.0, 2.0, 2.5, 1.0, 1.5), (40, 1.0), False),
         (2, (3.0, math.nan, None), (10, 3.0), True),
         (2, (None, 3.0, math.inf), (20, 3.0), False),
