@@ -39,7 +39,8 @@ class Study:
     """A table of runs, by name, in order. The first that is driven is what others are compared with.
 
     robot, tasks, episodes: what they are driven with, and how many episodes of each task. varies: of what is otherwise
-    kept equal (`SAME`), that which the study is about. best: drive the step of each run with the best score, not the last.
+    kept equal (`SAME`), that which the study is about. best: drive the step of
+    each run with the best score, not the last.
     """
 
     arms: Mapping[str, Arm]
