@@ -20,14 +20,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from openpi_like.config import near_names
 from openpi_like.serve.png import encode_png
-from openpi_like.serve.spool import SUFFIX, EpisodeWriter, RecordingError, drop, pack_step
+from openpi_like.serve.spool import RESERVED, SUFFIX, EpisodeWriter, RecordingError, drop, pack_step
 
 _ENCODED = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _SYNC_S = 1.0  # between waits for the disk, so that a loss of power costs little and what is in memory stays bounded
@@ -93,7 +92,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
             return
@@ -105,9 +104,19 @@ class Recorder:
 
         Raises:
             RecordingError: one is open already, or the file cannot be written.
+            ValueError: metadata have a reserved name, or are no text, bool, int or float.
         """
         if self._file is not None:
             raise RecordingError(f"episode {self._file.name} is open; call end() or drop() first")
+        own = {**self._metadata, **(metadata or {})}
+        problems = [f"{k!r} is reserved, choose another name" for k in own if k in RESERVED]
+        problems += [
+            f"{k!r} is of type {type(v).__name__}, expected str, bool, int or float"
+            for k, v in own.items()
+            if not isinstance(v, str | bool | int | float)
+        ]
+        if problems:
+            raise ValueError("metadata: " + "; ".join(problems))
         now = datetime.datetime.now(datetime.UTC)
         name = f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}-{secrets.token_hex(3)}"
         head = {
@@ -115,7 +124,7 @@ class Recorder:
             "prompt": prompt,
             "started": now.isoformat(timespec="milliseconds"),
             "policy": self._policy,
-            "metadata": {**self._metadata, **(metadata or {})},
+            "metadata": own,
         }
         try:
             self._file = EpisodeWriter(self.directory / f"{name}{SUFFIX}", head)
@@ -192,7 +201,7 @@ class Recorder:
         self._file, self._failure = None, None
 
     def close(self) -> None:
-        """Writes what is in memory and stops the threads. An open episode stays unfinished, to be kept or dropped later.
+        """Writes what is in memory and stops the threads. An open episode stays unfinished.
 
         Raises:
             RecordingError: something could not be written.

@@ -24,6 +24,8 @@ except ImportError:  # Windows, where a file that is open cannot be renamed, whi
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX, DROPPED = ".episode", ".dropped"
+RESERVED = ("file_path", "success", "started", "policy", "notes")
+"""What is known of every episode; metadata that a user adds have other names."""
 _MAGIC = b"openpi_like recording 1\n"
 _RECORD = struct.Struct("<II")  # length and CRC-32 of the message that follows
 _SUCCESS = {True: 1, False: 0, None: -1}
@@ -83,7 +85,10 @@ def pack_step(
     images: encoded, by camera. numbers: arrays "state", "action", and "proposed" where a policy proposed one.
     """
     times = {"time_s": time_s, "wall_s": wall_s}
-    return pack({"step": {"images": images, **numbers, "intervened": intervened, "prompt": prompt, **times}})
+    message = pack({"step": {"images": images, **numbers, "intervened": intervened, "prompt": prompt, **times}})
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a step of {len(message)} bytes, expected at most {MAX_MESSAGE_BYTES}; use smaller images")
+    return message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,7 @@ def open_recording(path: Path) -> Recording:
     with path.open("rb") as f:
         size = os.fstat(f.fileno()).st_size
         if f.read(len(_MAGIC)) != _MAGIC:
-            raise RecordingError(f"{path} does not begin with {_MAGIC!r}, so it is no recording, or one cut at its head")
+            raise RecordingError(f"{path} does not begin as a recording does, with {_MAGIC!r}")
         at, spans = len(_MAGIC), []  # (where a message begins, its length)
         while at + _RECORD.size <= size:
             f.seek(at)
