@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
@@ -44,7 +44,7 @@ class Episode:
     prompt: str | Sequence[str]
     success: bool
     metadata: Mapping[str, str | bool | int | float]
-    steps: Mapping[str, Shaped[np.ndarray, "T ..."]] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def dataset_directory(root: Path, name: str, version: str = VERSION) -> Path:

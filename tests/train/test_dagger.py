@@ -46,8 +46,8 @@ def test_rounds_that_make_no_sense() -> None:
         dataclasses.replace(ROUND, share=1.0, steps=0)
     with pytest.raises(ValueError, match="does not train robot 'sawyr'; did you mean 'sawyer'"):
         round_config(load_run(ROOT / "configs" / "demo_pretrain.py"), dataclasses.replace(ROUND, robot="sawyr"))
-    with pytest.raises(ValueError, match=r"share=2, late=0\.5, expected both in \[0, 1\]; segment=0"):
-        TakeOver(share=2, segment=0)
+    with pytest.raises(ValueError, match=r"share=2\.0, late=0\.5, expected both in \[0, 1\]; segment=0"):
+        TakeOver(share=2.0, segment=0)
     args = runpy.run_path(str(ROOT / "train" / "dagger.py"), run_name="dagger")["Args"]
     values = {"config": "c.py", "start": Path("a"), "robot": "sawyer", "run": Path("b")}
     with pytest.raises(ValueError, match="first_seed=9980: layouts of 2 rounds of 20 episodes, expected below 10000"):
