@@ -90,8 +90,10 @@ def drive(job: Job, args: Args, name: str, checkpoint: str, *more: str) -> None:
 
 def train(job: Job, args: Args, name: str, of: Round) -> None:
     """Trains one round, from a config file that is kept with it."""
-    path = args.run / f"{name}.py"
-    config_file(path, args.config, args.set, of)
+    path, text = args.run / f"{name}.py", config_file(args.config, args.set, of)
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(f"{path} is of other options; remove {args.run}, or give another one with --run")
+    path.write_text(text)
     job.step(name, ["train/train.py", str(path)])
 
 

@@ -1,7 +1,6 @@
 """DAgger rounds: what an expert did in states that a policy led to joins the data that the policy learned from."""
 
 import dataclasses
-from pathlib import Path
 
 from openpi_like.config import near_names
 from openpi_like.data.config import MixtureEntry
@@ -76,10 +75,10 @@ def round_config(before: TrainConfig, of: Round) -> TrainConfig:
     )
 
 
-def config_file(path: Path, config: str, overrides: tuple[str, ...], of: Round) -> None:
-    """Writes the run of a round as a file like those of configs/."""
+def config_file(config: str, overrides: tuple[str, ...], of: Round) -> str:
+    """Returns the run of a round as the text of a file like those of configs/."""
     fields = "".join(f"    {f.name}={getattr(of, f.name)!r},\n" for f in dataclasses.fields(of))
-    path.write_text(
+    return (
         f'"""A round of train/dagger.py."""\n\n'
         "from openpi_like.config import load_run, override\n"
         "from openpi_like.train.dagger import Round, round_config\n\n"

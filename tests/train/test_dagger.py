@@ -36,7 +36,7 @@ def test_corrections_have_their_share() -> None:
 
 def test_a_round_is_a_config_file(tmp_path: Path) -> None:
     path, config = tmp_path / "round.py", str(ROOT / "configs" / "demo_pretrain.py")
-    config_file(path, config, ("batch_size=4", "stats=elsewhere"), ROUND)
+    path.write_text(config_file(config, ("batch_size=4", "stats=elsewhere"), ROUND))
     before = dataclasses.replace(load_run(config), batch_size=4, stats="elsewhere")
     assert load_run(path) == round_config(before, ROUND)
 
