@@ -226,7 +226,7 @@ def change(path: Path, what: Callable[[dict[str, Any]], Any], name: str = "odd",
     with Recorder(path, name, metadata={"operator": "Ada"}) as recorder:
         recorder.begin("go")
         for t in range(30):
-            step = {"observation": seen(0, t % 8), "action": done(0, t % 8), "time_s": t / 10, "t": t}
+            step: dict[str, Any] = {"observation": seen(0, t % 8), "action": done(0, t % 8), "time_s": t / 10, "t": t}
             what(step)
             recorder.step(step["observation"], step["action"], time_s=step["time_s"])
         recorder.end(True)

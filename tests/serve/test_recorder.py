@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 
+from openpi_like.data.images import decode
 from openpi_like.serve.png import encode_png
 from openpi_like.serve.recorder import Recorder
 from openpi_like.serve.spool import EpisodeWriter, RecordingError, conclude, drop, open_recording, open_spool
@@ -38,9 +38,7 @@ def check(path: Path, steps: int) -> None:
     assert len(found) == steps
     for t, step in enumerate(found):
         for name, image in observation(t)["images"].items():
-            np.testing.assert_array_equal(
-                cv2.imdecode(np.frombuffer(step["images"][name], np.uint8), 1)[..., ::-1], image
-            )
+            np.testing.assert_array_equal(decode(step["images"][name]), image)
         np.testing.assert_array_equal(step["state"], observation(t)["state"].astype(np.float32))
         np.testing.assert_array_equal(step["action"], action(t).astype(np.float32))
         assert ("proposed" in step) == bool(t % 2)
@@ -55,7 +53,7 @@ def check(path: Path, steps: int) -> None:
 def test_png_is_read_by_others_bit_for_bit(size: tuple[int, int], compress: bool) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     data = encode_png(image[:, ::-1], compress=compress)  # strides that run backwards, too
-    np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), 1)[..., ::-1], image[:, ::-1])
+    np.testing.assert_array_equal(decode(data), image[:, ::-1])
 
 
 def test_png_of_a_smooth_picture_is_small() -> None:
