@@ -34,10 +34,9 @@ from openpi_like.config import near_names
 from openpi_like.data.rlds_writer import Episode, dataset_directory, write_rlds
 from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.render import VARIABLE, renderer_name
-from openpi_like.robots.sims.sim import HELD_OUT_SEED, Sim
+from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Sim
 
 _ATTEMPTS = 5
-_SECONDS_AFTER_SUCCESS = 0.2  # the chunk that reaches the goal is recorded whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
     expert = sim.expert(rng, noise)
     states, actions, prompt = [], [], ""
     images: dict[str, list[np.ndarray]] = {c.name: [] for c in sim.robot.cameras}
-    left = math.ceil(_SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
+    left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for _ in range(sim.max_steps):
         observation = sim.observe()
         action = expert.act()

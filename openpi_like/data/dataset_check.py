@@ -97,6 +97,13 @@ def _selection_problems(index: FrameIndex, robot: Robot, selection: Selection) -
             problems.append(f"selection.success: {key!r} has shape {numbers[key].shape[1:]}, expected one number")
     elif key is not None and key not in index.texts and key not in index.episode_texts:
         problems.append(f"selection.success: {no_field(index, key, [*index.texts, *index.episode_texts])}")
+    if selection.intervened is not None:
+        key = selection.intervened
+        if key not in index.columns:
+            problems.append(f"selection.intervened: {no_field(index, key, list(index.columns))}")
+        elif math.prod(index.columns[key].shape[1:]) != 1:
+            shape = index.columns[key].shape[1:]
+            problems.append(f"selection.intervened: {key!r} has shape {shape}, expected one number")
     if selection.keep_ranges is not None:
         problems += [
             f"selection.keep_ranges_key: {no_field(index, k, list(index.episode_texts))}"

@@ -12,6 +12,9 @@ from openpi_like.robots.robot import Robot
 HELD_OUT_SEED = 10_000
 """Seeds from here on are for evaluation: demonstrations never use them, so their layouts are new to the policy."""
 
+SECONDS_AFTER_SUCCESS = 0.2
+"""What is recorded after success, so that the chunk that reaches the goal is whole."""
+
 
 @runtime_checkable
 class Expert(Protocol):
@@ -67,7 +70,7 @@ class Sim(Protocol):
         """Returns a square picture of the scene for people to look at."""
 
     def expert(self, rng: np.random.Generator, noise: float) -> Expert:
-        """Returns an expert for the episode just started.
+        """Returns an expert for the episode just started, or, to correct a policy, from where it is now on.
 
         noise: standard deviation of what `Expert.disturb` adds, in units of the action.
         """
