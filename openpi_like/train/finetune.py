@@ -13,7 +13,7 @@ from typing import Any
 from openpi_like.config import from_json, load_run, near_names
 from openpi_like.data import files
 from openpi_like.data.dataset import open_dataset
-from openpi_like.data.schema import split_names
+from openpi_like.data.layouts import split_names
 from openpi_like.models.released import RELEASED, find_model
 from openpi_like.models.weights import plan_load, weight_shapes
 from openpi_like.robots import Robot, policy_problems
