@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from openpi_like.config import from_json, load_run, near_names
 from openpi_like.data import files
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.layouts import split_names
+from openpi_like.data.text import TextTokenizer, read_tokenizer
+from openpi_like.data.tokenizer import Tokenizer
 from openpi_like.models.released import RELEASED, find_model
 from openpi_like.models.weights import plan_load, weight_shapes
 from openpi_like.robots import Robot, policy_problems
@@ -28,6 +32,7 @@ from openpi_like.train.statistics import Blended, Own, Pretrained, pretrained
 
 LINE = 120  # characters of a line, at most, where it can be broken
 MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
+_LONGEST = 4_096  # tokens by which a prompt may be longer than the policy's
 STATISTICS: dict[str, Any] = {"own": Own, "pretrained": Pretrained, "blended": Blended}
 
 
@@ -190,6 +195,23 @@ def splits(path: str, robot: Robot, held_out: int) -> tuple[str, str | None, str
     return f"train[:{percent}%]", f"train[{percent}%:]", said
 
 
+def longest_prompt(path: str, robot: Robot, policy: Any, tokenizer: Tokenizer) -> int:
+    """Returns how many tokens the longest prompt of a dataset has, as the policy reads prompts.
+
+    A state in the prompt is one that is spelled long: at its lower end in every other dim, at its upper end in others.
+
+    Raises:
+        DatasetError: the dataset cannot be read as this robot's.
+    """
+    dataset = open_dataset(path, robot, "train")
+    index, keys = dataset.index, [k for k in (robot.language_key, *robot.language_alternatives) if k is not None]
+    texts = {text for key in keys for text in index.text_table(key)} or {robot.default_prompt or ""}
+    dataset.close()
+    roomy = TextTokenizer.of_policy(tokenizer, dataclasses.replace(policy, prompt_len=policy.prompt_len + _LONGEST))
+    state = np.where(np.arange(robot.state_size) % 2, 1.0, -1.0).astype(np.float32)
+    return max(int(roomy.encode(text, state)[1].sum()) for text in texts)
+
+
 def check_loads(asked: FineTuning, policy: Any, fresh: Sequence[str]) -> None:
     """Reads names and shapes of the checkpoint's weights, and compares them with the policy's.
 
@@ -260,6 +282,10 @@ def make_config(asked: FineTuning, path: Path) -> Written:
     short = _short(fresh)
     check_loads(asked, model, short)
     parts = [splits(data, robot, asked.held_out) for data in asked.data]
+    tokenizer = read_tokenizer(asked.tokenizer or "") if contract is None else contract.tokenizer
+    needed = max(longest_prompt(data, robot, model, tokenizer) for data in asked.data)
+    if needed > model.prompt_len:
+        changes["prompt_len"] = needed
 
     notes = [said for _, _, said in parts]
     if changed_mode:

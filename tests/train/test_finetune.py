@@ -33,7 +33,7 @@ from openpi_like.train.state import ModelDef
 from openpi_like.train.validation import Validator, action_errors
 from openpi_like.train.watching.metrics import read_metrics
 from tests.conftest import REPOSITORY
-from tests.data.toy import ARM, CART
+from tests.data.toy import ARM, CART, PROMPTS
 from tests.models.test_policies import OWN
 
 ROBOT = "tests.data.toy:ARM"
@@ -84,6 +84,19 @@ def copy(toy: Path, tmp_path: Path) -> Path:
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
+
+
+def test_a_longer_prompt_enlarges_the_policy(asked: Callable[..., FineTuning], start: Path, tmp_path: Path) -> None:
+    """Its weights stay as they are, since none depends on it."""
+    contract = read_contract(find_step(start))
+    longest = max(int(contract.text_tokenizer().encode(text)[1].sum()) for text in PROMPTS)
+    policy = dataclasses.replace(contract.policy, prompt_len=longest - 3)
+    weights = {k: np.zeros(v.shape, np.float32) for k, v in flatten(ModelDef(policy).shapes).items()}
+    short = tmp_path / "short"
+    save_policy(short, unflatten(weights), contract=dataclasses.replace(contract, policy=policy), origin="a test")
+    written = write_config(asked(start=str(short)), tmp_path / "config.py")
+    assert f"prompt_len: {longest - 3} -> {longest}" in written.notes
+    assert load_run(tmp_path / "config.py").model.prompt_len == longest
 
 
 @pytest.mark.parametrize("preset", ["full", "lora", "expert_only", "frozen_vision"])
