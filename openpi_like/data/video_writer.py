@@ -74,7 +74,8 @@ class VideoWriter:
                 self.size = self.size or (size[0], size[1])
                 if size != self.size:
                     raise ValueError(f"a frame of {size} (height, width), those before have {self.size}")
-                stream.height, stream.width = size
+                if not count:
+                    stream.height, stream.width = size
                 shown = package.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
                 shown.pts, shown.time_base = count, 1 / self._rate
                 container.mux(stream.encode(shown))
@@ -87,7 +88,7 @@ class VideoWriter:
         with av().open(encoded) as container:
             source = container.streams.video[0]
             if self._stream is None:
-                self._stream = self._out.add_stream_from_template(source)
+                self._stream = self._out.add_stream_from_template(source, opaque=True)
             behind = self._frames / self._rate
             for packet in container.demux(source):
                 if packet.size:
