@@ -39,18 +39,17 @@ class NumberFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb")
         self._dtype, self._shape, self._count = np.dtype(np.float32), tuple[int, ...](), 0
 
     def add(self, values: np.ndarray) -> None:
         """Adds the values of an episode, (T, *shape)."""
         self._dtype, self._shape = values.dtype, values.shape[1:]
         self._count += len(values)
-        self._file.write(np.ascontiguousarray(values).tobytes())
+        with self._path.open("ab") as file:
+            file.write(np.ascontiguousarray(values).tobytes())
 
     def stats(self) -> Stats:
         """Returns the statistics of all values, and removes the file."""
-        self._file.close()
         shape = (self._count, *self._shape)
         found = number_stats(np.asarray(np.memmap(self._path, self._dtype, "r", shape=shape)))
         self._path.unlink()

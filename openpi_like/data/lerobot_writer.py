@@ -4,6 +4,7 @@ Episodes are written as they come, so memory is that of one episode; the dataset
 has the columns that are given, and LeRobot's own: `timestamp`, `frame_index`, `episode_index`, `index`, `task_index`.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,11 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from openpi_like.config import near_names
@@ -24,9 +23,15 @@ from openpi_like.data.images import decode
 from openpi_like.data.lerobot_stats import NumberFile, PixelCounts, Stats, number_stats, sampled_steps
 from openpi_like.data.video_writer import ENCODERS, PIXELS, Placed, VideoWriter
 
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as e:
+    raise ImportError(f"LeRobot datasets are written with pyarrow: {e}; pip install 'openpi-like[formats]'") from e
+
 VERSION = "v3.0"
 FILES_PER_CHUNK = 1000
-DATA_MB, VIDEO_MB = 100, 200  # LeRobot's own sizes of files
+DATA_MB, VIDEO_MB = 100.0, 200.0  # LeRobot's own sizes of files
 OWN = {
     "timestamp": np.dtype(np.float32),
     "frame_index": np.dtype(np.int64),
@@ -276,7 +281,10 @@ class LeRobotWriter:
     def _finish(self) -> None:
         if not self._episodes:
             raise ValueError("no episodes were given, expected at least one")
+        if self._described:
+            self._write_descriptions()
         self._close()
+        self._write_meta()
         shutil.rmtree(self._part / "scratch")
         self._part.rename(self._out)
 
@@ -284,10 +292,10 @@ class LeRobotWriter:
         self._data.close()
         for video in self._videos.values():
             video.close()
-        if self._described:
-            self._write_descriptions()
-        assert self._descriptions is not None  # there are episodes
-        self._descriptions.close()
+        if self._descriptions is not None:
+            self._descriptions.close()
+
+    def _write_meta(self) -> None:
         meta = self._part / "meta"
         _write_tasks(meta / "tasks.parquet", list(self._tasks))
         stats = {key: numbers.stats() for key, numbers in self._numbers.items()}
@@ -312,7 +320,7 @@ class LeRobotWriter:
         }
         (meta / "info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LeRobotWriter":
         return self
 
     def __exit__(
@@ -320,9 +328,12 @@ class LeRobotWriter:
     ) -> None:
         if error is None:
             self._finish()
+        else:
+            with contextlib.suppress(Exception):  # of files that are not complete
+                self._close()
 
 
-def _number(x: float | Fraction) -> float:
+def _number(x: float | Fraction) -> int | float:
     """Returns a number as LeRobot writes it: an integer where it is one."""
     return int(x) if x == int(x) else float(x)
 

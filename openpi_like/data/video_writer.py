@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -62,7 +62,7 @@ class VideoWriter:
         self._frames += count
         return Placed(self._file, self._frames - count, self._frames)
 
-    def _encode(self, frames: Iterable[np.ndarray], out: BinaryIO) -> int:
+    def _encode(self, frames: Iterable[np.ndarray], out: io.BytesIO) -> int:
         package, count = av(), 0
         with package.open(out, "w", format="mp4") as container:
             stream = container.add_stream(self._encoder, self._rate, options=ENCODERS[self._encoder])
@@ -84,7 +84,7 @@ class VideoWriter:
             self.codec = stream.codec.canonical_name
         return count
 
-    def _append(self, encoded: BinaryIO) -> None:
+    def _append(self, encoded: io.BytesIO) -> None:
         with av().open(encoded) as container:
             source = container.streams.video[0]
             if self._stream is None:
