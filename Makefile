@@ -5,17 +5,20 @@ PY := $(VENV)/bin/python
 # The newest tested interpreter that is there; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := train,sim,rlds,beam,trackers,dev
+EXTRAS := train,sim,rlds,beam,formats,trackers,dev
 # These four declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
 # needs a display, gym-aloha wants dm_control (only its model files are used), openpi-client wants numpy<2, apache-beam
 # wants older numpy, protobuf, pyarrow and pillow (whose resizing differs by a level from that of the pinned one).
 NO_DEPS := gym-pusht gym-aloha openpi-client apache-beam
+# So do these of `make arms`: gymnasium-robotics would take MuJoCo 4, on which Fetch fails, and robosuite wants packages
+# that are compiled, for keyboards, and the same OpenCV. 1.5.2 wants numpy<2.
+ARMS_NO_DEPS := gymnasium-robotics==1.4.2 robosuite==1.5.1
 define LIST_REQUIREMENTS
 import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = p["optional-dependencies"]; \
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup demo test lint constraints clean
+.PHONY: setup arms demo test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -28,6 +31,13 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(NO_DEPS)
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .  # a folder has no hash to check
 	@touch $@
+
+# More simulated robots: Fetch, and robosuite's arms, which take half a gigabyte.
+arms: private EXTRAS := arms
+arms: setup
+	$(PY) -c '$(LIST_REQUIREMENTS)' > $(VENV)/requirements-arms.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements-arms.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(ARMS_NO_DEPS)
 
 # The main job, end to end: demonstrations, statistics, pretraining, fine-tuning, serving, closed loop, report.
 # It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
@@ -45,7 +55,7 @@ lint: setup
 # Pins every package for Python 3.11 and newer (needs uv).
 constraints:
 	( echo "# Written by 'make constraints'. Used as: pip install --constraint constraints.txt"; \
-	  ( echo "pip"; echo "editables"; sed 's/ /\n/g' <<< "$(NO_DEPS)" ) > .no-deps.in; \
+	  ( echo "pip"; echo "editables"; sed 's/ /\n/g' <<< "$(NO_DEPS) $(ARMS_NO_DEPS)" ) > .no-deps.in; \
 	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --all-extras pyproject.toml; \
 	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-deps .no-deps.in; \
 	  rm .no-deps.in ) > constraints.txt.new && mv constraints.txt.new constraints.txt

@@ -13,15 +13,14 @@ import dataclasses
 from pathlib import Path
 
 from openpi_like.config import load_run
-from openpi_like.models.lora import Lora
-from openpi_like.train.state import Trainable
+from openpi_like.train import presets
 
 full = load_run(Path(__file__).with_name("finetune_pi0_widowx.py"))
 
 config = dataclasses.replace(
     full,
     run_dir="runs/pi0_widowx_lora",
-    trainable=Trainable(lora=Lora(), frozen_dtype="int8"),
+    trainable=presets.lora(full.model, frozen_dtype="int8"),
     batch_size=8,
     optimizer=dataclasses.replace(full.optimizer, peak_lr=2e-4, end_lr=2e-5),
 )

@@ -16,25 +16,27 @@ import dataclasses
 
 from openpi_like.data.augment import Augment
 from openpi_like.data.config import DataConfig, MixtureEntry
-from openpi_like.models.smolvla import FROZEN, SmolVlaConfig
+from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.robots.widowx import WIDOWX
+from openpi_like.train import presets
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.state import Trainable
+
+MODEL = dataclasses.replace(
+    SmolVlaConfig.released(), cameras=("base", "base_1", "base_2"), action_horizon=8, remat="nothing_saveable"
+)
 
 config = TrainConfig(
     run_dir="runs/smolvla_widowx",
-    model=dataclasses.replace(
-        SmolVlaConfig.released(), cameras=("base", "base_1", "base_2"), action_horizon=8, remat="nothing_saveable"
-    ),
+    model=MODEL,
     data=DataConfig(
         entries=(MixtureEntry(robot=WIDOWX, path="data/bridge_dataset/1.0.0"),), augment=Augment.openpi(), num_threads=8
     ),
     stats="stats",
     tokenizer="weights/smolvlm2_tokenizer",
     warm_start=WarmStart("weights/smolvla_base"),
-    trainable=Trainable(frozen=FROZEN, frozen_dtype="bfloat16"),
+    trainable=presets.expert_only(MODEL),
     batch_size=64,
     steps=20_000,
     optimizer=OptimizerConfig(peak_lr=1e-4, end_lr=2.5e-6, warmup_steps=1_000, decay_steps=20_000, clip_norm=10.0),

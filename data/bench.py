@@ -28,7 +28,7 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.prompts import Pi0Prompt, PromptFormat
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
-from openpi_like.data.stats import compute_normalization, load_normalization
+from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer, read_tokenizer
 from openpi_like.robots.find import find_robot
 
@@ -141,13 +141,12 @@ def open_run(args: Args) -> Loader:
         raise ValueError(
             f"{args.config}: tokenizer=None is taken from a checkpoint; give the file with --set tokenizer="
         )
-    robots = {e.robot.name: e.robot for e in run.data.entries}
     return make_loader(
         run.data,
         batch_size=args.batch_size or run.batch_size,
         policy=run.model,
         tokenizer=TextTokenizer.of_policy(read_tokenizer(run.tokenizer), run.model),
-        normalizations={n: load_normalization(Path(run.stats) / f"{n}.json", r) for n, r in robots.items()},
+        normalizations=run.normalizations(),
         action_tokenizer=None if run.action_tokenizer is None else FastTokenizer.load(run.action_tokenizer),
     )
 

@@ -26,7 +26,6 @@ from openpi_like.data.config import open_datasets
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastError, FastTokenizer, dct_coefficients, fit_fast
 from openpi_like.data.normalize import Normalization
-from openpi_like.data.stats import load_normalization
 from openpi_like.data.text import TextTokenizer, read_tokenizer
 
 BLOCK = 4096  # chunks looked at together
@@ -131,9 +130,7 @@ def main(args: Args, console: Console) -> None:
     run = override(load_run(args.config), args.set)
     entries = [e for e in run.data.entries if e.actions]
     data = dataclasses.replace(run.data, entries=tuple(entries))
-    normalizations = {
-        e.robot.name: load_normalization(Path(run.stats) / f"{e.robot.name}.json", e.robot) for e in entries
-    }
+    normalizations = dataclasses.replace(run, data=data).normalizations()
     training = [d for d in open_datasets(data) if d is not None]
     total = sum(e.weight for e in entries)
     if args.use is None:

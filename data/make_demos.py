@@ -34,17 +34,16 @@ from openpi_like.config import near_names
 from openpi_like.data.rlds_writer import Episode, dataset_directory, write_rlds
 from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.render import VARIABLE, renderer_name
-from openpi_like.robots.sims.sim import HELD_OUT_SEED, Sim
+from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Sim
 
 _ATTEMPTS = 5
-_SECONDS_AFTER_SUCCESS = 0.2  # the chunk that reaches the goal is recorded whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Records demonstrations of a simulated robot's expert and writes them as an RLDS dataset.
 
-    robot: which simulated robot.
+    robot: which simulated robot, a name of `openpi_like.robots.sims.SIMS`.
     out: directory for datasets; this one becomes OUT/ROBOT_sim/1.0.0.
     episodes_per_task, val_episodes_per_task: episodes in splits train and val.
     tasks: some of the robot's tasks, all of them by default.
@@ -53,7 +52,7 @@ class Args:
     file_format: "array_record" is for readers that need random access; other RLDS readers want "tfrecord".
     """
 
-    robot: Literal["pusht", "sawyer", "aloha"]
+    robot: str
     out: Path
     episodes_per_task: int = 40
     val_episodes_per_task: int = 4
@@ -83,7 +82,7 @@ def main(args: Args) -> Path:
     """Records and writes; returns the dataset's directory.
 
     Raises:
-        ValueError: unknown tasks, or more episodes than there are layouts.
+        ValueError: an unknown robot or tasks, or more episodes than there are layouts.
         FileExistsError: a dataset made with other settings is there.
         RuntimeError: the expert failed on every layout tried for some episode.
     """
@@ -247,7 +246,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
     expert = sim.expert(rng, noise)
     states, actions, prompt = [], [], ""
     images: dict[str, list[np.ndarray]] = {c.name: [] for c in sim.robot.cameras}
-    left = math.ceil(_SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
+    left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for _ in range(sim.max_steps):
         observation = sim.observe()
         action = expert.act()

@@ -10,10 +10,8 @@ Least and greatest values, values that are not finite, ends of episodes and text
 whole episodes, evenly spaced, with at most --steps steps: quantiles, histograms, and what is suspected of movements.
 """
 
-import base64
 import collections
 import dataclasses
-import html
 import io
 import logging
 import sys
@@ -28,10 +26,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
+from openpi_like import html_page
+from openpi_like.data.episode_sample import SAMPLE, Sample, bounds, rows, time_gaps
 from openpi_like.data.images import fit
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.traps import SAMPLE, Sample, Trap, action_keys, bounds, find_traps, rows, state_keys
+from openpi_like.data.traps import Trap, action_keys, find_traps, state_keys
 from openpi_like.robots.oxe import ROBOTS
 
 TILE = (128, 128)
@@ -86,9 +86,7 @@ class Rows:
         return table
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>\n" for row in self.rows)
-        return f"<h2>{html.escape(self.title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>\n"
+        return html_page.section(self.title, html_page.table(self.head, self.rows))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -164,16 +162,11 @@ def cameras(index: FrameIndex, samples: dict[str, tuple[np.ndarray, list[np.ndar
 
 def control_rate(sample: Sample) -> str:
     """The rate by a time stamp of the steps, where there is one that grows within episodes."""
-    inside = np.ones(len(sample.steps), bool)
-    inside[sample.starts[1:-1]] = False
-    for key, column in sample.index.columns.items():
-        if "time" not in key or column.ndim != 1:
-            continue
-        gaps = np.diff(sample.rows(key)[:, 0].astype(np.float64))[inside[1:]]
-        if len(gaps) and (gaps > 0).all():
-            gap = float(np.median(gaps))
-            return f"{gap:g} of {key} between steps in the median ({1 / gap:.3g} Hz, if those are seconds)"
-    return "not in the data (a Robot has to say it)"
+    if (found := time_gaps(sample)) is None:
+        return "not in the data (a Robot has to say it)"
+    key, gaps = found
+    gap = float(np.median(gaps))
+    return f"{gap:g} of {key} between steps in the median ({1 / gap:.3g} Hz, if those are seconds)"
 
 
 def suspicions(found: Sequence[Trap], sample: Sample) -> Rows:
@@ -215,10 +208,6 @@ def contact_sheet(index: FrameIndex, episodes: int, frames: int) -> Image.Image:
     return Image.fromarray(out)
 
 
-def embedded(picture: bytes, kind: str) -> str:
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(picture).decode()}">\n'
-
-
 def histograms(panels: Sequence[tuple[str, np.ndarray]], columns: int = 6) -> str:
     """A grid of histograms, as an HTML image."""
     lines = -(-len(panels) // columns)
@@ -230,13 +219,11 @@ def histograms(panels: Sequence[tuple[str, np.ndarray]], columns: int = 6) -> st
         axis.tick_params(labelsize=6)
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=80)
-    return embedded(out.getvalue(), "png")
+    return html_page.plot(figure, dpi=80)
 
 
 def write_report(args: Args, sample: Sample, summary: str, tables: Sequence[Rows], out: Path) -> None:
-    index = sample.index
+    index, section = sample.index, html_page.section
     sheet = io.BytesIO()
     contact_sheet(index, args.episodes, args.frames).save(sheet, format="jpeg", quality=85)
     panels = [
@@ -244,22 +231,19 @@ def write_report(args: Args, sample: Sample, summary: str, tables: Sequence[Rows
         for key in (*action_keys(index), *state_keys(index))
         for d, values in enumerate(sample.rows(key).T)
     ]
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}img{max-width:100%}"
-    )
-    title = html.escape(str(index.split))
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>\n",
-        f"<p>{html.escape(summary)}</p>\n",
+    sections = [
         *(table.html() for table in tables),
-        "<h2>Steps per episode</h2>\n",
-        histograms([("steps", np.diff(index.episode_start).astype(np.float64))], columns=1),
-        f"<h2>Histograms of {html.escape(str(sample))}</h2>\n" + histograms(panels) if panels else "",
-        f"<h2>Contact sheet</h2>\n<p>cameras from left to right: {html.escape(', '.join(colour_cameras(index)))}</p>\n",
-        embedded(sheet.getvalue(), "jpeg"),
+        section(
+            "Steps per episode", histograms([("steps", np.diff(index.episode_start).astype(np.float64))], columns=1)
+        ),
+        section(f"Histograms of {sample}", histograms(panels)) if panels else "",
+        section(
+            "Contact sheet",
+            html_page.note(f"cameras from left to right: {', '.join(colour_cameras(index))}"),
+            f'<img class="plot" alt="" src="{html_page.data_uri(sheet.getvalue(), "jpeg")}">',
+        ),
     ]
-    out.write_text("".join(parts))
+    out.write_text(html_page.page(str(index.split), str(index.split), summary, (), sections))
 
 
 def main(args: Args, console: Console) -> None:

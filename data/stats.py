@@ -179,6 +179,9 @@ def main(args: Args, console: Console) -> None:
             compute(args, datasets, args.out, console)
         return
     run = override(load_run(args.config), args.set)
+    if not run.statistics.needs_own:
+        console.print(f"nothing to compute: the run takes its statistics from elsewhere, {run.statistics}")
+        return
     missing = {}
     for robot in {entry.robot.name: entry.robot for entry in run.data.entries}.values():
         out = Path(run.stats) / f"{robot.name}.json"

@@ -14,6 +14,7 @@ import tyro
 
 from openpi_like.serve.policy import ObservationError, Policy
 from openpi_like.serve.server import PolicyServer, run
+from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.contract import CheckpointError
 
 
@@ -21,8 +22,9 @@ from openpi_like.train.checkpoints.contract import CheckpointError
 class Args:
     """Serves a checkpoint to robots over websockets.
 
-    checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest. host: 0.0.0.0 to be
-    reachable from other machines. port: 0 takes a free one. port_file: written with the port once it listens.
+    checkpoint: run or checkpoint directory. robot: serve this one only. step: default the newest; or "best", by its
+    held-out score. host: 0.0.0.0 to be reachable from other machines. port: 0 takes a free one. port_file: written with
+    the port once it listens.
     api_key: clients must send it. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
     bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
     linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
@@ -31,7 +33,7 @@ class Args:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     robot: str | None = None
-    step: int | None = None
+    step: Step = None
     host: str = "127.0.0.1"
     port: int = 8000
     port_file: Path | None = None

@@ -2,47 +2,24 @@
 resources, and report.json, the same numbers.
 """
 
-import base64
 import dataclasses
 import html
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import numpy as np
 import tyro
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from openpi_like import html_page
 from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, wilson
 from openpi_like.train.watching.metrics import read_metrics
 
 RUNS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 COMPARED = {"flow": "pi0, flow matching", "fast": "pi0-FAST, action tokens", "insulated": "pi0.5, knowledge insulation"}
 COLOURS = {"trained": "#2563eb", "expert": "#16a34a", "untrained": "#9ca3af"}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; background: #f3f4f6; color: #111827; margin: 0; }
-main { max-width: 1140px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { margin: 0 0 2px; font-size: 28px; } h2 { margin: 0 0 10px; font-size: 19px; }
-.note { color: #6b7280; font-size: 13px; }
-section { background: #fff; border-radius: 10px; padding: 18px 22px; margin-top: 18px; box-shadow: 0 1px 2px #0001; }
-.headline { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin-top: 18px; }
-.headline div { background: #fff; border-radius: 10px; padding: 14px 18px; box-shadow: 0 1px 2px #0001; }
-.headline b { display: block; font-size: 26px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-size: 12px; color: #6b7280; border-bottom: 1px solid #e5e7eb; padding: 4px 10px 4px 0; }
-td { padding: 4px 10px 4px 0; border-bottom: 1px solid #f3f4f6; }
-img.plot { max-width: 100%; }
-pre { background: #f9fafb; padding: 10px 12px; border-radius: 6px; white-space: pre-wrap; font-size: 12px; }
-.films { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; }
-.films img { width: 100%; border-radius: 6px; } .films figure { margin: 0; font-size: 12px; color: #6b7280; }
-.good { color: #15803d; font-weight: 600; }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +113,8 @@ def _training(path: Path) -> dict[str, Any]:
 def success_plot(rows: list[dict[str, Any]]) -> Figure:
     """Success rates with their intervals, one line per task."""
     tasks = list(dict.fromkeys((row["robot"], row["task"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(11, 0.42 * len(tasks) + 1.1), layout="constrained")
+    figure = Figure(figsize=(11, 0.42 * len(tasks) + 1.1), layout="constrained")
+    axes = figure.subplots()
     for row in rows:
         y = tasks.index((row["robot"], row["task"])) + {"trained": 0, "expert": -0.22, "untrained": 0.22}[row["policy"]]
         rate, colour = row["successes"] / row["episodes"], COLOURS[row["policy"]]
@@ -156,7 +134,8 @@ def success_plot(rows: list[dict[str, Any]]) -> Figure:
 
 def loss_plot(training: dict[str, Any]) -> Figure:
     """Training and held-out loss of every run."""
-    figure, panels = plt.subplots(1, len(training), figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(training), squeeze=False)[0]
     for axes, (name, values) in zip(panels, training.items(), strict=True):
         for label, curve in values["curves"].items():
             steps, losses = zip(*curve, strict=True)
@@ -172,7 +151,8 @@ def loss_plot(training: dict[str, Any]) -> Figure:
 
 def time_plot(seconds: dict[str, float]) -> Figure:
     """Time of every step."""
-    figure, axes = plt.subplots(figsize=(11, 0.3 * len(seconds) + 0.7), layout="constrained")
+    figure = Figure(figsize=(11, 0.3 * len(seconds) + 0.7), layout="constrained")
+    axes = figure.subplots()
     axes.barh(list(seconds), list(seconds.values()), color="#93c5fd")
     axes.bar_label(axes.containers[0], fmt="%.0f s", padding=4, fontsize=9)  # type: ignore[arg-type]
     axes.invert_yaxis()
@@ -181,33 +161,17 @@ def time_plot(seconds: dict[str, float]) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return f'<img class="plot" alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    def cells(tag: str, values: list[Any]) -> str:
-        return "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values)
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
-
-
 def _success_table(rows: list[dict[str, Any]]) -> str:
     by_task: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         interval = f"{row['successes']}/{row['episodes']}  [{row['wilson_low']:.2f}, {row['wilson_high']:.2f}]"
         by_task.setdefault((row["robot"], row["task"]), {})[row["policy"]] = interval
     body = [[*task, *(cells.get(policy, "not driven") for policy in COLOURS)] for task, cells in by_task.items()]
-    return _table(["robot", "task", *COLOURS], body)
+    return html_page.table(["robot", "task", *COLOURS], body)
 
 
 def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
     """Returns the report as HTML. films: name -> GIF."""
-    e = html.escape
     trained = [row for row in numbers["success"] if row["policy"] == "trained"]
     good = [row for row in trained if row["successes"] / row["episodes"] >= 0.8]
     minutes = sum(numbers["seconds"].values()) / 60
@@ -253,11 +217,9 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
         for kind, c in numbers["compared"].items()
     ]
     fresh = [[row["weight"], row["shape"], row["why"]] for row in numbers["weights"]["fresh"]]
-    strips = "".join(
-        f'<figure><img alt="" src="data:image/gif;base64,{base64.b64encode(gif).decode()}">{e(name)}</figure>'
-        for name, gif in films.items()
+    commands = "".join(
+        f"<p>{html.escape(step)}</p><pre>{html.escape(c)}</pre>" for step, c in numbers["commands"].items()
     )
-    commands = "".join(f"<p>{e(step)}</p><pre>{e(text)}</pre>" for step, text in numbers["commands"].items())
     renderers = ", ".join(f"{robot}: {renderer}" for robot, renderer in numbers["renderers"].items())
     subtitle = " · ".join(
         [
@@ -267,35 +229,57 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
             f"images by {renderers}",
         ]
     )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>openpi_like demo</title>
-<style>{STYLE}</style></head><body><main>
-<h1>From demonstrations to driven robots</h1>
-<div class="note">{e(subtitle)}</div>
-<div class="headline">{"".join(f"<div><b>{e(big)}</b>{e(small)}</div>" for big, small in headline)}</div>
-<section><h2>Success, closed loop over websockets</h2>{_png(success_plot(numbers["success"]))}
-{_success_table(numbers["success"])}</section>
-<section><h2>Rollouts of the trained policies</h2><div class="films">{strips}</div></section>
-<section><h2>Loss</h2>{_png(loss_plot(numbers["training"]))}
-{_table(["run", "steps", "first loss", "last loss", "steps/s", "waiting for data"], runs)}
-<p class="note">The held-out loss is that of the averaged weights on episodes never trained on, on a fixed grid of noise
-and flow times, so it is not on the scale of the training loss.</p></section>
-<section><h2>Action error on held-out episodes</h2>
-{_table(["robot", "dim [unit]", "mean absolute error of sampled chunks"], errors)}</section>
-<section><h2>Latency of the trained policies</h2>
-{_table(["robot", "requests", "p50 ms", "p95 ms", "p99 ms"], latency)}
-<p class="note">Round trip as the robot's process sees it: packing, websocket, inference with ten flow steps, unpacking;
-server and simulators share the machine.</p></section>
-<section><h2>Three ways to produce actions: same data, same steps</h2>
-{_table(["policy", "steps", "success, all Sawyer tasks", *dims, "ms per step", "latency p50 / p95 ms"], compared)}
-<p class="note">Columns with units: mean absolute error of whole sampled chunks on held-out episodes. These runs are
-shorter than the pretraining above.</p></section>
-<section><h2>What fine-tuning started from</h2>
-<p>{numbers["weights"]["loaded"]} weights came from the pretrained checkpoint, {len(fresh)} started fresh:</p>
-{_table(["weight", "shape", "why"], fresh)}</section>
-<section><h2>Time of each step</h2>{_png(time_plot(numbers["seconds"]))}</section>
-<section><h2>Each step alone</h2>{commands}</section>
-</main></body></html>
-"""
+    section, table, note, plot = html_page.section, html_page.table, html_page.note, html_page.plot
+    sections = [
+        section(
+            "Success, closed loop over websockets",
+            plot(success_plot(numbers["success"])),
+            _success_table(numbers["success"]),
+        ),
+        section(
+            "Rollouts of the trained policies", html_page.gallery((name, gif, "gif") for name, gif in films.items())
+        ),
+        section(
+            "Loss",
+            plot(loss_plot(numbers["training"])),
+            table(["run", "steps", "first loss", "last loss", "steps/s", "waiting for data"], runs),
+            note(
+                "The held-out loss is that of the averaged weights on episodes never trained on, on a fixed grid of "
+                "noise and flow times, so it is not on the scale of the training loss."
+            ),
+        ),
+        section(
+            "Action error on held-out episodes",
+            table(["robot", "dim [unit]", "mean absolute error of sampled chunks"], errors),
+        ),
+        section(
+            "Latency of the trained policies",
+            table(["robot", "requests", "p50 ms", "p95 ms", "p99 ms"], latency),
+            note(
+                "Round trip as the robot's process sees it: packing, websocket, inference with ten flow steps, "
+                "unpacking; server and simulators share the machine."
+            ),
+        ),
+        section(
+            "Three ways to produce actions: same data, same steps",
+            table(
+                ["policy", "steps", "success, all Sawyer tasks", *dims, "ms per step", "latency p50 / p95 ms"], compared
+            ),
+            note(
+                "Columns with units: mean absolute error of whole sampled chunks on held-out episodes. These runs are "
+                "shorter than the pretraining above."
+            ),
+        ),
+        section(
+            "What fine-tuning started from",
+            f"<p>{numbers['weights']['loaded']} weights came from the pretrained checkpoint, {len(fresh)} started "
+            "fresh:</p>",
+            table(["weight", "shape", "why"], fresh),
+        ),
+        section("Time of each step", plot(time_plot(numbers["seconds"]))),
+        section("Each step alone", commands),
+    ]
+    return html_page.page("openpi_like demo", "From demonstrations to driven robots", subtitle, headline, sections)
 
 
 def main(args: Args) -> None:

@@ -5,10 +5,15 @@
 
 It is a robot as a user would write one: the PyPI package openpi-client, unmodified, and a control loop. Goals and
 layouts have seeds that no demonstration used. Run again after an interruption, it skips the episodes that are done.
+
+--record keeps what it did, for serve/record.py; with --policy corrected, the expert takes over now and then:
+
+    python serve/rollout.py --robot sawyer --policy corrected --record spool --first-seed 5000 --out corrected.jsonl
 """
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import sys
 import time
@@ -26,8 +31,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openpi_like.config import near_names
 from openpi_like.robots.sims import SIMS, make_sim
-from openpi_like.robots.sims.sim import HELD_OUT_SEED, Sim
+from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Expert, Sim
 from openpi_like.serve.evaluation import Episode, append_episode, read_episodes, success_rows
+from openpi_like.serve.recorder import Recorder
+from openpi_like.serve.takeover import TakeOver
 
 FRAMES = 60  # of a film strip, at most
 FRAME_SIZE = 128
@@ -37,14 +44,16 @@ FRAME_SIZE = 128
 class Args:
     """Drives a simulated robot closed loop, against a policy server or with its own expert.
 
-    robot: which simulated robot. policy: "expert" needs no server; the other two only name the results. out: JSONL
-    file, one line per episode. tasks: default all. episodes: per task. first_seed: of the layouts. port_file: read the
-    port from this file, as the server writes it. frames_dir: a GIF of each task's first episode goes there. workers:
-    processes, each with a simulator and a connection.
+    robot: which simulated robot. policy: "expert" needs no server; "corrected" is the server's, from which the expert
+    takes over as `takeover` says; the other two only name the results. out: JSONL file, one line per episode. tasks:
+    default all. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the server
+    writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a simulator and
+    a connection. record: spool that keeps what the robot did, see serve/record.py; only of layouts that evaluation
+    does not use.
     """
 
     robot: str
-    policy: Literal["trained", "untrained", "expert"]
+    policy: Literal["trained", "untrained", "expert", "corrected"]
     out: Path
     tasks: tuple[str, ...] = ()
     episodes: int = 20
@@ -54,55 +63,106 @@ class Args:
     port_file: Path | None = None
     frames_dir: Path | None = None
     workers: int = 2
+    record: Path | None = None
+    takeover: TakeOver = TakeOver()
+
+    def __post_init__(self) -> None:
+        if self.record is not None and self.first_seed + self.episodes > HELD_OUT_SEED:
+            raise ValueError(
+                f"--record of layouts {self.first_seed} to {self.first_seed + self.episodes - 1}: what is recorded is "
+                f"trained on, and those from {HELD_OUT_SEED} on are for evaluation; set --first-seed"
+            )
 
 
 class Camera(BasePolicy):
-    """Looks only when the server is really asked: an `ActionChunkBroker` asks once per chunk, and drawing is slow."""
+    """Looks only when the server is really asked: an `ActionChunkBroker` asks once per chunk, and drawing is slow.
+
+    seen: the observation of this step, where something else has already looked.
+    """
 
     def __init__(self, policy: BasePolicy, sim: Sim) -> None:
         self._policy, self._sim = policy, sim
         self.latency_ms: list[float] = []
+        self.seen: dict[str, Any] | None = None
 
     def infer(self, obs: dict) -> dict:
-        observation = {**self._sim.observe(), "robot": self._sim.robot.name}
+        observation = {**(self.seen or self._sim.observe()), "robot": self._sim.robot.name}
         started = time.perf_counter()
         reply = self._policy.infer(observation)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
         return reply
 
 
-_worker: dict[str, Any] = {}  # of one worker process: its simulator and its connection
+class Pilot:
+    """Chooses the actions of one episode: the policy's, the expert's, or, corrected, now the ones, now the others."""
+
+    def __init__(self, args: Args, sim: Sim, client: WebsocketClientPolicy | None, seed: int) -> None:
+        self._args, self._sim, self._seed = args, sim, seed
+        self._expert: Expert | None = None
+        self.camera = None if client is None else Camera(client, sim)
+        if client is not None:
+            execute_steps = client.get_server_metadata()["robots"][args.robot]["execute_steps"]
+            self._broker = ActionChunkBroker(self.camera, action_horizon=execute_steps)
+
+    def act(self, step: int, seen: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns an action, and what the policy proposed where it acts. seen: the observation, where there is one."""
+        helps = self._args.policy == "corrected" and self._args.takeover.expert_acts(
+            step, self._sim.max_steps, self._seed
+        )
+        if self.camera is None or helps:
+            if self._expert is None:  # it plans from where the robot is now
+                self._expert = self._sim.expert(np.random.default_rng(self._seed), 0.0)
+            return self._expert.act(), None
+        if self._expert is not None:
+            self._expert = None
+            self._broker.reset()  # what is left of its chunk was for where the robot was before
+        self.camera.seen = seen
+        action = self._broker.infer({})["actions"]
+        return action, action
+
+
+_worker: dict[str, Any] = {}  # of one worker process: its simulator, its connection, its recorder
 
 
 def start_worker(args: Args, port: int) -> None:
     """Makes the simulator of this process, and its connection when a server is driven."""
-    _worker["args"], _worker["sim"] = args, make_sim(args.robot)
-    if args.policy != "expert":
-        _worker["client"] = WebsocketClientPolicy(args.host, port)
+    client = None if args.policy == "expert" else WebsocketClientPolicy(args.host, port)
+    policy = None if client is None else client.get_server_metadata()
+    recorder = None if args.record is None else Recorder(args.record, args.robot, policy=policy)
+    _worker.update(args=args, sim=make_sim(args.robot), client=client, recorder=recorder)
 
 
 def drive(task: str, seed: int) -> Episode:
     """Runs one episode in this worker process."""
-    args, sim = _worker["args"], _worker["sim"]
+    args, sim, recorder = _worker["args"], _worker["sim"], _worker["recorder"]
     sim.reset(task, seed)
+    pilot = Pilot(args, sim, _worker["client"], seed)
     film = args.frames_dir is not None and seed == args.first_seed
-    frames, steps = [], 0
-    camera = None
-    if args.policy == "expert":
-        expert = sim.expert(np.random.default_rng(seed), 0.0)
-    else:
-        camera = Camera(_worker["client"], sim)
-        steps_per_chunk = _worker["client"].get_server_metadata()["robots"][args.robot]["execute_steps"]
-        broker = ActionChunkBroker(camera, action_horizon=steps_per_chunk)
-    while not sim.success and steps < sim.max_steps:
+    frames, steps, helped, left = [], 0, 0, 0
+    if recorder is not None:
+        recorder.begin(sim.observe()["prompt"], {"task": task, "seed": seed, "renderer": sim.renderer})
+        left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
+    for step in range(sim.max_steps):
+        if sim.success and left == 0:
+            break
+        left -= sim.success
+        steps += not sim.success
         if film:
             frames.append(sim.frame(FRAME_SIZE))
-        sim.step(expert.act() if camera is None else broker.infer({})["actions"])
-        steps += 1
+        seen = None if recorder is None else sim.observe()
+        action, proposed = pilot.act(step, seen)
+        helped += proposed is None
+        if recorder is not None:
+            time_s = step / sim.robot.control_hz  # of the simulated world
+            recorder.step(seen, action, proposed=proposed, intervened=proposed is None, time_s=time_s)
+        sim.step(action)
+    success = bool(sim.success)
+    if recorder is not None:
+        recorder.end(success)
     if film:
         _save_film([*frames, sim.frame(FRAME_SIZE)], args.frames_dir / f"{args.robot}_{task}.gif")
-    latency = () if camera is None else tuple(round(ms, 3) for ms in camera.latency_ms)
-    return Episode(args.robot, task, args.policy, seed, bool(sim.success), steps, sim.renderer, latency)
+    latency = () if pilot.camera is None else tuple(round(ms, 3) for ms in pilot.camera.latency_ms)
+    return Episode(args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped)
 
 
 def _save_film(frames: list[np.ndarray], path: Path) -> None:
@@ -165,8 +225,11 @@ def main(args: Args, console: Console) -> None:
     episodes = [e for e in read_episodes(args.out) if (e.task, e.seed) in set(wanted)]
     for row in success_rows(episodes):
         interval = f"[{row['wilson_low']:.2f}, {row['wilson_high']:.2f}]"
-        console.print(f"{row['robot']:8} {row['task']:22} {row['successes']:3}/{row['episodes']} {interval}")
+        console.print(f"{row['robot']:17} {row['task']:22} {row['successes']:3}/{row['episodes']} {interval}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args), Console(highlight=False))
+    try:
+        main(tyro.cli(Args), Console(highlight=False))
+    except ValueError as e:
+        sys.exit(str(e))

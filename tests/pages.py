@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from openpi_like.config import load_run, override
+from openpi_like.models.released import find_model
 from openpi_like.robots.find import find_robot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +191,7 @@ def _argument_problems(root: Path, path: str, words: list[str]) -> Iterator[str]
         yield from _study_problems(root, program, root / given["study"], sets)
     if given.get("model") and not _OWN.search(given["model"]):
         try:
-            program.find_config(args)
+            override(find_model(given["model"]), sets)
         except (ValueError, FileNotFoundError) as e:
             yield str(e)
     robots = (given.get("robot"), *(given.get("robots") or ()))

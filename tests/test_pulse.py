@@ -183,6 +183,31 @@ def _watched(run: Path, said: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_dagger_round_goes_on_where_it_was(demo):
+    """The policy acts, the expert corrects it, and its steps are trained on, all by the programs themselves."""
+    task, data = _tasks(demo)[0], [f"data.entries.0.path={demo}/data/sawyer_sim/1.0.0", f"stats={demo}/stats"]
+    sets = ["--set", *data, f"data.entries.1.path={demo}/data/pusht_sim/1.0.0", "batch_size=8", "validation_batches=1"]
+    few = ["--steps", "2", "--episodes", "1", "--corrected", "1", "--workers", "1", "--no-control", "--tasks", task]
+    command = ["train/dagger.py", "configs/demo_pretrain.py", "--start", str(demo / "pretrain"), "--robot", "sawyer"]
+    command += ["--run", str(demo / "dagger"), "--takeover.late", "0.1", *few, *sets, "log_every=1"]
+    first = _program(*command, XLA_FLAGS="--xla_backend_optimization_level=0")
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    results = json.loads((demo / "dagger" / "results.json").read_text())
+    assert [row["arm"] for row in results["rows"]] == ["before", "round_1"]
+    assert (results["corrected"], results["rescued"]) == (1, 1)
+    lines = [x for x in read_metrics(demo / "dagger" / "trained_1" / "metrics.jsonl") if x["split"] == "train"]
+    assert len(lines) == 2
+    assert all(np.isfinite(line["loss/sawyer, corrected"]) for line in lines)
+    assert 0 < sum(line["samples/sawyer, corrected"] for line in lines) < 16
+    again = _program(*command)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == 5
+    other = _program(*command, "--share", "0.5")
+    assert other.returncode != 0
+    assert "train_1.py is of other options; remove" in other.stderr
+
+
+@pytest.mark.slow
 def test_a_run_skips_losses_that_are_not_finite_then_stops_and_names_the_samples(demo):
     diverging = ["optimizer.peak_lr=1e30", "optimizer.warmup_steps=0", "skip_bad_steps=2"]
     done = _program(*_train(demo, "diverged"), *diverging)

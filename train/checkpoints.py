@@ -25,7 +25,7 @@ from rich.table import Table
 
 from openpi_like.models.weights import WeightsError
 from openpi_like.train.checkpoints.base import run_of
-from openpi_like.train.checkpoints.checkpoint import find_step, steps_directory
+from openpi_like.train.checkpoints.checkpoint import Step, find_step, steps_directory
 from openpi_like.train.checkpoints.compare import Change, by_module, compare_records, compare_weights
 from openpi_like.train.checkpoints.contract import CheckpointError, read_record
 from openpi_like.train.checkpoints.inspection import RunInfo, StepInfo, in_use, inspect_run, plan_pruning, prune
@@ -106,11 +106,11 @@ class Verify:
 
     Shapes and dtypes are those of the model and the optimiser in the record; values must be finite; the contract and
     the weights that were not trained must be those of the run. A changed bit of a trained weight is found where it
-    cannot be decompressed or makes a value that is not finite; their sums are not kept. step: default all.
+    cannot be decompressed or makes a value that is not finite; their sums are not kept. step: default all; or "best".
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    step: int | None = None
+    step: Step = None
 
     def __call__(self, console: Console) -> int:
         found = False

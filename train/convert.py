@@ -25,18 +25,15 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from openpi_like.config import load_run, override
+from openpi_like.config import override
 from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.openvla_stats import is_openvla_stats, load_openvla_stats
 from openpi_like.data.stats import load_normalization, load_openpi_stats, save_openpi_stats
 from openpi_like.data.text import read_tokenizer
 from openpi_like.models.arrays import open_arrays
 from openpi_like.models.lora import Lora
-from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.policy import VisionLanguageConfig
-from openpi_like.models.smolvla import SmolVlaConfig
-from openpi_like.models.text_model import TextModelConfig
+from openpi_like.models.released import RELEASED, find_model
 from openpi_like.models.weights import (
     WeightsError,
     bind,
@@ -51,7 +48,7 @@ from openpi_like.models.weights import (
     write_safetensors,
 )
 from openpi_like.robots.find import find_robot
-from openpi_like.train.checkpoints.checkpoint import find_step, is_run, save_policy, stored_trainable
+from openpi_like.train.checkpoints.checkpoint import Step, find_step, is_run, save_policy, stored_trainable
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
@@ -61,20 +58,13 @@ from openpi_like.train.checkpoints.contract import (
 )
 from openpi_like.train.checkpoints.warm_start import open_weights
 
-RELEASED = {
-    "pi0": lambda: Pi0Config.released(),
-    "pi05": lambda: Pi0Config.released(pi05=True),
-    "pi0_fast": lambda: Pi0FastConfig.released(),
-    "smolvla": lambda: SmolVlaConfig.released(),
-    "paligemma": lambda: TextModelConfig.paligemma(),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Converts weights between layouts, and shows that both compute the same.
 
     src: a run, or published weights. dst: directory to write. to: layout to write; "run" is ours.
+    step: of a run, default the newest; or "best", by its held-out score.
     model: sizes of published weights: pi0, pi05, pi0_fast, smolvla, paligemma, or a config file; a run knows its own.
     set: changes of the model, such as action_horizon=10 cameras=('base','wrist').
     dtype: of the weights written. source_format: instead of recognising it. lora_scale: merge openpi's LoRA weights,
@@ -91,6 +81,7 @@ class Args:
     src: Annotated[Path, tyro.conf.Positional]
     dst: Annotated[Path, tyro.conf.Positional]
     to: Literal["run", "openpi", "lerobot", "huggingface", "big_vision"]
+    step: Step = None
     model: str | None = None
     set: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,8 +106,7 @@ def find_config(args: Args) -> VisionLanguageConfig:
         return read_contract(find_step(args.src)).policy
     if args.model is None:
         raise ValueError(f"--model: missing; expected one of {', '.join(RELEASED)}, or a config file with the sizes")
-    config = RELEASED[args.model]() if args.model in RELEASED else load_run(args.model)
-    return override(getattr(config, "model", config), args.set)
+    return override(find_model(args.model), args.set)
 
 
 def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
@@ -229,6 +219,10 @@ def main(args: Args, console: Console) -> int:
     """Returns the exit status: 0, or 1 where the difference is above tolerance."""
     if args.dst.exists() and any(args.dst.iterdir()):
         raise ValueError(f"{args.dst} is not empty; choose another directory")
+    if args.step is not None and not is_run(args.src):
+        raise ValueError(f"--step {args.step} is for runs, {args.src} is none; leave it out")
+    if args.step is not None:
+        args = dataclasses.replace(args, src=find_step(args.src, args.step))
     config = find_config(args)
     # What cannot work is said before anything is read.
     lora = kept_lora(args)

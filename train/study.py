@@ -100,7 +100,7 @@ def main(args: Args, console: Console) -> None:
     os.chdir(ROOT)
     arms = {name: arm for name, arm in study.arms.items() if not args.only or name in args.only}
     configs = {n: override(load_run(a.config), (*args.set, *a.set)) for n, a in arms.items() if a.driven}
-    problems = unequal(configs)
+    problems = unequal(configs, study.varies)
     if problems:
         raise ValueError("arms cannot be compared:\n  " + "\n  ".join(problems))
 
@@ -113,6 +113,9 @@ def main(args: Args, console: Console) -> None:
                 f"warm_start.checkpoint={args.run / slug(arm.start)}",
                 f"warm_start.reinitialize={arm.reinitialize!r}",
             ]
+        if arm.own_statistics:
+            sets.append(f"stats={run_dir / 'stats'}")
+            job.step(f"statistics of {name}", ["data/stats.py", "--config", arm.config, "--set", *sets])
         job.step(f"train {name}", ["train/train.py", arm.config, *sets])
         if arm.driven:
             port = ["--port-file", str(args.run / f"{slug(name)}.port")]
@@ -127,6 +130,7 @@ def main(args: Args, console: Console) -> None:
                 str(args.workers),
             ]
             server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
+            server += ["--step", "best"] if study.best else []
             job.step(f"drive {study.robot} with {name}", [*drive, *port], server=server)
 
     if not configs:  # --only of arms that prepare others

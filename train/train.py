@@ -26,19 +26,18 @@ from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import make_loader
 from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.stats import load_normalization
 from openpi_like.data.text import read_tokenizer
 from openpi_like.models.weights import WeightsError, print_load_report
-from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step, is_run
+from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
     Contract,
     contract_problems,
-    read_contract,
 )
-from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
+from openpi_like.train.checkpoints.warm_start import frozen_from, start_contract, warm_start
 from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.early_stopping import Patience
 from openpi_like.train.fastest import AUTO, attention_of_run, check_attention, decode_choices, encode_choices
 from openpi_like.train.hosts.agreement import software
 from openpi_like.train.hosts.lock import run_directory
@@ -48,7 +47,7 @@ from openpi_like.train.planning.chips import GPU_PART, peak_flops
 from openpi_like.train.planning.flops import model_flops
 from openpi_like.train.sharding import check_batch, put_batch
 from openpi_like.train.validation import Validator
-from openpi_like.train.watching.metrics import MetricsWriter
+from openpi_like.train.watching.metrics import MetricsWriter, read_metrics
 from openpi_like.train.watching.nonfinite import BadSteps
 from openpi_like.train.watching.pictures import picture_batch
 from openpi_like.train.watching.profiling import DATA_WAIT, DEVICE_WAIT, Profiler
@@ -68,12 +67,9 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
 
     # ---- Contract: what serving will depend on -----------------------------------------------------------------------
-    every = tuple(entry.robot for entry in config.data.entries)
     # Those that are served: datasets without actions teach language alone.
     robots = tuple({e.robot.name: e.robot for e in config.data.entries if e.actions}.values())
-    before = None  # what the run starts from, if that is one of ours
-    if config.warm_start is not None and is_run(config.warm_start.checkpoint):
-        before = read_contract(find_step(config.warm_start.checkpoint))
+    before = start_contract(config.warm_start)
     if config.tokenizer is not None:
         tokenizer = read_tokenizer(config.tokenizer)
     elif before is not None:
@@ -88,7 +84,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     contract = Contract(
         policy=config.model,
         robots=robots,
-        normalizations={r.name: load_normalization(Path(config.stats) / f"{r.name}.json", r) for r in every},
+        normalizations=config.normalizations(),
         tokenizer=tokenizer,
         renderers=describe(config.data).renderers,
         action_tokenizer=action_tokenizer,
@@ -156,6 +152,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if lead:  # by now, the run can do what it says
         (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=1))
 
+    patience = Patience(config.patience)
+    if config.keep.best and step:
+        patience.look_back(config.keep, read_metrics(run_dir / "metrics.jsonl"), until=step)
+
     # ---- Watching ----------------------------------------------------------------------------------------------------
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     metrics = MetricsWriter(
@@ -173,7 +173,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
             say(str(choice))
     else:
         check_attention(config.attention, sizes, mesh)
-    if step < config.steps:
+    if step < config.steps and not patience.spent:
         started = time.perf_counter()
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
         say(f"compiled in {time.perf_counter() - started:.0f} s")
@@ -203,7 +203,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     history: list[tuple[int, dict[str, jax.Array], Batch]] = []  # steps whose metrics have not been looked at
     with metrics, progress_bar(console, shown=lead) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, loss="")
-        while step < config.steps and not stop:
+        while step < config.steps and not stop and not patience.spent:
             with profiler.step(step + 1):
                 with jax.profiler.TraceAnnotation(DATA_WAIT):
                     batch = next(loader)
@@ -212,10 +212,12 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 stop = stopping.at(step)
                 history.append((step, values, batch))
                 logging = step % config.log_every == 0 or step == config.steps
+                # Who stops a run waits for its checkpoint, not for a validation, unless it is the last.
+                validating = step == config.steps or (step % config.validate_every == 0 and not stop)
                 saving = step % config.save_every == 0 or step == config.steps or stop
                 # Look at the step before this one: by now it is done, and the device is busy with this one. Before a
-                # save or a log line, look at this one too.
-                while len(history) > 1 or (history and (saving or logging)):
+                # save, a validation or a log line, look at this one too.
+                while len(history) > 1 or (history and (saving or validating or logging)):
                     done, values, seen = history.pop(0)
                     with jax.profiler.TraceAnnotation(DEVICE_WAIT):
                         seen_values = {k: float(v) for k, v in jax.device_get(values).items()}
@@ -228,16 +230,17 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
             score = None
-            # Who stops a run waits for its checkpoint, not for a validation, unless it is the last.
-            if step == config.steps or (step % config.validate_every == 0 and not stop):
+            if validating:
                 with log.paused():
                     line = validator(state)
                 score = config.keep.score(line)
+                patience.look(step, score)
                 metrics.write(step, "val", line)
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith("loss"))
+                told = ("loss", config.keep.metric) if config.keep.best else ("loss",)
+                shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith(told))
                 progress.console.print(f"step {step}: validation {shown}")
             # Save before the next batch is pulled: the position saved is then that of the first batch not trained on.
-            if saving:
+            if saving or patience.spent:
                 checkpointer.save(state, score=score, **saved())
                 metrics.sync()
             progress.update(bar, completed=step)
@@ -254,6 +257,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
             "command goes on from here"
         )
         sys.exit(128 + stopping.signal)
+    if patience.spent:
+        console.print(f"stopped at step {step}: no better {config.keep.metric} in {patience.since} validations")
+    if config.keep.best and patience.best is not None:
+        console.print(f"best: step {patience.best[0]}, {config.keep.metric} {patience.best[1]:.4g}")
     console.print(f"{step} steps done; checkpoint in {run_dir / 'checkpoints'}")
 
 

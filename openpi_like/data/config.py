@@ -56,6 +56,7 @@ class MixtureEntry:
         A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
         that it knows prompts with and without.
     selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
+    label: what it is called in metrics, besides its robot: "recorded" makes "sawyer, recorded".
     """
 
     robot: Robot
@@ -67,11 +68,13 @@ class MixtureEntry:
     actions: bool = True
     selection: Selection = Selection()
     blank_language: bool = False
+    label: str | None = None
 
     @property
     def name(self) -> str:
-        """What it is called in metrics."""
-        return self.robot.name if self.actions else f"{self.robot.name}, text"
+        """What it is called in metrics. Datasets of one name are counted together."""
+        said = (self.robot.name, self.label, None if self.actions else "text")
+        return ", ".join(word for word in said if word is not None)
 
 
 @dataclasses.dataclass(frozen=True)

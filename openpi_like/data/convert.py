@@ -10,6 +10,7 @@ pictures) have to be encoded again: losslessly as PNG, else as JPEG or as a vide
 
 import dataclasses
 import fnmatch
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,8 @@ class _Source:
         }  # fmt: skip
         if not self.indexes:
             raise DatasetError(f"{directory} has no splits")
+        if not conversion.splits and (shared := _shared(self.indexes)):
+            raise DatasetError(f"{directory}: splits {shared} share episodes; name those that are meant in splits")
         self.index = next(iter(self.indexes.values()))
         steps, episode = self.index.schema.steps, self.index.schema.episode
         self.fields = episode | steps
@@ -171,6 +174,19 @@ class _Source:
         )
 
 
+def _shared(indexes: Mapping[str, FrameIndex]) -> list[str]:
+    """Returns two splits that have an episode in common, if any have: one with the same numbers."""
+    seen: dict[bytes, str] = {}
+    for name, index in indexes.items() if len(indexes) > 1 else ():
+        for first, end in itertools.pairwise(index.episode_start.tolist()):
+            found = hashlib.blake2b(str(end - first).encode())
+            for key in sorted(index.columns):
+                found.update(np.ascontiguousarray(index.columns[key][first:end]))
+            if (other := seen.setdefault(found.digest(), name)) != name:
+                return [other, name]
+    return []
+
+
 def _pixels(index: FrameIndex, key: str, steps: range) -> Iterator[np.ndarray]:
     return (index.read_pixels(step, key) for step in steps)
 
@@ -187,6 +203,9 @@ def lerobot_name(key: str, *, picture: bool) -> str:
     if "/" not in key:
         return key
     name = key.replace("/", ".")
+    for prefix in ("observations.", "obs."):  # of HDF5
+        if name.startswith(prefix):
+            name = f"observation.{name.removeprefix(prefix)}"
     if not picture:
         return name
     return "observation.images." + name.removeprefix("observation.").removeprefix("images.")

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from openpi_like.data.blocks import blocks
 from openpi_like.data.camera_images import image_steps, is_present, read_image
 from openpi_like.data.dataset_check import check_dataset, no_field
-from openpi_like.data.frames import select_frames, warn_of_no_instruction
+from openpi_like.data.frames import handed_back, interventions_left, select_frames, warn_of_no_instruction
 from openpi_like.data.images import Target, fit
 from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
@@ -117,6 +117,7 @@ class EpisodeDataset:
         self._part = range(int(index.episode_start[part.start]), int(index.episode_start[part.stop]))
         self._skip_last = selection.skip_last
         self._first_image = check_dataset(index, robot, self._part, selection, max_corrupt_fraction)
+        self._interventions = handed_back(index, selection, self._part)
         self._values = StepValues(index, robot, self._part)
         self._frames, self.removed = select_frames(self._values, selection, part, frame_stride)
         left_out = "left out: " + (", ".join(f"{n} ({reason})" for reason, n in self.removed.items()) or "nothing")
@@ -151,11 +152,14 @@ class EpisodeDataset:
         """Returns the action chunks that begin at frames, in robot space, and a mask that ends with the episode.
 
         A is the robot's action horizon; entry a is for control step a, which is `Robot.stride` RLDS steps long and
-        whole inside the episode, without the last ones that the selection skips. Masked entries repeat the last one
+        whole inside the episode, without the last ones that the selection skips, and inside the expert's intervention
+        where the selection asks for these. Masked entries repeat the last one
         that is not.
         """
         episode, step = self._frames.place(frames)
         end = self.index.episode_start[episode + 1] - self._values.tail - self._skip_last
+        if self._interventions is not None:
+            end = np.minimum(end, step + interventions_left(self._interventions, step))
         whole = (end - step) // self.robot.stride
         a = np.arange(self.robot.action_horizon)
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
@@ -236,6 +240,7 @@ class EpisodeDataset:
     def held_bytes(self) -> int:
         """Returns what this takes in the memory of a process: its own arrays and all texts. Columns are mapped."""
         own = self._values.held_bytes + self._frames.held_bytes
+        own += 0 if self._interventions is None else self._interventions.nbytes
         tables = [t.table for t in (*self.index.texts.values(), *self.index.episode_texts.values())]
         return own + sum(sys.getsizeof(x) for table in tables for x in (table, *table))
 

@@ -15,7 +15,7 @@ from openpi_like.data.selection import Selection
 from openpi_like.data.step_values import describe_not_finite, moves, not_finite
 from openpi_like.robots.robot import Camera, Robot, StateField
 
-_OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
+OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
 
 _RATE = 0.01  # part by which a robot's rate may differ from that of its data
 
@@ -97,6 +97,13 @@ def _selection_problems(index: FrameIndex, robot: Robot, selection: Selection) -
             problems.append(f"selection.success: {key!r} has shape {numbers[key].shape[1:]}, expected one number")
     elif key is not None and key not in index.texts and key not in index.episode_texts:
         problems.append(f"selection.success: {no_field(index, key, [*index.texts, *index.episode_texts])}")
+    if selection.intervened is not None:
+        key = selection.intervened
+        if key not in index.columns:
+            problems.append(f"selection.intervened: {no_field(index, key, list(index.columns))}")
+        elif math.prod(index.columns[key].shape[1:]) != 1:
+            shape = index.columns[key].shape[1:]
+            problems.append(f"selection.intervened: {key!r} has shape {shape}, expected one number")
     if selection.keep_ranges is not None:
         problems += [
             f"selection.keep_ranges_key: {no_field(index, k, list(index.episode_texts))}"
@@ -117,7 +124,7 @@ def _rate_problems(index: FrameIndex, robot: Robot) -> list[str]:
         return []
     return [
         f"control_hz: the dataset has {rate:g} steps a second, the robot {expected:g} (control_hz x stride: "
-        f"{robot.control_hz:g} x {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride for a slower robot"
+        f"{robot.control_hz:g} x {robot.stride}); set control_hz={rate / robot.stride:g}, or a stride if it is slower"
     ]
 
 
@@ -159,7 +166,7 @@ def _warn_of_grippers(index: FrameIndex, robot: Robot, part: range, usable: Sequ
             stored = index.columns[field.key][block].reshape(block.stop - block.start, -1)
             values = stored[:, field.start : field.start + field.size].astype(np.float64)
             opening = field.to_model(values)
-            outside += int(((opening < -_OUTSIDE) | (opening > 1 + _OUTSIDE)).any(axis=1).sum())
+            outside += int(((opening < -OUTSIDE) | (opening > 1 + OUTSIDE)).any(axis=1).sum())
             least, most = min(least, float(values.min())), max(most, float(values.max()))
         if outside:
             _log.warning(

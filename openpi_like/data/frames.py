@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from openpi_like.data.blocks import blocks
+from openpi_like.data.blocks import blocks, episode_blocks
 from openpi_like.data.camera_images import blind_steps, describe_damage
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.selection import Selection, read_ranges
@@ -148,11 +148,12 @@ class _StepFilters:
         self._blind = blind_steps(index, part, robot.cameras)
         self._said = _labels(index, robot) if selection.labelled else {}
         self._success_texts = _success_texts(index, selection)
+        self._handed_back = handed_back(index, selection, part)
 
     @property
     def any(self) -> bool:
         """Whether any step may be left out."""
-        asked = (self._selection.success, self._ranges, self._selection.idle_below)
+        asked = (self._selection.success, self._handed_back, self._ranges, self._selection.idle_below)
         found = (*self._not_finite, self._blind)
         return any(f is not None for f in asked) or self._selection.labelled or any(map(len, found))
 
@@ -162,6 +163,9 @@ class _StepFilters:
         if selection.success is not None:
             good = _succeeded(index, selection.success, self._success_texts, episode, step)
             yield f"{selection.success} says no", good
+        if self._handed_back is not None:
+            left = interventions_left(self._handed_back, step)
+            yield f"{selection.intervened} says no", left >= values.robot.stride
         if self._said:
             yield "no instruction", _labelled(index, self._said, episode, step)
         if ranges is not None:
@@ -244,6 +248,29 @@ def _succeeded(
         return texts[index.text_ids(key, episode, step)]
     values = index.columns[key][step] if key in index.columns else index.episode_columns[key][episode]
     return values.reshape(-1) > 0
+
+
+def handed_back(index: FrameIndex, selection: Selection, part: range) -> np.ndarray | None:
+    """Returns first and last step (exclusive) of each intervention of an expert, (n, 2); None where all steps count."""
+    if selection.intervened is None:
+        return None
+    column, start, runs = index.columns[selection.intervened], index.episode_start, []
+    for lo, hi in episode_blocks(start, part):
+        acts = np.ravel(column[lo:hi]) > 0
+        first = np.zeros(hi - lo, bool)
+        first[start[np.searchsorted(start, lo) : np.searchsorted(start, hi)] - lo] = True
+        begins = acts & (first | ~np.append(False, acts[:-1]))
+        ends = acts & (np.append(first[1:], True) | ~np.append(acts[1:], False))
+        runs.append(lo + np.stack([np.flatnonzero(begins), np.flatnonzero(ends) + 1], axis=1))
+    return np.concatenate(runs) if runs else np.zeros((0, 2), np.int64)
+
+
+def interventions_left(runs: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Returns how many steps the intervention at a step still lasts, itself included; 0 where there is none."""
+    if not len(runs):
+        return np.zeros(len(step), np.int64)
+    i = np.searchsorted(runs[:, 0], step, side="right") - 1
+    return np.where(i >= 0, np.maximum(runs[np.maximum(i, 0), 1] - step, 0), 0)
 
 
 def _idle(values: StepValues, below: float, episode: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -187,10 +187,10 @@ def open_index(
     """Opens the index of a split, building it first where there is none or the files have changed since.
 
     Args:
-        directory: of a dataset in one of `layouts`, as a TFDS directory, which holds dataset_info.json; a path or any
-            URL (see `files`).
-        index_dir: where indexes are kept; default `.openpi_like_index` in `directory`, or the cache directory (see
-            `files.cache_directory`) where `directory` is a URL or cannot be written.
+        directory: of a dataset in one of `layouts`, as a TFDS directory, which holds dataset_info.json, or an HDF5
+            file; a path or any URL (see `files`).
+        index_dir: where indexes are kept; default `.openpi_like_index` in `directory` (beside a file), or the cache
+            directory (see `files.cache_directory`) where `directory` is a URL or cannot be written.
         max_corrupt_fraction: part of the records that may be damaged or missing; these are skipped, counted and
             reported.
         workers: processes that build. With more than one a program needs its `if __name__ == "__main__"`.
@@ -257,7 +257,9 @@ def _fingerprint(split: Split, schema: Schema) -> dict[str, Any]:
 
 
 def _default_roots(directory: Location) -> list[Path]:
-    beside = [directory / ".openpi_like_index"] if isinstance(directory, Path) else []
+    beside = []
+    if isinstance(directory, Path):  # some datasets are one file
+        beside = [(directory.parent if directory.is_file() else directory) / ".openpi_like_index"]
     return [*beside, files.cache_directory().absolute() / "index"]
 
 

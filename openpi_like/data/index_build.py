@@ -41,7 +41,8 @@ _log = logging.getLogger(__name__)
 
 def schema_digest(schema: Schema) -> str:
     """Returns a digest of everything that is known of all fields."""
-    return digest([dataclasses.asdict(f) for f in (*schema.steps.values(), *schema.episode.values())])
+    fields = [dataclasses.asdict(f) for f in (*schema.steps.values(), *schema.episode.values())]
+    return digest([{k: v for k, v in f.items() if k != "names" or v} for f in fields])
 
 
 def digest(value: Any) -> str:

@@ -21,7 +21,8 @@ class Feature:
 
     key: path, e.g. "observation/state" in a step. kind: "numeric", "text", "image", or "other" where this reader cannot
     read it. shape: of one step's value; None where it may vary. encoding: "none", "zlib" or "bytes"; of texts that are
-    stored as integers "code_points" (see `layouts.tfds.CODE_POINT_WORDS`).
+    stored as integers "code_points" (see `layouts.tfds.CODE_POINT_WORDS`); of pictures "raw" where they are numbers.
+    names: what the values are called, where the dataset says it: motors, as a rule.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Feature:
     dtype: str
     shape: tuple[int | None, ...]
     encoding: str = "none"
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,8 @@ class Selection:
 
     success: a number or bool of the step or episode that must be above 0; or a text that `success_pattern`, a regular
         expression, must be found in.
+    intervened: a number or bool of the step that is above 0 where an expert acted instead of a policy ("intervened" in
+        what `serve/record.py` writes): only these steps, and chunks end where the expert hands back.
     labelled: only steps with an instruction.
     min_length: only episodes of at least so many RLDS steps. skip_first: not the first steps of an episode.
     skip_last: not the last steps of an episode, such as a terminal one with an action of zeros; chunks end before them.
@@ -34,6 +36,7 @@ class Selection:
 
     success: str | None = None
     success_pattern: str | None = None
+    intervened: str | None = None
     labelled: bool = False
     min_length: int = 1
     skip_first: int = 0

@@ -16,16 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
 
-from openpi_like.data.index import FrameIndex, Texts
+from openpi_like.data.blocks import blocks
+from openpi_like.data.episode_sample import Sample, bounds, count_texts, rows
+from openpi_like.data.index import FrameIndex
 
 _SHOWN = 3  # places named per trap
-_BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
+BLACK = 16  # a camera that delivers nothing, stored as JPEG, stays below this
+_DRAWN = 0.7  # of the pixels equal their neighbour in pictures that were drawn, in photographs at most 0.6
 _COLOURED = 0.2  # HSV saturation from which on a pixel has a hue that can be trusted
 _LAG = 8  # steps within which a gripper has followed its command
-_WRAPS = 3  # jumps by a turn that are no accident
-_EPISODES = 4  # that a sample is of, at least
-_BLOCK = 1 << 16  # steps read together
-SAMPLE = 200_000  # steps of a sample: some 20 MB for the numbers of an arm
+WRAPS = 3  # jumps by a turn that are no accident
+OPPOSITE = -0.4  # `follows` of grippers with opposite polarity: right ones are above 0 by far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,89 +39,16 @@ class Trap:
     advice: str
 
 
-# ---- Steps that are looked at ----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Episodes of an index, evenly spaced, whole or their beginnings; all where they have no more steps than asked for.
-
-    index: what they are of. steps: (n,), ascending. starts: (e + 1,), where each episode begins in `steps`.
-    """
-
-    index: FrameIndex
-    steps: Int[np.ndarray, "n"]
-    starts: Int[np.ndarray, "e1"]
-
-    @classmethod
-    def take(cls, index: FrameIndex, most: int = SAMPLE) -> "Sample":
-        """Takes every n-th episode, for an n that gives at most `most` steps.
-
-        Where that would leave fewer than 4, these (or all) and of each the beginning.
-        """
-        first = np.asarray(index.episode_start)
-        lengths, largest = np.diff(first), max(index.episodes // _EPISODES, -(-index.episodes // most))
-        every = min(-(-index.steps // most), largest)
-        while every < largest and lengths[::every].sum() > most:
-            every += 1
-        chosen = np.arange(0, index.episodes, every)
-        lengths = lengths[chosen]
-        if lengths.sum() > most:
-            lengths = np.minimum(lengths, most // len(chosen))
-        steps = np.concatenate([np.arange(first[e], first[e] + n) for e, n in zip(chosen, lengths, strict=True)])
-        return cls(index, steps, np.append(0, np.cumsum(lengths)))
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing was left out."""
-        return len(self.steps) == self.index.steps
-
-    def __str__(self) -> str:
-        """What it is, for a report."""
-        if self.whole:
-            return f"all {self.index.steps:,} steps"
-        ends = np.append(self.steps[self.starts[1:-1] - 1], self.steps[-1]) + 1
-        cut = not np.isin(ends, self.index.episode_start).all()
-        return (
-            f"{len(self.steps):,} of {self.index.steps:,} steps, those of {len(self.starts) - 1:,} of "
-            f"{self.index.episodes:,} episodes, evenly spaced{', of some the beginnings only' if cut else ''}"
-        )
-
-    def rows(self, key: str) -> Shaped[np.ndarray, "n D"]:
-        """Returns a numeric field of its steps."""
-        x = rows(self.index, key)
-        return x if self.whole else x[self.steps]
-
-
-def rows(index: FrameIndex, key: str) -> Shaped[np.ndarray, "N D"]:
-    """Returns a numeric field of all steps, memory-mapped."""
-    x = index.columns[key]
-    return np.asarray(x).reshape(len(x), -1)
-
-
-def bounds(x: Shaped[np.ndarray, "N D"]) -> Shaped[np.ndarray, "2 D"]:
-    """Returns the least and the greatest value of each dim, without NaN, in one pass that keeps nothing."""
-    return np.stack([np.fmin.reduce(x, axis=0), np.fmax.reduce(x, axis=0)])
-
-
-def count_texts(texts: Texts) -> dict[str, int]:
-    """Returns how many steps, or episodes, have each text."""
-    counts = np.zeros(len(texts.table), np.int64)
-    for at in range(0, len(texts.ids), _BLOCK):
-        counts += np.bincount(texts.ids[at : at + _BLOCK], minlength=len(texts.table))
-    return dict(zip(texts.table, counts.tolist(), strict=True))
-
-
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def not_finite(key: str, x: Shaped[np.ndarray, "N D"], where: Callable[[int], str]) -> Trap | None:
     """NaN and infinite values. where: see `FrameIndex.where`."""
     count, first = 0, list[int]()
-    for at in range(0, len(x), _BLOCK):
-        bad = np.flatnonzero(~np.isfinite(x[at : at + _BLOCK]).all(axis=1))
+    for block in blocks(range(len(x))):
+        bad = np.flatnonzero(~np.isfinite(x[block]).all(axis=1))
         count += len(bad)
-        first += [at + int(i) for i in bad[: _SHOWN - len(first)]]
+        first += [block.start + int(i) for i in bad[: _SHOWN - len(first)]]
     if not count:
         return None
     places = "; ".join(map(where, first)) + ("; ..." if count > _SHOWN else "")
@@ -173,7 +101,7 @@ def angle_wraps(key: str, x: Shaped[np.ndarray, "N D"], starts: Int[np.ndarray, 
         for turn, unit in ((2 * np.pi, "rad"), (360.0, "deg")):
             near = int((np.abs(jumps - turn) < 0.1 * turn).sum())
             between = int(((jumps > 0.3 * turn) & (jumps < 0.9 * turn)).sum())
-            if near >= max(_WRAPS, between + 1) and span < 1.05 * turn:
+            if near >= max(WRAPS, between + 1) and span < 1.05 * turn:
                 found.append(f"[{d}] {near} times by one turn ({unit})")
     if not found:
         return None
@@ -288,7 +216,7 @@ def inverted_gripper(
     states: Mapping[str, Shaped[np.ndarray, "N _"]],
     starts: Int[np.ndarray, "E1"],
 ) -> Trap | None:
-    """Gripper dims of the action whose gripper state moves the other way (see `follows`, below -0.4).
+    """Gripper dims of the action whose gripper state moves the other way (see `follows` and `OPPOSITE`).
 
     Gripper states are dims that look like one, fields with "grip" in their name, and the last dim of a state of the
     action's size: arms move with grippers (grasp, then lift), so that any other dim would correlate too.
@@ -305,7 +233,7 @@ def inverted_gripper(
             continue
         matches = [(follows(action[:, d], x, starts), name) for name, x in candidates]
         best, name = max(matches, key=lambda m: abs(m[0]), default=(0.0, ""))
-        if best < -0.4:
+        if best < OPPOSITE:
             found.append(f"[{d}] against {name}, correlation {best:.2f}")
     if not found:
         return None
@@ -351,7 +279,7 @@ def black_camera(
 
     How many of all images are black is estimated by their encoded size, which is smaller than that of any other.
     """
-    black = np.array([image.max() <= _BLACK for image in images], bool)
+    black = np.array([image.max() <= BLACK for image in images], bool)
     if not black.any():
         return None
     largest = int(sizes[sampled[black]].max())
@@ -381,10 +309,18 @@ def warmth(images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> float:
     return total / weight if weight else 0.0
 
 
+def _even(image: np.ndarray) -> float:
+    """Part of the pixels that have exactly the colour of the one to their right."""
+    return float((image[:, 1:] == image[:, :-1]).all(axis=2).mean())
+
+
 def swapped_channels(key: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> Trap | None:
-    """Pictures that are mostly blue where they have a colour: `warmth` below -0.3. A blue table looks the same."""
+    """Photographs that are mostly blue where they have a colour: `warmth` below -0.3. A blue table looks the same.
+
+    What a simulator draws may have any colour, so pictures of even surfaces are not judged.
+    """
     measured = warmth(images)
-    if measured >= -0.3:
+    if measured >= -0.3 or np.median([_even(image) for image in images]) > _DRAWN:
         return None
     return Trap(
         "swapped channels",

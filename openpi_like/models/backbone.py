@@ -67,12 +67,14 @@ class Backbone(nnx.Module):
     """Images and text to tokens: `language` to run them, `text_loss` to train text, `generate` to write it.
 
     A subclass declares its parts, the language model as `vlm`, and says how images become tokens. causal: whether
-    tokens of the prefix see those before them only.
+    tokens of the prefix see those before them only. towers: which of its parts look at images alone; one of those that
+    are named here may be absent.
     """
 
     config: Any  # VisionLanguageConfig, whose module imports this one
     vlm: LanguageModel
     causal: bool = False
+    towers: tuple[str, ...] = ("vision",)
 
     def embed_images(
         self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None

@@ -90,6 +90,7 @@ class Prismatic(Backbone):
     """`dino`, `siglip`, `projector` and `vlm`."""
 
     causal = True
+    towers = ("dino", "siglip")
     dino: Dino | None
     siglip: Siglip
     projector: PrismaticProjector

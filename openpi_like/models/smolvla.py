@@ -6,7 +6,7 @@ arXiv 2506.01844, section 3.1). As in LeRobot, whose weights it loads and writes
 - An action sees the prefix, itself and those before it; in cross layers the prefix alone, and positions begin at zero.
 - Rotations are of base 10,000 in both stacks, although SmolLM2 was trained with 100,000.
 
-Which weights LeRobot trains is `Trainable(frozen=FROZEN)` in the config of a run: the expert and the projections.
+What LeRobot trains are the expert and the projections: `presets.expert_only` in the config of a run.
 
 Letters: B batch, S prefix tokens, D width of the VLM, E width of the expert, A action horizon, J action dims.
 """
@@ -32,9 +32,6 @@ from openpi_like.models.smolvla_expert import Expert, ExpertConfig
 from openpi_like.models.smolvla_names import lerobot_config, smolvla_formats
 from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.partition import pin
-
-# Weights that LeRobot leaves as they are ("train_expert_only").
-FROZEN = ("^vision/", "^connector/", "^vlm/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

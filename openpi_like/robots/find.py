@@ -7,8 +7,12 @@ import traceback
 from pathlib import Path
 
 from openpi_like.config import near_names
-from openpi_like.robots.oxe import ROBOTS
+from openpi_like.robots.oxe import ROBOTS as OXE
+from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.robot import Robot
+
+# Those that do not have a file each
+ROBOTS = {**OXE, **ARMS}
 
 # Files of this folder that define no robot
 _NO_ROBOTS = (
@@ -29,8 +33,9 @@ def find_robot(name: str) -> Robot:
     """Returns a robot by its name.
 
     name: "sawyer" (a file of this folder that defines SAWYER), "fractal20220817_data" (a dataset of `oxe.ROBOTS`),
-        "oxe:FRACTAL" (an object of a file of this folder), "package.module:OBJECT", "robots/my_robot.py" (a file with
-        one robot in it) or "robots/my_robot.py:OBJECT". A run stores the robot itself, so it needs the file no more.
+        "robosuite_panda" (one of `robosuite_arms.ARMS`), "oxe:FRACTAL" (an object of a file of this folder),
+        "package.module:OBJECT", "robots/my_robot.py" (a file with one robot in it) or "robots/my_robot.py:OBJECT". A
+        run stores the robot itself, so it needs the file no more.
 
     Raises:
         ValueError: there is none, or a file has several; says what there is.
@@ -46,7 +51,7 @@ def find_robot(name: str) -> Robot:
     try:
         found = vars(importlib.import_module(module))
     except ImportError as e:
-        known = [*(f for f in files if not f.startswith("oxe")), *ROBOTS]
+        known = [*(f for f in files if not f.startswith(("oxe", "robosuite_arms"))), *ROBOTS]
         raise ValueError(
             f"no robot {name!r} ({e}); {near_names(name, known)}; or give module:OBJECT, or a file like my_robot.py"
         ) from e

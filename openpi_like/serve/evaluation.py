@@ -12,8 +12,9 @@ from typing import Any
 class Episode:
     """One closed-loop episode.
 
-    policy: "trained", "untrained" or "expert". seed: of the layout. steps: control steps until success or the limit.
-    latency_ms: time of each request as the robot saw it. renderer: what drew the frames.
+    policy: "trained", "untrained", "expert", or "corrected", a trained one from which the expert takes over. seed: of
+    the layout. steps: control steps until success or the limit. latency_ms: time of each request as the robot saw it.
+    renderer: what drew the frames. expert_steps: at which the expert acted.
     """
 
     robot: str
@@ -24,6 +25,7 @@ class Episode:
     steps: int
     renderer: str
     latency_ms: tuple[float, ...] = ()
+    expert_steps: int = 0
 
 
 def append_episode(path: Path, episode: Episode) -> None:

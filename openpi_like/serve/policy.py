@@ -19,6 +19,7 @@ from openpi_like.models.quantize import QUANTIZED
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
 from openpi_like.serve.protocol import PROTOCOL
+from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
 from openpi_like.train.fastest import fastest_attention
 from openpi_like.train.sharding import MeshConfig
@@ -90,7 +91,7 @@ class Policy:
         cls,
         checkpoint: str | Path,
         *,
-        step: int | None = None,
+        step: Step = None,
         robot: str | None = None,
         seed: int = 0,
         dtype: str | None = None,

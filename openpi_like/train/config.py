@@ -7,15 +7,17 @@ from jax.sharding import Mesh
 
 from openpi_like.config import near_names
 from openpi_like.data.config import DataConfig
+from openpi_like.data.normalize import Normalization
 from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoints.checkpoint import Keep
-from openpi_like.train.checkpoints.warm_start import WarmStart
+from openpi_like.train.checkpoints.warm_start import WarmStart, start_contract
 from openpi_like.train.fastest import AUTO
 from openpi_like.train.hosts.places import Hosts
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef, Trainable, Trainer
+from openpi_like.train.statistics import Own, Statistics, load_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class TrainConfig:
     run_dir: where checkpoints, metrics and the load report go.
     model: a policy config, an object with `create(key)`, for example `Pi0Config`.
     stats: directory with one normalisation file per robot, `<robot name>.json`, as `data/stats.py` writes them.
+    statistics: whether a robot is normalised by these, by those of the `warm_start` checkpoint, or by both, see
+        `openpi_like.train.statistics`.
     tokenizer: of the prompts: a SentencePiece model, a tokenizer.json of Hugging Face, or a directory with one; None
         takes the one of the `warm_start` checkpoint.
     action_tokenizer: directory of a FAST tokenizer (data/fit_fast.py), for policies with action tokens; None takes the
@@ -38,6 +42,7 @@ class TrainConfig:
         alone, and need the `warm_start` checkpoint to stay where it is.
     skip_bad_steps: steps whose loss or gradient is not finite that are left out before the run stops.
     log_every, validate_every, save_every: steps. keep: which checkpoints stay on disk.
+    patience: validations without a better `keep.metric` before the run stops, its best checkpoint kept; None: never.
     accept_changed_data: resume a run although its data or their order are no longer those that it was trained on;
         without it, that is an error.
     validation_batches: batches per robot, of `validation_batch_size` evenly spaced held-out frames each.
@@ -55,6 +60,7 @@ class TrainConfig:
     tokenizer: str | None
     batch_size: int
     steps: int
+    statistics: Statistics = Own()
     accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     trainable: Trainable = Trainable()
@@ -71,6 +77,7 @@ class TrainConfig:
     validate_every: int = 1_000
     save_every: int = 1_000
     keep: Keep = Keep()
+    patience: int | None = None
     save_frozen: bool = True
     skip_bad_steps: int = 0
     accept_changed_data: bool = False
@@ -100,6 +107,20 @@ class TrainConfig:
             problems.append(
                 f"keep.best ranks what is saved: save_every={self.save_every}, expected a multiple of {every}"
             )
+        held_out = any(entry.val_split is not None for entry in self.data.entries)
+        if self.patience is not None and self.patience < 1:
+            problems.append(f"patience={self.patience}, expected at least 1 validation, or None")
+        if self.patience is not None and not self.keep.best:
+            problems.append(
+                "patience ends a run after its best step, which is gone then unless keep.best is at least 1"
+            )
+        if not held_out and (self.patience is not None or self.keep.best):
+            problems.append(
+                "patience and keep.best need held-out episodes, and no entry of data has a val_split; hold some out, "
+                "split='train[:90%]', val_split='train[90%:]'"
+            )
+        if self.statistics.needs_start and self.warm_start is None:
+            problems.append(f"statistics={self.statistics} needs a warm_start checkpoint to take them from")
         if not self.save_frozen and self.warm_start is None:
             problems.append("save_frozen=False needs a warm_start checkpoint to read the frozen weights from again")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -125,3 +146,13 @@ class TrainConfig:
         if self.attention != AUTO:
             trainer.attention = self.attention
         return trainer
+
+    def normalizations(self) -> dict[str, Normalization]:
+        """Returns the statistics of every robot of the data, as `statistics` says.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_statistics`.
+        """
+        start = start_contract(self.warm_start) if self.statistics.needs_start else None
+        robots = {entry.robot.name: entry.robot for entry in self.data.entries}
+        return load_statistics(self.statistics, self.stats, robots, start)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -436,7 +437,9 @@ class Trainer:
         one_hot = jax.nn.one_hot(dataset_B, len(self.dataset_names))  # (B, datasets), a handful of columns
         # A product would make NaN of all datasets where one sample has it.
         sums, counts = jnp.where(one_hot > 0, per_sample["loss"][:, None], 0).sum(0), one_hot.sum(0)
-        for i, name in enumerate(self.dataset_names):
-            metrics[f"loss/{name}"] = sums[i] / jnp.maximum(counts[i], 1)
-            metrics[f"samples/{name}"] = counts[i]
+        for name in dict.fromkeys(self.dataset_names):  # datasets of one name are one row
+            own = np.flatnonzero([other == name for other in self.dataset_names])
+            count = counts[own].sum()
+            metrics[f"loss/{name}"] = sums[own].sum() / jnp.maximum(count, 1)
+            metrics[f"samples/{name}"] = count
         return metrics

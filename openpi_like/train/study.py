@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openpi_like.config import to_json
+from openpi_like.config import near_names, to_json
 from openpi_like.serve.evaluation import wilson
 from openpi_like.train.config import TrainConfig
+
+SAME = ("data", "batch_size", "steps", "seed")  # kept equal between the arms that are driven
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Arm:
     """One row of a study.
 
     config: file of its run. set: dotted overrides of it. start: name of an arm above whose weights it begins with,
-    besides those that `reinitialize` names. driven: False where it only prepares another one.
+    besides those that `reinitialize` names. driven: False where it only prepares another one. own_statistics: it is
+    normalised by what it is trained on, computed before it is.
     """
 
     config: str
@@ -23,6 +26,7 @@ class Arm:
     start: str | None = None
     reinitialize: tuple[str, ...] = ()
     driven: bool = True
+    own_statistics: bool = False
 
 
 def slug(name: str) -> str:
@@ -34,16 +38,21 @@ def slug(name: str) -> str:
 class Study:
     """A table of runs, by name, in order. The first that is driven is what others are compared with.
 
-    robot, tasks, episodes: what they are driven with, and how many episodes of each task.
+    robot, tasks, episodes: what they are driven with, and how many episodes of each task. varies: of what is otherwise
+    kept equal (`SAME`), that which the study is about. best: drive the step of
+    each run with the best score, not the last.
     """
 
     arms: Mapping[str, Arm]
     robot: str
     tasks: tuple[str, ...]
     episodes: int
+    varies: tuple[str, ...] = ()
+    best: bool = False
 
     def __post_init__(self) -> None:
         problems, above, files = [], set[str](), dict[str, str]()
+        problems += [f"varies={v!r}; {near_names(v, SAME)}" for v in self.varies if v not in SAME]
         for name, arm in self.arms.items():
             if "/" in name or files.setdefault(slug(name), name) != name:
                 other = "" if "/" in name else f", as arm {files[slug(name)]!r}"
@@ -61,17 +70,42 @@ class Study:
             raise ValueError("Study: " + "; ".join(problems))
 
 
-SAME = ("data", "batch_size", "steps", "seed")
+def learning_curve(
+    config: str,
+    episodes: Sequence[int] = (5, 10, 25, 50),
+    *,
+    name: str = "{} episodes",
+    start: str | None = None,
+    reinitialize: tuple[str, ...] = (),
+    set: tuple[str, ...] = (),
+) -> dict[str, Arm]:
+    """Returns an arm for each number of episodes: the first so many of the first dataset of a run, and no more.
+
+    Their statistics are of these episodes alone, as they would be if there were no others; the held-out ones of the
+    config are the same for all. Give them to a `Study` whose `varies` is ("data",).
+    config, start, reinitialize, set: see `Arm`. name: of an arm, for its number of episodes.
+
+    Raises:
+        ValueError: a number of episodes is not above the one before it.
+    """
+    if not episodes or list(episodes) != sorted({*episodes}) or episodes[0] < 1:
+        raise ValueError(f"episodes={tuple(episodes)}, expected numbers from 1 on, each greater than the one before")
+    return {
+        name.format(n): Arm(
+            config, (*set, f"data.entries.0.split=train[:{n}]"), start, reinitialize, own_statistics=True
+        )
+        for n in episodes
+    }
 
 
-def unequal(configs: Mapping[str, TrainConfig]) -> list[str]:
-    """Returns in what the runs of driven arms differ that a study keeps equal: data, batch size, steps, seed."""
+def unequal(configs: Mapping[str, TrainConfig], varies: Sequence[str] = ()) -> list[str]:
+    """Returns in what the runs of driven arms differ that a study keeps equal: `SAME` without what it varies."""
     first = next(iter(configs), "")
     return [
         f"arm {name!r}: {field} is not that of {first!r}"
         for name, config in configs.items()
         for field in SAME
-        if to_json(getattr(config, field)) != to_json(getattr(configs[first], field))
+        if field not in varies and to_json(getattr(config, field)) != to_json(getattr(configs[first], field))
     ]
 
 

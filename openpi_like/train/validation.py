@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Float
 
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
+from openpi_like.data.normalize import FLOOR
 from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import check_batch, put_batch
@@ -36,6 +38,19 @@ def sampled_chunks(
         return policy.sample_actions(key, policy.config.observation(batch), action_mask=mask, **options)
 
 
+def action_errors(
+    predicted: Float[np.ndarray, "steps Js"], done: Float[np.ndarray, "steps Js"]
+) -> tuple[Float[np.ndarray, "Js"], float]:
+    """Returns the mean absolute error of each dim, in its own unit, and one number for all of them, without one.
+
+    That is the mean, over the dims that vary, of this error beside the mean absolute deviation of what was done. NaN
+    where none of them varies.
+    """
+    error, spread = np.abs(predicted - done).mean(0), np.abs(done - done.mean(0)).mean(0)
+    varies = spread >= FLOOR
+    return error, float((error[varies] / spread[varies]).mean()) if varies.any() else float("nan")
+
+
 class Validator:
     """Evaluates the averaged weights (the raw ones where no average is kept)."""
 
@@ -53,15 +68,18 @@ class Validator:
         self._actions = jax.jit(functools.partial(sampled_chunks, trainer))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Returns, per robot, "loss/<robot>", its parts where it has any, and "action_mae/<robot>/<dim [unit]>".
+        """Returns, per robot, "loss/<robot>", its parts where it has any, and errors of sampled actions.
 
-        The latter is the mean absolute error of whole sampled chunks in robot space, in the robot's own units, over
-        steps before the end of the episode. Datasets without actions are "<robot>, text" and have losses alone.
+        "action_mae/<robot>/<dim [unit]>": the mean absolute error of whole sampled chunks in robot space, in the
+        robot's own units, over steps before the end of the episode. "action_error/<robot>": each of these beside how
+        far the held-out actions themselves are from their mean, and the mean of that over the dims that vary: one
+        number for dims of all units, 1 for a policy that always says the mean. Datasets without actions are
+        "<robot>, text" and have losses alone.
         "saturated": coefficients of this host that action tokens could not write, where there are any.
         """
         params = state.weights()
         losses: dict[str, list[float]] = {}
-        errors: dict[str, list[np.ndarray]] = {}
+        errors: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         names: dict[str, tuple[str, ...]] = {}
         saturated = 0
         for i, item in enumerate(self._batches(count=self._config.validation_batches)):
@@ -76,12 +94,13 @@ class Validator:
                 continue
             mask = self._config.model.chunk_mask(robot.action_horizon, robot.action_size)
             actions = self._actions(params, batch, key, mask, self._options)
-            errors.setdefault(name, []).append(self._absolute_errors(item, actions))
+            errors.setdefault(name, []).append(self._compared(item, actions))
             names[name] = robot.robot_action_names
         line = {name: float(np.mean(of)) for name, of in losses.items()}
         for name, parts in errors.items():
-            mean = np.concatenate(parts).mean(0)
+            mean, relative = action_errors(*(np.concatenate(of) for of in zip(*parts, strict=True)))
             line.update({f"action_mae/{name}/{n}": float(v) for n, v in zip(names[name], mean, strict=True)})
+            line[f"action_error/{name}"] = relative
         return line | ({"saturated": float(saturated)} if saturated else {})
 
     def _batches(self, *, count: int) -> Iterator[ValidationBatch]:
@@ -97,13 +116,14 @@ class Validator:
             process_count=jax.process_count(),
         )
 
-    def _absolute_errors(self, item: ValidationBatch, actions_BAJ: jax.Array) -> np.ndarray:
-        """Returns the absolute errors of all valid steps of all hosts, (steps, Js), in robot space."""
+    def _compared(self, item: ValidationBatch, actions_BAJ: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what is predicted and what was done at all valid steps of all hosts, (steps, Js), in robot space."""
         robot, gather = item.robot, _gather
         sampled = gather(actions_BAJ)[:, : robot.action_horizon, : robot.action_size]
         model_space = self._contract.normalizations[robot.name].invert_actions(sampled)
         predicted = robot.decode_actions(model_space, gather(item.state))
-        return np.abs(predicted - gather(item.actions))[gather(item.action_mask)]
+        mask = gather(item.action_mask)
+        return predicted[mask], gather(item.actions)[mask]
 
 
 def _gather(x: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from openpi_like.data.augment import Augment
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.files import Location
-from openpi_like.data.index import open_index
+from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.loader import Loader, make_loader
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
@@ -23,6 +23,7 @@ from openpi_like.data.stats import compute_normalization
 from openpi_like.data.storage import RecordError
 from openpi_like.data.text import TextTokenizer
 from tests.data.odd import copied, write_odd
+from tests.data.robot_check.arm import write_arm
 from tests.data.toy import ARM, CART, PROMPTS, SOME, TOLD, Shapes, write_toy
 
 
@@ -153,3 +154,15 @@ def everything(config: DataConfig) -> dict[str, Any]:
     """Options of a loader that draws all there is to draw: order in groups, instructions, cameras; of some steps."""
     told = dataclasses.replace(config.entries[0], robot=TOLD, selection=SOME)
     return {"entries": (told, config.entries[1]), "group_episodes": 4}
+
+
+@pytest.fixture(scope="session")
+def arm_directory(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The arm's dataset as a TFDS directory."""
+    return write_arm(tmp_path_factory.mktemp("arm"))
+
+
+@pytest.fixture(scope="session")
+def arm_index(arm_directory: Path) -> FrameIndex:
+    """Its index."""
+    return open_index(arm_directory, "train")

@@ -22,6 +22,7 @@ from tests.data.toy import ARM, CART, Shapes, change_record, model_of, shard
 CONFIG = """
 from types import SimpleNamespace
 from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.train.statistics import Own, load_statistics
 from tests.data.toy import ARM, CART, Shapes
 import dataclasses
 
@@ -37,6 +38,9 @@ class Run:
     model: Model = Model()
     batch_size: int = 6
     action_tokenizer: None = None
+
+    def normalizations(self):
+        return load_statistics(Own(), self.stats, {{e.robot.name: e.robot for e in self.data.entries}}, None)
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}, split="val", val_split=None))
 config = Run(DataConfig(entries), {directory!r}, {directory!r} + "/text.model")

@@ -19,6 +19,7 @@ from openpi_like.data.stats import compute_normalization, load_normalization
 from openpi_like.robots import Robot
 from openpi_like.robots.find import find_robot
 from tests.conftest import REPOSITORY
+from tests.data.toy_lerobot import FRONT, HEIGHT, LENGTHS, WIDTH, WRIST, write_v30
 
 PROGRAM = REPOSITORY / "data" / "draft_robot.py"
 
@@ -36,6 +37,26 @@ def completed(text: str) -> str:
     for what, value in (("control_hz", 10.0), ("action_horizon", 5), ("execute_steps", 2)):
         text = text.replace(f"{what}={type(value)()}", f"{what}={value}")
     return text.replace('unit="?"', 'unit="1"').replace('command="?"', 'command="delta"')
+
+
+def test_draft_of_lerobot_data(program: SimpleNamespace, tmp_path: Path) -> None:
+    """Names, rate and chunks are known; what is left to say are units, the gripper's ends and what actions command."""
+    directory = write_v30(tmp_path / "toy", {FRONT: "video", WRIST: "image"})
+    out, shown = tmp_path / "so_arm.py", io.StringIO()
+    program.main(program.Args(str(directory), out), Console(file=shown, width=300))
+    text = out.read_text()
+    with pytest.raises(ValueError, match=r"unit '\?' is unknown"):
+        load(out)
+    assert 'complete 4 "?" and no 0' in shown.getvalue()
+    out.write_text(completed(text).replace('"delta"', '"absolute"'))
+    robot = load(out)
+    assert [(c.name, c.key, c.height, c.width) for c in robot.cameras] == [
+        ("base", FRONT, HEIGHT, WIDTH), ("wrist", WRIST, HEIGHT, WIDTH)
+    ]  # fmt: skip
+    assert [(f.name, f.names) for f in robot.state] == [("state", ("waist", "elbow")), ("gripper", ("gripper",))]
+    assert (robot.control_hz, robot.action_horizon, robot.execute_steps) == (20.0, 20, 10)
+    assert robot.language_key == "task"
+    assert len(open_dataset(directory, robot, "train")) == sum(LENGTHS)
 
 
 def test_draft_to_statistics(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from openpi_like.batch import ActionTokens
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.prompts import FastPrompt
+from openpi_like.train.statistics import Own, load_statistics
 from tests.data.toy import ARM, CART
 import dataclasses
 
@@ -31,6 +32,9 @@ class Run:
     stats: str
     model: object
     tokenizer: str | None = None
+
+    def normalizations(self):
+        return load_statistics(Own(), self.stats, {{e.robot.name: e.robot for e in self.data.entries}}, None)
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}, split="val", val_split=None))
 tokens = ActionTokens(max_len=6, count=300, skip=0)

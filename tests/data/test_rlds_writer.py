@@ -195,7 +195,16 @@ def change(**changes):
             change(images=lambda e: {**e.images, "base": e.images["base"][:3]}),
             "camera 'base' has 3 images, expected 5",
         ),
-        (change(images=lambda e: {**e.images, "wrist": [b"\xff\xd8jpeg"] * 5}), "'wrist' has images that are not PNG"),
+        (
+            change(images=lambda e: {**e.images, "wrist": [b"GIF89a"] * 5}),
+            "'wrist' has images that are not all PNG, or not",
+        ),
+        (
+            change(images=lambda e: {**e.images, "wrist": [*e.images["wrist"][:4], b"\xff\xd8\xff"]}),
+            "'wrist' has images that are not all PNG, or not all JPEG",
+        ),
+        (change(prompt=lambda e: ["a"] * 4), "4 prompts, expected one, or 5"),
+        (change(steps=lambda e: {"reached": np.zeros(6)}), "'reached' has 6 steps, expected 5"),
         (
             change(images=lambda e: {**e.images, "base": [png(np.zeros((8, 6, 3), np.uint8))] * 5}),
             r"'base' has images of \(height, width\) \[\(8, 6\)\], expected \(6, 8\)",
@@ -226,7 +235,9 @@ def test_all_problems_of_an_episode_at_once(tmp_path):
 def test_metadata_must_be_the_same_throughout(tmp_path):
     good, _ = make_episode(0)
     other = dataclasses.replace(good, metadata={"task": "t"})
-    with pytest.raises(ValueError, match=r"episode 1 of split 'train': metadata {'task': 'str'} are not those"):
+    with pytest.raises(
+        ValueError, match=r"differs from the first episode in \(here, there\): metadata {'task': 'str'}, {"
+    ):
         write(tmp_path, {"train": [good, other]})
 
 

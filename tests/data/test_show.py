@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from openpi_like.data.episode_sample import Sample
 from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.traps import Sample
 from tests.conftest import REPOSITORY
 
 PROGRAM = REPOSITORY / "data" / "show.py"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from openpi_like.data import traps
+from openpi_like.data.episode_sample import Sample, bounds
 from openpi_like.data.images import decode
 from openpi_like.data.index import FrameIndex, Texts, open_index
 
@@ -60,7 +61,7 @@ def test_a_sample_is_whole_episodes_evenly_spaced(toy_index: FrameIndex, lengths
     starts = np.append(0, np.cumsum(lengths))
     x = np.arange(starts[-1])
     index = dataclasses.replace(toy_index, columns={"x": x}, episode_start=starts, episode_shard=np.zeros(len(lengths)))
-    sample = traps.Sample.take(index, most)
+    sample = Sample.take(index, most)
     assert sample.whole == (len(x) <= most)
     assert len(sample.steps) <= most
     parts = np.split(sample.rows("x")[:, 0], sample.starts[1:-1])
@@ -98,7 +99,7 @@ def test_memory_does_not_grow_with_the_dataset(toy_index: FrameIndex, tmp_path: 
         episode_shard=np.zeros(n // t, np.int64),
         episode_record=np.arange(n // t),
     )
-    sample = traps.Sample.take(index, 20_000)
+    sample = Sample.take(index, 20_000)
     assert (len(sample.steps), len(sample.starts)) == (20_000, 51)
     tracemalloc.start()
     got = traps.find_traps(sample, {})
@@ -134,25 +135,25 @@ def test_not_finite(rng: np.random.Generator) -> None:
 
 def test_constant_dims(rng: np.random.Generator) -> None:
     x = smooth(rng)
-    assert traps.constant_dims("state", traps.bounds(x), N) is None
+    assert traps.constant_dims("state", bounds(x), N) is None
     x[:, 2] = 0.25
-    assert found(traps.constant_dims("state", traps.bounds(x), N)) == "the same value in all 1200 steps: [2] = 0.25"
+    assert found(traps.constant_dims("state", bounds(x), N)) == "the same value in all 1200 steps: [2] = 0.25"
 
 
 def test_outliers(rng: np.random.Generator) -> None:
     x = rng.normal(size=(N, 2)).astype(np.float32)
-    assert traps.outliers("action", x, traps.bounds(x)) is None
+    assert traps.outliers("action", x, bounds(x)) is None
     x[3, 1] = 600
-    assert found(traps.outliers("action", x, traps.bounds(x))).startswith("[1] -")
+    assert found(traps.outliers("action", x, bounds(x))).startswith("[1] -")
     x[:, 1] = 0  # rarely moves at all, as a constant dim with one jump
     x[9, 1] = 1e-6
-    assert traps.outliers("action", x, traps.bounds(x)) is None
+    assert traps.outliers("action", x, bounds(x)) is None
     x[9, 1] = 0.5
-    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x, traps.bounds(x)))
+    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x, bounds(x)))
     x[9, 1] = -1  # a trigger
-    assert traps.outliers("action", x, traps.bounds(x)) is None
+    assert traps.outliers("action", x, bounds(x)) is None
     x[9, 1] = 0.5  # in a step that is not in the sample: what is largest is that of all
-    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x[10:], traps.bounds(x)))
+    assert "[1] 0 .. 0.5, q01 .. q99 0 .. 0" in found(traps.outliers("action", x[10:], bounds(x)))
 
 
 @pytest.mark.parametrize(("turn", "unit"), [(2 * np.pi, "rad"), (360.0, "deg")])
@@ -305,13 +306,13 @@ def images_of(index: FrameIndex) -> dict:
 
 def test_real_bridge_has_its_known_traps(bridge: Path, tmp_path: Path) -> None:
     index = open_index(bridge, "train", index_dir=tmp_path)
-    got = {(t.kind, t.key) for t in traps.find_traps(traps.Sample.take(index), images_of(index))}
+    got = {(t.kind, t.key) for t in traps.find_traps(Sample.take(index), images_of(index))}
     assert got == {("zero first action", "action"), ("episode ends", "is_last")}
 
 
 def test_toy_has_only_what_is_put_into_it(toy: Path) -> None:
     index = open_index(toy, "train")
-    (empty,) = traps.find_traps(traps.Sample.take(index), images_of(index))
+    (empty,) = traps.find_traps(Sample.take(index), images_of(index))
     assert (empty.kind, empty.key) == ("instructions", "step: language_instruction")
     action = np.array(index.columns["action"])
     action[40, 0], action[:, 2] = np.nan, 1
@@ -323,7 +324,7 @@ def test_toy_has_only_what_is_put_into_it(toy: Path) -> None:
         columns=index.columns | {"action": action, "observation/state": state},
         texts={"language_instruction": texts},
     )
-    got = traps.find_traps(traps.Sample.take(worse), images_of(index))
+    got = traps.find_traps(Sample.take(worse), images_of(index))
     assert [(t.kind, t.key) for t in got] == [
         ("not finite", "action"),
         ("constant", "observation/state"),

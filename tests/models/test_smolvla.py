@@ -19,11 +19,12 @@ from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.lora import Lora, add_lora
 from openpi_like.models.sampling import for_sampling
 from openpi_like.models.siglip import SiglipConfig
-from openpi_like.models.smolvla import FROZEN, SmolVla, SmolVlaConfig
+from openpi_like.models.smolvla import SmolVla, SmolVlaConfig
 from openpi_like.models.smolvla_expert import ExpertConfig
 from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.models.weights import flatten, named_weights, weight_shapes
-from openpi_like.train.state import Trainable, trained_names
+from openpi_like.train.presets import expert_only
+from openpi_like.train.state import trained_names
 from tests.models.other_parts import PARTS, with_other
 
 KEY = jax.random.key(7)
@@ -153,7 +154,7 @@ def test_every_weight_learns_from_the_first_step(config: SmolVlaConfig, filled: 
 
 def test_what_lerobot_trains_is_the_expert_and_the_projections(config: SmolVlaConfig) -> None:
     names = list(weight_shapes(config))
-    trained = trained_names(names, Trainable(frozen=FROZEN))
+    trained = trained_names(names, expert_only(config))
     parts = {name.split("/")[0] for name in trained}
     assert parts == {"expert", "state_in", "action_in", "action_out", "action_time_in", "action_time_out"}
     assert trained == {name for name in names if name.split("/")[0] in parts}

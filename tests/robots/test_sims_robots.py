@@ -5,11 +5,25 @@ import importlib.util
 import numpy as np
 import pytest
 
+from openpi_like.robots.find import find_robot
+from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.sims import SIMS, make_sim
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, check_action
 
-PACKAGES = {"pusht": "gym_pusht", "sawyer": "metaworld", "aloha": "gym_aloha"}
-TASKS = {"pusht": ["push-t"], "sawyer": ["handle-press", "drawer-open", "plate-slide"], "aloha": ["transfer-cube"]}
+PACKAGES = {
+    "pusht": "gym_pusht",
+    "sawyer": "metaworld",
+    "aloha": "gym_aloha",
+    "fetch": "gymnasium_robotics",
+    "robosuite_panda": "robosuite",  # see test_sims_arms.py for the other arms
+}
+TASKS = {
+    "pusht": ["push-t"],
+    "sawyer": ["handle-press", "drawer-open", "plate-slide"],
+    "aloha": ["transfer-cube"],
+    "fetch": ["reach", "push", "pick-and-place"],
+    "robosuite_panda": ["lift", "stack"],
+}
 CASES = [(robot, task) for robot, tasks in TASKS.items() for task in tasks]
 
 
@@ -50,7 +64,7 @@ def test_expert_succeeds(sims, robot, task, noisy):
     assert len(actions) < sim.max_steps
     assert actions.dtype == np.float32
     assert actions.shape[1] == sim.robot.robot_action_size
-    if robot == "sawyer":
+    if all(f.command == "delta" for f in sim.robot.action if f.gripper is None):
         assert np.abs(actions).max() <= 1.0  # cut before it is recorded
     if robot == "pusht":
         assert actions.min() >= 0
@@ -62,7 +76,8 @@ def test_nothing_happens_without_the_expert(sims, robot):
     sim = sims(robot)
     sim.reset(sim.tasks[0], 0)
     # Stays where it is: the robot's own state is the target where commands are absolute.
-    still = np.zeros(4) if robot == "sawyer" else sim.observe()["state"].astype(np.float64)
+    absolute = any(f.command == "absolute" for f in sim.robot.action if f.gripper is None)
+    still = sim.observe()["state"].astype(np.float64) if absolute else np.zeros(sim.robot.robot_action_size)
     for _ in range(20):
         sim.step(still)
     assert not sim.success
@@ -122,6 +137,10 @@ def test_held_out_layouts_are_new(sims, robot, task):
         sim.reset(task, seed)
         if robot == "sawyer":
             return tuple(sim.privileged_observation[[4, 5, 6, 36, 37, 38]])
+        if robot == "fetch":
+            return tuple(sim.goal)
+        if robot == "robosuite_panda":
+            return tuple(sim.cubes[0][0])
         return tuple(sim.block_pose if robot == "pusht" else sim.cube)
 
     train = {layout(seed) for seed in range(8)}
@@ -202,7 +221,7 @@ def test_bad_actions_are_refused(sims, robot):
 
 
 def test_unknown_simulator():
-    assert set(SIMS) == set(PACKAGES)
+    assert {name for name in SIMS if name not in ARMS} | {"robosuite_panda"} == set(PACKAGES)
     with pytest.raises(ValueError, match="no simulator of robot 'sawer'; did you mean 'sawyer'"):
         make_sim("sawer")
 
@@ -212,5 +231,12 @@ def test_missing_extra_is_explained(monkeypatch):
         raise ModuleNotFoundError("No module named 'pymunk'", name="pymunk")
 
     monkeypatch.setattr("openpi_like.robots.sims.importlib.import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'pymunk'; simulated robots need the `sim` extra"):
-        make_sim("pusht")
+    for robot, extra in (("pusht", "sim"), ("fetch", "arms")):
+        message = f"No module named 'pymunk'; the simulated robot '{robot}' needs the `{extra}` extra"
+        with pytest.raises(ModuleNotFoundError, match=message):
+            make_sim(robot)
+
+
+@pytest.mark.parametrize("name", SIMS)
+def test_every_simulated_robot_is_found_by_its_name(name):
+    assert find_robot(name).name == name

@@ -1,5 +1,6 @@
 """Driving a simulator: closed loop against a server, resumed, and refused where it would mean nothing."""
 
+import itertools
 import runpy
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 from rich.console import Console
 
 from openpi_like.robots.pusht import PUSHT
+from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.evaluation import read_episodes
+from openpi_like.serve.spool import open_spool
+from openpi_like.serve.takeover import TakeOver
 from tests.serve.running import WrongObservationError, serving
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "serve" / "rollout.py")
@@ -94,3 +98,47 @@ def test_an_error_of_the_server_reaches_the_driver(tmp_path):
         with pytest.raises(RuntimeError, match="got shape"):
             ROLLOUT["drive"]("push-t", 10_000)
         ROLLOUT["_worker"]["client"]._ws.close()
+
+
+def test_corrections_are_recorded_as_they_were_executed(tmp_path):
+    """The expert of a task takes over from a policy that holds still, and back; the file says at which steps."""
+    asked = []
+
+    def hold(observation):
+        asked.append(observation)
+        return {"actions": np.zeros((SAWYER.action_horizon, 4), np.float32)}
+
+    about = {
+        "cameras": {"base": [64, 64]},
+        "state": [["hand", 3, "m"], ["gripper", 1, "1"]],
+        "action": [["hand", 3, "1"], ["gripper", 1, "1"]],
+        **{"renderer": "raycast", "execute_steps": 2},
+    }
+    rule = TakeOver(share=0.5, segment=3, late=0.2)
+    with serving(hold, {"contract": "abc", "step": 7, "robots": {"sawyer": about}}) as server:
+        changes = {"first_seed": 31, "record": tmp_path / "spool", "takeover": rule}
+        args = _args(tmp_path, robot="sawyer", policy="corrected", port=server.port, **changes)
+        ROLLOUT["start_worker"](args, server.port)
+        episode = ROLLOUT["drive"]("coffee-button", 31)
+        ROLLOUT["_worker"]["client"]._ws.close()
+    (recording,) = open_spool(tmp_path / "spool")
+    steps = list(recording.read())
+    expected = [rule.expert_acts(t, 125, 31) for t in range(len(steps))]
+    assert [s["intervened"] for s in steps] == expected
+    assert 0 < sum(expected) < len(steps)
+    assert episode.success
+    assert (episode.policy, episode.expert_steps, len(steps)) == ("corrected", sum(expected), episode.steps + 4)
+    for step in steps:
+        assert ("proposed" in step) != step["intervened"]
+        assert np.any(step["action"]) == step["intervened"]
+    runs = [list(run) for acts, run in itertools.groupby(range(len(steps)), expected.__getitem__) if not acts]
+    starts = [t for run in runs for t in run[::2]]  # a chunk of two is asked for, anew whenever the expert hands back
+    assert len(runs) > 0
+    np.testing.assert_array_equal([a["state"] for a in asked], [steps[t]["state"] for t in starts])
+    assert recording.head["metadata"] == {"task": "coffee-button", "seed": 31, "renderer": "raycast"}
+    assert (recording.success, recording.head["policy"]) == (True, {"contract": "abc", "step": 7})
+
+
+def test_held_out_layouts_are_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="--record of layouts 9999 to 10000: what is recorded is trained on"):
+        _args(tmp_path, record=tmp_path / "spool", first_seed=9_999, episodes=2)

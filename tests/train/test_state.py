@@ -1,5 +1,6 @@
 """One training step against the same step written out by hand, on one device and on four."""
 
+import copy
 import dataclasses
 import re
 import types
@@ -56,6 +57,14 @@ def _run(trainer, batch, steps):
     for _ in range(steps):
         state, values = trainer.train_step(state, put_batch(batch, trainer.mesh))
     return jax.device_get(state), jax.device_get(values)
+
+
+def test_datasets_of_one_name_are_counted_together(trainer):
+    several = copy.copy(trainer)
+    several.dataset_names = ("arm", "cart", "arm")
+    loss, dataset = jnp.array([1.0, 2.0, 4.0, 8.0, 16.0]), jnp.array([0, 2, 1, 2, 0])
+    got = {k: float(v) for k, v in several._by_dataset({"loss": loss}, dataset).items()}
+    assert got == {"loss/arm": 27 / 4, "samples/arm": 4, "loss/cart": 4, "samples/cart": 1}
 
 
 def test_a_step_is_what_it_says(trainer, tiny_batch):

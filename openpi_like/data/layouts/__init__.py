@@ -2,13 +2,14 @@
 
 from openpi_like.data import files
 from openpi_like.data.files import Location
+from openpi_like.data.layouts.hdf5 import Hdf5Layout
 from openpi_like.data.layouts.layout import Layout
 from openpi_like.data.layouts.lerobot import LeRobotLayout
 from openpi_like.data.layouts.tfds import TfdsLayout
 from openpi_like.data.schema import DatasetError, Schema, Split
 
 _TFDS = TfdsLayout()
-LAYOUTS: tuple[Layout, ...] = (_TFDS, LeRobotLayout())
+LAYOUTS: tuple[Layout, ...] = (_TFDS, LeRobotLayout(), Hdf5Layout())
 
 
 def find_layout(directory: Location) -> Layout:
@@ -25,6 +26,11 @@ def read_dataset(directory: Location, split: str, *, allow_missing: bool = False
         DatasetError: the directory, the split or files are missing, or the layout is not one of `LAYOUTS`.
     """
     return find_layout(directory).read(directory, split, allow_missing=allow_missing)
+
+
+def read_schema(directory: Location) -> Schema:
+    """Returns the fields of a dataset; raises as `read_dataset`."""
+    return find_layout(directory).schema(directory)
 
 
 def split_names(directory: Location) -> list[str]:

@@ -17,6 +17,9 @@ class Layout(Protocol):
     def is_at(self, directory: Location) -> bool:
         """Returns whether a directory holds such a dataset. There may be no such directory."""
 
+    def schema(self, directory: Location) -> Schema:
+        """Returns the fields of a dataset, whether or not its records are there. Raises DatasetError."""
+
     def split_names(self, directory: Location) -> list[str]:
         """Returns the splits. Raises DatasetError."""
 

@@ -31,6 +31,9 @@ class LeRobotLayout:
     def is_at(self, directory: Location) -> bool:
         return is_file(directory / "meta" / "info.json")
 
+    def schema(self, directory: Location) -> Schema:
+        return read_schema(directory)
+
     def split_names(self, directory: Location) -> list[str]:
         return list(read_splits(directory, read_info(directory)))
 

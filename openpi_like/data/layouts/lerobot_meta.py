@@ -136,7 +136,16 @@ def _feature(key: str, of: dict[str, Any]) -> Feature:
         return Feature(key, "other" if depth else "image", "depth map" if depth else "uint8", shape, dtype)
     if dtype == "string":
         return Feature(key, "text", "string", ())
-    return Feature(key, "numeric" if dtype in _NUMERIC else "other", dtype, () if shape == (1,) else shape)
+    kind, names = "numeric" if dtype in _NUMERIC else "other", _names(of.get("names"))
+    named = len(names) == math.prod(shape) and shape != (1,)
+    return Feature(key, kind, dtype, () if shape == (1,) else shape, names=tuple(names) if named else ())
+
+
+def _names(of: Any) -> list[str]:
+    """Returns the names of a field's values: a list, or lists by kind ("motors")."""
+    if isinstance(of, dict):
+        return [name for value in of.values() for name in _names(value)]
+    return [str(name) for name in of] if isinstance(of, list) else []
 
 
 @contextlib.contextmanager

@@ -31,6 +31,9 @@ class TfdsLayout:
     def is_at(self, directory: Location) -> bool:
         return is_file(directory / self.marker)
 
+    def schema(self, directory: Location) -> Schema:
+        return read_schema(directory)
+
     def split_names(self, directory: Location) -> list[str]:
         return split_names(directory)
 

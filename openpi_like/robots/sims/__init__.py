@@ -1,12 +1,31 @@
-"""Simulated robots: closed-loop evaluation, and a source of demonstrations. Needs the `sim` extra."""
+"""Simulated robots: closed-loop evaluation, and a source of demonstrations. Need the extras `sim` or `arms`."""
 
 import importlib
+from typing import NamedTuple
 
 from openpi_like.config import near_names
 from openpi_like.robots.sims.sim import Sim
 
-# Module of this package and its class, imported when asked for: some simulators take a while to load.
-SIMS = {"pusht": "PushTSim", "sawyer": "SawyerSim", "aloha": "AlohaSim"}
+
+class _Where(NamedTuple):
+    """Module of this package and its class, imported when asked for (some take a while to load); the extra it needs."""
+
+    module: str
+    name: str
+    extra: str
+
+
+SIMS = {
+    "pusht": _Where("pusht", "PushTSim", "sim"),
+    "sawyer": _Where("sawyer", "SawyerSim", "sim"),
+    "aloha": _Where("aloha", "AlohaSim", "sim"),
+    "fetch": _Where("fetch", "FetchSim", "arms"),
+    "robosuite_panda": _Where("robosuite_arms", "PandaSim", "arms"),
+    "robosuite_sawyer": _Where("robosuite_arms", "SawyerSim", "arms"),
+    "robosuite_ur5e": _Where("robosuite_arms", "UR5eSim", "arms"),
+    "robosuite_iiwa": _Where("robosuite_arms", "IIWASim", "arms"),
+    "robosuite_kinova3": _Where("robosuite_arms", "Kinova3Sim", "arms"),
+}
 
 
 def make_sim(robot_name: str) -> Sim:
@@ -14,12 +33,15 @@ def make_sim(robot_name: str) -> Sim:
 
     Raises:
         ValueError: no simulator of that name.
-        ModuleNotFoundError: the `sim` extra is not installed.
+        ModuleNotFoundError: the extra that it needs is not installed.
     """
     if robot_name not in SIMS:
         raise ValueError(f"no simulator of robot {robot_name!r}; {near_names(robot_name, list(SIMS))}")
+    where = SIMS[robot_name]
     try:
-        module = importlib.import_module(f"openpi_like.robots.sims.{robot_name}")
-        return getattr(module, SIMS[robot_name])()
+        module = importlib.import_module(f"openpi_like.robots.sims.{where.module}")
+        return getattr(module, where.name)()
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"{e}; simulated robots need the `sim` extra, see the Makefile", name=e.name) from e
+        raise ModuleNotFoundError(
+            f"{e}; the simulated robot {robot_name!r} needs the `{where.extra}` extra, see the Makefile", name=e.name
+        ) from e

@@ -16,7 +16,7 @@ from openpi_like.robots.aloha import ALOHA
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
 from openpi_like.robots.sims.sim import check_action, prompt_of
 
-PROMPTS = {"transfer-cube": "hand the red cube from the right arm to the left arm"}
+PROMPTS = {"transfer-cube": ("hand the red cube from the right arm to the left arm",)}
 
 _REPEAT = 10  # of the 2 ms step: 50 Hz
 _HELD_STEPS = 10  # the cube must stay in the left gripper for 0.2 s

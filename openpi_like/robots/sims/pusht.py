@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sims.sim import check_action, prompt_of
 
-PROMPTS = {"push-t": "push the T onto the green outline"}
+PROMPTS = {"push-t": ("push the T onto the green outline",)}
 
 _SIZE = 512.0  # px, of the world
 _DISC = 15.0  # px, radius of the disc

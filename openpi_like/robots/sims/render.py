@@ -112,10 +112,11 @@ def aim(
     position: tuple[float, float, float],
     target: tuple[float, float, float],
     fovy: float,
+    body: str = "world",
 ) -> None:
-    """Fixes `camera` at `position`, upright, looking at `target`: metres in the world, vertical view in degrees.
+    """Fixes `camera` to `body`, at `position` and looking at `target`, with the body's z axis up in the picture.
 
-    Do so before making a renderer.
+    Positions are metres in the body's frame; fovy is the vertical view in degrees. Do so before making a renderer.
     """
     mujoco = import_mujoco()
     index = model.camera(camera).id
@@ -125,6 +126,7 @@ def aim(
     x /= np.linalg.norm(x)
     mujoco.mju_mat2Quat(model.cam_quat[index], np.stack([x, np.cross(z, x), z], axis=1).ravel())
     model.cam_mode[index] = mujoco.mjtCamLight.mjCAMLIGHT_FIXED
+    model.cam_bodyid[index] = model.body(body).id
     model.cam_pos[index] = position
     model.cam_fovy[index] = fovy
 

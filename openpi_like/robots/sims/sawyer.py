@@ -15,18 +15,18 @@ from openpi_like.robots.sims.sim import check_action, prompt_of
 _REPEAT = 4
 
 PROMPTS = {
-    "button-press-topdown": "press the button from above",
-    "button-press": "press the button",
-    "coffee-button": "press the button of the coffee machine",
-    "handle-press": "push the handle down",
-    "plate-slide": "slide the plate into the goal",
-    "window-open": "open the window",
-    "window-close": "close the window",
-    "faucet-open": "open the faucet",
-    "faucet-close": "close the faucet",
-    "drawer-open": "open the drawer",
-    "drawer-close": "close the drawer",
-    "door-close": "close the door",
+    "button-press-topdown": ("press the button from above",),
+    "button-press": ("press the button",),
+    "coffee-button": ("press the button of the coffee machine",),
+    "handle-press": ("push the handle down",),
+    "plate-slide": ("slide the plate into the goal",),
+    "window-open": ("open the window",),
+    "window-close": ("close the window",),
+    "faucet-open": ("open the faucet",),
+    "faucet-close": ("close the faucet",),
+    "drawer-open": ("open the drawer",),
+    "drawer-close": ("close the drawer",),
+    "door-close": ("close the door",),
 }
 
 # The package's cameras are upside down or show goals of one pixel; this one looks from the front right.

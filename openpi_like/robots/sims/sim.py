@@ -12,6 +12,9 @@ from openpi_like.robots.robot import Robot
 HELD_OUT_SEED = 10_000
 """Seeds from here on are for evaluation: demonstrations never use them, so their layouts are new to the policy."""
 
+SECONDS_AFTER_SUCCESS = 0.2
+"""What is recorded after success, so that the chunk that reaches the goal is whole."""
+
 
 @runtime_checkable
 class Expert(Protocol):
@@ -67,14 +70,14 @@ class Sim(Protocol):
         """Returns a square picture of the scene for people to look at."""
 
     def expert(self, rng: np.random.Generator, noise: float) -> Expert:
-        """Returns an expert for the episode just started.
+        """Returns an expert for the episode just started, or, to correct a policy, from where it is now on.
 
         noise: standard deviation of what `Expert.disturb` adds, in units of the action.
         """
 
 
-def prompt_of(prompts: Mapping[str, str], task: str, seed: int, robot: Robot) -> str:
-    """Returns the instruction of `task`.
+def prompt_of(prompts: Mapping[str, tuple[str, ...]], task: str, seed: int, robot: Robot) -> str:
+    """Returns the instruction of `task`: of its wordings, the seeds take turns.
 
     Raises:
         ValueError: no such task, or a negative seed.
@@ -83,7 +86,7 @@ def prompt_of(prompts: Mapping[str, str], task: str, seed: int, robot: Robot) ->
         raise ValueError(f"robot {robot.name!r} has no task {task!r}; {near_names(task, list(prompts))}")
     if seed < 0:
         raise ValueError(f"seed {seed}, expected 0 .. {HELD_OUT_SEED - 1} for demonstrations or more for evaluation")
-    return prompts[task]
+    return prompts[task][seed % len(prompts[task])]
 
 
 def check_action(action: np.ndarray, robot: Robot) -> np.ndarray:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ from openpi_like.train.checkpoints.contract import (
 from openpi_like.train.state import Params, Trainable, TrainState
 
 TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # in the name of a directory that Orbax has not finished
+# Which step of a run: its number, "best" by its score (see `Keep`), or None, the newest.
+Step = int | Literal["best"] | None
 _SCORE = Path("metrics") / "metrics"  # of a step, as Orbax writes it: {metric: score or null}
 
 
@@ -40,8 +42,8 @@ class Keep:
     """Which checkpoints stay on disk: those that any of these rules keeps.
 
     newest: so many of the newest. best: so many of those with the lowest `metric` in validation, the mean of all its
-    values that begin so ("loss", "action_mae"), averaged over datasets. every: those whose step is a multiple of it;
-    None keeps none for that.
+    values that begin so ("loss", "action_mae", "action_error"), averaged over datasets. every: those whose step is a
+    multiple of it; None keeps none for that.
     """
 
     newest: int = 2
@@ -381,8 +383,10 @@ def steps_directory(directory: str | Path) -> Path:
     raise CheckpointError(_no_steps(directory) + (f"; runs in it: {', '.join(runs)}" if runs else ""))
 
 
-def find_step(directory: str | Path, step: int | None = None) -> Path:
+def find_step(directory: str | Path, step: Step = None) -> Path:
     """Returns the directory of one step: `directory` itself, or the newest (or given) step in it or its `checkpoints`.
+
+    step: a number, or "best": the one with the lowest score of those that are there, see `Keep`.
 
     Raises:
         CheckpointError: there is none; says what is there instead.
@@ -394,9 +398,29 @@ def find_step(directory: str | Path, step: int | None = None) -> Path:
     steps = complete_steps(root)
     if not steps:
         raise CheckpointError(_no_steps(root))
+    if step == "best":
+        return steps[_best_step(root, steps)]
     if step is not None and step not in steps:
         raise CheckpointError(f"{directory} has no step {step}; steps there: {sorted(steps)}")
     return steps[max(steps) if step is None else step]
+
+
+def _best_step(root: Path, steps: Mapping[int, Path]) -> int:
+    """Returns the step with the lowest score.
+
+    Raises:
+        CheckpointError: the run ranks its steps by nothing that any of them has.
+    """
+    keep = stored_keep(read_record(steps[max(steps)])) or Keep()
+    scores = {step: stored_scores(path).get(keep.metric) for step, path in steps.items()}
+    ranked = dataclasses.replace(keep, best=1).kept_by(scores)
+    best = [step for step, rules in ranked.items() if "best" in rules]
+    if not best:
+        raise CheckpointError(
+            f"{root}: none of its steps {sorted(steps)} has a score ({keep.metric}), so none is the best; give a step, "
+            "or train with validation where it saves, keep=Keep(best=1)"
+        )
+    return best[0]
 
 
 def _no_steps(directory: Path) -> str:

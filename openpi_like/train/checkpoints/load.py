@@ -13,7 +13,7 @@ from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
 from openpi_like.models.weights import WeightsError, flatten, plan_load, read_weights, unflatten
 from openpi_like.robots import Robot
-from openpi_like.train.checkpoints.checkpoint import find_step
+from openpi_like.train.checkpoints.checkpoint import Step, find_step
 from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_record
 from openpi_like.train.checkpoints.warm_start import open_weights
 from openpi_like.train.state import ModelDef, Params
@@ -64,11 +64,12 @@ def _merged_weights(step_dir: Path, config: Any, *, average: bool, dtype: str | 
 
 
 def load_policy_parts(
-    directory: str | Path, step: int | None = None, *, ema: bool = True, dtype: str | None = None
+    directory: str | Path, step: Step = None, *, ema: bool = True, dtype: str | None = None
 ) -> PolicyParts:
     """Loads everything that serving needs from a checkpoint directory.
 
     Where only some weights were trained, the others are read from the base of the run, and LoRA is merged.
+    step: see `find_step`.
     dtype: of the weights; None as stored. "bfloat16" halves the memory, and the time where weights are what is read.
 
     Raises:

@@ -14,7 +14,13 @@ from openpi_like.config import from_json
 from openpi_like.models.arrays import leaf_name, open_arrays
 from openpi_like.models.weights import WeightsError, flatten, unflatten
 from openpi_like.train.checkpoints.base import BASE, plain, run_of
-from openpi_like.train.checkpoints.checkpoint import complete_steps, find_step, incomplete_steps, stored_trainable
+from openpi_like.train.checkpoints.checkpoint import (
+    Step,
+    complete_steps,
+    find_step,
+    incomplete_steps,
+    stored_trainable,
+)
 from openpi_like.train.checkpoints.contract import CheckpointError, contract_problems, read_record
 from openpi_like.train.checkpoints.inspection import METADATA, size_on_disk, step_metadata
 from openpi_like.train.checkpoints.load import misfits
@@ -56,7 +62,7 @@ class StepReport:
 
 
 def verify_run(
-    directory: str | Path, step: int | None = None, *, progress: Progress = lambda _: None
+    directory: str | Path, step: Step = None, *, progress: Progress = lambda _: None
 ) -> Iterator[StepReport]:
     """Yields, for every step (or one), all that a resume or a server would miss in it.
 

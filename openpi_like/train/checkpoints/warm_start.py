@@ -14,7 +14,7 @@ from openpi_like.models.lora import SUFFIX, overlays
 from openpi_like.models.weights import LoadPlan, WeightReader, WeightsError, flatten, plan_load, read_weights, unflatten
 from openpi_like.train.checkpoints.base import BASE, digest, run_of
 from openpi_like.train.checkpoints.checkpoint import find_step, is_run, stored_trainable
-from openpi_like.train.checkpoints.contract import CheckpointError, read_record
+from openpi_like.train.checkpoints.contract import CheckpointError, Contract, read_contract, read_record
 from openpi_like.train.state import ModelDef, Params
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class WarmStart:
     drop: tuple[str, ...] = ()
     format: str | None = None
     lora_scale: float | None = None
+
+
+def start_contract(start: WarmStart | None) -> Contract | None:
+    """Returns the contract of the run that a run starts from; None where it starts from none of ours.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_contract(find_step(start.checkpoint)) if start is not None and is_run(start.checkpoint) else None
 
 
 def open_weights(

@@ -18,9 +18,11 @@ import pytest
 
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.sawyer import SAWYER
-from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep
+from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep, find_step
 from openpi_like.train.checkpoints.compare import by_module, compare
 from openpi_like.train.checkpoints.contract import CheckpointError
+from openpi_like.train.checkpoints.load import load_policy_parts
+from openpi_like.train.checkpoints.warm_start import open_weights
 from openpi_like.train.hosts.lock import RunLock, RunLockedError
 from tests.conftest import REPOSITORY
 from tests.train.run_files import edit, read, rewrite, run_config
@@ -268,6 +270,23 @@ def test_prune_keeps_what_the_rules_keep(call, many, options, left):
     assert planned == text.replace("removed", "would be removed").replace("freed", "would be freed")
     assert f"{stale}: removed, 500 B" in text
     assert call("verify", many)[1].count("cannot be read") == 0
+
+
+def test_the_best_step_is_that_with_the_lowest_score(call, copy_run, runs):
+    run = copy_run("base")  # of scores 2 at step 10 and 3 at step 20; 30, the newest, has none
+    assert find_step(run, "best").name == "10"
+    assert load_policy_parts(run, "best").step == 10
+    assert open_weights(find_step(run, "best")).shapes == open_weights(run).shapes
+    assert call("verify", run, "--step", "best")[1].startswith("step 10: sound")
+    shutil.rmtree(run / "checkpoints" / "10")
+    assert find_step(run, "best").name == "20"
+    shutil.rmtree(run / "checkpoints" / "20")
+    with pytest.raises(
+        CheckpointError, match=r"none of its steps \[30\] has a score \(loss\), so none is the best; give"
+    ):
+        find_step(run, "best")
+    with pytest.raises(CheckpointError, match="none of its steps"):
+        find_step(runs / "imported", "best")
 
 
 def test_prune_refuses(call, many, runs):
