@@ -1,7 +1,6 @@
 """Converts a dataset of any layout that is read here to LeRobot v3.0 or to RLDS:
 
-    python data/convert.py DIR --to lerobot --out converted/bridge --fps 5
-    python data/convert.py DIR --to lerobot --out converted/bridge --fps 5 --videos none --leave-out 'episode_metadata/*'
+    python data/convert.py DIR --to lerobot --out converted/bridge --fps 5 --leave-out 'episode_metadata/*'
     python data/convert.py DIR --to rlds --out converted/so101/1.0.0 --pictures png
 
 Numbers and texts keep their values, and pictures that are stored one by one their bytes (LeRobot: with --videos none).

@@ -26,6 +26,7 @@ from openpi_like.data.layouts import split_names
 from openpi_like.data.lerobot_writer import OWN, Column, LeRobotFormat, LeRobotWriter, Values
 from openpi_like.data.rlds_tables import EpisodeTable, RldsFormat, TableField, write_tables
 from openpi_like.data.schema import DatasetError, Feature
+from openpi_like.data.video_writer import ENCODER
 
 INSTRUCTION = "language_instruction"
 _NEAR = 1e-4  # seconds that LeRobot tolerates between a time stamp and a frame
@@ -124,7 +125,7 @@ class _Source:
         known = next((i.split.rate for i in self.indexes.values() if i.split.rate is not None), None)
         if fps is not None and known is not None and abs(fps - known) > 1e-6 * known:
             self.problems.append(f"fps={fps:g}, but the dataset says {known:g}; leave it out, or correct the dataset")
-        return known if fps is None else fps
+        return fps if known is None else known
 
     def check(self, names: Mapping[str, str]) -> None:
         """Raises DatasetError with all problems. names: key -> name in the result."""
@@ -181,7 +182,7 @@ def _shared(indexes: Mapping[str, FrameIndex]) -> list[str]:
         for first, end in itertools.pairwise(index.episode_start.tolist()):
             found = hashlib.blake2b(str(end - first).encode())
             for key in sorted(index.columns):
-                found.update(np.ascontiguousarray(index.columns[key][first:end]))
+                found.update(index.columns[key][first:end].tobytes())
             if (other := seen.setdefault(found.digest(), name)) != name:
                 return [other, name]
     return []
@@ -218,7 +219,7 @@ def to_lerobot(
     *,
     fps: float | None = None,
     text: str | None = None,
-    videos: str | None = "libx264",
+    videos: str | None = ENCODER,
     robot_type: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
@@ -263,7 +264,7 @@ def to_lerobot(
     source.check(names)
     assert rate is not None  # checked
     cameras = [key for key, feature in columns.items() if feature.kind == "image"]
-    form = LeRobotFormat(rate, *([videos] if videos else []), robot_type=robot_type)
+    form = LeRobotFormat(rate, videos or ENCODER, robot_type)
     with LeRobotWriter(out, {names[k]: _column(f, videos) for k, f in columns.items()}, form) as writer:
         for done, (split, index, e, steps) in enumerate(source.episodes(), start=1):
             values: dict[str, Values] = {}

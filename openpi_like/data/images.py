@@ -94,7 +94,7 @@ def encode(image: UInt8[np.ndarray, "H W 3"], form: str, quality: int = 95) -> b
     if form == "png":
         return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
     if form != "jpeg":
-        raise ValueError(f"encoding {form!r} is unknown; {near_names(form, ENCODINGS)}")
+        raise ValueError(f"encoding {form!r} is unknown; {near_names(form, list(ENCODINGS))}")
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=quality, colorspace="RGB", colorsubsampling="420"
     )

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from openpi_like.config import near_names
 from openpi_like.data.images import decode
 from openpi_like.data.lerobot_stats import NumberFile, PixelCounts, Stats, number_stats, sampled_steps
-from openpi_like.data.video_writer import ENCODERS, PIXELS, Placed, VideoWriter
+from openpi_like.data.video_writer import ENCODER, ENCODERS, PIXELS, Placed, VideoWriter
 
 try:
     import pyarrow as pa
@@ -32,7 +32,7 @@ except ImportError as e:
 VERSION = "v3.0"
 FILES_PER_CHUNK = 1000
 DATA_MB, VIDEO_MB = 100.0, 200.0  # LeRobot's own sizes of files
-OWN = {
+OWN: dict[str, np.dtype] = {
     "timestamp": np.dtype(np.float32),
     "frame_index": np.dtype(np.int64),
     "episode_index": np.dtype(np.int64),
@@ -64,7 +64,7 @@ class LeRobotFormat:
     """
 
     fps: float
-    encoder: str = "libx264"
+    encoder: str = ENCODER
     robot_type: str | None = None
     data_mb: float = DATA_MB
     video_mb: float = VIDEO_MB

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+
 from openpi_like.data import arrayrecord, files, tfrecord
 from openpi_like.data.files import Location
 from openpi_like.data.images import ENCODINGS, decode, encode, encoding

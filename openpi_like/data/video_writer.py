@@ -18,6 +18,7 @@ ENCODERS = {
     "libx264": {"g": "2", "bf": "0", "crf": "20"},
     "libsvtav1": {"g": "2", "crf": "30", "preset": "8"},
 }
+ENCODER = "libx264"  # if nothing is said
 PIXELS = "yuv420p"  # colours at half the resolution; what every decoder reads
 
 

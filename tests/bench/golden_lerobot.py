@@ -18,10 +18,12 @@ step, and pictures as uint8 (T, H, W, 3).
 import argparse
 import importlib.metadata
 import inspect
+import itertools
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ TASKS = ("put the cube into the bowl", "öffne die Schublade")
 VIDEO, PICTURES = "observation.images.front", "observation.images.wrist"
 SIZES = {VIDEO: (48, 64), PICTURES: (16, 24)}
 LEVELS = 2  # of 255, by which two decoders' conversions of the same frame to RGB may differ
-STATS = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std}
+STATS: dict[str, Callable[..., np.ndarray]] = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std}
 
 
 def _dataset(root: Path, **options: Any) -> Any:
@@ -40,6 +42,10 @@ def _dataset(root: Path, **options: Any) -> Any:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     return LeRobotDataset("local/dataset", root=root, video_backend="pyav", **options)
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    np.savez_compressed(path, **arrays)
 
 
 def _pixels(picture: Any) -> np.ndarray:
@@ -66,7 +72,7 @@ def ours(directory: Path) -> None:
         for key in index.images:
             held[key] = np.stack([index.read_pixels(step, key) for step in range(index.steps)])
         held["task"] = np.array([index.texts["task"].table[i] for i in index.texts["task"].ids])
-        np.savez(directory / f"{out.name}.npz", fps=index.split.rate, start=index.episode_start, **held)
+        _save(directory / f"{out.name}.npz", held | {"fps": index.split.rate, "start": index.episode_start})
 
 
 def check(directory: Path) -> int:
@@ -116,8 +122,8 @@ def _compare_stats(root: Path, held: dict[str, np.ndarray]) -> list[str]:
         for name, function in STATS.items():
             expected = function(values / 255, axis=(0, 1, 2)) if picture else function(values.astype(float), axis=0)
             # of pictures that were compressed afterwards, the levels differ
-            near = {"atol": 0.1 if name in ("min", "max") else 0.02} if picture else {"rtol": 1e-6, "atol": 1e-9}
-            if not np.allclose(stats[key][name].reshape(np.shape(expected)), expected, **near):
+            far = (0.1 if name in ("min", "max") else 0.02) if picture else 1e-9
+            if not np.allclose(stats[key][name].reshape(np.shape(expected)), expected, 1e-6, far):
                 problems.append(f"{key}: {name} is {stats[key][name].tolist()}, expected {expected}")
     return problems
 
@@ -125,7 +131,7 @@ def _compare_stats(root: Path, held: dict[str, np.ndarray]) -> list[str]:
 def _compare_times(root: Path, held: dict[str, np.ndarray], fps: float, start: np.ndarray) -> list[str]:
     times = {"action": [0.0, 1 / fps, 2 / fps], VIDEO: [-1 / fps, 0.0]}
     dataset, problems = _dataset(root, delta_timestamps=times), []
-    for first, end in zip(start[:-1], start[1:], strict=True):
+    for first, end in itertools.pairwise(start):
         for step in (first, (first + end) // 2, end - 1):
             item = dataset[int(step)]
             steps = np.clip(step + np.arange(3), first, end - 1)
@@ -185,7 +191,7 @@ def write(directory: Path) -> int:
         if key != "task" and not key.endswith("_is_pad")
     }
     held["task"] = np.array([item["task"] for item in items])
-    np.savez_compressed(directory / "expected.npz", **held)
+    _save(directory / "expected.npz", held)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"lerobot {importlib.metadata.version('lerobot')}: {directory}, {size / 1000:.0f} kB")
     return 0

@@ -1,4 +1,4 @@
-"""Datasets that lerobot itself recorded (`tests/bench/golden_lerobot.py`), read beside what lerobot returns for them."""
+"""Datasets that lerobot recorded (`tests/bench/golden_lerobot.py`), read beside what lerobot returns for them."""
 
 import json
 from pathlib import Path
