@@ -30,7 +30,8 @@ class Args:
 
     split: default all. fps: steps in a second, where the dataset does not say it. leave_out: fields to do without, or
     patterns of them. rename: OLD=NEW, where the rules give no good name.
-    text: the field that is LeRobot's task; default the instruction, or the only text.
+    text: the field that is LeRobot's task; default the instruction, or the only text. instruction: that of all steps,
+        where no field has one.
     videos: how LeRobot stores pictures; "none": as they are. robot_type: what LeRobot shows.
     pictures, quality: how frames of videos and raw pictures are stored one by one; quality is that of JPEG.
     file_format: of RLDS; "array_record" is for readers that need random access, other readers want "tfrecord".
@@ -45,6 +46,7 @@ class Args:
     leave_out: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
     text: str | None = None
+    instruction: str | None = None
     videos: Literal["libx264", "libsvtav1", "none"] = "libx264"
     robot_type: str | None = None
     pictures: Literal["jpeg", "png"] = "jpeg"
@@ -75,12 +77,14 @@ def main(args: Args, console: Console) -> None:
         if args.to == "lerobot":
             videos = None if args.videos == "none" else args.videos
             done = to_lerobot(
-                args.data, out, conversion, fps=args.fps, text=args.text, videos=videos, robot_type=args.robot_type,
-                progress=progress,
+                args.data, out, conversion, fps=args.fps, text=args.text, instruction=args.instruction, videos=videos,
+                robot_type=args.robot_type, progress=progress,
             )  # fmt: skip
         else:
-            if args.text is not None:
-                sys.exit("--text is for LeRobot; RLDS keeps all texts, --rename OLD=NEW gives one another name")
+            if args.text is not None or args.instruction is not None:
+                sys.exit(
+                    "--text and --instruction are for LeRobot; RLDS keeps all texts, --rename OLD=NEW gives another name"
+                )
             done = to_rlds(
                 args.data, out, conversion, fps=args.fps, form=RldsFormat(args.file_format), progress=progress
             )

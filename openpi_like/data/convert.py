@@ -113,11 +113,7 @@ class _Source:
             for k in conversion.rename
             if k not in self.fields
         ]
-        self.problems += [
-            f"{key!r} cannot be converted: {why}; name it in leave_out to do without"
-            for key, why in self.index.left_out.items()
-            if key not in self.left_out
-        ]
+        self.unfit = {key: why for key, why in self.index.left_out.items() if key not in self.left_out}
         self.kept = {k: f for k, f in self.fields.items() if k not in self.left_out and k not in self.index.left_out}
 
     def rate(self, fps: float | None) -> float | None:
@@ -137,6 +133,9 @@ class _Source:
             for name, keys in of.items()
             if len(keys) > 1
         ]
+        self.problems += [f"{key!r} cannot be kept: {why}" for key, why in self.unfit.items()]
+        if self.unfit:
+            self.problems.append(f"to do without these, name them in leave_out: {' '.join(self.unfit)}")
         if self.problems:
             raise DatasetError(f"{self.index.split.dataset} cannot be converted:\n  " + "\n  ".join(self.problems))
 
@@ -219,6 +218,7 @@ def to_lerobot(
     *,
     fps: float | None = None,
     text: str | None = None,
+    instruction: str | None = None,
     videos: str | None = ENCODER,
     robot_type: str | None = None,
     progress: Progress = lambda done, total: None,
@@ -230,7 +230,8 @@ def to_lerobot(
 
     Args:
         fps: steps in a second, where the dataset does not say it.
-        text: which field becomes the task; default the instruction, or the only text. Others are columns of strings.
+        text: which field becomes the task; default the instruction, or the only text of steps. Others are columns of
+            strings. instruction: the task of all steps, instead of a field.
         videos: an encoder, see `video_writer.ENCODERS`; None stores pictures, encoded as they are.
 
     Raises:
@@ -243,17 +244,19 @@ def to_lerobot(
     rate = source.rate(fps)
     if rate is None:
         source.problems.append("how many steps are in a second is not known; give fps")
-    task = _task(source, text)
+    task = _task(source, text) if instruction is None else None
+    if instruction is not None and text is not None:
+        source.problems.append(f"text {text!r} and instruction {instruction!r} are given, expected one of them")
     numbering = {k for k in OWN if k not in rename} if OWN.keys() <= source.fields.keys() else set()
     if "timestamp" in numbering - set(source.left_out) and rate is not None:
         source.problems += [p for i in source.indexes.values() if (p := _time_problem(i, rate))]
     columns = {k: f for k, f in source.kept.items() if k != task and k not in numbering}
     for key, feature in columns.items():
         if key in source.of_episodes:
-            source.problems.append(f"{key!r} is of whole episodes, LeRobot has steps; name it in leave_out")
+            source.unfit[key] = "it is of whole episodes, LeRobot has steps"
         elif feature.kind == "image" and (feature.dtype != "uint8" or (feature.shape or (3,))[-1] != 3):
-            what = f"pictures of type {feature.dtype} and shape {feature.shape}"
-            source.problems.append(f"{key!r} has {what} (depth?), LeRobot has colours; name it in leave_out")
+            what = f"its pictures are of type {feature.dtype} and shape {feature.shape} (depth?)"
+            source.unfit[key] = f"{what}, LeRobot has colours"
     names = {k: rename.get(k, lerobot_name(k, picture=f.kind == "image")) for k, f in columns.items()}
     source.problems += [
         f"{key!r} would be called {name!r}, which LeRobot has for itself; give it another name with rename, or name it "
@@ -277,7 +280,8 @@ def to_lerobot(
                     values[names[key]] = _texts(index.texts[key], steps)
                 else:
                     values[names[key]] = np.asarray(index.columns[key][steps.start : steps.stop])
-            writer.add_episode(values, _instructions(index, task, e, steps), split)
+            tasks = _instructions(index, task, e, steps) if task else [instruction or ""] * len(steps)
+            writer.add_episode(values, tasks, split)
             progress(done, source.total)
     encoded = [key for key in cameras if videos or not source.stored(key)]
     return source.converted(names | ({task: "task"} if task else {}), encoded)
@@ -292,26 +296,23 @@ def _column(feature: Feature, videos: str | None) -> Column:
 
 
 def _task(source: _Source, text: str | None) -> str | None:
-    """Returns the key of the instruction, None where there is no text."""
+    """Returns the key of the instruction; None adds a problem."""
     there = [key for key, feature in source.kept.items() if feature.kind == "text"]
     if text is not None:
         if text not in there:
-            source.problems.append(f"text {text!r} is no text; {near_names(text, there)}" if there else "no texts")
+            source.problems.append(f"text {text!r} is no field of text; {near_names(text, there)}")
         return text
     steps = [key for key in there if key not in source.of_episodes]
     for name in ("task", INSTRUCTION):
-        if found := [key for key in steps if key == name or key.endswith(f"/{name}")]:
+        if found := [key for key in (*steps, *there) if key == name or key.endswith(f"/{name}")]:
             return found[0]
-    if len(steps) == 1 or (not steps and len(there) == 1):
-        return (steps or there)[0]
-    if there:
-        source.problems.append(f"which text is the task is not known; give text, one of {there}")
+    if len(steps) == 1:
+        return steps[0]
+    source.problems.append(f"which text is the task is not known; give text, one of {there}, or an instruction")
     return None
 
 
-def _instructions(index: FrameIndex, task: str | None, episode: int, steps: range) -> list[str]:
-    if task is None:
-        return [""] * len(steps)
+def _instructions(index: FrameIndex, task: str, episode: int, steps: range) -> list[str]:
     table = index.text_table(task)
     return [table[i] for i in index.text_ids(task, np.full(len(steps), episode), np.asarray(steps)).tolist()]
 

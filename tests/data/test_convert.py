@@ -1,5 +1,6 @@
 """Datasets that are converted: there and back without a loss, and what cannot be is said."""
 
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.rlds_tables import RldsFormat
 from openpi_like.data.schema import DatasetError
 from tests.conftest import REPOSITORY
+from tests.data.hdf5_files import CAMERAS, write_aloha, write_robomimic
 from tests.data.toy import LENGTHS, change_record, shard
 from tests.data.toy_lerobot import FPS, FRONT, TASKS, WRIST, write_v21, write_v30
 from tests.data.toy_lerobot import LENGTHS as LEROBOT_LENGTHS
@@ -167,7 +169,41 @@ def test_more_than_one_text(toy: Path, tmp_path: Path) -> None:
     same(source, open_index(tmp_path / "c", "val"), {"language_instruction": "language_instruction"})
 
 
+def test_hdf5(tmp_path: Path) -> None:
+    """Raw pictures become PNG; masks that overlap have to be chosen from; what robomimic keeps aside is named."""
+    aloha = write_aloha(tmp_path / "aloha", lengths=(4, 6))
+    (problem, *_) = problems(aloha, tmp_path / "x", fps=50.0)
+    assert problem == "which text is the task is not known; give text, one of ['file_name'], or an instruction"
+    png = Conversion(encoding="png", leave_out=("compress", "sim", "file_name"))
+    there = to_lerobot(aloha, tmp_path / "lerobot", png, fps=50.0, instruction="transfer the cube", videos=None)
+    assert set(there.encoded) == {f"observations/images/{name}" for name in CAMERAS}
+    source, result = open_index(aloha, "train"), open_index(tmp_path / "lerobot", "train")
+    assert "observation.images.cam_high" in result.images
+    assert result.texts["task"].table == ("transfer the cube",)
+    same(source, result, there.names, pixels=True)
+    same(source, result, {key: name for key, name in there.names.items() if key in source.columns})
+    path = tmp_path / "lift" / "image.hdf5"
+    write_robomimic(path, (6, 4, 9), masks={"train": [0, 2], "valid": [1]})
+    with pytest.raises(DatasetError, match=r"splits \['\w+', '\w+'\] share episodes; name those that are meant"):
+        to_rlds(path.parent, tmp_path / "x")
+    chosen = Conversion(splits=("train", "valid"), encoding="png")
+    *_, last = problems(path.parent, tmp_path / "x", chosen, to=to_rlds)
+    assert last.startswith(
+        "to do without these, name them in leave_out: next_obs/robot0_eef_pos next_obs/robot0_gripper"
+    )
+    chosen = dataclasses.replace(chosen, leave_out=("next_obs/*", "states", "model_file"))
+    names = to_rlds(path.parent, tmp_path / "rlds", chosen).names
+    for split, lengths in (("train", [6, 9]), ("valid", [4])):
+        source, result = open_index(path.parent, split), open_index(tmp_path / "rlds", split)
+        assert np.diff(result.episode_start).tolist() == lengths
+        same(source, result, {key: name for key, name in names.items() if key in source.schema.steps}, pixels=True)
+        assert result.episode_texts["demo"].table == source.episode_texts["demo"].table
+        np.testing.assert_array_equal(result.episode_columns["num_samples"], lengths)
+
+
 def test_names() -> None:
+    assert lerobot_name("obs/agentview_image", picture=True) == "observation.images.agentview_image"
+    assert lerobot_name("observations/qpos", picture=False) == "observation.qpos"
     assert lerobot_name("observation/image_0", picture=True) == "observation.images.image_0"
     assert lerobot_name("observation/images/front", picture=True) == "observation.images.front"
     assert lerobot_name("wrist/rgb", picture=True) == "observation.images.wrist.rgb"
@@ -193,15 +229,17 @@ def test_everything_that_is_wrong_is_said_at_once(toy: Path, tmp_path: Path) -> 
     assert problems(toy, tmp_path / "x", wrong, text="instruction") == [
         "leave_out 'acton' is no field; did you mean 'action', 'count'?",
         "rename 'cuont' is no field; did you mean 'count', 'action'?",
-        "'embedding' cannot be converted: it has 300 values, more than 256; name it in leave_out to do without",
         "how many steps are in a second is not known; give fps",
-        "text 'instruction' is no text; did you mean 'language_instruction'?",
-        *(
-            f"'episode_metadata/{name}' is of whole episodes, LeRobot has steps; name it in leave_out"
-            for name in ("file_path", "noise", "renderer")
-        ),
+        "text 'instruction' is no field of text; did you mean 'language_instruction'?",
         "'count' would be called 'index', which LeRobot has for itself; give it another name with rename, or name it "
         "in leave_out",
+        "'embedding' cannot be kept: it has 300 values, more than 256",
+        *(
+            f"'episode_metadata/{name}' cannot be kept: it is of whole episodes, LeRobot has steps"
+            for name in ("file_path", "noise", "renderer")
+        ),
+        "to do without these, name them in leave_out: embedding episode_metadata/file_path episode_metadata/noise "
+        "episode_metadata/renderer",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -236,9 +274,11 @@ def test_which_text_is_the_task(videos: Path, tmp_path: Path) -> None:
     assert (chosen.names["note"], chosen.names["task"]) == ("task", "said")
     to_rlds(both, tmp_path / "e", Conversion(rename={"task": "said"}))
     (problem,) = problems(tmp_path / "e", tmp_path / "f")
-    assert problem == "which text is the task is not known; give text, one of ['note', 'said']"
+    assert problem == "which text is the task is not known; give text, one of ['note', 'said'], or an instruction"
     (problem,) = problems(both, tmp_path / "f", text="note")
     assert problem.startswith("'task' would be called 'task'")
+    first, _ = problems(both, tmp_path / "f", text="note", instruction="lift")
+    assert first == "text 'note' and instruction 'lift' are given, expected one of them"
 
 
 def test_rates_and_time_stamps(videos: Path, tmp_path: Path) -> None:
@@ -343,7 +383,7 @@ def test_the_program(toy: Path, videos: Path, tmp_path: Path) -> None:
     assert decode(index.read_image(0, "observation/images/front")).shape == (64, 80, 3)
     for options, problem in (
         ({"rename": ("count",)}, "--rename count: expected OLD=NEW"),
-        ({"text": "task"}, "--text is for LeRobot"),
+        ({"text": "task"}, "--text and --instruction are for LeRobot"),
     ):
         with pytest.raises(SystemExit, match=problem):
             run(videos, "rlds", tmp_path / "c", **options)
