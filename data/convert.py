@@ -82,9 +82,7 @@ def main(args: Args, console: Console) -> None:
             )  # fmt: skip
         else:
             if args.text is not None or args.instruction is not None:
-                sys.exit(
-                    "--text and --instruction are for LeRobot; RLDS keeps all texts, --rename OLD=NEW gives another name"
-                )
+                sys.exit("--text and --instruction are for LeRobot; RLDS keeps all texts, --rename OLD=NEW names one")
             done = to_rlds(
                 args.data, out, conversion, fps=args.fps, form=RldsFormat(args.file_format), progress=progress
             )

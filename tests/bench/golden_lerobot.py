@@ -4,11 +4,12 @@ Runs in an environment of its own with lerobot, never in that of the trainer, ex
 
     python -m tests.bench.golden_lerobot ours DIR            # trainer: writes datasets and what they hold
     python tests/bench/golden_lerobot.py check DIR           # lerobot 0.4.4: opens them and compares
-    python tests/bench/golden_lerobot.py write tests/data/golden/lerobot_v21     # lerobot 0.3.3
+    python tests/bench/golden_lerobot.py write tests/data/golden/lerobot_v21     # lerobot 0.3.3, numpy 2.2
     python tests/bench/golden_lerobot.py write tests/data/golden/lerobot_v30     # lerobot 0.4.4
 
-`ours` converts a small dataset to videos of each encoder and to pictures. `check` compares every number, task and
-picture, the statistics of numbers, and frames of other times (delta_timestamps); it exits with 1 where they differ.
+`ours` converts a small dataset to videos of each encoder and to pictures, and writes one of several files. `check`
+compares every number, text and picture, the statistics of numbers, and frames of other times (delta_timestamps); it
+exits with 1 where they differ.
 
 `write` lets lerobot record 3 episodes with one camera as video and one as pictures, and stores beside the dataset
 expected.npz: what lerobot itself then returns for every step, by its names: numbers, "task" as UTF-8 with a length per
@@ -59,19 +60,29 @@ def _pixels(picture: Any) -> np.ndarray:
 def ours(directory: Path) -> None:
     from openpi_like.data.convert import to_lerobot
     from openpi_like.data.index import open_index
+    from openpi_like.data.lerobot_writer import Column, LeRobotFormat, LeRobotWriter
     from openpi_like.data.video_writer import ENCODERS
-    from tests.data.toy_lerobot import FRONT, WRIST, write_v21
+    from tests.data.toy_lerobot import FRONT, WRIST, pictures, rows, write_v21
 
     shutil.rmtree(directory, ignore_errors=True)
     source = write_v21(directory / "source", {FRONT: "video", WRIST: "image"})
-    for videos in (*ENCODERS, None):
-        out = directory / (videos or "pictures")
-        to_lerobot(source, out, videos=videos)
+    outs = [directory / name for name in (*ENCODERS, "pictures", "files")]
+    for out in outs[:-1]:
+        to_lerobot(source, out, videos=out.name if out.name in ENCODERS else None)
+    columns = {"action": Column("float32", (3,)), "note": Column("string"), VIDEO: Column("video")}
+    form = LeRobotFormat(12.5, data_mb=1e-3, video_mb=4e-3)  # so that there are several files
+    with LeRobotWriter(outs[-1], columns, form) as writer:
+        for episode, length in enumerate((9, 14, 5, 8)):
+            values = {"action": rows(episode, length)["action"], VIDEO: iter(pictures(episode, length))}
+            notes = [f"{episode}/é/{step}" for step in range(length)]
+            writer.add_episode(values | {"note": notes}, [TASKS[step % 2] for step in range(length)])
+    for out in outs:
         index = open_index(out, "train", index_dir=directory / "index")
         held: dict[str, Any] = dict(index.columns)
         for key in index.images:
             held[key] = np.stack([index.read_pixels(step, key) for step in range(index.steps)])
-        held["task"] = np.array([index.texts["task"].table[i] for i in index.texts["task"].ids])
+        for key, texts in index.texts.items():
+            held[key] = np.array([texts.table[i] for i in texts.ids])
         _save(directory / f"{out.name}.npz", held | {"fps": index.split.rate, "start": index.episode_start})
 
 
@@ -97,15 +108,16 @@ def _compare(root: Path, held: dict[str, np.ndarray]) -> tuple[list[str], int]:
         problems.append(f"{len(dataset)} steps, expected {len(held['task'])}")
     for step in range(len(dataset)):
         item = dataset[step]
-        if item["task"] != held["task"][step]:
-            problems.append(f"step {step}: task {item['task']!r}, expected {held['task'][step]!r}")
         for key, values in held.items():
-            if key.startswith("observation.images."):
+            if values.dtype.kind == "U":
+                if item[key] != values[step]:
+                    problems.append(f"step {step}: {key} is {item[key]!r}, expected {values[step]!r}")
+            elif key.startswith("observation.images."):
                 off = int(np.abs(_pixels(item[key]).astype(int) - values[step]).max())
                 far = max(far, off)
                 if off > LEVELS:
                     problems.append(f"step {step}: {key} is {off} levels off")
-            elif key != "task":
+            else:
                 got = item[key].numpy()
                 # lerobot gives float32 of float64
                 if not np.array_equal(got, values[step].astype(got.dtype)):
@@ -116,7 +128,7 @@ def _compare(root: Path, held: dict[str, np.ndarray]) -> tuple[list[str], int]:
 def _compare_stats(root: Path, held: dict[str, np.ndarray]) -> list[str]:
     stats, problems = _dataset(root).meta.stats, []
     for key, values in held.items():
-        if key == "task":
+        if values.dtype.kind == "U":
             continue
         picture = key.startswith("observation.images.")
         for name, function in STATS.items():
