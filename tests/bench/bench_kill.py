@@ -1,6 +1,7 @@
 """Kills a reader of data at random moments and shows that what it read in all its lives is what one life would read:
 
     python tests/bench/bench_kill.py --data /tmp/oxe/b64/1.0.0 ../shared/data/bridge_dataset/1.0.0
+    python tests/bench/bench_kill.py --data RLDS LEROBOT_V21 LEROBOT_V30 HDF5_DIRECTORY --robots widowx a.py b.py c.py
 
 The reader draws batches of a mixture and writes a digest of every sample, all of its arrays, to a file it only appends
 to; every few batches it saves its position, one integer, as train/train.py does with a checkpoint. The parent ends it
@@ -32,7 +33,8 @@ from openpi_like.data.loader import make_loader
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
-from openpi_like.robots.widowx import WIDOWX
+from openpi_like.robots import Robot
+from openpi_like.robots.find import find_robot
 from tests.data.toy import Shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,13 +47,16 @@ RECORD = 8 + DIGEST_BYTES
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """See the file's head. data: WidowX datasets, mixed with weights 1, 2, ... kills: how often it is killed.
+    """See the file's head. data: datasets of any layout, mixed with weights 1, 2, ... kills: how often it is killed.
+
+    robots: whose they are, one for all of them or one each.
 
     batches: drawn between two kills, at most. save_every: batches from one saved position to the next. camera_dropout,
     group_episodes: of the loader; no groups where it is 0.
     """
 
     data: tuple[Path, ...]
+    robots: tuple[str, ...] = ("widowx",)
     kills: int = 20
     batch_size: int = 32
     batches: int = 60
@@ -63,18 +68,21 @@ class Args:
     def __post_init__(self) -> None:
         if self.kills < 1:
             raise ValueError(f"kills={self.kills}, expected at least 1")
+        if len(self.robots) not in (1, len(self.data)):
+            raise ValueError(f"{len(self.robots)} robots for {len(self.data)} datasets, expected one, or one each")
 
 
-# What a loader needs of a policy's config.
-SHAPES = Shapes(
-    cameras=("base", "base_1", "base_2"),
-    image_size=(224, 224),
-    state_dim=7,
-    action_dim=7,
-    action_horizon=8,
-    prompt_len=64,
-    vocab_size=4000,
-)
+def shapes(robots: list[Robot]) -> Shapes:
+    """Returns what a loader needs of a policy's config, large enough for all robots."""
+    return Shapes(
+        cameras=tuple(sorted({camera.name for robot in robots for camera in robot.cameras})),
+        image_size=(224, 224),
+        state_dim=max(robot.state_size for robot in robots),
+        action_dim=max(robot.action_size for robot in robots),
+        action_horizon=max(robot.action_horizon for robot in robots),
+        prompt_len=64,
+        vocab_size=4000,
+    )
 
 
 # ---- The reader ------------------------------------------------------------------------------------------------------
@@ -102,6 +110,7 @@ def digests(batch: Any) -> list[bytes]:
 def read(
     *,
     data: list[str],
+    robots: list[str],
     work: Path,
     seed: int,
     batch_size: int,
@@ -114,12 +123,14 @@ def read(
     num_threads: int,
 ) -> None:
     """Reads from the saved position to sample `until`. All hosts are in this process and keep step with each other."""
-    robots = [dataclasses.replace(WIDOWX, name=f"widowx_{i}") for i in range(len(data))]
-    datasets = [EpisodeDataset(open_index(d, "train", index_dir=work), r) for d, r in zip(data, robots, strict=True)]
-    texts = {text for d in datasets for text in d.index.texts["language_instruction"].table}
-    tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), SHAPES.prompt_len)
+    found = [find_robot(name) for name in robots * (len(data) if len(robots) == 1 else 1)]
+    mixed = [dataclasses.replace(robot, name=f"{robot.name}_{i}") for i, robot in enumerate(found)]
+    policy = shapes(mixed)
+    datasets = [EpisodeDataset(open_index(d, "train", index_dir=work), r) for d, r in zip(data, mixed, strict=True)]
+    texts = {text for d in datasets for text in d.prompts(np.arange(len(d)))}
+    tokenizer = TextTokenizer(fit_text_tokenizer(texts, 4000), policy.prompt_len)
     normalizations = {d.robot.name: compute_normalization(d) for d in datasets}
-    mixture = tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, robots, strict=True)))
+    mixture = tuple(MixtureEntry(r, d, weight=i + 1) for i, (d, r) in enumerate(zip(data, mixed, strict=True)))
     config = DataConfig(
         mixture,
         seed=seed,
@@ -134,7 +145,7 @@ def read(
         make_loader(
             config,
             batch_size=batch_size,
-            policy=SHAPES,
+            policy=policy,
             tokenizer=tokenizer,
             normalizations=normalizations,
             start=start,
@@ -166,6 +177,7 @@ def append(file: BinaryIO, position: int, rows: list[bytes]) -> None:
 def spawn(args: Args, work: Path, until: int, **how: int) -> subprocess.Popen:
     spec = {
         "data": [str(d.resolve()) for d in args.data],
+        "robots": list(args.robots),
         "work": str(work),
         "seed": args.seed,
         "batch_size": args.batch_size,
