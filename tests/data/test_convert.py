@@ -20,8 +20,10 @@ import pytest
 from rich.console import Console
 
 from openpi_like.data.convert import Conversion, Converted, lerobot_name, rlds_name, to_lerobot, to_rlds
+from openpi_like.data.files import locate
 from openpi_like.data.images import decode, encoding
 from openpi_like.data.index import FrameIndex, open_index
+from openpi_like.data.layouts import read_dataset
 from openpi_like.data.rlds_tables import RldsFormat
 from openpi_like.data.schema import DatasetError
 from tests.conftest import REPOSITORY
@@ -298,6 +300,15 @@ def test_rates_and_time_stamps(videos: Path, tmp_path: Path) -> None:
     a, b = (open_index(tmp_path / name, "train") for name in "ab")
     np.testing.assert_array_equal(a.columns["clock"], open_index(uneven, "train").columns["timestamp"])
     np.testing.assert_allclose(b.columns["timestamp"], a.columns["clock"] - 0.004, atol=1e-6)
+
+
+def test_the_rate_of_rlds(toy: Path, tmp_path: Path) -> None:
+    """It is what metadata.json says, and nothing where that says something else."""
+    path = tmp_path / "a" / "metadata.json"
+    to_rlds(toy, tmp_path / "a", Conversion(leave_out=LEFT_OUT))
+    for metadata, rate in (({}, None), ({"fps": 15}, 15.0), ({"fps": "x"}, None), ({"fps": -1}, None)):
+        path.write_text(json.dumps(metadata))
+        assert read_dataset(locate(tmp_path / "a"), "train")[0].rate == rate
 
 
 def test_what_is_there_stays(videos: Path, tmp_path: Path) -> None:

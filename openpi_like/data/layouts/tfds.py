@@ -171,8 +171,7 @@ def read_split(directory: Location, split: str, *, allow_missing: bool = False) 
 
 def _rate(directory: Location) -> float | None:
     """Returns the steps in a second, where somebody wrote them: TFDS has no place for them."""
-    metadata = _read_json(directory / METADATA)
-    rate = metadata.get("fps") if isinstance(metadata, dict) else None
+    rate = _read_json(directory / METADATA).get("fps")
     return float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None
 
 
