@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import simplejpeg
-from jaxtyping import UInt8
 
 from openpi_like.data import arrayrecord, files, tfrecord
 from openpi_like.data.files import Location
-from openpi_like.data.images import ENCODINGS, decode, encoding
+from openpi_like.data.images import ENCODINGS, decode, encode, encoding
 from openpi_like.data.layouts.tfds import read_schema, read_split, split_names
 from openpi_like.data.schema import DatasetError, Feature
 from openpi_like.data.storage import RecordError
@@ -84,14 +81,7 @@ class Prepare:
             return data
         if size != image.shape[:2]:
             image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-        return self._encode(image)
-
-    def _encode(self, image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-        if self.encoding == "jpeg":
-            return simplejpeg.encode_jpeg(
-                np.ascontiguousarray(image), quality=self.quality, colorspace="RGB", colorsubsampling="420"
-            )
-        return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+        return encode(image, self.encoding, self.quality)
 
 
 @dataclasses.dataclass(frozen=True)

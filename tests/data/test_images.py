@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openpi_like.data.images import FITS, Target, decode, decode_depth, decode_for, fit
+from openpi_like.data.images import FITS, Target, decode, decode_depth, decode_for, encode, fit
 
 
 def test_fit_keeps_smooth_pictures() -> None:
@@ -199,3 +199,12 @@ def test_depth_of_special_floats(tfds: Any) -> None:
 def test_what_is_not_depth_is_an_error(data: bytes, dtype: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_depth(data, dtype)
+
+
+def test_encoded_pictures() -> None:
+    image = np.random.default_rng(4).integers(0, 256, (10, 12, 3), np.uint8)
+    data = encode(image, "png")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), image)
+    assert encode(image[:, ::-1], "jpeg", 80) == simplejpeg.encode_jpeg(image[:, ::-1].copy(), 80, "RGB", "420")
+    with pytest.raises(ValueError, match=r"encoding 'jpg' is unknown; did you mean 'jpeg'"):
+        encode(image, "jpg")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from typing import Any
 
 from openpi_like.config import near_names
@@ -15,6 +16,7 @@ from openpi_like.data.schema import DatasetError, Feature, Schema, Split, Storag
 # padded with zeros (language_table: observation/instruction is int32[512]).
 CODE_POINT_WORDS = ("instruction", "language")
 CODE_POINT_LENGTH = 64
+METADATA = "metadata.json"  # what the writer of a dataset wants to say; "fps" is the rate of its steps
 
 STORAGES: dict[str, Storage] = {storage.name: storage for storage in (TfRecords(), ArrayRecords())}
 
@@ -163,7 +165,14 @@ def read_split(directory: Location, split: str, *, allow_missing: bool = False) 
         shards=tuple(directory / name for name in names),
         lengths=lengths,
         stats=tuple(there.get(name) for name in names),
+        rate=_rate(directory) if METADATA in there else None,
     )
+
+
+def _rate(directory: Location) -> float | None:
+    """Returns the steps in a second, where somebody wrote them: TFDS has no place for them."""
+    rate = _read_json(directory / METADATA).get("fps")
+    return float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None
 
 
 def _list_files(directory: Location) -> dict[str, Stat]:
