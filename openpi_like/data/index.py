@@ -56,7 +56,7 @@ class Texts:
     table: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FrameIndex:
     """The index of one split. N steps in E episodes; all arrays are read-only and memory-mapped.
 
@@ -88,6 +88,9 @@ class FrameIndex:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_pictures", self.split.storage.pictures(self.split, self.path))
+
+    def __repr__(self) -> str:
+        return f"FrameIndex({self.split}, {self.steps} steps of {self.episodes} episodes, {self.path})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return load_index, (self.path, self.split, self.schema)

@@ -238,10 +238,11 @@ def test_bridge_lies_inside_its_published_statistics(shared: Path, bridge: Path,
 CONFIG = """
 from types import SimpleNamespace
 from openpi_like.data.config import DataConfig, MixtureEntry
+from openpi_like.train.statistics import Own
 from tests.data.toy import ARM, CART, change_record, shard
 
 entries = (MixtureEntry(ARM, {toy!r}), MixtureEntry(CART, {toy!r}), MixtureEntry(ARM, {toy!r}, split="val"))
-config = SimpleNamespace(data=DataConfig(entries), stats={stats!r})
+config = SimpleNamespace(data=DataConfig(entries), stats={stats!r}, statistics=Own())
 """
 
 

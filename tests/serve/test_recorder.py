@@ -108,12 +108,12 @@ def test_a_kill_loses_nothing_but_what_is_in_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        while int(process.stdout.readline()) < 100:
+        while int(process.stdout.readline()) < 20 or open_spool(tmp_path)[0].steps < 20:  # the disk may be behind
             pass
         process.kill()
     (unfinished,) = open_spool(tmp_path)
     assert not unfinished.finished
-    assert unfinished.steps > 50  # of 100 that were given; writing may be some behind
+    assert unfinished.steps >= 20
     check(unfinished.path, unfinished.steps)
     kept = conclude(unfinished, None, "killed")
     assert (kept.finished, kept.success, kept.steps, kept.cut_bytes) == (True, None, unfinished.steps, 0)

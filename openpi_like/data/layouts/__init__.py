@@ -50,7 +50,8 @@ def find_datasets(directory: Location) -> list[Location]:
     for layout in LAYOUTS:
         for name in (n for depth in (1, 2, 3) for n in files.glob(directory, f"{'*/' * depth}{layout.marker}")):
             inner = name.rsplit("/", 1 + layout.marker.count("/"))[0]
-            found[inner] = directory / inner
+            if not any(part.startswith(".") for part in inner.split("/")):  # indexes lie in hidden directories
+                found[inner] = directory / inner
     if not found:
         split_names(directory)  # says what is missing
         raise DatasetError(f"{directory} holds no dataset")

@@ -68,7 +68,10 @@ class RobotSample:
             DatasetError: the dataset does not have what the robot says, or no episode is left; lists all.
         """
         part = range(index.steps)
-        check_dataset(index, robot, part, Selection(skip_not_finite=True), max_corrupt_fraction)
+        # A wrong rate is a finding of `Rate`, which says more than an error here would.
+        rate = robot.control_hz if index.split.rate is None else index.split.rate / robot.stride
+        at_its_rate = dataclasses.replace(robot, control_hz=rate)
+        check_dataset(index, at_its_rate, part, Selection(skip_not_finite=True), max_corrupt_fraction)
         bad = not_finite(index, part, [*robot.state, *robot.action])
         sample = Sample.take(index, most)
         known = _rate(sample, robot, rate)
