@@ -1,6 +1,9 @@
 """Strict numerics and several devices for every test; shared facts where they are there."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before jax is imported anywhere: four devices, so that shardings are real; and code that is compiled twice as fast, as
@@ -12,6 +15,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The renderer that every machine has; OpenGL and TensorFlow in one process crash each other.
 os.environ.setdefault("OPENPI_LIKE_RENDERER", "raycast")
+
+# The processes of the tests, and programs that they start, compile many functions alike: each is compiled once. The
+# process that starts the others makes the directory, and removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="openpi_like_tests_")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import pytest
 

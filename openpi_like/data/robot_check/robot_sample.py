@@ -69,8 +69,9 @@ class RobotSample:
         """
         part = range(index.steps)
         # A wrong rate is a finding of `Rate`, which says more than an error here would.
-        rate = robot.control_hz if index.split.rate is None else index.split.rate / robot.stride
-        at_its_rate = dataclasses.replace(robot, control_hz=rate)
+        described = index.split.rate
+        hz = robot.control_hz if described is None else described / robot.stride
+        at_its_rate = dataclasses.replace(robot, control_hz=hz)
         check_dataset(index, at_its_rate, part, Selection(skip_not_finite=True), max_corrupt_fraction)
         bad = not_finite(index, part, [*robot.state, *robot.action])
         sample = Sample.take(index, most)
