@@ -16,10 +16,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The renderer that every machine has; OpenGL and TensorFlow in one process crash each other.
 os.environ.setdefault("OPENPI_LIKE_RENDERER", "raycast")
 
-# The processes of the tests, and programs that they start, compile many functions alike: each is compiled once. The
-# process that starts the others makes the directory, and removes it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="openpi_like_tests_")
+# The processes of the tests, and programs that they start, compile many functions alike: each is compiled once. Nothing
+# is kept in the home directory. The process that starts the others makes the directory, and removes it.
+if "OPENPI_LIKE_CACHE" not in os.environ:
+    os.environ["OPENPI_LIKE_CACHE"] = _cache = tempfile.mkdtemp(prefix="openpi_like_tests_")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_cache, "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from openpi_like.data.layouts import find_datasets, split_names
 from openpi_like.data.layouts.lerobot_storage import time_problems
 from openpi_like.data.layouts.parquet_pages import find_values, hybrid, read_page
 from openpi_like.data.schema import DatasetError
+from tests.conftest import REPOSITORY
 from tests.data.toy_lerobot import (
     ARM,
     CODECS,
@@ -93,6 +97,18 @@ def test_every_number_and_pixel(plain: dict[str, Path], version: str, tmp_path: 
     assert (index.image_encoding(0, FRONT), index.image_encoding(0, WRIST)) == ("h264", "png")
     with pytest.raises(DatasetError, match=r"step 0 .*it is a frame of a video, and not stored by itself"):
         index.read_image(0, FRONT)
+
+
+def test_a_process_that_trains_does_without_pyarrow(plain: dict[str, Path], tmp_path: Path) -> None:
+    environment = os.environ | {"OPENPI_LIKE_CACHE": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    program = (
+        "import sys; from openpi_like.data.index import open_index; "
+        f"index = open_index({str(plain['v3.0'])!r}, 'train', index_dir={str(tmp_path / 'index')!r}); "
+        f"print(index.read_pixels(20, {FRONT!r}).sum(), *index.texts['task'].table, 'pyarrow' in sys.modules)"
+    )
+    told = [subprocess.check_output([sys.executable, "-c", program], env=environment, text=True) for _ in range(2)]
+    assert told[0] == told[1].replace("False", "True")
+    assert "False" in told[1]
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c != "libx264"])

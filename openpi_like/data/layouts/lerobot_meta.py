@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -168,14 +170,14 @@ def open_parquet(location: Location) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_episodes(directory: Location, _: str) -> Episodes:
+def _read_episodes(directory: Location, stamp: str) -> Episodes:
     info = read_info(directory)
     keys = [k for k, of in info["features"].items() if _feature(k, of).encoding == "video"]
     keys = [k for k in keys if _feature(k, info["features"][k]).kind == "image"]
     if keys and not info.get("video_path"):
         raise DatasetError(f"{directory}/{INFO}: features {keys} are videos, but there is no 'video_path'")
     if str(info["codebase_version"]).lstrip("v").startswith("3"):
-        return _version_3(directory, info, keys)
+        return _remembered(directory, stamp, lambda: _version_3(directory, info, keys))
     return _version_2(directory, info, keys)
 
 
@@ -190,6 +192,33 @@ def read_episodes(directory: Location) -> Episodes:
         return _read_episodes(directory, stamp)
     except OSError as e:
         raise DatasetError(f"cannot read {directory}/meta: {e}; copy the dataset again") from e
+
+
+def _remembered(directory: Location, stamp: str, read: Callable[[], Episodes]) -> Episodes:
+    """Returns what `read` reads, which is kept in the cache directory as long as the files are as their stamp says.
+
+    So a process that trains does without pyarrow, which takes 40 MiB.
+    """
+    kept = files.cache_directory() / "lerobot" / f"{digest([1, files.absolute(directory), stamp])}.json"
+    if kept.is_file():
+        stored = json.loads(kept.read_text())
+        return Episodes(
+            number=np.array(stored["number"], np.int64),
+            length=np.array(stored["length"], np.int64),
+            tables=stored["tables"],
+            table=np.array(stored["table"], np.int64),
+            videos=stored["videos"],
+            video={key: np.array(of, np.int64) for key, of in stored["video"].items()},
+            start={key: np.array(of, np.float64) for key, of in stored["start"].items()},
+            texts={text: {int(n): of for n, of in table.items()} for text, table in stored["texts"].items()},
+        )
+    found = read()
+    with contextlib.suppress(OSError):  # who cannot write it reads it again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(dataclasses.asdict(found), file, default=lambda array: array.tolist())
+        os.replace(file.name, kept)
+    return found
 
 
 def _version_2(directory: Location, info: dict[str, Any], keys: list[str]) -> Episodes:
