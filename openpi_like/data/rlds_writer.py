@@ -19,12 +19,12 @@ import numpy as np
 import simplejpeg
 from jaxtyping import Float
 
+from openpi_like.data.rlds_tables import MAX_RECORD_BYTES
 from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 VERSION = "1.0.0"
 _METADATA_KINDS = (str, bool, int, float)
 _FORMATS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
-_MAX_RECORD_BYTES = 2**31 - 2**24  # a protocol buffer holds less than 2 GiB; the rest of a record is numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
         problems.append(f"{len(episode.prompt)} prompts, expected one, or {steps}")
     problems += [f"{k!r} has {len(x)} steps, expected {steps}" for k, x in episode.steps.items() if len(x) != steps]
     size = sum(len(frame) for frames in episode.images.values() for frame in frames)
-    if size > _MAX_RECORD_BYTES:
+    if size > MAX_RECORD_BYTES:
         problems.append(
             f"its images are {size / 2**30:.1f} GiB, and one record, an episode, holds less than 2; store them as "
             "JPEG, or smaller, or record shorter episodes"

@@ -154,7 +154,12 @@ class StateField:
             return good
         return good & (length > _NO_ROTATION)
 
-    def _to_rotation(self, x: np.ndarray) -> Rotation:
+    def to_rotation(self, x: np.ndarray) -> Rotation:
+        """Returns the rotations of stored values (..., size), one behind the other.
+
+        Raises:
+            ValueError: some are not `usable`.
+        """
         x = x.reshape(-1, self.size)
         if not (usable := self.usable(x)).all():
             raise ValueError(
@@ -163,7 +168,8 @@ class StateField:
             )
         return ROTATIONS[self.rotation or ""][1](x * self._rotation_scale)
 
-    def _from_rotation(self, rotation: Rotation) -> np.ndarray:
+    def from_rotation(self, rotation: Rotation) -> np.ndarray:
+        """Returns rotations as they are stored, (N, size)."""
         return ROTATIONS[self.rotation or ""][2](rotation) / self._rotation_scale
 
     def to_model(self, x: np.ndarray) -> np.ndarray:
@@ -171,7 +177,7 @@ class StateField:
         if self.gripper is not None:
             return (x - self.gripper.closed) / (self.gripper.open - self.gripper.closed)
         if self.rotation is not None and (self.model_rotation or self.rotation) != self.rotation:
-            rotation = self._to_rotation(x)
+            rotation = self.to_rotation(x)
             return ROTATIONS[self.model_rotation or ""][2](rotation).reshape(*x.shape[:-1], self.model_size)
         return x * UNITS[self.unit][1]
 
@@ -181,7 +187,7 @@ class StateField:
             return x * (self.gripper.open - self.gripper.closed) + self.gripper.closed
         if self.rotation is not None and (self.model_rotation or self.rotation) != self.rotation:
             rotation = ROTATIONS[self.model_rotation or ""][1](x.reshape(-1, self.model_size))
-            return self._from_rotation(rotation).reshape(*x.shape[:-1], self.size)
+            return self.from_rotation(rotation).reshape(*x.shape[:-1], self.size)
         return x / UNITS[self.unit][1]
 
 
@@ -238,8 +244,8 @@ class ActionField(StateField):
         """Returns the command that leads from one recorded state to another, in robot space, see `next_step`."""
         if self.rotation is None:
             return later - now
-        turn = self._to_rotation(later) * self._to_rotation(now).inv()
-        return self._from_rotation(turn).reshape(now.shape)
+        turn = self.to_rotation(later) * self.to_rotation(now).inv()
+        return self.from_rotation(turn).reshape(now.shape)
 
     def combine(self, commands: Float[np.ndarray, "*batch K size"]) -> Float[np.ndarray, "*batch size"]:
         """Returns the one command, in robot space, that does what K commands do one after the other, see `stride`.
@@ -252,10 +258,10 @@ class ActionField(StateField):
             return commands.mean(axis=-2)
         if self.rotation is None:
             return commands.sum(axis=-2)
-        total = self._to_rotation(commands[..., 0, :])
+        total = self.to_rotation(commands[..., 0, :])
         for k in range(1, commands.shape[-2]):
-            total = self._to_rotation(commands[..., k, :]) * total
-        return self._from_rotation(total).reshape(*commands.shape[:-2], self.size)
+            total = self.to_rotation(commands[..., k, :]) * total
+        return self.from_rotation(total).reshape(*commands.shape[:-2], self.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,7 +424,7 @@ class Robot:
             if field.rotation is None:
                 parts.append(field.to_model(x) - reference.to_model(s))
             else:
-                relative = reference._to_rotation(s).inv() * field._to_rotation(x)
+                relative = reference.to_rotation(s).inv() * field.to_rotation(x)
                 to_array = ROTATIONS[field.model_rotation or field.rotation][2]
                 parts.append(to_array(relative).reshape(*x.shape[:-1], field.model_size))
         return np.concatenate(parts, axis=-1).astype(np.float32)
@@ -443,8 +449,8 @@ class Robot:
                 parts.append(field.to_robot(x + reference.to_model(s)))
             else:
                 from_array = ROTATIONS[field.model_rotation or field.rotation][1]
-                target = reference._to_rotation(s) * from_array(x.reshape(-1, field.model_size))
-                parts.append(field._from_rotation(target).reshape(*x.shape[:-1], field.size))
+                target = reference.to_rotation(s) * from_array(x.reshape(-1, field.model_size))
+                parts.append(field.from_rotation(target).reshape(*x.shape[:-1], field.size))
         return np.concatenate(parts, axis=-1).astype(np.float32)
 
 

@@ -32,7 +32,7 @@ class Series:
     def __init__(self, field: StateField, x: Float[np.ndarray, "n size"]) -> None:
         self._rotation: Rotation | None = None
         if field.rotation is not None:
-            self._rotation = field._to_rotation(x)
+            self._rotation = field.to_rotation(x)
             self.targets = self._rotation.as_matrix().reshape(len(x), 9)
             self.changes = self._rotation.as_rotvec()
         else:

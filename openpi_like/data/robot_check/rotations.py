@@ -67,7 +67,7 @@ def _norms(about: str, field: StateField, x: Float[np.ndarray, "n size"]) -> lis
 
 def _steps(about: str, field: StateField, x: Float[np.ndarray, "n size"], sample: RobotSample) -> list[Finding]:
     """Turns from step to step, and how far the numbers go that the policy sees."""
-    rotation: Rotation = field._to_rotation(x)
+    rotation: Rotation = field.to_rotation(x)
     t = sample.rows_with(0, 1)
     turns = (rotation[t + 1] * rotation[t].inv()).magnitude()
     large = int((turns > _TURN).sum())
