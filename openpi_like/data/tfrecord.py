@@ -64,7 +64,12 @@ def read_records(path: Location) -> Iterator[tuple[int, bytes | RecordError]]:
                 yield start, payload
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Returns the integer of variable length at a byte (protobuf's and Thrift's, not zigzag), and the byte behind it.
+
+    Raises:
+        IndexError: `data` ends inside of it.
+    """
     value = shift = 0
     while True:
         byte = data[at]
@@ -80,12 +85,12 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int, Span]]:
     at, end = span
     try:
         while at < end:
-            tag, at = _varint(data, at)
+            tag, at = read_varint(data, at)
             kind = tag & 7
             if kind == 2:
-                size, at = _varint(data, at)
+                size, at = read_varint(data, at)
             elif kind == 0:
-                size = _varint(data, at)[1] - at
+                size = read_varint(data, at)[1] - at
             elif kind in (1, 5):
                 size = 8 if kind == 1 else 4
             else:

@@ -1,5 +1,6 @@
 """LeRobot datasets, read in place: every number and pixel, and what is said of those that are damaged."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.files import Ranges, locate
 from openpi_like.data.index import FrameIndex, open_index
-from openpi_like.data.layouts import find_datasets, split_names
+from openpi_like.data.layouts import find_datasets, split_names, video
 from openpi_like.data.layouts.lerobot_storage import time_problems
 from openpi_like.data.layouts.parquet_pages import find_values, hybrid, read_page
 from openpi_like.data.schema import DatasetError
@@ -126,6 +127,32 @@ def test_threads_see_the_same_pictures(plain: dict[str, Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         for found, of in zip(pool.map(lambda place: index.read_pixels(*place), places), expected, strict=True):
             np.testing.assert_array_equal(found, of)
+
+
+def test_a_read_that_fails_half_way_leaves_no_trace(plain: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder has seen some packets of a frame, and a later read may not go on from there."""
+    index = open_index(plain["v3.0"], "train")
+    expected = video_frames(plain["v3.0"], "v3.0", FRONT)
+    monkeypatch.setattr(video, "READ_BYTES", 1)  # a read for each packet
+    read, left = Ranges.read, [0]
+
+    def failing(self: Ranges, *args: Any) -> bytes:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError("the network is down")
+        return read(self, *args)
+
+    monkeypatch.setattr(Ranges, "read", failing)
+    for step in range(2, 12):
+        left[0] = 3
+        with contextlib.suppress(DatasetError):
+            index.read_pixels(step, FRONT)
+        left[0] = 0
+        np.testing.assert_array_equal(index.read_pixels(step - 1, FRONT), expected[step - 1])
+        np.testing.assert_array_equal(index.read_pixels(step, FRONT), expected[step])
+    left[0] = 2
+    with pytest.raises(DatasetError, match=r"cannot read observation.images.front: the network is down"):
+        index.read_pixels(4, FRONT)
 
 
 @pytest.mark.parametrize("version", WRITERS)

@@ -139,6 +139,8 @@ class _Table:
                 page, start, length = values.places.T
                 found.append(np.stack([pack(page + len(pages), start), length], axis=1))
                 pages += values.pages
+                if unknown := sorted({page.codec for page in values.pages}.difference(_CODECS)):
+                    raise RecordError(f"compression {unknown} of Parquet cannot be read; write ZSTD", resumable=True)
         except (RecordError, OSError) as e:
             return RecordError(str(e), resumable=True), np.zeros((0, 4), np.int64)
         finally:

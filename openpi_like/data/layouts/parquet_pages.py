@@ -11,6 +11,7 @@ import numpy as np
 
 from openpi_like.data.files import Location, Ranges
 from openpi_like.data.storage import RecordError
+from openpi_like.data.tfrecord import read_varint
 
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3  # PageType
 _PLAIN, _PLAIN_DICTIONARY, _RLE_DICTIONARY = 0, 2, 8  # Encoding
@@ -150,7 +151,7 @@ def hybrid(data: bytes, width: int, count: int) -> np.ndarray:
     while found < count:
         if at >= len(data):
             raise RecordError(f"a page says {found} of {count} levels", resumable=True)
-        head, at = _varint(data, at)
+        head, at = read_varint(data, at)
         if head & 1:  # groups of eight, packed from the lowest bit
             raw = np.frombuffer(data, np.uint8, min((head >> 1) * width, len(data) - at), at)
             at += (head >> 1) * width
@@ -165,17 +166,6 @@ def hybrid(data: bytes, width: int, count: int) -> np.ndarray:
         if not len(values):
             raise RecordError("a page has a run of no values", resumable=True)
     return np.concatenate([np.zeros(0, np.int64), *parts])[:count]
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
 
 
 def _read_header(ranges: Ranges, location: Location, at: int, end: int) -> tuple[dict[int, Any], int]:
@@ -207,7 +197,7 @@ def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
         if byte >> 4:
             number += byte >> 4
         else:
-            raw, at = _varint(data, at)
+            raw, at = read_varint(data, at)
             number = (raw >> 1) ^ -(raw & 1)
         fields[number], at = _value(data, at, byte & 15)
 
@@ -218,19 +208,19 @@ def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
     if kind == 3:
         return data[at], at + 1
     if kind in (4, 5, 6):  # integers, zigzag
-        raw, at = _varint(data, at)
+        raw, at = read_varint(data, at)
         return (raw >> 1) ^ -(raw & 1), at
     if kind == 7:
         data[at + 7]
         return data[at : at + 8], at + 8
     if kind == 8:
-        length, at = _varint(data, at)
+        length, at = read_varint(data, at)
         if at + length > len(data):
             raise IndexError
         return data[at : at + length], at + length
     if kind == 9:
         head = data[at]
-        count, at = (_varint(data, at + 1)) if head >> 4 == 15 else (head >> 4, at + 1)
+        count, at = (read_varint(data, at + 1)) if head >> 4 == 15 else (head >> 4, at + 1)
         values = []
         for _ in range(count):
             value, at = _value(data, at, head & 15)

@@ -178,16 +178,17 @@ class _Decoder:
         video, wanted, location, _ = table.find(address)
         row = table.rows(video, wanted, wanted)[0]
         first, stamp = int(row[3]), int(row[2])
-        if self.video != video or not first <= self.next <= wanted:
+        begins = self.next
+        if self.video != video or not first <= begins <= wanted:
             self._context.flush_buffers()
-            self.video, self.next = video, first
+            begins = first
+        self.video = -1  # until it is where it should be: reading and decoding may fail half way
         found, data, begin = None, b"", 0
-        for offset, length, pts, _ in table.rows(video, self.next, wanted).tolist():
+        for offset, length, pts, _ in table.rows(video, begins, wanted).tolist():
             if not begin <= offset <= offset + length <= begin + len(data):
                 begin, data = offset, ranges.read(location, offset, max(length, READ_BYTES))
             packet = self._packet(data[offset - begin : offset - begin + length])
             if packet.size < length:
-                self.video = -1
                 raise RecordError(
                     f"{location.name}: read {packet.size} of {length} bytes; the file was changed since it was "
                     "indexed: copy it again",
@@ -195,10 +196,10 @@ class _Decoder:
                 )
             packet.pts = pts
             found = self._decode(packet, stamp) or found
-        self.next = wanted + 1
         if found is None:  # frames are shown in another order: let go of what is held back
             found = self._decode(None, stamp)
-            self.video = -1
+        else:
+            self.video, self.next = video, wanted + 1
         if found is None:
             raise ValueError(f"{location.name}, frame {wanted}: the decoder gives no picture; the file is damaged")
         return self._convert.reformat(found, format=form).to_ndarray()
@@ -207,7 +208,6 @@ class _Decoder:
         try:
             frames = self._context.decode(packet)
         except self._error as e:
-            self.video = -1
             raise ValueError(f"a frame cannot be decoded: {e}") from e
         return next((frame for frame in frames if frame.pts == stamp), None)
 
