@@ -1,6 +1,5 @@
 """LeRobot datasets, read in place: every number and pixel, and what is said of those that are damaged."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -129,10 +128,11 @@ def test_threads_see_the_same_pictures(plain: dict[str, Path]) -> None:
             np.testing.assert_array_equal(found, of)
 
 
-def test_a_read_that_fails_half_way_leaves_no_trace(plain: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder has seen some packets of a frame, and a later read may not go on from there."""
-    index = open_index(plain["v3.0"], "train")
-    expected = video_frames(plain["v3.0"], "v3.0", FRONT)
+def test_a_read_that_fails_half_way_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder has seen some packets of a frame, and no later read may go on from where it was."""
+    monkeypatch.setitem(CODECS, "libx264", {"g": "12", "bf": "0"})  # frames come one by one, so reads do go on
+    directory = write_v30(tmp_path / "toy", {FRONT: "video"})
+    index, expected = open_index(directory, "train"), video_frames(directory, "v3.0", FRONT)
     monkeypatch.setattr(video, "READ_BYTES", 1)  # a read for each packet
     read, left = Ranges.read, [0]
 
@@ -143,16 +143,12 @@ def test_a_read_that_fails_half_way_leaves_no_trace(plain: dict[str, Path], monk
         return read(self, *args)
 
     monkeypatch.setattr(Ranges, "read", failing)
-    for step in range(2, 12):
-        left[0] = 3
-        with contextlib.suppress(DatasetError):
-            index.read_pixels(step, FRONT)
-        left[0] = 0
-        np.testing.assert_array_equal(index.read_pixels(step - 1, FRONT), expected[step - 1])
-        np.testing.assert_array_equal(index.read_pixels(step, FRONT), expected[step])
-    left[0] = 2
+    np.testing.assert_array_equal(index.read_pixels(1, FRONT), expected[1])
+    left[0] = 4
     with pytest.raises(DatasetError, match=r"cannot read observation.images.front: the network is down"):
-        index.read_pixels(4, FRONT)
+        index.read_pixels(6, FRONT)
+    for step in (6, 7, 3):
+        np.testing.assert_array_equal(index.read_pixels(step, FRONT), expected[step])
 
 
 @pytest.mark.parametrize("version", WRITERS)
