@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 from openpi_like.data.files import Location
 from openpi_like.data.images import Target, decode_for, encoding
@@ -35,7 +36,7 @@ class StoredEpisode:
     unknown: frozenset[str] = frozenset()
 
 
-def pack(high: np.ndarray | int, low: np.ndarray) -> np.ndarray:
+def pack(high: Int[np.ndarray, "n"] | int, low: Int[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
     """Returns two numbers, each below 2^31 and 2^32, as one int64: what an index holds of where a picture is."""
     return (np.asarray(high, np.int64) << 32) | low
 

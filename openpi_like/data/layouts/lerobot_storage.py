@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from openpi_like.config import near_names
 from openpi_like.data import files
@@ -226,7 +227,7 @@ class _Table:
         return np.stack([pack(self._first_video[key] + video, at), packets.rows[at, 1]], axis=1)
 
 
-def time_problems(seconds: np.ndarray, number: np.ndarray, rate: float) -> list[str]:
+def time_problems(seconds: Float[np.ndarray, "T"], number: Int[np.ndarray, "T"], rate: float) -> list[str]:
     """Returns what of the time stamps of an episode's steps does not fit its rate.
 
     seconds: (T,), when the steps were. number: (T,), their numbers. rate: steps in a second.

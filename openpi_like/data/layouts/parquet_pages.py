@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from openpi_like.data.files import Location, Ranges
 from openpi_like.data.storage import RecordError
@@ -32,7 +33,7 @@ class Values:
     """The values of a column of one row group. pages: which there are. places: (n, 3): page, byte in it, length."""
 
     pages: list[Page]
-    places: np.ndarray
+    places: Int64[np.ndarray, "n 3"]
 
 
 def read_page(ranges: Ranges, location: Location, page: Page) -> bytes:
@@ -138,7 +139,7 @@ def _plain(content: bytes, at: int, count: int) -> tuple[np.ndarray, np.ndarray]
     return starts, lengths
 
 
-def hybrid(data: bytes, width: int, count: int) -> np.ndarray:
+def hybrid(data: bytes, width: int, count: int) -> Int64[np.ndarray, "count"]:
     """Returns `count` numbers of `width` bits from Parquet's mixture of run lengths and packed bits.
 
     Raises:

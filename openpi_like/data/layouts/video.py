@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float64, Int, Int64, UInt8
 
 from openpi_like.data import files
 from openpi_like.data.files import Location, Ranges
@@ -54,11 +55,11 @@ class Packets:
         must begin, itself for a key frame. seconds: (M,), when each frame is shown.
     """
 
-    rows: np.ndarray
-    seconds: np.ndarray
+    rows: Int64[np.ndarray, "M 4"]
+    seconds: Float64[np.ndarray, "M"]
     codec: Codec
 
-    def at(self, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, seconds: Float[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         """Returns for each time (n,) the packet whose frame is nearest, and how far away that is, in seconds."""
         order = np.argsort(self.seconds, kind="stable")
         shown = self.seconds[order]
@@ -220,7 +221,7 @@ class VideoFrames:
         self._idle: list[_Decoder] = []
         self._lock = threading.Lock()
 
-    def pixels(self, address: int, channel_order: str) -> np.ndarray:
+    def pixels(self, address: int, channel_order: str) -> UInt8[np.ndarray, "H W 3"]:
         """Returns a frame, (H, W, 3) uint8; see `Pictures.pixels`."""
         video, wanted, _, codec = self._table.find(address)
         decoder = self._take(video, wanted, codec)
