@@ -6,13 +6,14 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 EXTRAS := train,sim,rlds,beam,formats,trackers,dev
-# These four declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
-# needs a display, gym-aloha wants dm_control (only its model files are used), openpi-client wants numpy<2, apache-beam
-# wants older numpy, protobuf, pyarrow and pillow (whose resizing differs by a level from that of the pinned one).
-NO_DEPS := gym-pusht gym-aloha openpi-client apache-beam
-# So do these of `make arms`: gymnasium-robotics would take MuJoCo 4, on which Fetch fails, and robosuite wants packages
-# that are compiled, for keyboards, and the same OpenCV. 1.5.2 wants numpy<2.
-ARMS_NO_DEPS := gymnasium-robotics==1.4.2 robosuite==1.5.1
+# These five declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
+# needs a display, gym-aloha wants dm_control (only its model files are used), gymnasium-robotics takes MuJoCo 4, on which
+# Fetch fails, openpi-client wants numpy<2, apache-beam wants older numpy, protobuf, pyarrow and pillow (whose resizing
+# differs by a level from that of the pinned one).
+NO_DEPS := gym-pusht gym-aloha gymnasium-robotics openpi-client apache-beam
+# So does robosuite, of `make arms`: it wants packages that are compiled, for keyboards, and the same OpenCV. 1.5.2 wants
+# numpy<2.
+ARMS_NO_DEPS := robosuite==1.5.1
 define LIST_REQUIREMENTS
 import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = p["optional-dependencies"]; \
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
@@ -32,7 +33,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .  # a folder has no hash to check
 	@touch $@
 
-# More simulated robots: Fetch, and robosuite's arms, which take half a gigabyte.
+# More simulated robots: robosuite's arms, which take half a gigabyte.
 arms: private EXTRAS := arms
 arms: setup
 	$(PY) -c '$(LIST_REQUIREMENTS)' > $(VENV)/requirements-arms.txt

@@ -14,12 +14,12 @@ import tyro
 from matplotlib.figure import Figure
 
 from openpi_like import html_page
-from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, wilson
+from openpi_like.serve.evaluation import Episode, read_episodes, success_rows
 from openpi_like.train.watching.metrics import read_metrics
 
-RUNS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
-COMPARED = {"flow": "pi0, flow matching", "fast": "pi0-FAST, action tokens", "insulated": "pi0.5, knowledge insulation"}
-COLOURS = {"trained": "#2563eb", "expert": "#16a34a", "untrained": "#9ca3af"}
+# What runs are called, by how the names of their directories begin; what follows is a robot.
+RUNS = {"pretrain": "pretraining", "finetune_": "fine-tuning to ", "scratch_": "from scratch on "}
+COLOURS = {"trained": "#2563eb", "scratch": "#d97706", "expert": "#16a34a", "untrained": "#9ca3af"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,49 +36,39 @@ def collect(run: Path) -> dict[str, Any]:
         SystemExit: inputs are missing; lists all of them.
     """
     demo, rollouts = run / "demo.json", sorted((run / "rollouts").glob("*.jsonl"))
-    needed = [demo, run / "finetune" / "load_report.json", *(run / name / "metrics.jsonl" for name in RUNS)]
-    needed += [run / f"compare_{kind}" / "metrics.jsonl" for kind in COMPARED]
-    needed += [run / "compared" / f"{kind}.jsonl" for kind in COMPARED]
+    runs = [path.name for start in RUNS for path in sorted(run.glob(f"{start}*")) if path.is_dir()]
+    finetuned = [name for name in runs if name.startswith("finetune_")]
+    needed = [demo, *(run / name / "load_report.json" for name in finetuned)]
+    needed += [run / name / "metrics.jsonl" for name in dict.fromkeys(("pretrain", *runs))]
     missing = [f"no {path}" for path in needed if not path.is_file()]
+    if not finetuned:
+        missing.append(f"no fine-tuning, {run / 'finetune_ROBOT'}")
     if not rollouts:
         missing.append(f"no results in {run / 'rollouts'}, see serve/rollout.py")
     if missing:
         sys.exit("cannot make the report:\n  " + "\n  ".join(missing) + "\n`make demo` makes all of them")
     record = json.loads(demo.read_text())
     episodes = [e for path in rollouts for e in read_episodes(path)]
-    weights = json.loads((run / "finetune" / "load_report.json").read_text())
+    weights = {name: json.loads((run / name / "load_report.json").read_text()) for name in finetuned}
     numbers: dict[str, Any] = {key: record[key] for key in ("date", "hardware", "seconds", "commands")}
     numbers["success"] = success_rows(episodes)
     numbers["renderers"] = {e.robot: e.renderer for e in episodes}
     numbers["latency_ms"] = {r: _latency(episodes, r) for r in sorted({e.robot for e in episodes if e.latency_ms})}
-    numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in RUNS}
-    numbers["compared"] = {kind: _compared(run, kind) for kind in COMPARED}
+    numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in runs}
     numbers["weights"] = {
-        "loaded": sum(row["from"] == "checkpoint" for row in weights),
-        "fresh": [row for row in weights if row["from"] == "fresh"],
+        name: {
+            "loaded": sum(row["from"] == "checkpoint" for row in rows),
+            "fresh": [row for row in rows if row["from"] == "fresh"],
+        }
+        for name, rows in weights.items()
     }
     return numbers
 
 
-def _compared(run: Path, kind: str) -> dict[str, Any]:
-    """Returns what is compared of one policy: success over all tasks, errors, times."""
-    episodes, training = (
-        read_episodes(run / "compared" / f"{kind}.jsonl"),
-        _training(run / f"compare_{kind}" / "metrics.jsonl"),
-    )
-    successes = sum(e.success for e in episodes)
-    low, high = wilson(successes, len(episodes))
-    return {
-        "steps": training["steps"],
-        "successes": successes,
-        "episodes": len(episodes),
-        "wilson_low": low,
-        "wilson_high": high,
-        "action_mae": training["action_mae"],
-        "ms_per_step": 1e3 * training["step_time"],
-        "latency_ms": _latency(episodes, "sawyer"),
-        "validation_loss": training["validation_loss"],
-    }
+def _title(run: str) -> str:
+    """Returns what a run is called, by the name of its directory."""
+    start = next(start for start in RUNS if run.startswith(start))
+    return RUNS[start] + run.removeprefix(start)
 
 
 def _latency(episodes: list[Episode], robot: str) -> dict[str, float]:
@@ -110,13 +100,16 @@ def _training(path: Path) -> dict[str, Any]:
     }
 
 
+_OFFSETS = {"trained": 0.0, "expert": -0.22, "scratch": 0.22, "untrained": 0.22}
+
+
 def success_plot(rows: list[dict[str, Any]]) -> Figure:
     """Success rates with their intervals, one line per task."""
     tasks = list(dict.fromkeys((row["robot"], row["task"]) for row in rows))
     figure = Figure(figsize=(11, 0.42 * len(tasks) + 1.1), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        y = tasks.index((row["robot"], row["task"])) + {"trained": 0, "expert": -0.22, "untrained": 0.22}[row["policy"]]
+        y = tasks.index((row["robot"], row["task"])) + _OFFSETS[row["policy"]]
         rate, colour = row["successes"] / row["episodes"], COLOURS[row["policy"]]
         axes.plot([row["wilson_low"], row["wilson_high"]], [y, y], color=colour, lw=2.5, solid_capstyle="round")
         axes.plot(rate, y, "o", color=colour, ms=6)
@@ -134,13 +127,13 @@ def success_plot(rows: list[dict[str, Any]]) -> Figure:
 
 def loss_plot(training: dict[str, Any]) -> Figure:
     """Training and held-out loss of every run."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(max(11, 4 * len(training)), 3.2), layout="constrained")
     panels = figure.subplots(1, len(training), squeeze=False)[0]
     for axes, (name, values) in zip(panels, training.items(), strict=True):
         for label, curve in values["curves"].items():
             steps, losses = zip(*curve, strict=True)
             axes.plot(steps, losses, "-" if label == "train" else "o-", lw=1.5, ms=4, label=label)
-        axes.set_title(RUNS[name], fontsize=11)
+        axes.set_title(_title(name), fontsize=11)
         axes.set_xlabel("step")
         axes.set_yscale("log")
         axes.grid(color="#f3f4f6", which="both")
@@ -177,17 +170,16 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
     minutes = sum(numbers["seconds"].values()) / 60
     p50 = {robot: latency["p50"] for robot, latency in numbers["latency_ms"].items()}
     hardware = numbers["hardware"]
-    steps_per_s = " / ".join(f"{1 / t['step_time']:.1f}" for t in numbers["training"].values())
     headline = [
         (f"{len(good)} of {len(trained)}", "tasks at 80 % success or better"),
         (f"{min(p50.values()):.1f} ms" if p50 else "none", "median round trip of the fastest robot"),
-        (steps_per_s, "training steps per second, pretraining / fine-tuning"),
+        (f"{1 / numbers['training']['pretrain']['step_time']:.1f}", "training steps per second, pretraining"),
         (f"{minutes:.1f} min", "from nothing to this page"),
     ]
     errors = [
-        [*name.split("/", 1), f"{value:.4g}"]
-        for run in numbers["training"].values()
-        for name, value in run["action_mae"].items()
+        [_title(run), *name.split("/", 1), f"{value:.4g}"]
+        for run, of in numbers["training"].items()
+        for name, value in of["action_mae"].items()
     ]
     latency = [
         [robot, v["requests"], f"{v['p50']:.1f}", f"{v['p95']:.1f}", f"{v['p99']:.1f}"]
@@ -195,7 +187,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
     ]
     runs = [
         [
-            RUNS[name],
+            _title(name),
             t["steps"],
             f"{t['loss_first']:.3f}",
             f"{t['loss_last']:.3f}",
@@ -204,19 +196,12 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
         ]
         for name, t in numbers["training"].items()
     ]
-    dims = list(next(iter(numbers["compared"].values()))["action_mae"])
-    compared = [
-        [
-            COMPARED[kind],
-            c["steps"],
-            f"{c['successes']}/{c['episodes']}  [{c['wilson_low']:.2f}, {c['wilson_high']:.2f}]",
-            *(f"{c['action_mae'][dim]:.3g}" for dim in dims),
-            f"{c['ms_per_step']:.0f}",
-            f"{c['latency_ms']['p50']:.1f} / {c['latency_ms']['p95']:.1f}",
-        ]
-        for kind, c in numbers["compared"].items()
-    ]
-    fresh = [[row["weight"], row["shape"], row["why"]] for row in numbers["weights"]["fresh"]]
+    started = "".join(
+        f"<p>{html.escape(_title(name))}: {of['loaded']} weights came from the pretrained checkpoint, "
+        f"{len(of['fresh'])} started fresh</p>"
+        + (html_page.table(["weight", "shape", "why"], [[r["weight"], r["shape"], r["why"]] for r in of["fresh"]]))
+        for name, of in numbers["weights"].items()
+    )
     commands = "".join(
         f"<p>{html.escape(step)}</p><pre>{html.escape(c)}</pre>" for step, c in numbers["commands"].items()
     )
@@ -250,7 +235,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
         ),
         section(
             "Action error on held-out episodes",
-            table(["robot", "dim [unit]", "mean absolute error of sampled chunks"], errors),
+            table(["run", "robot", "dim [unit]", "mean absolute error of sampled chunks"], errors),
         ),
         section(
             "Latency of the trained policies",
@@ -260,22 +245,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
                 "unpacking; server and simulators share the machine."
             ),
         ),
-        section(
-            "Three ways to produce actions: same data, same steps",
-            table(
-                ["policy", "steps", "success, all Sawyer tasks", *dims, "ms per step", "latency p50 / p95 ms"], compared
-            ),
-            note(
-                "Columns with units: mean absolute error of whole sampled chunks on held-out episodes. These runs are "
-                "shorter than the pretraining above."
-            ),
-        ),
-        section(
-            "What fine-tuning started from",
-            f"<p>{numbers['weights']['loaded']} weights came from the pretrained checkpoint, {len(fresh)} started "
-            "fresh:</p>",
-            table(["weight", "shape", "why"], fresh),
-        ),
+        section("What fine-tuning started from", started),
         section("Time of each step", plot(time_plot(numbers["seconds"]))),
         section("Each step alone", commands),
     ]

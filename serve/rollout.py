@@ -45,7 +45,7 @@ class Args:
     """Drives a simulated robot closed loop, against a policy server or with its own expert.
 
     robot: which simulated robot. policy: "expert" needs no server; "corrected" is the server's, from which the expert
-    takes over as `takeover` says; the other two only name the results. out: JSONL file, one line per episode. tasks:
+    takes over as `takeover` says; the others only name the results. out: JSONL file, one line per episode. tasks:
     default all. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the server
     writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a simulator and
     a connection. record: spool that keeps what the robot did, see serve/record.py; only of layouts that evaluation
@@ -53,7 +53,7 @@ class Args:
     """
 
     robot: str
-    policy: Literal["trained", "untrained", "expert", "corrected"]
+    policy: Literal["trained", "scratch", "untrained", "expert", "corrected"]
     out: Path
     tasks: tuple[str, ...] = ()
     episodes: int = 20

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from openpi_like.robots.sims.fetch import FetchSim
 from openpi_like.robots.sims.sawyer import SawyerSim
 from openpi_like.train.watching.metrics import read_metrics
 
@@ -25,6 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # One device, as a user on a laptop has, and compiled programs shared between the runs: most of them are the same.
 CACHE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 ENVIRONMENT = {**os.environ, **CACHE, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
+
+HURRY = "--xla_backend_optimization_level=0"
 
 
 def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -36,8 +39,7 @@ def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def demo(tmp_path_factory) -> Path:
     """A finished demo of the smallest scale, compiled in a hurry; the runs below are optimised as those of users."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    hurry = "--xla_backend_optimization_level=0"
-    done = _program("train/demo.py", "--scale", "pulse", "--run", str(run), XLA_FLAGS=hurry)
+    done = _program("train/demo.py", "--scale", "pulse", "--run", str(run), XLA_FLAGS=HURRY)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return run
 
@@ -47,9 +49,12 @@ def demo(tmp_path_factory) -> Path:
 def test_the_demo_reports_every_task_and_policy(demo):
     report = json.loads((demo / "report.json").read_text())
     rows = {(row["robot"], row["task"], row["policy"]): row for row in report["success"]}
-    tasks = {("pusht", "push-t"), ("aloha", "transfer-cube")} | {("sawyer", task) for task in _tasks(demo)}
+    before = {("pusht", "push-t")} | {("sawyer", task) for task in _tasks(demo)}
+    new = {("fetch", task) for task in FetchSim.tasks}
+    tasks = before | new | {("aloha", "transfer-cube")}
     assert len(_tasks(demo)) == 2
-    assert set(rows) == {(*task, policy) for task in tasks for policy in ("trained", "untrained", "expert")}
+    driven = {(*task, policy) for task in tasks for policy in ("trained", "expert")}
+    assert set(rows) == driven | {(*task, "untrained") for task in before} | {(*task, "scratch") for task in new}
     for row in rows.values():
         expected = {0: (0.0, 0.7935), 1: (0.2065, 1.0)}[row["successes"]]  # Wilson at 0 and 1 of 1
         assert row["episodes"] == 1
@@ -67,14 +72,45 @@ def _tasks(demo: Path) -> list[str]:
     return metadata["tasks"]
 
 
+def test_ways_to_produce_actions_are_compared(demo):
+    """Flow, FAST tokens, and both with insulation: tokenisers fitted, trained, served, driven in the same episodes."""
+    data = f"{demo}/data/sawyer_sim/1.0.0"
+    task, files = (
+        _tasks(demo)[0],
+        [f"data.entries.0.path={data}", f"stats={demo}/quantiles", f"tokenizer={demo}/text_fast.model"],
+    )
+    fit = ["data/fit_text.py", "--data", data, "--out", f"{demo}/text_fast.model", "--state-in-prompt", "--vocab-size"]
+    fast = ["data/fit_fast.py", "configs/studies/fast.py", "--out", f"{demo}/fast", "--vocab-size", "512"]
+    (demo / "study.py").write_text(
+        "import dataclasses, runpy\n"
+        "of = runpy.run_path('configs/studies/action_tokens.py')['study']\n"
+        "arms = {n: dataclasses.replace(a, set=() if n == 'pi0' else "
+        f"('action_tokenizer={demo}/fast',)) for n, a in of.arms.items()}}\n"
+        f"study = dataclasses.replace(of, arms=arms, tasks=({task!r},), episodes=1)\n"
+    )
+    for command in (
+        ["data/stats.py", "--robot", "sawyer", "--data", data, "--out", f"{demo}/quantiles/sawyer.json"],
+        [*fit, "1024"],
+        [*fast, "--set", *files],
+        ["train/study.py", f"{demo}/study.py", "--run", f"{demo}/study", "--set", *files, "steps=2", "batch_size=8"],
+    ):
+        done = _program(*command, XLA_FLAGS=HURRY)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    results = json.loads((demo / "study" / "results.json").read_text())
+    assert [(row["arm"], row["episodes"]) for row in results["rows"]] == [("pi0", 1), ("fast", 1), ("insulated", 1)]
+    assert all(of["step_ms"] > 0 and of["weights"] > 5e5 for of in results["measured"].values())
+
+
 def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
-    rows = json.loads((demo / "finetune" / "load_report.json").read_text())
+    rows = json.loads((demo / "finetune_aloha" / "load_report.json").read_text())
     fresh = {row["weight"]: row["why"] for row in rows if row["from"] == "fresh"}
     assert set(fresh) == {"action_in/kernel", "action_out/kernel", "action_out/bias", "state_in/kernel"}
     assert (
         fresh["state_in/kernel"] == "asked by '^state_in/kernel': state_in/kernel: got shape (4, 64), expected (14, 64)"
     )
     assert len(rows) > 40
+    rows = json.loads((demo / "finetune_fetch" / "load_report.json").read_text())
+    assert {row["from"] for row in rows} == {"checkpoint"}
 
 
 def test_a_finished_demo_is_not_done_again(demo):

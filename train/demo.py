@@ -16,47 +16,43 @@ from rich.console import Console
 from openpi_like.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sawyer's tasks; episodes per task and robot for training, and for validation; training steps; episodes per task to
-# drive; and steps, episodes and tasks of the policies that are compared.
+# Sawyer's tasks; episodes per task and robot for training, and for validation; training steps; and episodes per task to
+# drive.
 SCALES: dict[str, dict[str, int]] = {
     "demo": {
         "tasks": 9,
         "sawyer": 60,
         "pusht": 60,
-        "aloha": 30,
+        "fetch": 60,
         "val": 4,
         "pretrain": 6_500,
-        "finetune": 900,
+        "finetune_fetch": 3_000,
         "episodes": 20,
-        "compare": 1_500,
-        "compare_episodes": 5,
-        "compare_tasks": 9,
     },
     "full": {
         "tasks": 9,
         "sawyer": 100,
         "pusht": 300,
-        "aloha": 100,
+        "fetch": 100,
+        "aloha": 200,
         "val": 10,
         "pretrain": 30_000,
-        "finetune": 8_000,
+        "finetune_fetch": 10_000,
+        "finetune_aloha": 8_000,
+        "finetune_pusht": 20_000,
         "episodes": 50,
-        "compare": 10_000,
-        "compare_episodes": 20,
-        "compare_tasks": 9,
     },
     "pulse": {
         "tasks": 2,
         "sawyer": 1,
         "pusht": 1,
+        "fetch": 1,
         "aloha": 1,
         "val": 1,
         "pretrain": 2,
-        "finetune": 2,
+        "finetune_fetch": 2,
+        "finetune_aloha": 2,
         "episodes": 1,
-        "compare": 2,
-        "compare_episodes": 1,
-        "compare_tasks": 1,
     },
 }
 # Meta-World tasks of this demo; the simulated Sawyer knows a few more.
@@ -71,8 +67,9 @@ SAWYER_TASKS = (
     "drawer-open",
     "door-close",
 )
-# Policies that are compared, each with a config of its own: configs/demo_compare_NAME.py.
-COMPARED = ("flow", "fast", "insulated")
+PRETRAINED = ("sawyer", "pusht")
+# A robot that pretraining never saw; it is also trained from scratch, for as many steps.
+NEW = "fetch"
 CONSOLE = Console(highlight=False)
 
 
@@ -93,15 +90,16 @@ def main(args: Args) -> None:
     os.chdir(ROOT)  # where the steps' programs are
     n, run = SCALES[args.scale], str(args.run or Path("runs") / args.scale)
     demo = Job(Path(run), "demo", CONSOLE)
-    robots = ("sawyer", "pusht", "aloha")
+    finetuned = [robot for robot in SCALES["full"] if f"finetune_{robot}" in n]
+    robots = list(dict.fromkeys([*PRETRAINED, *finetuned]))
     data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
-    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS[: n["tasks"]]], "pusht": [], "aloha": []}
+    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS[: n["tasks"]]]}
     sets = {robot: f"{data}/{robot}_sim/1.0.0" for robot in robots}
 
     # ---- 1. Demonstrations, 2. statistics ----------------------------------------------------------------------------
     for robot in robots:
         count = ["--episodes-per-task", str(n[robot]), "--val-episodes-per-task", str(n["val"])]
-        make = ["data/make_demos.py", "--robot", robot, "--out", data, *count, *workers, *tasks[robot]]
+        make = ["data/make_demos.py", "--robot", robot, "--out", data, *count, *workers, *tasks.get(robot, [])]
         demo.step(f"demonstrations of {robot}", make)
     demo.step(
         "statistics and text tokeniser",
@@ -115,68 +113,41 @@ def main(args: Args) -> None:
         length = [f"steps={steps}", f"optimizer.decay_steps={max(steps, 100)}"]
         return ["train/train.py", config, f"run_dir={run}/{name}", f"stats={stats}", *paths, *length, *more]
 
-    tokenizer = f"tokenizer={run}/text.model"
-    pretrain = ("configs/demo_pretrain.py", ("sawyer", "pusht"))
-    finetune = ("configs/demo_finetune_aloha.py", ("aloha",))
-    demo.step("pretrain on sawyer and pusht", train(pretrain[0], "pretrain", n["pretrain"], pretrain[1], tokenizer))
+    pretrain, tokenizer = "configs/demo_pretrain.py", f"tokenizer={run}/text.model"
+    all_of_them = " and ".join(PRETRAINED)
+    demo.step(f"pretrain on {all_of_them}", train(pretrain, "pretrain", n["pretrain"], PRETRAINED, tokenizer))
+    demo.step("an untrained policy to compare with", train(pretrain, "untrained", 0, PRETRAINED, tokenizer))
     start = f"warm_start.checkpoint={run}/pretrain"
-    demo.step("fine-tune to aloha", train(finetune[0], "finetune", n["finetune"], finetune[1], start))
-    demo.step(
-        "untrained policies to compare with",
-        train(pretrain[0], "untrained", 0, pretrain[1], tokenizer),
-        train(finetune[0], "untrained_aloha", 0, finetune[1], tokenizer, "warm_start=None"),
-    )
+    for robot in finetuned:
+        config, steps, name = f"configs/demo_finetune_{robot}.py", n[f"finetune_{robot}"], f"finetune_{robot}"
+        demo.step(f"fine-tune to {robot}", train(config, name, steps, (robot,), start))
+        if robot == NEW:
+            scratch = train(config, f"scratch_{robot}", steps, (robot,), tokenizer, "warm_start=None")
+            demo.step(f"the same steps on {robot} from scratch", scratch)
 
     # ---- 5. Serving, and driving the simulators from another process -------------------------------------------------
     def rollout(robot: str, policy: str, *more: str) -> list[str]:
         out = ["--out", f"{run}/rollouts/{robot}_{policy}.jsonl"]
-        episodes = ["--episodes", str(n["episodes"]), *workers, *tasks[robot]]
+        episodes = ["--episodes", str(n["episodes"]), *workers, *tasks.get(robot, [])]
         return ["serve/rollout.py", "--robot", robot, "--policy", policy, *episodes, *out, *more]
 
-    for policy, checkpoint, driven in (
-        ("trained", "pretrain", ("sawyer", "pusht")),
-        ("trained", "finetune", ("aloha",)),
-        ("untrained", "untrained", ("sawyer", "pusht")),
-        ("untrained", "untrained_aloha", ("aloha",)),
-    ):
+    def drive(policy: str, checkpoint: str, *driven: str) -> None:
         port = ["--port-file", f"{run}/{checkpoint}/port"]
         frames = ["--frames-dir", f"{run}/frames"] if policy == "trained" else []
         demo.step(
-            f"drive {' and '.join(driven)} with the {policy} policy",
+            f"drive {' and '.join(driven)} with {checkpoint}",
             *(rollout(robot, policy, *port, *frames) for robot in driven),
             server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port],
         )
-    demo.step("experts on the same goals", *(rollout(robot, "expert") for robot in robots))
 
-    # ---- 6. Flow, FAST tokens and knowledge insulation on the same data for the same steps ---------------------------
-    text = f"tokenizer={run}/text_fast.model"
-    mixed = [f"data.entries.{i}.path={sets[robot]}" for i, robot in enumerate(pretrain[1])]
-    demo.step(
-        "action tokens, and a text tokeniser for prompts with a state",
-        [
-            *("data/fit_text.py", "--data", sets["sawyer"], sets["pusht"], "--out", f"{run}/text_fast.model"),
-            *("--state-in-prompt", "--vocab-size", "1024"),
-        ],
-        [
-            *("data/fit_fast.py", "configs/demo_compare_fast.py", "--out", f"{run}/fast", "--vocab-size", "512"),
-            *("--set", f"stats={stats}", text, *mixed),
-        ],
-    )
-    few = ["--robot", "sawyer", "--policy", "trained", "--episodes", str(n["compare_episodes"]), *workers]
-    few += ["--tasks", *SAWYER_TASKS[: n["compare_tasks"]]]
-    for kind in COMPARED:
-        name = f"compare_{kind}"
-        own = [] if kind == "flow" else [f"action_tokenizer={run}/fast"]
-        often = [f"validate_every={max(n['compare'] // 2, 1)}", text, *own]
-        demo.step(f"train {kind} to compare", train(f"configs/demo_{name}.py", name, n["compare"], pretrain[1], *often))
-        port = ["--port-file", f"{run}/{name}/port"]
-        demo.step(
-            f"drive sawyer with {kind}",
-            ["serve/rollout.py", *few, "--out", f"{run}/compared/{kind}.jsonl", *port],
-            server=["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port],
-        )
+    drive("trained", "pretrain", *(robot for robot in PRETRAINED if robot not in finetuned))
+    for robot in finetuned:
+        drive("trained", f"finetune_{robot}", robot)
+    drive("scratch", f"scratch_{NEW}", NEW)
+    drive("untrained", "untrained", *PRETRAINED)
+    demo.step("experts on the same layouts", *(rollout(robot, "expert") for robot in robots))
 
-    # ---- 7. Report ---------------------------------------------------------------------------------------------------
+    # ---- 6. Report ---------------------------------------------------------------------------------------------------
     demo.step("report", ["serve/report.py", run])
     total = sum(demo.record["seconds"].values())
     CONSOLE.print(f"\n[bold]{run}/report.html[/] and {run}/report.json; {total / 60:.1f} minutes in all")

@@ -12,9 +12,9 @@ from typing import Any
 class Episode:
     """One closed-loop episode.
 
-    policy: "trained", "untrained", "expert", or "corrected", a trained one from which the expert takes over. seed: of
-    the layout. steps: control steps until success or the limit. latency_ms: time of each request as the robot saw it.
-    renderer: what drew the frames. expert_steps: at which the expert acted.
+    policy: "trained", "scratch" (trained as long, from nothing), "untrained", "expert", or "corrected", a trained one
+    from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
+    time of each request as the robot saw it. renderer: what drew the frames. expert_steps: at which the expert acted.
     """
 
     robot: str

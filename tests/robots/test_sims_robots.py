@@ -21,7 +21,7 @@ TASKS = {
     "pusht": ["push-t"],
     "sawyer": ["handle-press", "drawer-open", "plate-slide"],
     "aloha": ["transfer-cube"],
-    "fetch": ["reach", "push", "pick-and-place"],
+    "fetch": ["reach", "push", "lift", "pick-and-place"],
     "robosuite_panda": ["lift", "stack"],
 }
 CASES = [(robot, task) for robot, tasks in TASKS.items() for task in tasks]
@@ -231,7 +231,7 @@ def test_missing_extra_is_explained(monkeypatch):
         raise ModuleNotFoundError("No module named 'pymunk'", name="pymunk")
 
     monkeypatch.setattr("openpi_like.robots.sims.importlib.import_module", missing)
-    for robot, extra in (("pusht", "sim"), ("fetch", "arms")):
+    for robot, extra in (("pusht", "sim"), ("robosuite_panda", "arms")):
         message = f"No module named 'pymunk'; the simulated robot '{robot}' needs the `{extra}` extra"
         with pytest.raises(ModuleNotFoundError, match=message):
             make_sim(robot)

@@ -19,7 +19,7 @@ SIMS = {
     "pusht": _Where("pusht", "PushTSim", "sim"),
     "sawyer": _Where("sawyer", "SawyerSim", "sim"),
     "aloha": _Where("aloha", "AlohaSim", "sim"),
-    "fetch": _Where("fetch", "FetchSim", "arms"),
+    "fetch": _Where("fetch", "FetchSim", "sim"),
     "robosuite_panda": _Where("robosuite_arms", "PandaSim", "arms"),
     "robosuite_sawyer": _Where("robosuite_arms", "SawyerSim", "arms"),
     "robosuite_ur5e": _Where("robosuite_arms", "UR5eSim", "arms"),

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from openpi_like.robots.sims.sim import check_action, prompt_of
 PROMPTS = {
     "reach": ("move the hand to the red ball", "go to the red ball", "touch the red ball with the gripper"),
     "push": ("push the block to the red ball", "slide the block over the table onto the red ball", "push the block"),
+    "lift": ("lift the block", "pick up the block", "grasp the block and raise it"),
     "pick-and-place": (
         "pick up the block and bring it to the red ball",
         "lift the block to the red ball",
@@ -26,14 +27,18 @@ PROMPTS = {
 _ENVS = {
     "reach": ("reach", "MujocoFetchReachEnv"),
     "push": ("push", "MujocoFetchPushEnv"),
+    "lift": ("pick_and_place", "MujocoFetchPickAndPlaceEnv"),
     "pick-and-place": ("pick_and_place", "MujocoFetchPickAndPlaceEnv"),
 }
 
 _MODEL_CAMERAS = {"base": "external_camera_0", "wrist": "gripper_camera_rgb"}
 # The package's own views are from afar and sideways, and from between the fingers. These look at the table from the
 # front, and from before the hand down to the fingertips (the hand's x axis is down and its z axis to the front).
-_BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (2.0, 0.4, 1.05), (1.32, 0.75, 0.5), 42.0
-_WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY = (-0.06, 0.0, 0.1), (0.13, 0.0, 0.02), 75.0
+_BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (0.75, 0.05, 1.15), (1.34, 0.75, 0.5), 28.0
+_WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY = (-0.08, 0.0, 0.1), (0.13, 0.0, 0.02), 95.0
+_BALL_RADIUS = 0.03  # m; with the package's 2 cm a goal is two pixels wide
+_BLOCK_COLOUR = (0.1, 0.3, 0.9, 1.0)  # the package's is that of the fingers
+_LIFTED = 0.08  # m above the table
 _FINGER_OPEN = 0.05  # m, of one finger
 
 
@@ -116,6 +121,8 @@ class FetchSim:
         return self._envs[self._task][0]
 
     def _at_goal(self) -> bool:
+        if self._task == "lift":
+            return bool(self.block[2] > self._env.height_offset + _LIFTED)
         achieved = self.hand if self._task == "reach" else self.block
         return bool(np.linalg.norm(achieved - self.goal) < self._env.distance_threshold)
 
@@ -126,7 +133,8 @@ class FetchSim:
         return self._renderers[key].render(self._env.data)
 
 
-_GAIN = 10.0  # of the longest step per metre: at 10 cm and more, full speed
+_GAIN = 10.0  # of the longest step per metre
+_SPEED = 0.3  # of the longest step: as fast as people move a robot they teach, 0.4 m/s
 _OPEN, _CLOSE = 1.0, -1.0
 _ABOVE = np.array([0.0, 0.0, 0.1])  # m, from where the hand goes down
 _GRASP_STEPS = 4
@@ -138,12 +146,14 @@ class FetchExpert:
 
     def __init__(self, sim: FetchSim, task: str, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._rng, self._noise = sim, rng, noise
-        moves = {"reach": self._reach, "push": self._push, "pick-and-place": self._pick_and_place}
+        moves = {"reach": self._reach, "push": self._push, "lift": self._lift, "pick-and-place": self._pick_and_place}
         self._actions = moves[task]()
 
     def act(self) -> Float[np.ndarray, "4"]:
         """See `Expert.act`."""
-        return np.clip(next(self._actions), -1.0, 1.0).astype(np.float32)
+        action = next(self._actions)
+        action[:3] = np.clip(action[:3], -_SPEED, _SPEED)
+        return action.astype(np.float32)
 
     def disturb(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
         """Gaussian noise on the hand's three axes; see `Expert.disturb`."""
@@ -161,7 +171,13 @@ class FetchExpert:
         while True:
             yield self._to(self._sim.goal, _CLOSE)
 
+    def _lift(self) -> Iterator[np.ndarray]:
+        return self._grasp_and_bring(lambda: self._sim.block + _ABOVE)
+
     def _pick_and_place(self) -> Iterator[np.ndarray]:
+        return self._grasp_and_bring(lambda: self._sim.goal)
+
+    def _grasp_and_bring(self, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
         sim = self._sim
         while True:
             while self._off(sim.block) > 0.015:
@@ -171,7 +187,7 @@ class FetchExpert:
             for _ in range(_GRASP_STEPS):
                 yield self._to(sim.block, _CLOSE)
             while np.linalg.norm(sim.block - sim.hand) < 0.06:
-                yield self._to(sim.hand + sim.goal - sim.block, _CLOSE)
+                yield self._to(sim.hand + goal() - sim.block, _CLOSE)
 
     def _push(self) -> Iterator[np.ndarray]:
         sim = self._sim
@@ -213,4 +229,10 @@ def _make_env(task: str) -> Any:
     aim(env.model, _MODEL_CAMERAS["base"], _BASE_POSITION, _BASE_TARGET, _BASE_FOVY)
     wrist = _MODEL_CAMERAS["wrist"]
     aim(env.model, wrist, _WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY, body="robot0:gripper_link")
+    env.model.site("target0").size[:] = _BALL_RADIUS
+    mocap = env.model.body("robot0:mocap")  # drawn by the package as beams through the scene
+    env.model.geom_rgba[mocap.geomadr[0] : mocap.geomadr[0] + mocap.geomnum[0], 3] = 0.0
+    if env.has_object:
+        env.model.geom("object0").matid[:] = -1
+        env.model.geom("object0").rgba[:] = _BLOCK_COLOUR
     return env

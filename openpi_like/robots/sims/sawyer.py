@@ -27,7 +27,14 @@ PROMPTS = {
     "drawer-open": ("open the drawer",),
     "drawer-close": ("close the drawer",),
     "door-close": ("close the door",),
+    "reach": ("move the hand to the red ball",),
+    "push": ("push the block to the red ball",),
+    "pick-place": ("pick up the block and bring it to the red ball",),
 }
+# The tasks with a goal apart from any object, which the package draws smaller than a pixel here, each in another colour.
+_WITH_GOAL = ("reach", "push", "pick-place")
+_GOAL_RADIUS, _GOAL_COLOUR = 0.03, (1.0, 0.0, 0.0, 1.0)  # m
+_BLOCK_COLOUR = (0.1, 0.3, 0.9, 1.0)
 
 # The package's cameras are upside down or show goals of one pixel; this one looks from the front right.
 _CAMERA = "corner2"
@@ -150,4 +157,7 @@ def _make_env(task: str) -> Any:
     # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
     env.seeded_rand_vec, env._freeze_rand_vec = True, False
     aim(env.model, _CAMERA, _CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY)
+    if task in _WITH_GOAL:
+        env.model.site("goal").size[:], env.model.site("goal").rgba[:] = _GOAL_RADIUS, _GOAL_COLOUR
+        env.model.geom("objGeom").rgba[:] = _BLOCK_COLOUR
     return env

@@ -22,7 +22,7 @@ CHIP = Chip("toy", ("Toy",), tflops=0.001, memory_gib=1.0, memory_gbps=1.0, link
 @pytest.fixture(scope="module")
 def config(tiny_policy: Pi0Config) -> TrainConfig:
     """A run of the smallest pi0 on four chips; its data are not there."""
-    run = load_run(REPOSITORY / "configs" / "demo_compare_flow.py")
+    run = load_run(REPOSITORY / "configs" / "studies" / "pi0.py")
     # Not as a loop, which computes what the last layer's tokens would need, though nobody reads them.
     model = dataclasses.replace(tiny_policy, unroll=True)
     return dataclasses.replace(run, model=model, batch_size=8, mesh=MeshConfig(data=2, fsdp=2))

@@ -35,7 +35,7 @@ def program() -> SimpleNamespace:
 
 def run(program: SimpleNamespace, *arguments: Any, **options: Any) -> tuple[int, str]:
     console = Console(record=True, width=120, file=io.StringIO())
-    args = program.Args(REPOSITORY / "configs" / "demo_compare_flow.py", tuple(arguments), **options)
+    args = program.Args(REPOSITORY / "configs" / "studies" / "pi0.py", tuple(arguments), **options)
     code = program.main(args, console)
     return code, console.export_text()
 
@@ -91,7 +91,7 @@ def test_a_tpu_that_is_not_there(tmp_path: Path) -> None:
         "from openpi_like.config import load_run\n"
         "from openpi_like.train.sharding import MeshConfig\n"
         "from tests.train.planning.batch_moves import policies\n"
-        f"base = load_run({str(REPOSITORY / 'configs' / 'demo_compare_flow.py')!r})\n"
+        f"base = load_run({str(REPOSITORY / 'configs' / 'studies' / 'pi0.py')!r})\n"
         "config = dataclasses.replace(base, model=policies()['pi0'], mesh=MeshConfig(fsdp=4))\n"
     )
     command = [sys.executable, "train/plan.py", str(tmp_path / "run.py"), "--topology", "v5e:2x2", "--slices", "2"]

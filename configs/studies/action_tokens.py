@@ -1,0 +1,16 @@
+"""Three ways to produce actions, on the same data for the same steps: flow matching, FAST tokens, and both with
+knowledge insulation.
+
+    make compare
+
+makes the data, statistics and tokenisers that policies.py names, and runs this study.
+"""
+
+from openpi_like.train.study import Arm, Study
+
+study = Study(
+    arms={name: Arm(f"configs/studies/{name}.py") for name in ("pi0", "fast", "insulated")},
+    robot="sawyer",
+    tasks=("button-press", "drawer-open", "window-close"),
+    episodes=20,
+)

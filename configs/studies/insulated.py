@@ -1,0 +1,22 @@
+"""pi0.5 with knowledge insulation on three Sawyer tasks: its backbone learns to write actions as tokens, its expert to
+sample them by flow matching.
+
+All but the policy is that of fast.py.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from openpi_like.config import load_run
+from openpi_like.data.prompts import FastPrompt
+from openpi_like.models.pi0 import Pi0Config
+
+fast = load_run(Path(__file__).with_name("fast.py"))
+# The backbone reads and writes what that of pi0-FAST does.
+same = ("cameras", "state_dim", "action_dim", "action_horizon", "prompt_len", "vocab_size", "action_tokens")
+
+config = dataclasses.replace(
+    fast,
+    run_dir="runs/studies/insulated",
+    model=Pi0Config.tiny(**{name: getattr(fast.model, name) for name in same}, pi05=True, prompt_format=FastPrompt()),
+)
