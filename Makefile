@@ -19,7 +19,7 @@ import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extra
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup arms demo test lint constraints clean
+.PHONY: setup arms demo compare test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -44,6 +44,17 @@ arms: setup
 # It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
 demo: setup
 	$(PY) train/demo.py --scale $${DEMO_SCALE:-demo}
+
+# Flow matching, FAST tokens and knowledge insulation on the same data, see configs/studies/action_tokens.py.
+STUDIES := runs/studies
+SAWYER := $(STUDIES)/data/sawyer_sim/1.0.0
+compare: setup
+	$(PY) data/make_demos.py --robot sawyer --out $(STUDIES)/data --episodes-per-task 60 --val-episodes-per-task 4 \
+	  --tasks button-press drawer-open window-close
+	$(PY) data/stats.py --robot sawyer --data $(SAWYER) --out $(STUDIES)/stats/sawyer.json
+	$(PY) data/fit_text.py --data $(SAWYER) --out $(STUDIES)/text.model --state-in-prompt --vocab-size 1024
+	$(PY) data/fit_fast.py configs/studies/fast.py --out $(STUDIES)/fast_tokens --vocab-size 512
+	$(PY) train/study.py configs/studies/action_tokens.py --run $(STUDIES)/action_tokens
 
 test: setup lint
 	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder

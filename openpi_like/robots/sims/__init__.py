@@ -18,6 +18,7 @@ class _Where(NamedTuple):
 SIMS = {
     "pusht": _Where("pusht", "PushTSim", "sim"),
     "sawyer": _Where("sawyer", "SawyerSim", "sim"),
+    "metaworld_fetch": _Where("metaworld_fetch", "MetaWorldFetchSim", "sim"),
     "aloha": _Where("aloha", "AlohaSim", "sim"),
     "fetch": _Where("fetch", "FetchSim", "sim"),
     "robosuite_panda": _Where("robosuite_arms", "PandaSim", "arms"),

@@ -31,16 +31,12 @@ PROMPTS = {
     "push": ("push the block to the red ball",),
     "pick-place": ("pick up the block and bring it to the red ball",),
 }
-# The tasks with a goal apart from any object, which the package draws smaller than a pixel here, each in another colour.
+# Tasks with a goal apart from any object, which the package draws smaller than a pixel, each in another colour.
 _WITH_GOAL = ("reach", "push", "pick-place")
 _GOAL_RADIUS, _GOAL_COLOUR = 0.03, (1.0, 0.0, 0.0, 1.0)  # m
 _BLOCK_COLOUR = (0.1, 0.3, 0.9, 1.0)
 
-# The package's cameras are upside down or show goals of one pixel; this one looks from the front right.
 _CAMERA = "corner2"
-_CAMERA_POSITION = (0.75, -0.05, 0.75)
-_CAMERA_TARGET = (0.0, 0.68, 0.12)
-_CAMERA_FOVY = 45.0
 
 
 class SawyerExpert:
@@ -55,7 +51,7 @@ class SawyerExpert:
 
     def act(self) -> Float[np.ndarray, "4"]:
         """See `Expert.act`."""
-        return self._sim.simulate_ahead(self._command).mean(0)
+        return self._sim.from_package(self._sim.simulate_ahead(self._command).mean(0))
 
     def _command(self, observation: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
@@ -76,6 +72,13 @@ class SawyerSim:
     tasks = tuple(PROMPTS)
     max_steps = 500 // _REPEAT  # the benchmark's own horizon
     noises: tuple[float, ...] = (0.0, 0.15, 0.3)
+    # Position, target and field of view of the camera. The package's own are upside down or show goals of one pixel;
+    # this one looks from the front right.
+    view: tuple[tuple[float, float, float], tuple[float, float, float], float] = (
+        (0.75, -0.05, 0.75),
+        (0.0, 0.68, 0.12),
+        45.0,
+    )
 
     def __init__(self) -> None:
         self.renderer = renderer_name()
@@ -89,7 +92,7 @@ class SawyerSim:
         """See `Sim.reset`."""
         self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
         if task not in self._envs:
-            self._envs[task] = _make_env(task)
+            self._envs[task] = self._make_env(task)
         env = self._envs[task]
         env.seed(seed)
         self.privileged_observation, _ = env.reset()
@@ -100,13 +103,26 @@ class SawyerSim:
         camera = self.robot.cameras[0]
         return {
             "images": {camera.name: self.frame(camera.height or 0)},
-            "state": self.privileged_observation[:4].astype(np.float32),
+            "state": self.state.astype(np.float32),
             "prompt": self._prompt,
         }
 
+    @property
+    def state(self) -> Float[np.ndarray, "4"]:
+        """Hand position and opening of the gripper, in robot space."""
+        return self.privileged_observation[:4]
+
+    def to_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
+        """Returns an action in robot space as the package has it; `from_package` is the other way round."""
+        return action
+
+    def from_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
+        """See `to_package`."""
+        return action
+
     def step(self, action: Float[np.ndarray, "4"]) -> None:
         """See `Sim.step`."""
-        action = np.clip(check_action(action, self.robot), -1.0, 1.0).astype(np.float32)
+        action = self.to_package(np.clip(check_action(action, self.robot), -1.0, 1.0).astype(np.float32))
         for _ in range(_REPEAT):
             self.privileged_observation, _, _, _, info = self._envs[self._task].step(action)
             self.success = self.success or bool(info["success"])
@@ -145,19 +161,22 @@ class SawyerSim:
         policy: Any = ENV_POLICY_MAP[f"{self._task}-v3"]
         return SawyerExpert(self, policy(), rng, noise)
 
+    def _make_env(self, task: str) -> Any:
+        import_mujoco()  # before the package does
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside the packages
+            env = self._build(task)
+        # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
+        env.seeded_rand_vec, env._freeze_rand_vec = True, False
+        aim(env.model, _CAMERA, *self.view)
+        if task in _WITH_GOAL:
+            env.model.site("goal").size[:], env.model.site("goal").rgba[:] = _GOAL_RADIUS, _GOAL_COLOUR
+            env.model.geom("objGeom").rgba[:] = _BLOCK_COLOUR
+        return env
 
-def _make_env(task: str) -> Any:
-    import_mujoco()  # before the package does
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the packages
+    def _build(self, task: str) -> Any:
+        """Returns the package's environment of a task."""
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"]
-        env = make(seed=0)
-    # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
-    env.seeded_rand_vec, env._freeze_rand_vec = True, False
-    aim(env.model, _CAMERA, _CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY)
-    if task in _WITH_GOAL:
-        env.model.site("goal").size[:], env.model.site("goal").rgba[:] = _GOAL_RADIUS, _GOAL_COLOUR
-        env.model.geom("objGeom").rgba[:] = _BLOCK_COLOUR
-    return env
+        return make(seed=0)

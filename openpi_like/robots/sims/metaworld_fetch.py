@@ -1,0 +1,62 @@
+"""Meta-World tasks with Fetch's arm: another look, other axes and gripper, and another camera than `SawyerSim` has."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from jaxtyping import Float
+
+from openpi_like.robots.metaworld_fetch import METAWORLD_FETCH
+from openpi_like.robots.sims.metaworld_scene import BASE, fetch_scene
+from openpi_like.robots.sims.sawyer import SawyerSim
+
+
+class MetaWorldFetchSim(SawyerSim):
+    """See `Sim`. A seed is a position of the object, the same one as that of Sawyer."""
+
+    robot = METAWORLD_FETCH
+    tasks = (
+        "button-press",
+        "coffee-button",
+        "handle-press",
+        "plate-slide",
+        "window-open",
+        "window-close",
+        "faucet-open",
+        "faucet-close",
+        "drawer-open",
+        "drawer-close",
+        "door-close",
+    )  # others are beyond its reach
+    view = ((0.6, -0.2, 0.8), (0.0, 0.68, 0.12), 42.0)
+
+    @property
+    def state(self) -> Float[np.ndarray, "4"]:
+        """See `SawyerSim.state`."""
+        x, y, z, gripper = self.privileged_observation[:4]
+        return np.array([y - BASE[1], BASE[0] - x, z, gripper])
+
+    def to_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
+        """See `SawyerSim.to_package`. The package's x axis is to the right and its y axis to the front."""
+        front, left, up, opens = action
+        return np.array([-left, front, up, -opens], np.float32)
+
+    def from_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
+        """See `SawyerSim.to_package`."""
+        right, front, up, closes = action
+        return np.array([front, -right, up, -closes], np.float32)
+
+    def _build(self, task: str) -> Any:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS, ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
+
+        env_class: Any = ALL_V3_ENVIRONMENTS[f"{task}-v3"]
+        make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"]
+        # The package reads the scene from the file that this property of the class names.
+        scene = fetch_scene(Path(env_class.model_name.fget(None)))
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "scene.xml"
+            path.write_text(scene)
+            with mock.patch.object(env_class, "model_name", str(path)):
+                return make(seed=0)
