@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from openpi_like.robots.metaworld_fetch import METAWORLD_FETCH
-from openpi_like.robots.sims.metaworld_scene import BASE, fetch_scene
+from openpi_like.robots.sims.metaworld_scene import fetch_scene
 from openpi_like.robots.sims.sawyer import SawyerSim
 
 
@@ -32,21 +32,13 @@ class MetaWorldFetchSim(SawyerSim):
     )  # others are beyond its reach
     view = ((0.6, -0.2, 0.8), (0.0, 0.68, 0.12), 42.0)
 
-    @property
-    def state(self) -> Float[np.ndarray, "4"]:
-        """See `SawyerSim.state`."""
-        x, y, z, gripper = self.privileged_observation[:4]
-        return np.array([y - BASE[1], BASE[0] - x, z, gripper])
-
     def to_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
-        """See `SawyerSim.to_package`. The package's x axis is to the right and its y axis to the front."""
-        front, left, up, opens = action
-        return np.array([-left, front, up, -opens], np.float32)
+        """See `SawyerSim.to_package`. There, 1 closes the gripper."""
+        return action * np.array([1, 1, 1, -1], np.float32)
 
     def from_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
         """See `SawyerSim.to_package`."""
-        right, front, up, closes = action
-        return np.array([front, -right, up, -closes], np.float32)
+        return self.to_package(action)
 
     def _build(self, task: str) -> Any:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS, ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
