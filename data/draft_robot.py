@@ -180,9 +180,9 @@ def field_lines(run: Run, what: str, states: Sequence[Run]) -> list[str]:
             hints.append(f'targets may be predicted from where the robot is: relative_to="{same}"')
     if run.names:
         options.append(f"names=({', '.join(map(quoted, run.names))}{',' if len(run.names) == 1 else ''})")
-    start = f", start={run.group.start}" if run.group.start else ""
+    start = [f"start={run.group.start}"] if run.group.start else []
     head = f"        {'ActionField' if action else 'StateField'}("
-    arguments = [f'"{run.name}"', quoted(run.key), f"{run.group.size}{start}", *options]
+    arguments = [f'"{run.name}"', quoted(run.key), str(run.group.size), *start, *options]
     written = ", ".join(arguments)
     if len(head + written) > WIDTH - 2:
         written = "".join(f"\n            {argument}," for argument in arguments) + "\n        "
