@@ -45,7 +45,8 @@ class Args:
 
 def log_to_stderr() -> None:
     # Importing Orbax has set up the root logger already, for warnings alone.
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("openpi_like").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
 
 

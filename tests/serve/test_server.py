@@ -32,10 +32,12 @@ def test_the_program_says_when_it_listens():
     """Although Orbax, which it imports, sets up logging first."""
     code = (
         "import logging, runpy; runpy.run_path('serve/policy_server.py')['log_to_stderr'](); "
+        "logging.getLogger('jax').info('no TPU'); "
         "logging.getLogger('openpi_like.serve.server').info('listening on port %d', 8000)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stderr.endswith("INFO openpi_like.serve.server: listening on port 8000\n")
+    assert "TPU" not in done.stderr
 
 
 @pytest.fixture(scope="module")
