@@ -27,12 +27,16 @@ from openpi_like.data import files
 from openpi_like.data.episode_sample import Sample, bounds, rows
 from openpi_like.data.index import open_index
 from openpi_like.data.layouts import read_schema, split_names
-from openpi_like.data.schema import DatasetError, Feature, Schema
-from openpi_like.data.traps import gripper_dims, trigger_gripper
+from openpi_like.data.schema import DatasetError, Feature, MissingPackageError, Schema
+from openpi_like.data.traps import angle_wraps, gripper_dims, trigger_gripper
+from openpi_like.robots.dim_names import Group, groups
+from openpi_like.robots.find import blanks_of
 from openpi_like.robots.oxe import ROBOTS
+from openpi_like.robots.representations import ROTATIONS, UNITS
 
 MAX_SIZE = 64  # longer vectors are embeddings or point clouds
 UNKNOWN = '"?"'
+WIDTH = 120  # characters of a line, where it can be broken
 SHOWN = 8  # dims whose range is written into one comment
 
 
@@ -64,17 +68,20 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Dims [start, start + size) of a numeric field, which belong together.
+    """Dims of a numeric field, which belong together.
 
-    hint: what is known of them. names: of the dims, where the dataset has them.
+    hint: their ranges. names: of the dims, where the dataset has them. guessed: what they are is only known from their
+    numbers. wraps: angles that jump by a turn. triggers: values of a trigger gripper.
     """
 
     name: str
     key: str
-    start: int
-    size: int
+    group: Group
     hint: str
     names: tuple[str, ...] = ()
+    guessed: bool = False
+    wraps: bool = False
+    triggers: bool = False
 
 
 def last(key: str) -> str:
@@ -111,28 +118,75 @@ def numeric(features: Sequence[Feature], what: str) -> tuple[list[Feature], list
 
 
 def runs(feature: Feature, sample: Sample | None, taken: set[str]) -> list[Run]:
-    """Returns the fields that one vector is cut into: before, at and behind each suspected gripper."""
+    """Returns the fields that one vector is cut into: by the names of its dims, or else at suspected grippers."""
     n = size(feature)
     x = None if sample is None else sample.rows(feature.key)
-    named = {d for d, name in enumerate(feature.names) if "grip" in name.lower()}
-    found_in = set() if x is None or feature.names else set(gripper_dims(x))  # a name says more than numbers
-    grippers = set(range(n)) if "grip" in feature.key else named | found_in
-    cuts = [0, *(d for d in range(1, n) if d in grippers or d - 1 in grippers), n]
-    ends = np.empty((0, 2)) if sample is None else bounds(rows(sample.index, feature.key)).T
+    if "grip" in feature.key:
+        cut = [Group(d, 1, "gripper") for d in range(n)]
+    elif feature.names:
+        cut = groups(feature.names)
+    else:  # a name would say more than numbers
+        grippers = set() if x is None else set(gripper_dims(x))
+        ends = [0, *(d for d in range(1, n) if d in grippers or d - 1 in grippers), n]
+        cut = [Group(a, b - a, "gripper" if a in grippers else "") for a, b in itertools.pairwise(ends)]
+    seen = np.empty((0, 2)) if sample is None else bounds(rows(sample.index, feature.key)).T
     found = []
-    for start, end in itertools.pairwise(cuts):
-        base = "gripper" if start in grippers else re.sub(r"\W+", "_", last(feature.key))
+    for group in cut:
+        start, end = group.start, group.start + group.size
+        base = re.sub(r"_.*", "", group.kind.replace("quaternion", "rotation")) or re.sub(
+            r"\W+", "_", last(feature.key)
+        )
         name = next(c for c in (base, *(f"{base}_{i}" for i in range(2, n + 99))) if c not in taken)
         taken.add(name)
-        hint = ""
-        if len(ends):
-            ranges = [f"{low:.3g} .. {high:.3g}" for low, high in ends[start:end][:SHOWN]]
-            hint = "; ".join(ranges) + ("; ..." if end - start > SHOWN else "")
-        if start in grippers:
-            kind = "triggers" if x is not None and trigger_gripper("", x[:, start:end]) else "positions"
-            hint = f"a gripper? then replace unit by gripper=Gripper(open=..., closed=...) for {kind} {hint}".rstrip()
-        found.append(Run(name, feature.key, start, end - start, hint, feature.names[start:end]))
+        ranges = [f"{low:.3g} .. {high:.3g}" for low, high in seen[start:end][:SHOWN]]
+        hint = "; ".join(ranges) + ("; ..." if group.size > SHOWN and ranges else "")
+        of = None if x is None else x[:, start:end]
+        guessed = group.kind == "gripper" and not feature.names and "grip" not in feature.key
+        wraps = sample is not None and of is not None and angle_wraps("", of, sample.starts) is not None
+        triggers = of is not None and trigger_gripper("", of) is not None
+        found.append(Run(name, feature.key, group, hint, feature.names[start:end], guessed, wraps, triggers))
     return found
+
+
+def field_lines(run: Run, what: str, states: Sequence[Run]) -> list[str]:
+    """Returns the lines of one field, "state" or "action": what is known of it, and blanks for what is not.
+
+    states: the fields of the state, where it is an action.
+    """
+    kind, action = run.group.kind, what == "action"
+    options, hints = [], [run.hint] if run.hint else []
+    if kind == "gripper":
+        trigger = ', convention="trigger"' if action and run.triggers else ""
+        options.append(f"gripper=Gripper(open={UNKNOWN}, closed={UNKNOWN}{trigger})")
+        if run.guessed:
+            hints.append(f"by its numbers a gripper; if it is none, unit={UNKNOWN} in place of gripper=")
+        if trigger:
+            hints.append("-1, 0 and 1, mostly 0: triggers, not positions")
+    elif kind.startswith("quaternion"):
+        options += [f'rotation="{kind}"', 'model_rotation="rotation_6d"']
+    else:
+        options.append(f"unit={UNKNOWN}")
+    if kind == "rotation":
+        options.append(f"rotation={UNKNOWN}")
+        if action:
+            hints.append("rotation=None if they are no rotation, but parts of the largest turn in a step")
+        if run.wraps:
+            options.append('model_rotation="rotation_6d"')
+            hints.append("the numbers jump by a turn, six-dimensional ones do not")
+    if action and kind != "gripper":
+        options.append(f"command={UNKNOWN}")
+        same = next((s.name for s in states if s.names and s.names == run.names), None)
+        if same is not None:
+            hints.append(f'targets may be predicted from where the robot is: relative_to="{same}"')
+    if run.names:
+        options.append(f"names=({', '.join(map(quoted, run.names))}{',' if len(run.names) == 1 else ''})")
+    start = [f"start={run.group.start}"] if run.group.start else []
+    head = f"        {'ActionField' if action else 'StateField'}("
+    arguments = [f'"{run.name}"', quoted(run.key), str(run.group.size), *start, *options]
+    written = ", ".join(arguments)
+    if len(head + written) > WIDTH - 2:
+        written = "".join(f"\n            {argument}," for argument in arguments) + "\n        "
+    return [*(f"        # {hint}" for hint in hints), f"{head}{written}),"]
 
 
 def language(features: Sequence[Feature]) -> str | None:
@@ -148,14 +202,15 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     lines = [
         f'"""{name}, drafted from {origin}.',
         "",
-        f"Complete every {UNKNOWN} and 0: the robot is refused until then.",
+        f"Fill in every {UNKNOWN} and 0: the robot is refused until then, and the error says what may stand there.",
         '"""',
         "",
         "from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField",
         "",
-        "# Units: m, mm, cm, rad, deg, px, m/s, rad/s, or 1 for numbers without one. Cut a vector into fields where",
-        '# units change, and declare rotations (rotation="rpy", ...), see openpi_like/robots/robot.py. Commands are',
-        '# "absolute" or "delta". Look at the data with data/show.py before you believe any of this.',
+        f"# Units: {', '.join(UNITS)}; 1 is for numbers without one, such as parts of the largest step.",
+        f"# Rotations: {', '.join(ROTATIONS)}; rpy are angles about fixed axes.",
+        "# Commands: absolute (targets), delta (changes) or velocity. Grippers: numbers of an open and a closed one.",
+        "# Cut a vector into more fields where units change. Comments above a field are ranges of its numbers.",
         f"{name.upper()} = Robot(",
         f'    name="{name}",',
         "    cameras=(",
@@ -169,16 +224,14 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
         lines.append(f'        Camera("{slot}", {quoted(f.key)}, {height}, {width}),')
     lines += [f"        # {f.key}: {f.dtype} of shape {f.shape} is not a colour image" for f in left]
     lines.append("    ),")
-    for what, cls, extra in (("state", "StateField", ""), ("action", "ActionField", ', command="?"')):
+    states: list[Run] = []
+    for what in ("state", "action"):
         used, others = numeric(features, what)
         lines.append(f"    {what}=(")
         taken: set[str] = set()
-        for run in (r for f in used for r in runs(f, sample, taken)):
-            start = f", start={run.start}" if run.start else ""
-            names = f", names=({''.join(f'{quoted(n)}, ' for n in run.names).rstrip()})" if run.names else ""
-            if run.hint:
-                lines.append(f"        # {run.hint}")
-            lines.append(f'        {cls}("{run.name}", {quoted(run.key)}, {run.size}{start}, unit="?"{extra}{names}),')
+        found = [run for f in used for run in runs(f, sample, taken)]
+        lines += [line for run in found for line in field_lines(run, what, states)]
+        states = states or found
         lines += [f"        # not used: {f.key}, {f.dtype} of shape {f.shape}" for f in others]
         lines.append("    ),")
     key = language(features) or language(list(schema.episode.values()))
@@ -218,6 +271,8 @@ def main(args: Args, console: Console) -> None:
         split = args.split or split_names(directory)[0]
         index = open_index(directory, split, index_dir=args.index_dir)
         sample, origin = Sample.take(index), str(index.split)
+    except MissingPackageError:
+        raise
     except DatasetError as e:
         if args.split is not None:
             raise
@@ -231,10 +286,9 @@ def main(args: Args, console: Console) -> None:
         known = sample.index.split.dataset
         console.print(f"{known} is in openpi_like/robots/oxe.py: --robot {known} may be all you need", markup=False)
     console.print(
-        f'written to {args.out}: complete {text.count(UNKNOWN) - 1} "?" and {zeros} 0, then\n'  # one is explained
-        f"  python data/stats.py --robot {args.out} --data {args.data} --out stats/{name}.json\n"
-        f"  python data/bench.py {args.data} --robot {args.out}\n"
-        f'and in a run\'s config: find_robot("{args.out}") of openpi_like.robots',
+        f'written to {args.out}: fill in {sum(map(len, blanks_of(text).values()))} "?" and {zeros} 0, then\n'
+        f"  python data/check_robot.py {args.data} --robot {args.out} --out {args.out.with_suffix('.html')}\n"
+        f"  python train/finetune.py {args.out} {args.data} --from CHECKPOINT",
         markup=False,
     )
 

@@ -207,7 +207,9 @@ def main(args: Args, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("openpi_like").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
     try:
         main(tyro.cli(Args), Console(highlight=False))
     except (ValueError, OSError) as e:

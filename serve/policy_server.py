@@ -43,9 +43,15 @@ class Args:
     temperature: float | None = None
 
 
+def log_to_stderr() -> None:
+    # Importing Orbax has set up the root logger already, for warnings alone.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("openpi_like").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
+
+
 def main(args: Args) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every array it reads
+    log_to_stderr()
     try:
         policy = Policy.load(
             args.checkpoint,

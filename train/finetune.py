@@ -10,6 +10,7 @@ sampled actions on held-out episodes is kept; `serve/policy_server.py RUN --step
 """
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,7 @@ def main(args: Args, console: Console) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
     try:
         sys.exit(main(tyro.cli(Args), Console(highlight=False)))
     except (CheckpointError, WeightsError, DatasetError, ValueError, OSError) as e:

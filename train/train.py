@@ -10,6 +10,7 @@ newest complete checkpoint when the same command is given again; what it then co
 
 import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -276,6 +277,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
     # Before the GPUs are asked for: JAX leaves a quarter of their memory alone otherwise.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_PART))
     config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()

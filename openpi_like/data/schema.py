@@ -15,6 +15,10 @@ class DatasetError(ValueError):
     """A dataset is missing, damaged, or not what a robot or run expects."""
 
 
+class MissingPackageError(DatasetError):
+    """A package that reads a dataset is not installed, which says nothing about the data."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Feature:
     """One field of a step or of an episode.

@@ -8,11 +8,22 @@ from pathlib import Path
 
 from openpi_like.config import near_names
 from openpi_like.robots.oxe import ROBOTS as OXE
+from openpi_like.robots.representations import ROTATIONS, UNITS
 from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.robot import Robot
 
 # Those that do not have a file each
 ROBOTS = {**OXE, **ARMS}
+
+# What may stand in the blanks of a draft, by the name of the argument
+_BLANKS = {
+    "unit": f"one of {', '.join(UNITS)}",
+    "rotation": f"one of {', '.join(ROTATIONS)}, or None without quotes",
+    "command": "absolute (a target), delta (a change) or velocity",
+    "open": "the number of an open gripper",
+    "closed": "that of a closed one",
+}
+_BLANK = re.compile(r'\b(\w+)="\?"')
 
 # Files of this folder that define no robot
 _NO_ROBOTS = (
@@ -22,6 +33,7 @@ _NO_ROBOTS = (
     "lerobot_fields",
     "gripper",
     "dataset_copies",
+    "dim_names",
     "policy_fit",
     "find",
     "oxe_disputed",
@@ -61,11 +73,22 @@ def find_robot(name: str) -> Robot:
     return found[attribute]
 
 
+def blanks_of(text: str) -> dict[int, list[str]]:
+    """Returns the arguments of a drafted robot that are still "?", by line of the file."""
+    lines = {i: _BLANK.findall(line.partition("#")[0]) for i, line in enumerate(text.splitlines(), 1)}
+    return {i: names for i, names in lines.items() if names}
+
+
 def _robot_of_file(path: Path, attribute: str) -> Robot:
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         near = near_names(path.name, beside) if beside else "no Python files"
         raise ValueError(f"no robot file {path}; in {path.parent}: {near}")
+    if blanks := blanks_of(path.read_text()):
+        left = "\n  ".join(f"line {line}: {', '.join(names)}" for line, names in blanks.items())
+        asked = {name for names in blanks.values() for name in names}
+        said = "\n  ".join(f"{name}: {what}" for name, what in _BLANKS.items() if name in asked)
+        raise ValueError(f'{path}: fill in every "?":\n  {left}\nexpected\n  {said}')
     try:
         found = runpy.run_path(str(path))
     except ValueError as e:  # a Robot that is not complete

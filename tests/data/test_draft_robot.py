@@ -15,7 +15,6 @@ from rich.console import Console
 
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.schema import DatasetError, Feature, Schema
-from openpi_like.data.stats import compute_normalization, load_normalization
 from openpi_like.robots import Robot
 from openpi_like.robots.find import find_robot
 from tests.conftest import REPOSITORY
@@ -36,6 +35,7 @@ def load(path: Path) -> Robot:
 def completed(text: str) -> str:
     for what, value in (("control_hz", 10.0), ("action_horizon", 5), ("execute_steps", 2)):
         text = text.replace(f"{what}={type(value)()}", f"{what}={value}")
+    text = text.replace('open="?", closed="?"', "open=1.0, closed=0.0").replace('rotation="?"', 'rotation="rpy"')
     return text.replace('unit="?"', 'unit="1"').replace('command="?"', 'command="delta"')
 
 
@@ -45,9 +45,9 @@ def test_draft_of_lerobot_data(program: SimpleNamespace, tmp_path: Path) -> None
     out, shown = tmp_path / "so_arm.py", io.StringIO()
     program.main(program.Args(str(directory), out), Console(file=shown, width=300))
     text = out.read_text()
-    with pytest.raises(ValueError, match=r"unit '\?' is unknown"):
+    with pytest.raises(ValueError, match='fill in every "\\?"'):
         load(out)
-    assert 'complete 4 "?" and no 0' in shown.getvalue()
+    assert 'fill in 5 "?" and no 0' in shown.getvalue()
     out.write_text(completed(text).replace('"delta"', '"absolute"'))
     robot = load(out)
     assert [(c.name, c.key, c.height, c.width) for c in robot.cameras] == [
@@ -59,14 +59,36 @@ def test_draft_of_lerobot_data(program: SimpleNamespace, tmp_path: Path) -> None
     assert len(open_dataset(directory, robot, "train")) == sum(LENGTHS)
 
 
-def test_draft_to_statistics(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
+def test_a_pose_is_cut_by_the_names_of_its_dims(program: SimpleNamespace, tmp_path: Path) -> None:
+    """Blanks are all that is left to fill in: position, rotation and gripper are fields already."""
+    state = ("x", "y", "z", "qw", "qx", "qy", "qz", "gripper")
+    action = ("dx.pos", "ee_x", "ee_y", "ee_z", "roll", "pitch", "yaw", "gripper")
+    features = [
+        Feature("observation.image", "image", "uint8", (64, 64, 3)),
+        Feature("observation.state", "numeric", "float32", (8,), names=state),
+        Feature("action", "numeric", "float32", (8,), names=action),
+    ]
+    out = tmp_path / "posed.py"
+    text = program.draft("posed", "nowhere", Schema({f.key: f for f in features}, {}), None)
+    out.write_text(completed(text).replace("default_prompt=None", 'default_prompt="go"'))
+    robot = load(out)
+    assert [(f.name, f.size, f.rotation, f.model_size) for f in robot.state] == [
+        ("position", 3, None, 3), ("rotation", 4, "quaternion_wxyz", 6), ("gripper", 1, None, 1)
+    ]  # fmt: skip
+    assert [(f.name, f.size, f.rotation) for f in robot.action] == [
+        ("action", 1, None), ("position", 3, None), ("rotation", 3, "rpy"), ("gripper", 1, None)
+    ]  # fmt: skip
+    assert "relative_to" not in text
+
+
+def test_draft_to_check(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     out, shown = tmp_path / "toy_robot.py", io.StringIO()
     program.main(program.Args(str(toy), out), Console(file=shown, width=300))
     text = out.read_text()
     assert "drafted from toy_arm/1.0.0 split 'train'" in text
     assert text in shown.getvalue()
     count = len(re.findall(r'=(?:"\?")', text))
-    assert f'complete {count} "?" and three 0' in shown.getvalue()
+    assert f'fill in {count} "?" and three 0' in shown.getvalue()
     # `state` is all of the state, so the other observations are left out by name
     assert "# not used: observation/joints, float64 of shape (3,)" in text
     out.write_text(completed(text))
@@ -78,26 +100,34 @@ def test_draft_to_statistics(program: SimpleNamespace, toy: Path, tmp_path: Path
     assert [(f.key, f.start, f.size) for f in robot.state] == [("observation/state", 0, 4)]
     assert [(f.key, f.start, f.size) for f in robot.action] == [("action", 0, 3)]
     assert robot.language_key == "language_instruction"
-    # The command that is printed is run, with another place for what it writes.
-    printed = re.findall(r"^  python (data/\w+\.py .*)$", shown.getvalue(), re.MULTILINE)
-    assert [line.split()[0] for line in printed] == ["data/stats.py", "data/bench.py"]
-    stats = tmp_path / "stats" / "toy_robot.json"
-    command = [sys.executable, *printed[0].replace("stats/toy_robot.json", str(stats)).split()]
+    # The first command that is printed is run.
+    printed = re.findall(r"^  python (\w+/\w+\.py .*)$", shown.getvalue(), re.MULTILINE)
+    assert [line.split()[0] for line in printed] == ["data/check_robot.py", "train/finetune.py"]
+    command = [sys.executable, *printed[0].split()]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert load_normalization(stats, robot) == compute_normalization(open_dataset(toy, robot, "train"))
+    assert "robot toy_robot on toy_arm/1.0.0" in done.stdout
+    assert (tmp_path / "toy_robot.html").is_file()
+    assert len(open_dataset(toy, robot, "train")) > 0
 
 
 def test_uncompleted_drafts_are_refused(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "half_robot.py"
     program.main(program.Args(str(toy), out), Console(file=io.StringIO()))
     draft = out.read_text()
-    with pytest.raises(ValueError, match=r"StateField 'state': unit '\?' is unknown"):
+    lines = {i: line for i, line in enumerate(draft.splitlines(), 1) if '="?"' in line}
+    with pytest.raises(ValueError, match="fill in every") as refused:
         load(out)
+    # All of them at once, with what may stand there, of those alone that are asked for
+    blank = re.compile(r'(\w+)="\?"')
+    left = [f"line {i}: {', '.join(blank.findall(line))}" for i, line in lines.items()]
+    assert str(refused.value).splitlines()[1 : len(left) + 2] == [*(f"  {line}" for line in left), "expected"]
+    assert "unit: one of m, mm, cm" in str(refused.value)
+    assert "rotation: " not in str(refused.value)
     ready = completed(draft)
     for change, message in (
-        (('command="delta"', 'command="?"'), r"ActionField 'action': command '\?', expected 'absolute'"),
+        (('command="delta"', 'command="?"'), r"half_robot.py: fill in every \"\?\":\n  line \d+: command\nexpected"),
         (("control_hz=10.0", "control_hz=0.0"), "control_hz 0.0, expected > 0"),
         (("action_horizon=5", "action_horizon=0"), "expected 1 .. action_horizon 0"),
         (("execute_steps=2", "execute_steps=0"), "execute_steps 0, expected 1 .. action_horizon 5"),
@@ -161,7 +191,7 @@ def test_odd_schemas(program: SimpleNamespace, tmp_path: Path) -> None:
     ]
     for left_out in ("observation/depth: float32", "not used: observation/embedding", "not used: action/terminate"):
         assert left_out in text
-    assert "a gripper? then replace unit by" in text
+    assert text.count('gripper=Gripper(open="?", closed="?")') == 1
 
 
 def test_draft_of_bridge(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.layouts import find_datasets, split_names, video
 from openpi_like.data.layouts.lerobot_storage import time_problems
 from openpi_like.data.layouts.parquet_pages import find_values, hybrid, read_page
-from openpi_like.data.schema import DatasetError
+from openpi_like.data.schema import DatasetError, MissingPackageError
 from tests.conftest import REPOSITORY
 from tests.data.toy_lerobot import (
     ARM,
@@ -115,6 +115,18 @@ def test_a_process_that_trains_does_without_pyarrow(plain: dict[str, Path], tmp_
 def test_codecs(tmp_path: Path, codec: str) -> None:
     directory = write_v30(tmp_path / "toy", VIDEO, codec)
     check(open_index(directory, "train"), directory, "v3.0", VIDEO)
+
+
+@pytest.mark.parametrize("package", ["av", "pyarrow"])
+def test_a_missing_package_is_no_damage(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written of it: once it is installed, the dataset is read."""
+    directory = write_v30(tmp_path / "toy", {FRONT: "video"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, package, None)
+        patch.setitem(sys.modules, f"{package}.parquet", None)
+        with pytest.raises(MissingPackageError, match=r"pip install 'openpi-like\[formats\]'"):
+            open_index(directory, "train", max_corrupt_fraction=1.0)
+    assert open_index(directory, "train").episodes == len(LENGTHS)
 
 
 def test_threads_see_the_same_pictures(plain: dict[str, Path]) -> None:

@@ -15,6 +15,7 @@ from websockets.sync.client import connect
 
 from openpi_like.serve.client import DeadlineError, PolicyClient, ServerError
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, unpack
+from tests.conftest import REPOSITORY
 from tests.serve.running import WrongObservationError, serving
 
 
@@ -25,6 +26,18 @@ def _echo(observation):
     if observation.get("prompt") == "crash":
         raise RuntimeError("secret path /home/somebody")
     return {"actions": np.arange(8, dtype=np.float32).reshape(4, 2) + observation["state"]}
+
+
+def test_the_program_says_when_it_listens():
+    """Although Orbax, which it imports, sets up logging first."""
+    code = (
+        "import logging, runpy; runpy.run_path('serve/policy_server.py')['log_to_stderr'](); "
+        "logging.getLogger('jax').info('no TPU'); "
+        "logging.getLogger('openpi_like.serve.server').info('listening on port %d', 8000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("INFO openpi_like.serve.server: listening on port 8000\n")
+    assert "TPU" not in done.stderr
 
 
 @pytest.fixture(scope="module")

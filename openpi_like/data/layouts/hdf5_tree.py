@@ -9,7 +9,7 @@ import numpy as np
 from openpi_like.data import files
 from openpi_like.data.files import Location, Url
 from openpi_like.data.images import ENCODINGS, encoding
-from openpi_like.data.schema import DatasetError, Feature, Schema
+from openpi_like.data.schema import DatasetError, Feature, MissingPackageError, Schema
 from openpi_like.data.storage import RecordError
 
 Hdf5 = Any  # an h5py.File, Group or Dataset: h5py is an extra, imported where a file is opened
@@ -88,7 +88,7 @@ def open_file(location: Location) -> Hdf5:
     try:
         import h5py
     except ImportError as e:
-        raise DatasetError(f"{location}: reading HDF5 needs h5py: pip install -e '.[formats]'") from e
+        raise MissingPackageError(f"{location}: reading HDF5 needs h5py: pip install -e '.[formats]'") from e
     try:
         return h5py.File(location, "r")
     except OSError as e:

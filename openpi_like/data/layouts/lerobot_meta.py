@@ -21,6 +21,7 @@ from openpi_like.data import files
 from openpi_like.data.files import Location, Stat
 from openpi_like.data.index_build import digest
 from openpi_like.data.layouts.layout import is_file
+from openpi_like.data.layouts.parquet_pages import pyarrow
 from openpi_like.data.schema import DatasetError, Feature, Schema
 
 INFO = "meta/info.json"
@@ -155,13 +156,11 @@ def open_parquet(location: Location) -> Iterator[Any]:
     """Opens a Parquet file with pyarrow.
 
     Raises:
-        DatasetError: it is not there, is not Parquet, or pyarrow is not installed.
+        DatasetError: it is not there, or is not Parquet. MissingPackageError: pyarrow is not installed.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as e:
-        raise DatasetError(f"Parquet is read with pyarrow: {e}; pip install 'openpi-like[formats]'") from e
+    pa = pyarrow()
+    import pyarrow.parquet as pq
+
     try:
         with files.open_binary(location) as file, pq.ParquetFile(file) as opened:
             yield opened
@@ -254,8 +253,6 @@ def _lines(directory: Location, name: str, needed: tuple[str, ...]) -> list[dict
 
 
 def _version_3(directory: Location, info: dict[str, Any], keys: list[str]) -> Episodes:
-    import pyarrow as pa
-
     names = files.glob(directory / "meta", "episodes/*/*.parquet")
     if not names:
         raise DatasetError(f"{directory}/meta/episodes holds no table of episodes; copy the dataset again")
@@ -268,7 +265,7 @@ def _version_3(directory: Location, info: dict[str, Any], keys: list[str]) -> Ep
             if missing := [c for c in columns if c not in file.schema_arrow.names]:
                 raise DatasetError(f"{directory}/meta/{name}: no column {missing}; copy the dataset again")
             tables.append(file.read(columns))
-    table = pa.concat_tables(tables).sort_by("episode_index")
+    table = pyarrow().concat_tables(tables).sort_by("episode_index")
     values = {name: table[name].to_numpy() for name in columns}
 
     def placed(prefix: str, template: str, **more: str) -> tuple[list[str], np.ndarray]:

@@ -41,7 +41,7 @@ from openpi_like.data.layouts.video import (
     VideoTable,
     read_packets,
 )
-from openpi_like.data.schema import DatasetError, Shard, Split
+from openpi_like.data.schema import DatasetError, MissingPackageError, Shard, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode, pack, unpack
 
 CACHE_BYTES = 64 << 20  # pages of pictures that were decompressed last
@@ -67,6 +67,8 @@ class LeRobotStorage:
     def episodes(self, shard: Shard) -> Iterator[tuple[str, StoredEpisode | RecordError]]:
         try:
             table = _Table(self.directory, shard)
+        except MissingPackageError:
+            raise
         except DatasetError as e:
             yield shard.location.name, RecordError(str(e), resumable=False)
             return
@@ -177,6 +179,8 @@ class _Table:
                     if isinstance(places, RecordError):
                         raise places
                     values[field.column] = places[span]
+            except MissingPackageError:
+                raise  # no damage, which would be remembered with the index
             except (RecordError, DatasetError, OSError) as e:
                 problems.append(f"{key}: {e}")
         return StoredEpisode(values, tuple(problems))

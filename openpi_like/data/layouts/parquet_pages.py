@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from openpi_like.data.files import Location, Ranges
+from openpi_like.data.schema import MissingPackageError
 from openpi_like.data.storage import RecordError
 from openpi_like.data.tfrecord import read_varint
 
@@ -36,6 +37,19 @@ class Values:
     places: Int64[np.ndarray, "n 3"]
 
 
+def pyarrow() -> Any:
+    """Returns the package `pyarrow`.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import pyarrow as package
+    except ImportError as e:
+        raise MissingPackageError(f"Parquet is read with pyarrow: {e}; pip install 'openpi-like[formats]'") from e
+    return package
+
+
 def read_page(ranges: Ranges, location: Location, page: Page) -> bytes:
     """Returns the content of a page.
 
@@ -50,9 +64,8 @@ def read_page(ranges: Ranges, location: Location, page: Page) -> bytes:
         )
     if page.codec == "UNCOMPRESSED":
         return data
-    import pyarrow as pa
-
     codec = {"LZ4": "lz4_raw"}.get(page.codec, page.codec.lower())  # Parquet's own name is LZ4_RAW
+    pa = pyarrow()
     try:
         return pa.decompress(data, decompressed_size=page.size, codec=codec, asbytes=True)
     except (pa.ArrowException, OSError, ValueError) as e:

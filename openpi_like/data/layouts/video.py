@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Int, Int64, UInt8
 
 from openpi_like.data import files
 from openpi_like.data.files import Location, Ranges
-from openpi_like.data.schema import DatasetError
+from openpi_like.data.schema import MissingPackageError
 from openpi_like.data.storage import RecordError, unpack
 
 DECODERS = 4  # decoders that are kept when no thread uses them; each holds a few frames
@@ -30,12 +30,12 @@ def av() -> Any:
     """Returns the package `av`.
 
     Raises:
-        DatasetError: it is not installed.
+        MissingPackageError: it is not installed.
     """
     try:
         import av as package
     except ImportError as e:
-        raise DatasetError(f"videos are read with PyAV: {e}; pip install 'openpi-like[formats]'") from e
+        raise MissingPackageError(f"videos are read with PyAV: {e}; pip install 'openpi-like[formats]'") from e
     return package
 
 

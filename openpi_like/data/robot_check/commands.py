@@ -35,14 +35,10 @@ class Commands:
             elif field.gripper is not None:
                 continue
             elif state is None:
-                found.append(
-                    Finding(
-                        "found",
-                        about,
-                        "the robot has no state of its kind and size, so it cannot be compared with one",
-                        "give the state that it moves the same name",
-                    )
-                )
+                same = any(s.name in (field.name, field.relative_to) for s in sample.robot.state)
+                kind = "the state of its name is of another kind" if same else "no state is of its kind and size"
+                advice = "" if same else "give the state that it moves the same name"
+                found.append(Finding("found", about, f"{kind}, so it cannot be compared with one", advice))
             else:
                 response = Response.measure(sample, field, state)
                 found += [_kind(about, field, response, state.name), _lag(about, field, response, sample.hz)]

@@ -131,11 +131,12 @@ class RobotSample:
     def state_of(self, field: ActionField) -> StateField | None:
         """Returns the state that a command moves, None where the robot does not say it.
 
-        That is the one it is relative to, or that has its name, or the only one of its kind and size.
+        That is the one it is relative to, or that has its name, or the only one of its kind and size; none where the
+        one of its name is of another kind.
         """
-        alike = [s for s in self.robot.state if _comparable(field, s)]
-        named = [s for s in alike if s.name in (field.relative_to, field.name)]
-        return named[0] if named else alike[0] if len(alike) == 1 else None
+        named = [s for s in self.robot.state if s.name in (field.relative_to, field.name)]
+        alike = [s for s in named or self.robot.state if _comparable(field, s)]
+        return alike[0] if len(alike) == 1 or (named and alike) else None
 
 
 def _comparable(action: ActionField, state: StateField) -> bool:

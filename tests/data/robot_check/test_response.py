@@ -78,6 +78,16 @@ def test_a_perfect_replay_is_not_off(arm_index: FrameIndex, rng: np.random.Gener
     assert joints.level == "found"
 
 
+def test_a_command_moves_the_state_of_its_name_or_none(arm_index: FrameIndex) -> None:
+    """Parts of the largest turn are no rotation; they do not move the position, which has as many dims, instead."""
+    parts = dataclasses.replace(ACTION["turn"], unit="1", rotation=None)
+    robot = dataclasses.replace(ARM, action=(ACTION["hand"], parts, ACTION["joints"], ACTION["gripper"]))
+    sample = RobotSample.take(arm_index, robot)
+    assert [sample.state_of(f) for f in robot.action] == [STATE["hand"], None, STATE["joints"], STATE["gripper"]]
+    assert sample.state_of(dataclasses.replace(ACTION["joints"], name="targets", relative_to=None)) == STATE["joints"]
+    assert sample.state_of(dataclasses.replace(parts, name="other")) == STATE["hand"]
+
+
 def test_changes_of_angles_are_turns() -> None:
     """From 179 to -179 degrees it is 2 degrees, about the axis that turns."""
     field = dataclasses.replace(STATE["turn"], unit="deg")
