@@ -16,28 +16,28 @@ from rich.console import Console
 from openpi_like.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sawyer's tasks; episodes per task and robot for training, and for validation; training steps; and episodes per task to
-# drive.
+# Tasks of a robot; episodes per task and robot for training, and for validation; training steps; and episodes per task
+# to drive.
 SCALES: dict[str, dict[str, int]] = {
     "demo": {
         "tasks": 9,
         "sawyer": 60,
         "pusht": 60,
-        "fetch": 60,
+        "metaworld_fetch": 8,
         "val": 4,
         "pretrain": 6_500,
-        "finetune_fetch": 3_000,
+        "finetune_metaworld_fetch": 250,
         "episodes": 20,
     },
     "full": {
         "tasks": 9,
         "sawyer": 100,
         "pusht": 300,
-        "fetch": 100,
+        "metaworld_fetch": 8,
         "aloha": 200,
         "val": 10,
         "pretrain": 30_000,
-        "finetune_fetch": 10_000,
+        "finetune_metaworld_fetch": 250,
         "finetune_aloha": 8_000,
         "finetune_pusht": 20_000,
         "episodes": 50,
@@ -46,30 +46,39 @@ SCALES: dict[str, dict[str, int]] = {
         "tasks": 2,
         "sawyer": 1,
         "pusht": 1,
-        "fetch": 1,
+        "metaworld_fetch": 1,
         "aloha": 1,
         "val": 1,
         "pretrain": 2,
-        "finetune_fetch": 2,
+        "finetune_metaworld_fetch": 2,
         "finetune_aloha": 2,
         "episodes": 1,
     },
 }
-# Meta-World tasks of this demo; the simulated Sawyer knows a few more.
-SAWYER_TASKS = (
-    "button-press-topdown",
-    "button-press",
-    "coffee-button",
-    "window-open",
-    "window-close",
-    "faucet-open",
-    "faucet-close",
-    "drawer-open",
-    "door-close",
-)
+# Of the tasks that the simulated robots know, those of this demo.
+TASKS = {
+    "sawyer": (
+        "button-press-topdown",
+        "button-press",
+        "coffee-button",
+        "window-open",
+        "window-close",
+        "faucet-open",
+        "faucet-close",
+        "drawer-open",
+        "door-close",
+    ),
+    "metaworld_fetch": (
+        "drawer-open",
+        "faucet-open",
+        "window-close",
+        "button-press",
+        "door-close",
+        "handle-press",  # which pretraining does not see with any arm
+    ),
+}
 PRETRAINED = ("sawyer", "pusht")
-# A robot that pretraining never saw; it is also trained from scratch, for as many steps.
-NEW = "fetch"
+NEW = "metaworld_fetch"  # a robot that pretraining never saw; it is also trained from scratch, for as many steps
 CONSOLE = Console(highlight=False)
 
 
@@ -93,7 +102,7 @@ def main(args: Args) -> None:
     finetuned = [robot for robot in SCALES["full"] if f"finetune_{robot}" in n]
     robots = list(dict.fromkeys([*PRETRAINED, *finetuned]))
     data, stats, workers = f"{run}/data", f"{run}/stats", ["--workers", str(args.workers)]
-    tasks = {"sawyer": ["--tasks", *SAWYER_TASKS[: n["tasks"]]]}
+    tasks = {robot: ["--tasks", *names[: n["tasks"]]] for robot, names in TASKS.items()}
     sets = {robot: f"{data}/{robot}_sim/1.0.0" for robot in robots}
 
     # ---- 1. Demonstrations, 2. statistics ----------------------------------------------------------------------------

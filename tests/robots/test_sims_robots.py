@@ -13,6 +13,7 @@ from openpi_like.robots.sims.sim import HELD_OUT_SEED, check_action
 PACKAGES = {
     "pusht": "gym_pusht",
     "sawyer": "metaworld",
+    "metaworld_fetch": "metaworld",
     "aloha": "gym_aloha",
     "fetch": "gymnasium_robotics",
     "robosuite_panda": "robosuite",  # see test_sims_arms.py for the other arms
@@ -20,6 +21,7 @@ PACKAGES = {
 TASKS = {
     "pusht": ["push-t"],
     "sawyer": ["handle-press", "drawer-open", "plate-slide"],
+    "metaworld_fetch": ["button-press", "window-open", "coffee-button"],
     "aloha": ["transfer-cube"],
     "fetch": ["reach", "push", "lift", "pick-and-place"],
     "robosuite_panda": ["lift", "stack"],
@@ -135,7 +137,7 @@ def test_held_out_layouts_are_new(sims, robot, task):
 
     def layout(seed):
         sim.reset(task, seed)
-        if robot == "sawyer":
+        if robot in ("sawyer", "metaworld_fetch"):
             return tuple(sim.privileged_observation[[4, 5, 6, 36, 37, 38]])
         if robot == "fetch":
             return tuple(sim.goal)

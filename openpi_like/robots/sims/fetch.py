@@ -34,7 +34,7 @@ _ENVS = {
 _MODEL_CAMERAS = {"base": "external_camera_0", "wrist": "gripper_camera_rgb"}
 # The package's own views are from afar and sideways, and from between the fingers. These look at the table from the
 # front, and from before the hand down to the fingertips (the hand's x axis is down and its z axis to the front).
-_BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (0.75, 0.05, 1.15), (1.34, 0.75, 0.5), 28.0
+_BASE_POSITION, _BASE_TARGET, _BASE_FOVY = (2.0, 0.65, 1.15), (1.36, 0.75, 0.5), 32.0
 _WRIST_POSITION, _WRIST_TARGET, _WRIST_FOVY = (-0.08, 0.0, 0.1), (0.13, 0.0, 0.02), 95.0
 _BALL_RADIUS = 0.03  # m; with the package's 2 cm a goal is two pixels wide
 _BLOCK_COLOUR = (0.1, 0.3, 0.9, 1.0)  # the package's is that of the fingers
@@ -47,8 +47,8 @@ class FetchSim:
 
     robot = FETCH
     tasks = tuple(PROMPTS)
-    max_steps = 100  # twice the benchmark's own horizon: disturbed demonstrations take longer
-    noises: tuple[float, ...] = (0.0, 0.15, 0.3)
+    max_steps = 150  # three times the benchmark's own horizon: demonstrations are slow, and disturbed
+    noises: tuple[float, ...] = (0.0, 0.1, 0.2)
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()  # before the package does

@@ -1,4 +1,4 @@
-"""Meta-World tasks with Fetch's arm: another look, other axes and gripper, and another camera than `SawyerSim` has."""
+"""Meta-World tasks with Fetch's arm: another look, reach, gripper convention and camera than `SawyerSim` has."""
 
 import tempfile
 from pathlib import Path

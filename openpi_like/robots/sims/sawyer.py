@@ -27,14 +27,7 @@ PROMPTS = {
     "drawer-open": ("open the drawer",),
     "drawer-close": ("close the drawer",),
     "door-close": ("close the door",),
-    "reach": ("move the hand to the red ball",),
-    "push": ("push the block to the red ball",),
-    "pick-place": ("pick up the block and bring it to the red ball",),
 }
-# Tasks with a goal apart from any object, which the package draws smaller than a pixel, each in another colour.
-_WITH_GOAL = ("reach", "push", "pick-place")
-_GOAL_RADIUS, _GOAL_COLOUR = 0.03, (1.0, 0.0, 0.0, 1.0)  # m
-_BLOCK_COLOUR = (0.1, 0.3, 0.9, 1.0)
 
 _CAMERA = "corner2"
 
@@ -103,14 +96,9 @@ class SawyerSim:
         camera = self.robot.cameras[0]
         return {
             "images": {camera.name: self.frame(camera.height or 0)},
-            "state": self.state.astype(np.float32),
+            "state": self.privileged_observation[:4].astype(np.float32),
             "prompt": self._prompt,
         }
-
-    @property
-    def state(self) -> Float[np.ndarray, "4"]:
-        """Hand position and opening of the gripper, in robot space."""
-        return self.privileged_observation[:4]
 
     def to_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
         """Returns an action in robot space as the package has it; `from_package` is the other way round."""
@@ -169,9 +157,6 @@ class SawyerSim:
         # The package draws a new layout from `env.seed` at each reset only if both are set; it has no call for that.
         env.seeded_rand_vec, env._freeze_rand_vec = True, False
         aim(env.model, _CAMERA, *self.view)
-        if task in _WITH_GOAL:
-            env.model.site("goal").size[:], env.model.site("goal").rgba[:] = _GOAL_RADIUS, _GOAL_COLOUR
-            env.model.geom("objGeom").rgba[:] = _BLOCK_COLOUR
         return env
 
     def _build(self, task: str) -> Any:

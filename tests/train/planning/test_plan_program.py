@@ -67,9 +67,9 @@ def test_the_program_says_whether_it_fits(
     ("arguments", "said"),
     [
         (["nowhere.py"], "no config file nowhere.py"),
-        (["configs/demo_compare_flow.py", "batchsize=8"], "'batchsize': TrainConfig has no field 'batchsize'; did you"),
-        (["configs/demo_compare_flow.py", "--topology", "v5e:7x7"], "there is no such slice"),
-        (["configs/demo_compare_flow.py", "--search", "3"], "needs published peaks"),
+        (["configs/studies/pi0.py", "batchsize=8"], "'batchsize': TrainConfig has no field 'batchsize'; did you"),
+        (["configs/studies/pi0.py", "--topology", "v5e:7x7"], "there is no such slice"),
+        (["configs/studies/pi0.py", "--search", "3"], "needs published peaks"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments: list[str], said: str) -> None:
