@@ -1,6 +1,7 @@
-"""The study of transfer between arms: no arm is fine-tuned from a policy that has seen it, and how its table is made."""
+"""The study of transfer between arms: no policy has seen the arm that it is fine-tuned to; and how the table is made."""
 
 import json
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,8 +34,10 @@ def matrix(program: ModuleType) -> Matrix:
 
 @pytest.fixture(scope="module")
 def configs(matrix: Matrix) -> dict[str, dict[str, TrainConfig]]:
+    """part -> arm -> run; the file is loaded once for all."""
+    runs, here = runpy.run_path(str(TRANSFER))["configs"], f"{TRANSFER.relative_to(ROOT)}:"
     return {
-        part: {name: override(load_run(ROOT / arm.config), arm.set) for name, arm in study.arms.items()}
+        part: {name: override(runs[arm.config.removeprefix(here)], arm.set) for name, arm in study.arms.items()}
         for part, study in matrix.parts.items()
     }
 
