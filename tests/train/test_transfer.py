@@ -1,4 +1,4 @@
-"""The study of transfer between arms: no policy has seen the arm that it is fine-tuned to; and how the table is made."""
+"""The study of transfer between arms: no policy has seen the arm it is fine-tuned to, and the table is as by hand."""
 
 import json
 import runpy
@@ -83,7 +83,7 @@ def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_pa
     """Of episodes by hand, whoever drove them: arm i of a column j succeeds in the first (i + j) % 3 of 2 episodes."""
     steps: dict[str, tuple[list[str], list[str] | None]] = {}
 
-    class Job(program.Job):  # type: ignore[misc, name-defined]
+    class Job(program.Job):  # type: ignore[name-defined]
         def step(self, name: str, *commands: list[str], server: list[str] | None = None) -> None:
             assert name not in steps
             steps[name] = (commands[0], server)
@@ -95,8 +95,8 @@ def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_pa
         for j, name in enumerate(COLUMNS):
             for seed in (100, 101):
                 won = seed - 100 < (i + j) % 3
-                of = Episode(f"robosuite_{part}", "lift", "trained", seed, won, 9, "egl")
-                append_episode(tmp_path / part / f"{slug(name)}.jsonl", of)
+                episode = Episode(f"robosuite_{part}", "lift", "trained", seed, won, 9, "egl")
+                append_episode(tmp_path / part / f"{slug(name)}.jsonl", episode)
     args = program.Args(TRANSFER, tmp_path, episodes=2)
     program.main(args, Console(quiet=True))
 
@@ -128,7 +128,7 @@ def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_pa
     assert server[:2] == ["serve/policy_server.py", str(tmp_path / "ur5e" / "10_LoRA")]
     assert server[-2:] == ["--step", "best"]
     assert commands[commands.index("--robot") + 1] == "robosuite_ur5e"
-    assert "best" not in steps["ur5e: drive robosuite_ur5e with zero-shot"][1]  # it is not trained
+    assert "best" not in (steps["ur5e: drive robosuite_ur5e with zero-shot"][1] or ())  # it is not trained
     for part in NAMES:
         for name in ("10 full", "50 LoRA", "zero-shot"):
             assert f"warm_start.checkpoint={tmp_path / part / 'pretrained'}" in steps[f"{part}: train {name}"][0]
