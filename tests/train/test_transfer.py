@@ -79,8 +79,8 @@ def test_what_is_compared_is_equal(matrix: Matrix, configs: Any) -> None:
     assert unequal_parts(matrix, driven) == ["panda: arm '10 LoRA': data is not that of '10 scratch'"]
 
 
-def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_path: Path, monkeypatch: Any) -> None:
-    """Of episodes by hand, whoever drove them: arm i of a column j succeeds in the first (i + j) % 3 of 2 episodes."""
+def without_work(program: ModuleType, monkeypatch: Any) -> dict[str, tuple[list[str], list[str] | None]]:
+    """Lets the program run none of its steps; returns where they are noted: name -> command, server."""
     steps: dict[str, tuple[list[str], list[str] | None]] = {}
 
     class Job(program.Job):  # type: ignore[name-defined]
@@ -90,6 +90,12 @@ def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_pa
 
     monkeypatch.setattr(program, "Job", Job)
     monkeypatch.setattr(program, "measured", lambda run_dir, config: {"step_ms": None, "weights": 2_000_000})
+    return steps
+
+
+def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of episodes by hand, whoever drove them: arm i of a column j succeeds in the first (i + j) % 3 of 2 episodes."""
+    steps = without_work(program, monkeypatch)
     for i, part in enumerate(NAMES):
         (tmp_path / part).mkdir()
         for j, name in enumerate(COLUMNS):
@@ -135,6 +141,28 @@ def test_the_program_makes_the_table(program: ModuleType, matrix: Matrix, tmp_pa
         assert not any("warm_start" in word for word in steps[f"{part}: train 10 scratch"][0])
         assert f"{part}: drive robosuite_{part} with pretrained" not in steps
     assert len(steps) == 5 * (2 + 7 * 3)
+
+
+def test_a_study_of_one_robot_keeps_its_table(program: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    """Arms as rows, all beside the first; files directly in the directory of the run."""
+    steps = without_work(program, monkeypatch)
+    for name, won in (("5 episodes", (True, False)), ("10 episodes", (True, True))):
+        for seed, success in enumerate(won):
+            episode = Episode("sawyer", "window-open", "trained", seed, success, 9, "egl")
+            append_episode(tmp_path / f"{slug(name)}.jsonl", episode)
+    path = ROOT / "configs" / "studies" / "learning_curve.py"
+    program.main(program.Args(path, tmp_path, only=("5 episodes", "10 episodes")), Console(quiet=True))
+    assert (tmp_path / "study.md").read_text().splitlines() == [
+        "| policy | window-open | all | beside | p | ms a step | weights |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 5 episodes | 1/2 [0.09, 0.91] | 1/2 [0.09, 0.91] |  |  |  | 2.00 M |",
+        "| 10 episodes | 2/2 [0.34, 1.00] | 2/2 [0.34, 1.00] | 5 episodes [-0.27, +0.91] | 1 |  | 2.00 M |",
+    ]
+    assert list(steps) == [
+        f"{what} {n} episodes" for n in (5, 10) for what in ("statistics of", "train", "drive sawyer with")
+    ]
+    assert f"warm_start.checkpoint={tmp_path / 'pretrained'}" in steps["train 5 episodes"][0]
+    assert (steps["drive sawyer with 10 episodes"][1] or ())[-2:] == ["--step", "best"]
 
 
 def test_one_of_several_runs_of_a_file(tmp_path: Path) -> None:
