@@ -19,7 +19,7 @@ import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extra
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup arms demo compare test lint constraints clean
+.PHONY: setup arms demo compare transfer test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -55,6 +55,18 @@ compare: setup
 	$(PY) data/fit_text.py --data $(SAWYER) --out $(STUDIES)/text.model --state-in-prompt --vocab-size 1024
 	$(PY) data/fit_fast.py configs/studies/fast.py --out $(STUDIES)/fast_tokens --vocab-size 512
 	$(PY) train/study.py configs/studies/action_tokens.py --run $(STUDIES)/action_tokens
+
+# Pretraining on four arms of robosuite and fine-tuning to the fifth, for each of them, see configs/studies/transfer.py.
+# It can be stopped at any moment and goes on where it was.
+TRANSFER := $(STUDIES)/transfer
+ARMS := robosuite_iiwa robosuite_kinova3 robosuite_panda robosuite_sawyer robosuite_ur5e
+transfer: arms
+	for arm in $(ARMS); do \
+	  $(PY) data/make_demos.py --robot $$arm --out $(TRANSFER)/data --episodes-per-task 50 --val-episodes-per-task 8 \
+	    --tasks lift || exit 1; done
+	test -f $(TRANSFER)/text.model || \
+	  $(PY) data/fit_text.py --data $(ARMS:%=$(TRANSFER)/data/%_sim/1.0.0) --out $(TRANSFER)/text.model
+	$(PY) train/study.py configs/studies/transfer.py --run $(TRANSFER)
 
 test: setup lint
 	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder

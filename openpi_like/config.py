@@ -171,17 +171,25 @@ def list_to_tuple(value: Any) -> Any:
 
 
 def load_run(path: str | Path) -> Any:
-    """Runs the Python file of a run and returns its `config`.
+    """Runs the Python file of a run and returns its `config`; of FILE.py:NAME, that one of its `configs`, a dict.
 
     Raises:
         FileNotFoundError: no such file; names those beside it.
-        ValueError: the file defines no `config`.
+        ValueError: the file defines no `config`, or none of that name.
     """
-    path = Path(path)
+    before, several, name = str(path).partition(".py:")
+    path = Path(f"{before}.py" if several else path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no config file {path}; in {path.parent}: {', '.join(beside) or 'no config files'}")
     variables = runpy.run_path(str(path))
+    if several:
+        configs = variables.get("configs", {})
+        if name not in configs:
+            raise ValueError(f"{path} has no run {name!r} in its `configs`; {near_names(name, list(configs))}")
+        return configs[name]
+    if "config" not in variables and "configs" in variables:
+        raise ValueError(f"{path} has several runs; name one, {path}:NAME, of {', '.join(variables['configs'])}")
     if "config" not in variables:
         raise ValueError(f"{path} defines no variable named config; got {sorted(k for k in variables if k[0] != '_')}")
     return variables["config"]

@@ -217,7 +217,7 @@ def _study_problems(root: Path, program: ModuleType, path: Path, sets: Sequence[
     except ValueError as e:
         yield str(e)
         return
-    for arm in study.arms.values():
+    for arm in (arm for part in study.parts.values() for arm in part.arms.values()):
         yield from _config_problems(root, arm.config, (*sets, *arm.set))
 
 

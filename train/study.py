@@ -3,9 +3,9 @@ and prints success with intervals:
 
     python train/study.py configs/studies/policies.py --run runs/studies/policies
 
-What is trained, in which order and from what is in the file's `study`; what must be equal is checked before anything is
-trained. It can be stopped at any moment: started again, it skips the finished steps and the interrupted one goes on.
-Numbers are in `<run>/results.json`, the table as Markdown in `<run>/study.md`.
+What is trained, in which order and from what is in the file's `study`, a `Study` or a `Matrix` of them; what must be
+equal is checked before anything is trained. It can be stopped at any moment: started again, it skips the finished steps
+and the interrupted one goes on. Numbers are in `<run>/results.json`, the table as Markdown in `<run>/study.md`.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,10 @@ from openpi_like.config import load_run, near_names, override
 from openpi_like.job import Job
 from openpi_like.models.weights import weight_shapes
 from openpi_like.serve.evaluation import read_episodes
-from openpi_like.train.checkpoints.checkpoint import find_step
+from openpi_like.train.checkpoints.checkpoint import find_step, stored_scores
 from openpi_like.train.checkpoints.contract import read_contract
-from openpi_like.train.study import Study, slug, study_rows, unequal
+from openpi_like.train.config import TrainConfig
+from openpi_like.train.study import Arm, Matrix, Study, slug, study_rows, unequal_parts
 from openpi_like.train.watching.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Args:
     """Runs a study. study: its file. run: directory for all that it makes. set: overrides of every arm's config.
 
-    only: arms to run, default all. episodes: instead of the study's own. workers: simulator processes.
+    only: arms to run, default all. episodes: of each task, instead of the study's own. workers: simulator processes.
     """
 
     study: Annotated[Path, tyro.conf.Positional]
@@ -47,7 +49,7 @@ class Args:
     workers: int = 2
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path) -> Study | Matrix:
     """Returns the `study` of a file.
 
     Raises:
@@ -56,8 +58,9 @@ def load_study(path: Path) -> Study:
     if not path.is_file():
         raise ValueError(f"no study {path}; in {path.parent}: {sorted(p.name for p in path.parent.glob('*.py'))}")
     found = runpy.run_path(str(path)).get("study")
-    if not isinstance(found, Study):
-        raise ValueError(f"{path}: expected a `study` of openpi_like.train.study.Study, got {type(found).__name__}")
+    if not isinstance(found, Study | Matrix):
+        expected = "a `study`, a Study or a Matrix of openpi_like.train.study"
+        raise ValueError(f"{path}: expected {expected}, got {type(found).__name__}")
     return found
 
 
@@ -69,77 +72,103 @@ def cell(row: dict[str, Any]) -> str:
 def lines(rows: list[dict[str, Any]], more: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Returns the table, its head first."""
     tasks = list(rows[0]["tasks"])
-    table = [["policy", *tasks, "all", f"beside {rows[0]['arm']}", "p", "ms a step", "weights"]]
+    table = [["policy", *tasks, "all", "beside", "p", "ms a step", "weights"]]
     for row in rows:
-        low, high = row.get("difference", (0.0, 0.0))
-        beside = f"[{low:+.2f}, {high:+.2f}]" if "difference" in row else ""
+        beside = "{} [{:+.2f}, {:+.2f}]".format(row["beside"], *row["difference"]) if "beside" in row else ""
         p = f"{row['p']:.2g}" if "p" in row else ""
         of = more[row["arm"]]
-        cells = [*(cell(row["tasks"][t]) for t in tasks), cell(row), beside, p, f"{of['step_ms']:.0f}"]
+        step = "" if of["step_ms"] is None else f"{of['step_ms']:.0f}"
+        cells = [*(cell(row["tasks"][t]) for t in tasks), cell(row), beside, p, step]
         table.append([row["arm"], *cells, f"{of['weights'] / 1e6:.2f} M"])
     return table
 
 
-def measured(run: Path, name: str, batch_size: int) -> dict[str, Any]:
-    """Returns what training an arm says of itself: the median time of a step, and how many weights it has."""
-    rates = sorted(
-        line["samples_per_s"] for line in read_metrics(run / slug(name) / "metrics.jsonl") if "samples_per_s" in line
-    )
-    shapes = weight_shapes(read_contract(find_step(run / slug(name))).policy)
-    weights = sum(int(leaf.size) for leaf in shapes.values())
-    step_ms = 1e3 * batch_size / rates[len(rates) // 2] if rates else float("nan")
-    return {"step_ms": step_ms, "weights": weights}
+def measured(run_dir: Path, config: TrainConfig) -> dict[str, Any]:
+    """Returns what a run says of itself: the median time of a step (None: it has none), how many weights it has, the
+    step that is driven and its score."""
+    rates = sorted(line["samples_per_s"] for line in read_metrics(run_dir / "metrics.jsonl") if "samples_per_s" in line)
+    step = find_step(run_dir, "best" if config.keep.best else None)
+    weights = sum(int(leaf.size) for leaf in weight_shapes(read_contract(step).policy).values())
+    step_ms = 1e3 * config.batch_size / rates[len(rates) // 2] if rates else None
+    return {"step_ms": step_ms, "weights": weights, "step": int(step.name), "scores": stored_scores(step)}
+
+
+def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the runs of an arm have in common: the median time of a step, and the most weights."""
+    times = sorted(run["step_ms"] for run in runs if run["step_ms"] is not None)
+    return {"step_ms": times[len(times) // 2] if times else None, "weights": max(run["weights"] for run in runs)}
+
+
+def run_arm(job: Job, args: Args, study: Study, part: str, name: str, config: TrainConfig | None) -> None:
+    """Trains an arm of a study, and drives it where it has a `config`, as steps of the job. part: see `Study.parts`."""
+    arm, folder, of = study.arms[name], args.run / slug(part), f"{part}: " if part else ""
+    run_dir = folder / slug(name)
+    sets = [f"run_dir={run_dir}", *args.set, *arm.set]
+    if arm.start is not None:
+        sets += [f"warm_start.checkpoint={folder / slug(arm.start)}", f"warm_start.reinitialize={arm.reinitialize!r}"]
+    if arm.own_statistics:
+        sets.append(f"stats={run_dir / 'stats'}")
+        job.step(f"{of}statistics of {name}", ["data/stats.py", "--config", arm.config, "--set", *sets])
+    job.step(f"{of}train {name}", ["train/train.py", arm.config, *sets])
+    if config is None:
+        return
+    port = ["--port-file", str(folder / f"{slug(name)}.port")]
+    drive = ["serve/rollout.py", "--robot", study.robot, "--policy", "trained"]
+    drive += ["--episodes", str(args.episodes or study.episodes), "--tasks", *study.tasks]
+    drive += ["--out", str(folder / f"{slug(name)}.jsonl"), "--workers", str(args.workers)]
+    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
+    server += ["--step", "best"] if config.keep.best else []
+    job.step(f"{of}drive {study.robot} with {name}", [*drive, *port], server=server)
 
 
 def main(args: Args, console: Console) -> None:
     args = dataclasses.replace(args, study=args.study.resolve(), run=args.run.resolve())
     study = load_study(args.study)
-    unknown = sorted(set(args.only) - set(study.arms))
+    names = dict.fromkeys(name for part in study.parts.values() for name in part.arms)
+    unknown = sorted(set(args.only) - set(names))
     if unknown:
-        raise ValueError(f"--only: no arms {unknown}; {near_names(unknown[0], list(study.arms))}")
+        raise ValueError(f"--only: no arms {unknown}; {near_names(unknown[0], list(names))}")
     os.chdir(ROOT)
-    arms = {name: arm for name, arm in study.arms.items() if not args.only or name in args.only}
-    configs = {n: override(load_run(a.config), (*args.set, *a.set)) for n, a in arms.items() if a.driven}
-    problems = unequal(configs, study.varies)
+
+    def chosen(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+        return {name: arm for name, arm in arms.items() if not args.only or name in args.only}
+
+    configs = {
+        part: {
+            name: override(load_run(arm.config), (*args.set, *arm.set))
+            for name, arm in chosen(of.arms).items()
+            if arm.driven
+        }
+        for part, of in study.parts.items()
+    }
+    problems = unequal_parts(study, configs)
     if problems:
         raise ValueError("arms cannot be compared:\n  " + "\n  ".join(problems))
 
     job = Job(args.run, "study", console)
-    for name, arm in arms.items():
-        run_dir = args.run / slug(name)
-        sets = [f"run_dir={run_dir}", *args.set, *arm.set]
-        if arm.start is not None:
-            sets += [
-                f"warm_start.checkpoint={args.run / slug(arm.start)}",
-                f"warm_start.reinitialize={arm.reinitialize!r}",
-            ]
-        if arm.own_statistics:
-            sets.append(f"stats={run_dir / 'stats'}")
-            job.step(f"statistics of {name}", ["data/stats.py", "--config", arm.config, "--set", *sets])
-        job.step(f"train {name}", ["train/train.py", arm.config, *sets])
-        if arm.driven:
-            port = ["--port-file", str(args.run / f"{slug(name)}.port")]
-            episodes = str(args.episodes or study.episodes)
-            drive = ["serve/rollout.py", "--robot", study.robot, "--policy", "trained", "--episodes", episodes]
-            drive += [
-                "--tasks",
-                *study.tasks,
-                "--out",
-                str(args.run / f"{slug(name)}.jsonl"),
-                "--workers",
-                str(args.workers),
-            ]
-            server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
-            server += ["--step", "best"] if study.best else []
-            job.step(f"drive {study.robot} with {name}", [*drive, *port], server=server)
+    for part, of in study.parts.items():
+        for name in chosen(of.arms):
+            run_arm(job, args, of, part, name, configs[part].get(name))
 
-    if not configs:  # --only of arms that prepare others
+    driven = list(next(iter(configs.values())))
+    if not driven:  # --only of arms that prepare others
         return
-    found = {
-        name: {(e.task, e.seed): e.success for e in read_episodes(args.run / f"{slug(name)}.jsonl")} for name in configs
+    folders = {part: args.run / slug(part) for part in configs}
+    found: dict[str, dict[tuple[str, int], bool]] = {
+        name: {
+            (study.place(part, e.task), e.seed): e.success
+            for part, folder in folders.items()
+            for e in read_episodes(folder / f"{slug(name)}.jsonl")
+        }
+        for name in driven
     }
-    rows, more = study_rows(found), {name: measured(args.run, name, c.batch_size) for name, c in configs.items()}
-    head, *body = lines(rows, more)
+    runs = {
+        name: {part: measured(folder / slug(name), configs[part][name]) for part, folder in folders.items()}
+        for name in driven
+    }
+    more = {name: together(list(of.values())) for name, of in runs.items()}
+    rows = study_rows(found, {name: base for name, base in study.beside.items() if base in found})
+    head, *body = study.lay_out(lines(rows, more))
     table = Table(*head, title=args.study.stem)
     for row in body:
         table.add_row(*row)
@@ -147,7 +176,7 @@ def main(args: Args, console: Console) -> None:
     markdown = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
     (args.run / "study.md").write_text("\n".join(markdown) + "\n")
     result = {**{k: job.record[k] for k in ("date", "hardware", "seconds")}, "rows": rows, "measured": more}
-    (args.run / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.run / "results.json").write_text(json.dumps({**result, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

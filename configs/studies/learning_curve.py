@@ -22,5 +22,4 @@ study = Study(
     tasks=("window-open",),
     episodes=20,
     varies=("data",),
-    best=True,
 )

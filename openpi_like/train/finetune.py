@@ -30,7 +30,6 @@ from openpi_like.train.presets import PRESETS, patterns
 from openpi_like.train.statistics import Blended, Own, Pretrained, pretrained
 
 LINE = 120  # characters of a line, at most, where it can be broken
-MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
 _LONGEST = 4_096  # tokens by which a prompt may be longer than the policy's
 STATISTICS: dict[str, Any] = {"own": Own, "pretrained": Pretrained, "blended": Blended}
 
@@ -221,14 +220,14 @@ def check_loads(asked: FineTuning, policy: Any, fresh: Sequence[str]) -> None:
 
 
 def learning_rate(asked: FineTuning) -> float:
-    """Returns the peak of the learning rate, see `FineTuning.peak_lr`; a preset's rate takes it to 1e-3 at most."""
+    """Returns the peak of the learning rate, see `FineTuning.peak_lr` and `Preset.peak_lr`."""
     if asked.peak_lr is not None:
         return asked.peak_lr
     base = OptimizerConfig().peak_lr
     if is_run(asked.start):
         stored = read_record(find_step(asked.start))["config"].get("optimizer")
         base = base if stored is None else from_json(stored).peak_lr
-    return min(base * PRESETS[asked.preset].rate, max(base, MOST_RATE))
+    return PRESETS[asked.preset].peak_lr(base)
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------

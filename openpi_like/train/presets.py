@@ -19,6 +19,7 @@ from openpi_like.models.param import BACKBONE
 from openpi_like.models.weights import abstract_model
 from openpi_like.train.state import Trainable
 
+MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
 _LAYERS = Lora().rules[0].pattern  # linear maps of the language model's and the expert's layers
 
 
@@ -102,6 +103,10 @@ class Preset:
 
     trainable: Callable[[Any], Trainable]
     rate: float = 1.0
+
+    def peak_lr(self, base: float) -> float:
+        """Returns its learning rate. base: that of training all; `rate` takes it to `MOST_RATE` at most."""
+        return min(base * self.rate, max(base, MOST_RATE))
 
 
 # An overlay learns at about ten times the rate of what it lies on; 8 is what configs/finetune_pi0_lora.py has.

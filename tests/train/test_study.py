@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from openpi_like.config import load_run, override
-from openpi_like.train.study import Arm, Study, learning_curve, unequal
+from openpi_like.train.study import Arm, Matrix, Study, learning_curve, study_rows, unequal, unequal_parts
 
 
 def test_arms_do_not_share_files() -> None:
@@ -50,3 +50,87 @@ def test_what_a_study_cannot_vary() -> None:
     arms = {"a": Arm("configs/studies/pi0.py")}
     with pytest.raises(ValueError, match="varies='date'; did you mean 'data'"):
         Study(arms, "sawyer", ("button-press",), 1, varies=("date",))
+
+
+def test_what_arms_are_compared_with() -> None:
+    arms = {"a": Arm("x.py", beside="b"), "b": Arm("x.py", driven=False, beside="a"), "c": Arm("x.py", beside="c")}
+    message = (
+        r"arm 'a': beside='b', expected one of the driven arms \['c'\]; arm 'b': beside='a', expected None, as it is "
+        r"not driven; arm 'c': beside='c', expected one of the driven arms \['a'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        Study(arms, "sawyer", ("button-press",), 1)
+
+
+def test_arms_beside_each_other_are_equal_in_what_varies_too() -> None:
+    """A run of no steps is not compared: it shows what another one has learned."""
+    one = load_run("configs/studies/new_task.py")
+    five, ten = (override(one, (f"data.entries.0.split=train[:{n}]",)) for n in (5, 10))
+    runs = {"seen": dataclasses.replace(one, steps=0), "5": five, "10": ten, "10 again": ten, "5 more": five}
+    assert unequal(runs, ("data",), {"10 again": "10"}) == []
+    assert unequal(runs, ("data",), {"10 again": "10", "5 more": "10"}) == ["arm '5 more': data is not that of '10'"]
+    assert unequal(runs, ("data",), {"10": "seen"}) == []
+    longer = {**runs, "10 again": dataclasses.replace(ten, steps=ten.steps + 1)}
+    assert unequal(longer, ("data",), {"10 again": "10"}) == ["arm '10 again': steps is not that of '10'"]
+
+
+# ---- Several studies in one table ------------------------------------------------------------------------------------
+
+ARMS = {"before": Arm("x.py", driven=False), "a": Arm("x.py"), "b": Arm("x.py"), "c": Arm("x.py", beside="b")}
+
+
+def test_studies_that_make_no_table() -> None:
+    with pytest.raises(ValueError, match="no study, expected one at least"):
+        Matrix({})
+    one = Study(ARMS, "sawyer", ("lift",), 2)
+    other = Study({"a": Arm("x.py"), "b": Arm("x.py")}, "fetch", ("lift", "push"), 3)
+    message = (
+        r"study 'x y': its files would be 'x_y', as study 'x, y'; .*study '': no name; .*study 'x y': arms that are "
+        r"driven are \['a', 'b'\], expected those of the first, \['a', 'b', 'c'\]; study 'x y': its arms are compared "
+        r"with \{\}, .*tasks are \('lift', 'push'\), .*episodes are 3, expected those of the first, 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        Matrix({"x, y": one, "x y": other, "": one})
+
+
+def test_an_arm_is_the_same_in_all_studies_but_for_its_data() -> None:
+    run = load_run("configs/studies/new_task.py")
+    elsewhere = override(run, ("data.entries.0.path=elsewhere",))
+    matrix = Matrix({name: Study(ARMS, "sawyer", ("lift",), 2) for name in ("one", "two")})
+    equal = {"one": dict.fromkeys("abc", run), "two": dict.fromkeys("abc", elsewhere)}
+    assert unequal_parts(matrix, equal) == []
+    later = dataclasses.replace(elsewhere, seed=run.seed + 1)
+    assert unequal_parts(matrix, {**equal, "two": dict.fromkeys("abc", later)}) == [
+        f"arm {arm!r} of 'two': seed is not that of 'one'" for arm in "abc"
+    ]
+    assert unequal_parts(matrix, {**equal, "two": {**equal["two"], "c": run}}) == [
+        "two: arm 'c': data is not that of 'b'",
+    ]
+    assert unequal_parts(Study(ARMS, "sawyer", ("lift",), 2), {"": {**equal["one"], "b": elsewhere}}) == [
+        "arm 'b': data is not that of 'a'",
+        "arm 'c': data is not that of 'b'",
+    ]
+
+
+def test_rows_beside_the_arms_that_they_name() -> None:
+    """Paired by place and seed, p by hand: 2 episodes more, 0 fewer: 2/4; 4 and 0: 2/16; 3 and 2: 2 * 16/32."""
+    places = [(place, seed) for place in ("two", "one") for seed in (7, 8, 9)]
+    won = {"a": "000000", "b": "001100", "c": "111111", "d": "110010"}
+    outcomes = {arm: {e: s == "1" for e, s in zip(places, of, strict=True)} for arm, of in won.items()}
+    rows = {row["arm"]: row for row in study_rows(outcomes, {"c": "b", "d": "b"})}
+    assert {arm: (row["successes"], row["episodes"]) for arm, row in rows.items()} == {
+        "a": (0, 6),
+        "b": (2, 6),
+        "c": (6, 6),
+        "d": (3, 6),
+    }
+    assert [(place, of["successes"]) for place, of in rows["d"]["tasks"].items()] == [("one", 1), ("two", 2)]
+    assert {arm: (row["beside"], row["p"]) for arm, row in rows.items() if "p" in row} == {
+        "b": ("a", 0.5),
+        "c": ("b", 0.125),
+        "d": ("b", 1.0),
+    }
+    # Wilson's interval of 6 of 6, z = 1.96: 1 / (1 + z^2 / 6).
+    assert rows["c"]["interval"] == pytest.approx((1 / (1 + 1.959964**2 / 6), 1.0))
+    with pytest.raises(ValueError, match="arm 'c': its episodes are not those of 'a'"):
+        study_rows({**outcomes, "c": {("one", 7): True}})
