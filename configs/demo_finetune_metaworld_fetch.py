@@ -1,9 +1,9 @@
 """Fine-tunes the pretrained demo policy to Fetch, which it never saw: another arm and camera, and a gripper that is
-commanded the other way round. From 48 demonstrations of six tasks.
+commanded the other way round. From 88 demonstrations of eleven tasks.
 
     python train/train.py configs/demo_finetune_metaworld_fetch.py
 
-All weights come from the checkpoint. Two CPU cores: half a minute; `make demo` makes what it needs, and runs it.
+All weights come from the checkpoint. Two CPU cores: a minute; `make demo` makes what it needs, and runs it.
 """
 
 from openpi_like.data.config import DataConfig, MixtureEntry
@@ -29,9 +29,9 @@ config = TrainConfig(
     tokenizer=None,
     warm_start=WarmStart("runs/demo/pretrain"),
     batch_size=32,
-    steps=250,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=250, weight_decay=1e-4),
+    steps=600,
+    optimizer=OptimizerConfig(peak_lr=3e-4, end_lr=1e-5, warmup_steps=50, decay_steps=600, weight_decay=1e-4),
     ema_decay=0.99,
-    validate_every=125,
-    save_every=125,
+    validate_every=300,
+    save_every=300,
 )

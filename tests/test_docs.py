@@ -158,7 +158,7 @@ BAD = {
     "python data/stats.py --robots sawyer --data DIR --out stats.json": "--robots",
     "python data/stats.py --robot sawyr --data DIR --out stats.json": "no robot 'sawyr'",
     "python data/stats.py --config configs/no_such_run.py": "no config file",
-    "python data/fit_fast.py configs/demo_compare_fast.py --out DIR --set no=1": "no field 'no'",
+    "python data/fit_fast.py configs/studies/fast.py --out DIR --set no=1": "no field 'no'",
     "python serve/policy_server.py runs/x --dtype int3": "int3",
     "python train/plan.py configs/pretrain_pi0.py --search": "--search",
     "python train/checkpoints.py prunes RUN": "prunes",

@@ -73,7 +73,7 @@ def test_the_gripper_is_commanded_the_other_way_round(sims):
 
 def test_a_scene_without_an_arm_is_refused(tmp_path: Path):
     (tmp_path / "table.xml").write_text("<mujoco><worldbody><body name='base'/></worldbody></mujoco>")
-    with pytest.raises(ValueError, match="table.xml: expected a body 'base' with a body 'hand' in it"):
+    with pytest.raises(ValueError, match=r"table\.xml: expected a body 'base' with a body 'hand' in it"):
         fetch_scene(tmp_path / "table.xml")
 
 
