@@ -27,7 +27,7 @@ _FETCH = "robot0:"
 _FIXED = ("slide0", "slide1", "slide2", "torso_lift_joint", "head_pan_joint", "head_tilt_joint")
 _LEFT_OUT = ("gripper_camera_link", "r_gripper_finger_link", "l_gripper_finger_link")
 # Facing along y as Sawyer does; as far from its table, and as high, as in gymnasium-robotics.
-BASE = (0.0, 0.05, -0.4)  # m
+_BASE = (0.0, 0.05, -0.4)  # m
 _TURN = "0.70710678 0 0 0.70710678"
 
 
@@ -47,7 +47,7 @@ def fetch_scene(path: Path) -> str:
     for child in list(base):
         if child.tag == "body":
             base.remove(child)
-    base.set("pos", " ".join(map(str, BASE)))
+    base.set("pos", " ".join(map(str, _BASE)))
     base.set("quat", _TURN)
     base.append(_arm(fetch, hand))
     for section in ET.parse(fetch / "shared.xml").getroot():
