@@ -118,26 +118,32 @@ def main(args: Args) -> None:
         demo.step(f"demonstrations of {robot}", make)
     demo.step(
         "statistics and text tokeniser",
-        *(["data/stats.py", "--robot", r, "--data", sets[r], "--out", f"{stats}/{r}.json"] for r in robots),
+        *(["data/stats.py", "--robot", r, "--data", sets[r], "--out", f"{stats}/{r}.json"] for r in PRETRAINED),
         ["data/fit_text.py", "--data", *sets.values(), "--out", f"{run}/text.model"],
     )
 
     # ---- 3. Pretraining, 4. fine-tuning ------------------------------------------------------------------------------
-    def train(config: str, name: str, steps: int, entries: tuple[str, ...], *more: str) -> list[str]:
-        paths = [f"data.entries.{i}.path={sets[robot]}" for i, robot in enumerate(entries)]
-        length = [f"steps={steps}", f"optimizer.decay_steps={max(steps, 100)}"]
-        return ["train/train.py", config, f"run_dir={run}/{name}", f"stats={stats}", *paths, *length, *more]
+    def config_of(config: str, entries: tuple[str, ...], stats: str) -> list[str]:
+        return [config, f"stats={stats}", *(f"data.entries.{i}.path={sets[robot]}" for i, robot in enumerate(entries))]
 
-    pretrain, tokenizer = "configs/demo_pretrain.py", f"tokenizer={run}/text.model"
+    def train(of: list[str], name: str, steps: int, *more: str) -> list[str]:
+        length = [f"steps={steps}", f"optimizer.decay_steps={max(steps, 100)}"]
+        return ["train/train.py", *of, f"run_dir={run}/{name}", *length, *more]
+
+    tokenizer = f"tokenizer={run}/text.model"
+    pretrain = config_of("configs/demo_pretrain.py", PRETRAINED, stats)
     all_of_them = " and ".join(PRETRAINED)
-    demo.step(f"pretrain on {all_of_them}", train(pretrain, "pretrain", n["pretrain"], PRETRAINED, tokenizer))
-    demo.step("an untrained policy to compare with", train(pretrain, "untrained", 0, PRETRAINED, tokenizer))
+    demo.step(f"pretrain on {all_of_them}", train(pretrain, "pretrain", n["pretrain"], tokenizer))
+    demo.step("an untrained policy to compare with", train(pretrain, "untrained", 0, tokenizer))
     start = f"warm_start.checkpoint={run}/pretrain"
     for robot in finetuned:
-        config, steps, name = f"configs/demo_finetune_{robot}.py", n[f"finetune_{robot}"], f"finetune_{robot}"
-        demo.step(f"fine-tune to {robot}", train(config, name, steps, (robot,), start))
+        steps, name = n[f"finetune_{robot}"], f"finetune_{robot}"
+        # Statistics of the run itself: those of actions relative to a state depend on the length of its chunks.
+        config, *overrides = of = config_of(f"configs/demo_{name}.py", (robot,), f"{stats}_{robot}")
+        statistics = ["data/stats.py", "--config", config, "--set", *overrides]
+        demo.step(f"fine-tune to {robot}", statistics, train(of, name, steps, start))
         if robot == NEW:
-            scratch = train(config, f"scratch_{robot}", steps, (robot,), tokenizer, "warm_start=None")
+            scratch = train(of, f"scratch_{robot}", steps, tokenizer, "warm_start=None")
             demo.step(f"the same steps on {robot} from scratch", scratch)
 
     # ---- 5. Serving, and driving the simulators from another process -------------------------------------------------
