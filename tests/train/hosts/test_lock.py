@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -44,7 +45,9 @@ def write_owner(run_dir: Path, *, host: str | None = None, pid: int = 1, seen: f
     owner = {"host": host or socket.gethostname(), "pid": pid, "started": 1.7e9, "token": "other"}
     owner |= {"seen": time.time() - seen, "boot": boot or boot_id()}
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / OWNER).write_text(json.dumps(owner))
+    whole = run_dir / f"{OWNER}.other"  # as the lock writes it: a reader never sees half of it
+    whole.write_text(json.dumps(owner))
+    os.replace(whole, run_dir / OWNER)
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_started_after_it_was_killed(tmp_path):
