@@ -6,6 +6,8 @@ Vision, language and expert blocks come from the checkpoint; what touches state 
 fresh, and the run prints which weight came from where. Two CPU cores: about 3 minutes.
 """
 
+import dataclasses
+
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.aloha import ALOHA
@@ -13,24 +15,37 @@ from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
 
+robot = dataclasses.replace(ALOHA, action_horizon=40, execute_steps=20)
+
 config = TrainConfig(
     run_dir="runs/demo/finetune",
     model=Pi0Config.tiny(
         cameras=("base", "wrist_right"),
+        patch_size=8,
         state_dim=14,
         action_dim=14,
-        action_horizon=20,
+        action_horizon=40,
         prompt_len=16,
         vocab_size=512,
+        flow_draws=2,
     ),
-    data=DataConfig(entries=(MixtureEntry(robot=ALOHA, path="runs/demo/data/aloha_sim/1.0.0", weight=1.0),)),
+    data=DataConfig(entries=(MixtureEntry(robot=robot, path="runs/demo/data/aloha_sim/1.0.0", weight=1.0),)),
     stats="runs/demo/stats",
     tokenizer=None,
-    warm_start=WarmStart("runs/demo/pretrain", reinitialize=("^action_in/kernel", "^action_out/", "^state_in/kernel")),
-    batch_size=64,
-    steps=900,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=900, weight_decay=1e-4),
-    ema_decay=0.99,
-    validate_every=450,
-    save_every=300,
+    warm_start=WarmStart(
+        "runs/demo/pretrain",
+        reinitialize=(
+            "^action_in/kernel",
+            "^action_out/",
+            "^state_in/kernel",
+            "^vision/patch/kernel",
+            "^vision/position",
+        ),
+    ),
+    batch_size=32,
+    steps=8_000,
+    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=8_000, weight_decay=1e-4),
+    ema_decay=0.999,
+    validate_every=1_000,
+    save_every=1_000,
 )

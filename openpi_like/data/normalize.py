@@ -65,12 +65,15 @@ class Normalization:
 
     mode: "zscore", (x - mean) / (std + 1e-6); or "quantile", (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, not clipped.
     robot: its name. Stored in checkpoints, as JSON through `openpi_like.config.to_json`.
+    action_horizon: length of the chunks that were counted, or None where the source does not say: actions that are
+        relative to the state before the chunk spread more in longer ones.
     """
 
     robot: str
     mode: str
     state: FieldStats
     action: FieldStats
+    action_horizon: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("zscore", "quantile"):

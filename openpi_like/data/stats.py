@@ -287,7 +287,7 @@ def normalization_of(first: tuple[Moments, Moments], second: tuple[Counts, Count
     """Returns the statistics of both passes."""
     state = field_stats(robot.state_names, first[0], second[0])
     action = field_stats(robot.action_names, first[1], second[1])
-    return Normalization(robot=robot.name, mode=robot.normalization, state=state, action=action)
+    return Normalization(robot.name, robot.normalization, state, action, action_horizon=robot.action_horizon)
 
 
 def warn_degenerate(normalization: Normalization) -> None:
@@ -367,7 +367,8 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
 
     Raises:
         FileNotFoundError: no such file; names those beside it.
-        ValueError: the file is not one of ours, or holds the statistics of another robot.
+        ValueError: the file is not one of ours, or holds the statistics of another robot, or of chunks of another
+            length where actions are relative to the state before them.
     """
     path = Path(path)
     if not path.is_file():
@@ -387,6 +388,13 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
         normalization.check(robot)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+    relative = ", ".join(repr(f.name) for f in robot.action if f.relative_to is not None)
+    if relative and normalization.action_horizon not in (None, robot.action_horizon):
+        raise ValueError(
+            f"{path}: statistics of chunks of {normalization.action_horizon} actions, expected {robot.action_horizon} "
+            f"(action_horizon of robot {robot.name!r}): {relative} is relative to the state before the chunk, "
+            "and spreads more in longer ones; make them again with data/stats.py, into a directory of the run's own"
+        )
     return normalization
 
 

@@ -119,6 +119,20 @@ def test_files_come_back_and_are_checked(toy: Path, tmp_path: Path) -> None:
         load_normalization(tmp_path / "x.json", ARM)
 
 
+def test_relative_actions_are_normalised_by_statistics_of_chunks_of_their_length(toy: Path, tmp_path: Path) -> None:
+    index, path = open_index(toy, "train"), tmp_path / "stats.json"
+    longer, cart = (dataclasses.replace(robot, action_horizon=7) for robot in (ARM, CART))
+    for robot in (ARM, CART):
+        save_normalization(compute_normalization(EpisodeDataset(index, robot)), tmp_path / f"{robot.name}.json")
+    with pytest.raises(ValueError, match=r"chunks of 5 actions, expected 7 .*'hand' is relative to .* run's own"):
+        load_normalization(tmp_path / "arm.json", longer)
+    assert load_normalization(tmp_path / "cart.json", cart).action_horizon == 3  # of absolute actions
+    old = to_json(load_normalization(tmp_path / "arm.json", ARM))
+    del old["action_horizon"]  # as written before it was kept
+    path.write_text(json.dumps(old))
+    assert load_normalization(path, longer).action_horizon is None
+
+
 def test_wrong_sizes_and_numbers() -> None:
     stats = stats_of(np.eye(3, dtype=np.float32))
     with pytest.raises(ValueError, match=r"got shape \(2, 4\), expected last axis 3: x0, x1, x2"):

@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,13 @@ class PushTSim:
 
 _LONGEST_MOVE = 40.0  # px per control step, away from the T
 _PUSHES = 10  # longest push, in control steps
-_COARSE, _FINE = 10.0, 4.0  # px per control step while pushing
+_COARSE, _FINE = 16.0, 4.0  # px per control step while pushing
 _FINE_COST = 12.0  # px; below it the T is nearly in place and pushes are short steps
-_STEP_COST = 0.045  # px per control step: of equally good coarse pushes, the shortest
+# px per control step, on the way and while pushing: of equally good pushes the quickest, so that the one begun remains
+# the best of all, and what to do can be told from where disc and T are.
+_COARSE_STEP_COST, _FINE_STEP_COST = 0.5, 0.1
+_ANGLES = (-0.4, 0.0, 0.4)  # rad, of a push to the normal
+_SPACING = 8.0  # px, of starts along the outline
 _CLEARANCE = 6.0  # px between disc and T before a push
 _MOVED = 3.0  # px; the T was bumped on the way, so plan again
 # The T in its own frame: a bar of 120 x 30 px and a stem of 30 x 90 px below it.
@@ -88,8 +92,8 @@ _OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120
 class PushTExpert:
     """Greedy search over straight pushes, tried in a second copy of the simulator.
 
-    Every push starts at one of some forty points of the T's outline. The one that brings the T's corners nearest to
-    their goal is executed, after going there around the T.
+    Every push starts at one of some sixty points of the T's outline. The one that brings the T's corners nearest to
+    their goal in the fewest steps is executed, after going there around the T.
     """
 
     def __init__(self, sim: PushTSim, rng: np.random.Generator, noise: float) -> None:
@@ -111,7 +115,9 @@ class PushTExpert:
         sim = self._sim
         while True:
             pose = sim.block_pose
-            push = None if sim.success else self._best_push(pose)
+            push = None
+            if not sim.success:
+                push = self._best_push(pose, _ANGLES) or self._best_push(pose, self._rng.uniform(-0.6, 0.6, 3))
             if push is None:
                 yield sim.disc  # done, or no push helps: stay
                 continue
@@ -140,14 +146,19 @@ class PushTExpert:
             if self._moved(pose):
                 return
 
-    def _best_push(self, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray, int] | None:
-        """Returns (start, step per control step, number of steps) of the best push, or None if none helps."""
+    def _best_push(self, pose: np.ndarray, angles: Iterable[float]) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Returns (start, step per control step, number of steps) of the best push, or None if none helps.
+
+        angles: to the outline's normal, in rad.
+        """
         now = self._cost(pose)
         fine = now < _FINE_COST
-        best, push = now - 0.05, None
+        best: float = now - 0.05
+        push = None
+        step_cost = _FINE_STEP_COST if fine else _COARSE_STEP_COST
         outline = _to_world(_OUTLINE, pose)
         for point, normal in _perimeter(outline):
-            for angle in (0.0, self._rng.uniform(-0.6, 0.6)):
+            for angle in angles:
                 c, s = np.cos(angle), np.sin(angle)
                 direction = -np.array([c * normal[0] - s * normal[1], s * normal[0] + c * normal[1]])
                 start = point - direction * (_DISC + _CLEARANCE)
@@ -155,6 +166,7 @@ class PushTExpert:
                     continue
                 step = direction * (_FINE if fine else _COARSE)
                 self._place(pose, start)
+                reached = []  # cost and steps, after each step of the push
                 for k in range(1, _PUSHES + 1):
                     target = start + k * step
                     if not np.all((target > 10) & (target < _SIZE - 10)):
@@ -162,11 +174,14 @@ class PushTExpert:
                     self._try(target)
                     block = self._trial.block
                     cost = self._cost(np.array([*block.position, block.angle]))
-                    penalised = cost + (0.0 if fine else _STEP_COST * (k - 1))
-                    if penalised < best:
-                        best, push = penalised, (start, step, k)
+                    reached.append((cost + step_cost * (k - 1), k))
                     if cost > now + 25:
                         break
+                least, count = min(reached, default=(np.inf, 0))
+                if least < best:  # the way there takes longer to compute, so only then
+                    least += step_cost * self._length(start, pose) / _LONGEST_MOVE
+                if least < best:
+                    best, push = least, (start, step, count)
         return push
 
     def _cost(self, pose: np.ndarray) -> float:
@@ -194,12 +209,17 @@ class PushTExpert:
             )
             env.space.step(env.dt)
 
+    def _length(self, goal: np.ndarray, pose: np.ndarray) -> float:
+        """Of the way from the disc to `goal`, in px."""
+        way = [self._sim.disc, *self._route(self._sim.disc, goal, pose)]
+        return float(sum(np.linalg.norm(b - a) for a, b in itertools.pairwise(way)))
+
     def _route(self, start: np.ndarray, goal: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
         """Points to pass on the way: straight if the T is not in between, else along a circle around it."""
         from shapely.geometry import LineString, Polygon
 
         block = Polygon(_to_world(_OUTLINE, pose))
-        grown = block.buffer(_DISC + 1.5)
+        grown, touched = block.buffer(_DISC + 1.5), block.buffer(_DISC + 0.5)
         straight = LineString([start, goal])
         if not straight.crosses(grown) and not straight.within(grown):
             return [goal]
@@ -213,7 +233,7 @@ class PushTExpert:
             circle = centre + 115.0 * np.stack([np.cos(around), np.sin(around)], axis=1)
             points = [*np.clip(circle, 12.0, _SIZE - 12.0), goal]
             legs = [LineString(leg) for leg in itertools.pairwise([start, *points])]
-            bumps = sum(leg.intersection(block.buffer(_DISC + 0.5)).length for leg in legs)
+            bumps = sum(leg.intersection(touched).length for leg in legs)
             routes.append((sum(leg.length for leg in legs) + 8.0 * bumps, points))
         return min(routes, key=lambda r: r[0])[1]
 
@@ -225,11 +245,11 @@ def _to_world(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def _perimeter(outline: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Points about every 12 px along the outline, each with its outward unit normal."""
+    """Points about every 8 px along the outline, each with its outward unit normal."""
     for a, b in itertools.pairwise([*outline, outline[0]]):
         length = np.linalg.norm(b - a)
         along = (b - a) / length
-        count = max(1, round(length / 12.0))
+        count = max(1, round(length / _SPACING))
         for i in range(count):
             yield a + (b - a) * (i + 0.5) / count, np.array([along[1], -along[0]])
 
