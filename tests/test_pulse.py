@@ -103,7 +103,8 @@ def test_ways_to_produce_actions_are_compared(demo):
 def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
     rows = json.loads((demo / "finetune_aloha" / "load_report.json").read_text())
     fresh = {row["weight"]: row["why"] for row in rows if row["from"] == "fresh"}
-    assert set(fresh) == {"action_in/kernel", "action_out/kernel", "action_out/bias", "state_in/kernel"}
+    sizes = {"action_in/kernel", "action_out/kernel", "action_out/bias", "state_in/kernel"}
+    assert set(fresh) == sizes | {"vision/patch/kernel", "vision/position"}
     assert (
         fresh["state_in/kernel"] == "asked by '^state_in/kernel': state_in/kernel: got shape (4, 64), expected (14, 64)"
     )

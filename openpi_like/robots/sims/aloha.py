@@ -38,7 +38,7 @@ class AlohaSim:
     robot = ALOHA
     tasks = tuple(PROMPTS)
     max_steps = 400
-    noises: tuple[float, ...] = (0.0, 0.02, 0.04)  # rad
+    noises: tuple[float, ...] = (0.0, 0.1, 0.2)  # rad
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()
@@ -130,8 +130,10 @@ _POSTURE = np.diag([0.0, 0.0, 0.0, 0.03, 0.0, 0.003])
 _LONGEST_STEP = 0.2  # rad per iteration
 _ITERATIONS = 20
 
-_MEMORY = 0.9  # correlation of the noise from one control step to the next
-_CALM_FROM = 45  # control steps; the right gripper closes from 62 on
+_MEMORY = 0.95  # correlation of the noise from one control step to the next
+_CALMING = (25, 45)  # control steps between which the noise dies away; the right gripper closes from 62 on
+
+_JOINTS = np.tile([1.0] * 6 + [0.0], 2)  # and not the grippers
 
 Waypoint = tuple[int, np.ndarray, np.ndarray, float]  # time, hand position, hand quaternion (wxyz), gripper
 
@@ -163,13 +165,13 @@ class AlohaExpert:
     def disturb(self, action: Float[np.ndarray, "14"]) -> Float[np.ndarray, "14"]:
         """Slowly varying noise on the joints until shortly before the cube is grasped; see `Expert.disturb`.
 
-        The stiff arms would swallow noise that is new at every step; with the cube in hand it would be dropped.
+        The stiff arms would swallow noise that is new at every step; with the cube in hand it would be dropped. With
+        less of it the joints tell where the arm is going, and a policy learns to look at them and not at the cube.
         """
-        sigma = self._noise if self._time < _CALM_FROM else 0.0
-        fresh = sigma * self._rng.standard_normal(14)
+        sigma = self._noise * float(np.interp(self._time, _CALMING, (1.0, 0.0)))
+        fresh = self._rng.standard_normal(14) * _JOINTS
         self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
-        self._drift[[6, 13]] = 0.0  # the grippers
-        return (action + self._drift).astype(np.float32)
+        return (action + sigma * self._drift).astype(np.float32)
 
     def _solve(self, arm: str, position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
         """Joint angles that bring the arm's hand to a pose, starting from the last ones."""
