@@ -24,7 +24,7 @@ class PushTSim:
     robot = PUSHT
     tasks = tuple(PROMPTS)
     max_steps = 300
-    noises: tuple[float, ...] = (0.0, 4.0)  # px
+    noises: tuple[float, ...] = (0.0, 10.0, 20.0)  # px
     renderer = "pygame"
 
     def __init__(self) -> None:
@@ -85,6 +85,8 @@ _ANGLES = (-0.4, 0.0, 0.4)  # rad, of a push to the normal
 _SPACING = 8.0  # px, of starts along the outline
 _CLEARANCE = 6.0  # px between disc and T before a push
 _MOVED = 3.0  # px; the T was bumped on the way, so plan again
+_MEMORY = 0.8  # correlation of the noise from one control step to the next
+_CALM, _WILD = 20.0, 100.0  # px from the start of a push, between which the noise grows
 # The T in its own frame: a bar of 120 x 30 px and a stem of 30 x 90 px below it.
 _OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)], float)
 
@@ -102,14 +104,22 @@ class PushTExpert:
         self._trial.reset(seed=0)
         self._goal = _to_world(_OUTLINE, sim.env.goal_pose)
         self._targets = self._plan_and_move()
+        self._drift, self._way_left = np.zeros(2), 0.0
 
     def act(self) -> Float[np.ndarray, "2"]:
         """See `Expert.act`."""
         return np.clip(next(self._targets), 0.0, _SIZE).astype(np.float32)
 
     def disturb(self, action: Float[np.ndarray, "2"]) -> Float[np.ndarray, "2"]:
-        """Gaussian noise on the target; see `Expert.disturb`."""
-        return np.clip(action + self._noise * self._rng.standard_normal(2), 0.0, _SIZE).astype(np.float32)
+        """Slowly varying noise on the way to a push; see `Expert.disturb`.
+
+        So the disc is seen at many places around the T, where a policy that wavers finds itself too. A push is as it
+        should be, since the T would be anywhere after it.
+        """
+        fresh = self._rng.standard_normal(2)
+        self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
+        sigma = self._noise * float(np.interp(self._way_left, (_CALM, _WILD), (0.0, 1.0)))
+        return np.clip(action + sigma * self._drift, 0.0, _SIZE).astype(np.float32)
 
     def _plan_and_move(self) -> Iterator[np.ndarray]:
         sim = self._sim
@@ -123,6 +133,7 @@ class PushTExpert:
                 continue
             start, step, count = push
             yield from self._go(start, pose)
+            self._way_left = 0.0
             if self._moved(pose):
                 continue
             for k in range(1, count + 1):
@@ -134,7 +145,7 @@ class PushTExpert:
 
     def _go(self, goal: np.ndarray, pose: np.ndarray) -> Iterator[np.ndarray]:
         """Targets on a way to `goal` that avoids the T; ends early if the T was bumped."""
-        route = self._route(self._sim.disc, goal, pose)
+        route, coarse = self._route(self._sim.disc, goal, pose), self._cost(pose) >= _FINE_COST
         for i, point in enumerate(route):
             near = 2.5 if i == len(route) - 1 else 14.0
             for _ in range(25):
@@ -142,6 +153,7 @@ class PushTExpert:
                 distance = np.linalg.norm(way)
                 if distance < near:
                     break
+                self._way_left = float(np.linalg.norm(goal - self._sim.disc)) if coarse else 0.0
                 yield self._sim.disc + way * min(1.0, _LONGEST_MOVE / distance)
             if self._moved(pose):
                 return
