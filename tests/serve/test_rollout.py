@@ -52,7 +52,7 @@ def test_an_episode_is_driven_and_films_are_kept(tmp_path):
     # One request for every chunk, not for every step, and only then is the camera looked through.
     assert len(asked) == len(episode.latency_ms) == 300 / PUSHT.execute_steps
     assert asked[0]["robot"] == "pusht"
-    assert asked[0]["images"]["base"].shape == (64, 64, 3)
+    assert asked[0]["images"]["base"].shape == (96, 96, 3)
     assert (tmp_path / "frames" / "pusht_push-t.gif").stat().st_size > 1000
 
 
