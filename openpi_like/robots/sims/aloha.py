@@ -5,7 +5,6 @@ The right arm picks a cube up and hands it to the left arm. Layout, units and co
 """
 
 import importlib.util
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class AlohaSim:
     robot = ALOHA
     tasks = tuple(PROMPTS)
     max_steps = 400
-    noises: tuple[float, ...] = (0.0, 0.1, 0.2)  # rad
+    noises: tuple[float, ...] = (0.0, 0.03, 0.06)  # rad
 
     def __init__(self) -> None:
         self._mujoco = import_mujoco()
@@ -72,12 +71,13 @@ class AlohaSim:
         """Position of the cube, in metres; privileged."""
         return self.data.qpos[_CUBE_QPOS : _CUBE_QPOS + 3].copy()
 
+    def gripper(self, arm: str) -> float:
+        """How far a gripper is open: 0 closed, 1 open."""
+        return float((self.data.qpos[_QPOS[arm] + 6] - _FINGER_CLOSED) / (_FINGER_OPEN - _FINGER_CLOSED))
+
     def observe(self) -> dict[str, Any]:
         """See `Sim.observe`."""
-        state = []
-        for arm in _ARMS:
-            q = self.data.qpos[_QPOS[arm] :]
-            state += [*q[:6], (q[6] - _FINGER_CLOSED) / (_FINGER_OPEN - _FINGER_CLOSED)]
+        state = [x for arm in _ARMS for x in (*self.data.qpos[_QPOS[arm] : _QPOS[arm] + 6], self.gripper(arm))]
         return {
             "images": {c.name: self._draw(_MODEL_CAMERAS[c.name], c.height or 0) for c in self.robot.cameras},
             "state": np.array(state, np.float32),
@@ -118,6 +118,17 @@ class AlohaSim:
         return set(pairs[pairs != self._cube].tolist())
 
 
+def _turned(axis: np.ndarray, degrees: float) -> np.ndarray:
+    """Quaternion (wxyz) of a turn about a unit axis."""
+    half = np.deg2rad(degrees) / 2
+    return np.array([np.cos(half), *(np.sin(half) * axis)])
+
+
+def _shortened(way: np.ndarray, longest: float) -> np.ndarray:
+    """A way, or a turn, no longer than that."""
+    return way * min(1.0, longest / max(float(np.linalg.norm(way)), 1e-9))
+
+
 # The hand is 13.5 cm ahead of the gripper link along its x axis; on the right arm, turned by half a turn about z.
 _HAND = {
     "left": (np.array([-0.134706, 0.0, 0.00205]), np.array([1.0, 0.0, 0.0, 0.0])),
@@ -130,48 +141,104 @@ _POSTURE = np.diag([0.0, 0.0, 0.0, 0.03, 0.0, 0.003])
 _LONGEST_STEP = 0.2  # rad per iteration
 _ITERATIONS = 20
 
+_JOINTS = np.tile([1.0] * 6 + [0.0], 2)  # that are disturbed: not the grippers
+_STEP, _TURN = 0.007, 0.035  # m and rad that a hand is moved by per control step
+_LEAD = 0.04  # m by which what it is told may be away from where it is
 _MEMORY = 0.95  # correlation of the noise from one control step to the next
-_CALMING = (25, 45)  # control steps between which the noise dies away; the right gripper closes from 62 on
+_CALM, _WILD = 0.06, 0.2  # m from the cube, between which the noise grows
+_OPEN, _EMPTY, _HOLDS = 0.85, 0.5, 0.66  # gripper values: wide open; and those that it has with the cube in it
+_NEAR, _THERE = 0.035, 0.012  # m: the cube is in the hand; the hand is where it should be
 
-_JOINTS = np.tile([1.0] * 6 + [0.0], 2)  # and not the grippers
+_DOWN, _SIDEWAYS = _turned(np.array([0.0, 1.0, 0.0]), -60.0), _turned(np.array([1.0, 0.0, 0.0]), 90.0)
+_ABOVE = np.array([0.0, 0.0, 0.08])  # m
+_MEET, _PART = np.array([0.0, 0.5, 0.25]), np.array([0.12, 0.5, 0.25])
+_WAIT, _LEAVE = (np.array([x, 0.5, 0.23]) for x in (-0.12, -0.1))
 
-Waypoint = tuple[int, np.ndarray, np.ndarray, float]  # time, hand position, hand quaternion (wxyz), gripper
+Goal = tuple[np.ndarray, np.ndarray, float]  # hand position, hand quaternion (wxyz), gripper
+Hand = tuple[np.ndarray, np.ndarray]
 
 
 class AlohaExpert:
-    """Hand waypoints over time, turned into joint targets by damped-least-squares inverse kinematics.
+    """Chooses a goal for each hand from where hands and cube are, and goes one step towards it.
 
-    The plan is fixed at the start; joint targets are absolute, so disturbances are corrected by following it.
+    Nothing depends on the time since the start: what to do can be told from what cameras and joints show, also after a
+    disturbance, and a cube that was missed or dropped is taken again. Damped-least-squares inverse kinematics makes joint targets of the hands' poses.
     """
 
     def __init__(self, sim: AlohaSim, rng: np.random.Generator, noise: float) -> None:
-        self._mujoco, self._model = import_mujoco(), sim.model
+        self._mujoco, self._model, self._sim = import_mujoco(), sim.model, sim
         self._data = self._mujoco.MjData(sim.model)
         self._rng, self._noise = rng, noise
-        self._plan = _plan(sim.cube)
-        self._joints = {arm: _START_JOINTS.copy() for arm in _ARMS}
-        self._time = 0
-        self._drift = np.zeros(14)
+        self._joints = {arm: sim.data.qpos[_QPOS[arm] : _QPOS[arm] + 6].copy() for arm in _ARMS}
+        self._commanded = {arm: self._hand(arm) for arm in _ARMS}
+        self._drift, self._shaken = np.zeros(14), np.zeros(2)
 
     def act(self) -> Float[np.ndarray, "14"]:
         """See `Expert.act`."""
-        self._time += 1
+        hands = {arm: self._hand(arm) for arm in _ARMS}
         action: list[float] = []
-        for arm in _ARMS:
-            position, quaternion, gripper = _interpolate(self._plan[arm], self._time)
-            action += [*self._solve(arm, position, quaternion), gripper]
+        for arm, (position, quaternion, gripper) in zip(_ARMS, self._goals(hands), strict=True):
+            before, turned = self._commanded[arm]
+            now = hands[arm][0]
+            start = now + _shortened(before - now, _LEAD)
+            target = start + _shortened(position - start, _STEP)
+            self._commanded[arm] = target, self._turn_towards(turned, quaternion)
+            action += [*self._solve(arm, *self._commanded[arm]), gripper]
         return np.array(action, np.float32)
 
     def disturb(self, action: Float[np.ndarray, "14"]) -> Float[np.ndarray, "14"]:
-        """Slowly varying noise on the joints until shortly before the cube is grasped; see `Expert.disturb`.
+        """Slowly varying noise on the joints of an arm that is not near the cube; see `Expert.disturb`.
 
-        The stiff arms would swallow noise that is new at every step; with the cube in hand it would be dropped. With
-        less of it the joints tell where the arm is going, and a policy learns to look at them and not at the cube.
+        The stiff arms would swallow noise that is new at every step. With little of it the joints tell where the arm is
+        going, and a policy learns to look at them and not at the cube.
         """
-        sigma = self._noise * float(np.interp(self._time, _CALMING, (1.0, 0.0)))
         fresh = self._rng.standard_normal(14) * _JOINTS
         self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
-        return (action + sigma * self._drift).astype(np.float32)
+        return (action + self._noise * np.repeat(self._shaken, 7) * self._drift).astype(np.float32)
+
+    def _goals(self, hands: dict[str, Hand]) -> tuple[Goal, Goal]:
+        """Of the left and the right hand; and how much each may be disturbed, from 0 to 1."""
+        cube, (left, _), (right, _) = self._sim.cube, hands["left"], hands["right"]
+        grippers = {arm: self._sim.gripper(arm) for arm in _ARMS}
+        held = {arm: np.linalg.norm(cube - hands[arm][0]) < _NEAR and _EMPTY < grippers[arm] < _HOLDS for arm in _ARMS}
+        meeting = held["right"] and np.linalg.norm(right - _MEET) < _THERE
+        self._shaken = np.array(
+            [
+                np.interp(np.linalg.norm(left - cube), (_CALM, _WILD), (0.0, 1.0)),
+                0.0 if any(held.values()) else np.interp(np.linalg.norm(right - cube), (_CALM, _WILD), (0.0, 1.0)),
+            ]
+        )
+        if held["left"]:
+            apart = grippers["right"] > _OPEN
+            return (_LEAVE if apart else cube, _SIDEWAYS, 0.0), (_PART if apart else _MEET, _DOWN, 1.0)
+        closing = np.linalg.norm(left - cube) < _THERE
+        for_left = (cube, _SIDEWAYS, 0.0 if closing else 1.0) if meeting else (_WAIT, _SIDEWAYS, 1.0)
+        if held["right"]:
+            return for_left, (_MEET, _DOWN, 0.0)
+        over = np.linalg.norm((right - cube)[:2])
+        if np.linalg.norm(right - cube) < _THERE:
+            return for_left, (cube, _DOWN, 0.0)
+        lowering = over < _THERE and grippers["right"] > _OPEN
+        return for_left, (cube if lowering else cube + _ABOVE, _DOWN, 1.0)
+
+    def _hand(self, arm: str) -> Hand:
+        """Position and quaternion of a hand now."""
+        body = self._model.body(f"vx300s_{arm}/gripper_link").id
+        offset, turn = _HAND[arm]
+        inverse, quaternion, ahead = np.zeros(4), np.zeros(4), np.zeros(3)
+        self._mujoco.mju_negQuat(inverse, turn)
+        self._mujoco.mju_mulQuat(quaternion, self._sim.data.xquat[body], inverse)
+        self._mujoco.mju_rotVecQuat(ahead, offset, quaternion)
+        return self._sim.data.xpos[body] - ahead, quaternion
+
+    def _turn_towards(self, quaternion: np.ndarray, goal: np.ndarray) -> np.ndarray:
+        """The quaternion one step on the way to the goal."""
+        inverse, difference, axis, turned = np.zeros(4), np.zeros(4), np.zeros(3), quaternion.copy()
+        self._mujoco.mju_negQuat(inverse, quaternion)
+        self._mujoco.mju_mulQuat(difference, inverse, goal)
+        self._mujoco.mju_quat2Vel(axis, difference, 1.0)
+        self._mujoco.mju_quatIntegrate(turned, _shortened(axis, _TURN), 1.0)
+        return turned
 
     def _solve(self, arm: str, position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
         """Joint angles that bring the arm's hand to a pose, starting from the last ones."""
@@ -206,56 +273,6 @@ class AlohaExpert:
             q = np.clip(q + np.clip(change, -_LONGEST_STEP, _LONGEST_STEP), low, high)
         self._joints[arm] = q
         return q
-
-
-def _plan(cube: np.ndarray) -> dict[str, list[Waypoint]]:
-    """Waypoints of both arms, in control steps: pick up, meet in the middle, hand over, part."""
-    straight = np.array([1.0, 0.0, 0.0, 0.0])
-    down, sideways = _turn(np.array([0.0, 1.0, 0.0]), -60.0), _turn(np.array([1.0, 0.0, 0.0]), 90.0)
-    grasp = np.array([cube[0], cube[1], 0.02])
-    above = grasp + np.array([0.0, 0.0, 0.08])
-    meet = np.array([0.0, 0.5, 0.25])
-    part = meet + np.array([0.12, 0.0, 0.0])
-    wait, take, leave = (np.array([x, 0.5, 0.23]) for x in (-0.12, 0.02, -0.1))
-    home = {arm: np.array([sign * 0.18248281, 0.5, 0.29525]) for arm, sign in (("left", -1), ("right", 1))}
-    return {
-        "left": [
-            (0, home["left"], straight, 0.0),
-            (48, wait, sideways, 1.0),
-            (112, wait, sideways, 1.0),
-            (140, take, sideways, 1.0),
-            (156, take, sideways, 0.0),
-            (172, take, sideways, 0.0),
-            (196, leave, sideways, 0.0),
-        ],
-        "right": [
-            (0, home["right"], straight, 0.0),
-            (36, above, down, 1.0),
-            (56, grasp, down, 1.0),
-            (62, grasp, down, 1.0),
-            (76, grasp, down, 0.0),
-            (108, meet, down, 0.0),
-            (160, meet, down, 0.0),
-            (170, meet, down, 1.0),
-            (192, part, down, 1.0),
-        ],
-    }
-
-
-def _interpolate(plan: list[Waypoint], time: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Pose and gripper at `time`: linear, and the last waypoint for ever after."""
-    for (t0, p0, q0, g0), (t1, p1, q1, g1) in itertools.pairwise(plan):
-        if time < t1:
-            s = (time - t0) / (t1 - t0)
-            quaternion = (1 - s) * q0 + s * q1
-            return (1 - s) * p0 + s * p1, quaternion / np.linalg.norm(quaternion), (1 - s) * g0 + s * g1
-    return plan[-1][1], plan[-1][2], plan[-1][3]
-
-
-def _turn(axis: np.ndarray, degrees: float) -> np.ndarray:
-    """Quaternion (wxyz) of a turn about a unit axis."""
-    half = np.deg2rad(degrees) / 2
-    return np.array([np.cos(half), *(np.sin(half) * axis)])
 
 
 def _model_path() -> Path:
