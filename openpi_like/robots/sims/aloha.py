@@ -162,7 +162,8 @@ class AlohaExpert:
     """Chooses a goal for each hand from where hands and cube are, and goes one step towards it.
 
     Nothing depends on the time since the start: what to do can be told from what cameras and joints show, also after a
-    disturbance, and a cube that was missed or dropped is taken again. Damped-least-squares inverse kinematics makes joint targets of the hands' poses.
+    disturbance, and a cube that was missed or dropped is taken again. Damped-least-squares inverse kinematics makes
+    joint targets of the hands' poses.
     """
 
     def __init__(self, sim: AlohaSim, rng: np.random.Generator, noise: float) -> None:
