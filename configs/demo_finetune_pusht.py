@@ -1,4 +1,4 @@
-"""Fine-tunes the pretrained demo policy to PushT alone, with patches a quarter as large and longer chunks.
+"""Fine-tunes the pretrained demo policy to PushT alone, with larger pictures, smaller patches and longer chunks.
 
     python train/train.py configs/demo_finetune_pusht.py
 

@@ -32,9 +32,9 @@ SCALES: dict[str, dict[str, int]] = {
     "full": {
         "tasks": 11,
         "sawyer": 100,
-        "pusht": 300,
+        "pusht": 800,
         "metaworld_fetch": 8,
-        "aloha": 200,
+        "aloha": 300,
         "val": 10,
         "pretrain": 30_000,
         "finetune_metaworld_fetch": 600,
