@@ -135,10 +135,11 @@ _HAND = {
     "right": (np.array([0.134706, 0.0, 0.00205]), np.array([0.0, 0.0, 0.0, 1.0])),
 }
 _ROTATION_WEIGHT = 0.3  # metres per radian in the error of the inverse kinematics
-_DAMPING = 1e-5
+_DAMPING = 1e-4
 # Pulls forearm roll and wrist rotation to zero: of the wrist's two solutions, always the same.
 _POSTURE = np.diag([0.0, 0.0, 0.0, 0.03, 0.0, 0.003])
 _LONGEST_STEP = 0.2  # rad per iteration
+_FASTEST = 0.12  # rad per control step: near a singular pose a small step of the hand is a large one of the joints
 _ITERATIONS = 20
 
 _JOINTS = np.tile([1.0] * 6 + [0.0], 2)  # that are disturbed: not the grippers
@@ -272,8 +273,9 @@ class AlohaExpert:
             error = np.concatenate([error, -_POSTURE @ q])
             change = np.linalg.solve(jacobian.T @ jacobian + _DAMPING * np.eye(6), jacobian.T @ error)
             q = np.clip(q + np.clip(change, -_LONGEST_STEP, _LONGEST_STEP), low, high)
-        self._joints[arm] = q
-        return q
+        before = self._joints[arm]
+        self._joints[arm] = before + np.clip(q - before, -_FASTEST, _FASTEST)
+        return self._joints[arm]
 
 
 def _model_path() -> Path:
