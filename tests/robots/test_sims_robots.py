@@ -203,10 +203,11 @@ def test_aloha_expert_takes_over_anywhere_and_takes_a_moved_cube(sims, seed):
 
 def test_aloha_demonstrations_come_from_many_sides(sims):
     """Disturbed, the same layout is solved by other ways: where the joints are does not say where the cube is."""
-    sim, ways = sims("aloha"), []
+    sim = sims("aloha")
+    ways: list[np.ndarray] = []
     for noise in (0.0, 0.06):
         sim.reset("transfer-cube", 6)
-        expert, way = sim.expert(np.random.default_rng(1), noise), []
+        expert, way = sim.expert(np.random.default_rng(1), noise), list[np.ndarray]()
         while not sim.success and len(way) < sim.max_steps:
             way.append(sim.observe()["state"][7:10])
             sim.step(expert.disturb(expert.act()))
