@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
-from openpi_like.robots.sims.sim import check_action, prompt_of
+from openpi_like.robots.sims.sim import SlowNoise, check_action, prompt_of
 
 PROMPTS = {"transfer-cube": ("hand the red cube from the right arm to the left arm",)}
 
@@ -173,7 +173,7 @@ class AlohaExpert:
         self._rng, self._noise = rng, noise
         self._joints = {arm: sim.data.qpos[_QPOS[arm] : _QPOS[arm] + 6].copy() for arm in _ARMS}
         self._commanded = {arm: self._hand(arm) for arm in _ARMS}
-        self._drift, self._shaken = np.zeros(14), np.zeros(2)
+        self._drift, self._shaken = SlowNoise(14, _MEMORY), np.zeros(2)
 
     def act(self) -> Float[np.ndarray, "14"]:
         """See `Expert.act`."""
@@ -194,9 +194,8 @@ class AlohaExpert:
         The stiff arms would swallow noise that is new at every step. With little of it the joints tell where the arm is
         going, and a policy learns to look at them and not at the cube.
         """
-        fresh = self._rng.standard_normal(14) * _JOINTS
-        self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
-        return (action + self._noise * np.repeat(self._shaken, 7) * self._drift).astype(np.float32)
+        drift = self._drift.next(self._rng) * _JOINTS
+        return (action + self._noise * np.repeat(self._shaken, 7) * drift).astype(np.float32)
 
     def _goals(self, hands: dict[str, Hand]) -> tuple[Goal, Goal]:
         """Of the left and the right hand; and how much each may be disturbed, from 0 to 1."""

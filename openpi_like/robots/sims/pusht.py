@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from openpi_like.robots.pusht import PUSHT
-from openpi_like.robots.sims.sim import check_action, prompt_of
+from openpi_like.robots.sims.sim import SlowNoise, check_action, prompt_of
 
 PROMPTS = {"push-t": ("push the T onto the green outline",)}
 
@@ -104,7 +104,7 @@ class PushTExpert:
         self._trial.reset(seed=0)
         self._goal = _to_world(_OUTLINE, sim.env.goal_pose)
         self._targets = self._plan_and_move()
-        self._drift, self._way_left = np.zeros(2), 0.0
+        self._drift, self._way_left = SlowNoise(2, _MEMORY), 0.0
 
     def act(self) -> Float[np.ndarray, "2"]:
         """See `Expert.act`."""
@@ -116,10 +116,8 @@ class PushTExpert:
         So the disc is seen at many places around the T, where a policy that wavers finds itself too. A push is as it
         should be, since the T would be anywhere after it.
         """
-        fresh = self._rng.standard_normal(2)
-        self._drift = _MEMORY * self._drift + np.sqrt(1 - _MEMORY**2) * fresh
         sigma = self._noise * float(np.interp(self._way_left, (_CALM, _WILD), (0.0, 1.0)))
-        return np.clip(action + sigma * self._drift, 0.0, _SIZE).astype(np.float32)
+        return np.clip(action + sigma * self._drift.next(self._rng), 0.0, _SIZE).astype(np.float32)
 
     def _plan_and_move(self) -> Iterator[np.ndarray]:
         sim = self._sim

@@ -16,6 +16,23 @@ SECONDS_AFTER_SUCCESS = 0.2
 """What is recorded after success, so that the chunk that reaches the goal is whole."""
 
 
+class SlowNoise:
+    """Gaussian noise that varies slowly, for `Expert.disturb`: noise that is new at every step averages out.
+
+    It starts at zero and grows to unit variance (an autoregressive process of first order).
+    memory: correlation from one control step to the next.
+    """
+
+    def __init__(self, dims: int, memory: float) -> None:
+        self._value, self._memory = np.zeros(dims), memory
+
+    def next(self, rng: np.random.Generator) -> Float[np.ndarray, "J"]:
+        """Returns the noise of the next control step, without unit."""
+        fresh = rng.standard_normal(len(self._value))
+        self._value = self._memory * self._value + np.sqrt(1 - self._memory**2) * fresh
+        return self._value
+
+
 @runtime_checkable
 class Expert(Protocol):
     """A scripted demonstrator for one episode; it knows the simulator's whole state."""
