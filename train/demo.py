@@ -32,7 +32,7 @@ SCALES: dict[str, dict[str, int]] = {
     "full": {
         "tasks": 11,
         "sawyer": 100,
-        "pusht": 2_000,
+        "pusht": 1_900,
         "metaworld_fetch": 8,
         "aloha": 300,
         "val": 10,
