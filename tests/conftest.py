@@ -6,11 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before jax is imported anywhere: four devices, so that shardings are real; and code that is compiled twice as fast, as
-# tests call most functions once. What users run, optimised, is what test_pulse.py starts.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
-)
+from tests.compile_flags import IN_A_HURRY
+
+# Before jax is imported anywhere: four devices, so that shardings are real.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {IN_A_HURRY} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The renderer that every machine has; OpenGL and TensorFlow in one process crash each other.

@@ -51,7 +51,7 @@ SCALES: dict[str, dict[str, int]] = {
         "val": 1,
         "pretrain": 2,
         "finetune_metaworld_fetch": 2,
-        "finetune_aloha": 0,  # what is loaded and what is fresh is seen without; a step takes longest to compile
+        "finetune_aloha": 2,
         "episodes": 1,
     },
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,6 +57,7 @@ def found(trap: traps.Trap | None) -> str:
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), most=st.integers(1, 200))
+@example(lengths=[1, 1, 3, 1], most=3)  # every second of four, though three may be taken
 def test_a_sample_is_whole_episodes_evenly_spaced(toy_index: FrameIndex, lengths: list[int], most: int) -> None:
     starts = np.append(0, np.cumsum(lengths))
     x = np.arange(starts[-1])
@@ -70,7 +71,8 @@ def test_a_sample_is_whole_episodes_evenly_spaced(toy_index: FrameIndex, lengths
     assert len(set(np.diff(episodes))) <= 1
     of = np.array([lengths[e] for e in episodes])
     if len(sample.steps) < of.sum():  # too long to be whole
-        assert len(parts) >= min(4, most, len(lengths))
+        spacing = -(-len(lengths) // most)  # any closer, and some would have no step
+        assert len(parts) >= min(4, -(-len(lengths) // spacing))
         of = np.minimum(of, most // len(parts))
     for e, n, part in zip(episodes, of, parts, strict=True):
         np.testing.assert_array_equal(part, x[starts[e] : starts[e] + n])

@@ -113,7 +113,7 @@ def test_gradients_of_the_overlay_are_those_over_the_values_the_base_stands_for(
     assert value == pytest.approx(float(expected_value), rel=1e-5)
     top = max(float(jnp.abs(g).max()) for g in expected.values())
     for name, g in expected.items():
-        np.testing.assert_allclose(got[name], g, atol=2e-5 * top, err_msg=name)
+        np.testing.assert_allclose(got[name], g, atol=5e-4 * top, err_msg=name)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.03), ("float8_e4m3fn", 0.15), ("int4", 0.5)])

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.compile_flags import IN_A_HURRY
+
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
 POLICIES = ("pi0", "insulated", "fast", "smolvla")
 EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
 STEPS = 20
-TOLERANCE = 2e-6  # of a loss: sums are taken in another order
+TOLERANCE = 2e-6  # of a loss, or of 1 where it is less: sums are taken in another order
 
 
 def _start(devices: int, *arguments: str) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {IN_A_HURRY}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, str(ROOT / "tests" / "train" / "mesh_losses.py"), str(STEPS), *arguments]
     return subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -54,4 +56,4 @@ def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
         expected = alone[line["policy"]]
         assert len(line["losses"]) == STEPS
         assert expected[-1] < 0.6 * expected[0]  # it learns: equal losses are no constants
-        assert line["losses"] == pytest.approx(expected, rel=TOLERANCE), (line["policy"], line["mesh"])
+        assert line["losses"] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), (line["policy"], line["mesh"])

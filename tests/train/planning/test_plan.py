@@ -21,6 +21,7 @@ from openpi_like.train.planning.plan import Plan, out_of_memory, plan_sampler, p
 from openpi_like.train.planning.topology import Target, this_machine
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef
+from tests.compile_flags import IN_A_HURRY
 from tests.conftest import REPOSITORY
 from tests.train.planning.batch_moves import policies
 
@@ -245,7 +246,7 @@ def test_no_collective_moves_rows_of_the_batch() -> None:
     """Nothing of the global batch leaves its chip, in training or validation, but for what `batch_moves.moves` lets
     through: token ids, rows that were looked up for others, and over `tensor` sums of a chip's own rows."""
     meshes = ["1x8x1", "2x4x1", "2x2x2"]
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {IN_A_HURRY}"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "tests/train/planning/batch_moves.py", *meshes]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
