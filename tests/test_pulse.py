@@ -245,7 +245,7 @@ def test_a_dagger_round_goes_on_where_it_was(demo):
 @pytest.mark.slow
 def test_a_run_skips_losses_that_are_not_finite_then_stops_and_names_the_samples(demo):
     diverging = ["optimizer.peak_lr=1e30", "optimizer.warmup_steps=0", "skip_bad_steps=2"]
-    done = _program(*_train(demo, "diverged"), *diverging)
+    done = _program(*_train(demo, "diverged"), *diverging, XLA_FLAGS=IN_A_HURRY)
     assert done.returncode != 0
     assert "expected finite numbers; 2 such steps were skipped before" in done.stderr
     assert re.search(r"sawyer: sawyer_sim/1.0.0\S* .*episode \d+, step \d+ \(\S*tfrecord\S*, record \d+\)", done.stderr)
