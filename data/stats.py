@@ -27,13 +27,16 @@ from openpi_like.config import load_run, override
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.stats import (
+    AGAIN,
     Coverage,
     compute_coverage,
     compute_normalization,
+    counted,
     load_normalization,
     save_normalization,
 )
 from openpi_like.robots.find import find_robot
+from openpi_like.robots.robot import Robot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,19 @@ def report(
         console.print(table(what, stats, stats.degenerate(normalization.mode), coverage))
 
 
+def check(path: Path, robot: Robot, datasets: Sequence[EpisodeDataset]) -> None:
+    """Raises ValueError where statistics are not of this robot and this data."""
+    before, now = load_normalization(path, robot).data, counted(datasets)
+    if before and sorted(before) != sorted(now):
+        raise ValueError(
+            f"{path}: statistics of other data:\n  "
+            + "\n  ".join(before)
+            + "\nthe run has\n  "
+            + "\n  ".join(now)
+            + f"\n{AGAIN}"
+        )
+
+
 def main(args: Args, console: Console) -> None:
     if args.config is None:
         assert args.robot is not None  # Args has checked it
@@ -182,28 +198,22 @@ def main(args: Args, console: Console) -> None:
     if not run.statistics.needs_own:
         console.print(f"nothing to compute: the run takes its statistics from elsewhere, {run.statistics}")
         return
-    missing = {}
-    for robot in {entry.robot.name: entry.robot for entry in run.data.entries}.values():
+    from openpi_like.data.config import open_datasets  # slow to import, and workers import this file
+
+    robots, opened = {entry.robot.name: entry.robot for entry in run.data.entries}, open_datasets(run.data)
+    for robot in robots.values():
+        # The same files for two purposes (see MixtureEntry.text_key) are counted once.
+        of_robot = {
+            (entry.path, entry.split, entry.selection): dataset
+            for entry, dataset in zip(run.data.entries, opened, strict=True)
+            if dataset is not None and entry.robot.name == robot.name
+        }
         out = Path(run.stats) / f"{robot.name}.json"
         if out.is_file() and not args.again:
-            load_normalization(out, robot)
+            check(out, robot, list(of_robot.values()))
             console.print(f"robot {robot.name}: {out} is there")
         else:
-            missing[robot.name] = out
-    if missing:
-        from openpi_like.data.config import open_datasets  # slow to import, and workers import this file
-
-        entries = tuple(e for e in run.data.entries if e.robot.name in missing)
-        opened = open_datasets(dataclasses.replace(run.data, entries=entries))
-        for name, out in missing.items():
-            # The same files for two purposes (see MixtureEntry.text_key) are counted once.
-            counted, datasets = [], []
-            for entry, dataset in zip(entries, opened, strict=True):
-                frames = (entry.path, entry.split, entry.selection)
-                if dataset is not None and entry.robot.name == name and frames not in counted:
-                    counted.append(frames)
-                    datasets.append(dataset)
-            compute(args, datasets, out, console)
+            compute(args, list(of_robot.values()), out, console)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from openpi_like.data.stats import (
     accumulate,
     blocks_of,
     check_robot,
+    counted,
     counts,
     coverage,
     merge,
@@ -81,7 +82,9 @@ def write_normalization(
         parts = pipeline | "parts" >> beam.Create(blocks_of(datasets)) | beam.Reshuffle()
         first = _pass("first", parts, datasets, moments(robot))
         second = _pass("second", parts, datasets, beam.pvalue.AsSingleton(first | beam.Map(counts)))
-        normalization = first | "quantiles" >> beam.Map(normalization_of, beam.pvalue.AsSingleton(second), robot)
+        normalization = first | "quantiles" >> beam.Map(
+            normalization_of, beam.pvalue.AsSingleton(second), robot, counted(datasets)
+        )
         _ = (
             normalization
             | "as JSON" >> beam.Map(normalization_json)

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from openpi_like.robots.robot import Robot
+from openpi_like.robots.robot import Robot, StateField
 
 EPSILON = 1e-6  # as in openpi, so that its statistics give its numbers
 # A dimension that varies less than this in the data (in its own unit) carries no scale. It is only centred, so a value
@@ -59,6 +59,19 @@ class FieldStats:
         return tuple(name for name, width in zip(self.names, widths, strict=True) if width < FLOOR)
 
 
+def fields_of(robot: Robot) -> tuple[str, ...]:
+    """Returns what the numbers of a robot in model space are made of and how, one line a field."""
+
+    def line(what: str, field: StateField) -> str:
+        said = [(f.name, getattr(field, f.name), f.default) for f in dataclasses.fields(field)]
+        differs = [f"{k}={v!r}" for k, v, default in said if v != default and k not in ("limits", "names")]
+        return f"{what} {', '.join(differs)}"
+
+    lines = [line("state", f) for f in robot.state] + [line("action", f) for f in robot.action]
+    rate = [f"{robot.control_hz:g} control steps a second"] if any(f.command == "delta" for f in robot.action) else []
+    return (*lines, *rate, f"stride={robot.stride}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Normalization:
     """How the numbers of one robot are normalised.
@@ -67,6 +80,7 @@ class Normalization:
     robot: its name. Stored in checkpoints, as JSON through `openpi_like.config.to_json`.
     action_horizon: length of the chunks that were counted, or None where the source does not say: actions that are
         relative to the state before the chunk spread more in longer ones.
+    fields, data: what was counted, of `fields_of` and of datasets, in words; () where the source does not say.
     """
 
     robot: str
@@ -74,6 +88,8 @@ class Normalization:
     state: FieldStats
     action: FieldStats
     action_horizon: int | None = None
+    fields: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in ("zscore", "quantile"):

@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from openpi_like.config import from_json, to_json
 from openpi_like.data.dataset import EpisodeDataset
-from openpi_like.data.normalize import FLOOR, FieldStats, Normalization
+from openpi_like.data.normalize import FLOOR, FieldStats, Normalization, fields_of
 from openpi_like.robots.robot import Robot
 
 _BLOCK = 1 << 13  # frames encoded together
@@ -209,7 +209,7 @@ def compute_normalization(
     with _reading(datasets, workers) as read:
         first = merge(_counted(read(blocks, moments(robot)), progress, 0, 2 * len(blocks)))
         second = merge(_counted(read(blocks, counts(first)), progress, len(blocks), 2 * len(blocks)))
-    normalization = normalization_of(first, second, robot)
+    normalization = normalization_of(first, second, robot, counted(datasets))
     warn_degenerate(normalization)
     return normalization
 
@@ -283,11 +283,26 @@ def merge(parts: Iterable[tuple[A, A]]) -> tuple[A, A]:
     return total
 
 
-def normalization_of(first: tuple[Moments, Moments], second: tuple[Counts, Counts], robot: Robot) -> Normalization:
-    """Returns the statistics of both passes."""
+def counted(datasets: Sequence[EpisodeDataset]) -> tuple[str, ...]:
+    """Returns what `Normalization.data` says of datasets."""
+    return tuple(f"{d.index.split}: {len(d):,} frames of {d.episodes:,} episodes" for d in datasets)
+
+
+def normalization_of(
+    first: tuple[Moments, Moments], second: tuple[Counts, Counts], robot: Robot, data: tuple[str, ...]
+) -> Normalization:
+    """Returns the statistics of both passes. data: see `counted`."""
     state = field_stats(robot.state_names, first[0], second[0])
     action = field_stats(robot.action_names, first[1], second[1])
-    return Normalization(robot.name, robot.normalization, state, action, action_horizon=robot.action_horizon)
+    return Normalization(
+        robot.name,
+        robot.normalization,
+        state,
+        action,
+        action_horizon=robot.action_horizon,
+        fields=fields_of(robot),
+        data=data,
+    )
 
 
 def warn_degenerate(normalization: Normalization) -> None:
@@ -362,13 +377,16 @@ def normalization_json(normalization: Normalization) -> str:
     return json.dumps(to_json(normalization), indent=1) + "\n"
 
 
+AGAIN = "compute them again (data/stats.py; with --config, add --again), or keep both in directories of their own"
+
+
 def load_normalization(path: str | Path, robot: Robot) -> Normalization:
     """Reads statistics written by `save_normalization`.
 
     Raises:
         FileNotFoundError: no such file; names those beside it.
-        ValueError: the file is not one of ours, or holds the statistics of another robot, or of chunks of another
-            length where actions are relative to the state before them.
+        ValueError: the file is not one of ours, or holds the statistics of another robot, or of this one described
+            otherwise, or of chunks of another length where actions are relative to the state before them.
     """
     path = Path(path)
     if not path.is_file():
@@ -388,6 +406,16 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
         normalization.check(robot)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+    now = fields_of(robot)
+    if normalization.fields and normalization.fields != now:
+        before, after = (
+            "\n".join(f"  {line}" for line in a if line not in b)
+            for a, b in ((normalization.fields, now), (now, normalization.fields))
+        )
+        raise ValueError(
+            f"{path}: statistics of robot {robot.name!r} as it was described before:\n{before}\nit is now:\n{after}\n"
+            f"{AGAIN}"
+        )
     relative = ", ".join(repr(f.name) for f in robot.action if f.relative_to is not None)
     if relative and normalization.action_horizon not in (None, robot.action_horizon):
         raise ValueError(

@@ -296,6 +296,23 @@ def test_program_computes_what_a_run_lacks(program: SimpleNamespace, toy: Path, 
     assert "129 frames" in run(program, config=tmp_path / "run.py", again=True)
 
 
+def test_statistics_of_other_data_or_of_a_robot_described_otherwise_are_not_taken(
+    program: SimpleNamespace, toy: Path, tmp_path: Path
+) -> None:
+    path, text = tmp_path / "run.py", CONFIG.format(toy=str(toy), stats=str(tmp_path / "stats"))
+    path.write_text(text)
+    run(program, config=path)
+    path.write_text(text + "\nconfig.data = DataConfig(entries[:2])")
+    with pytest.raises(ValueError, match=r"(?s)arm\.json: statistics of other data:.*'val'.*19 frames.*add --again"):
+        run(program, config=path)
+    closed = tuple(dataclasses.replace(f, gripper=Gripper(open=0.0, closed=1.0)) if f.gripper else f for f in ARM.action)
+    assert closed != ARM.action
+    expected = r"(?s)as it was described before:\n  action .*Gripper.*it is now:\n  action .*closed=1.0.*--again"
+    with pytest.raises(ValueError, match=expected):
+        load_normalization(tmp_path / "stats" / "arm.json", dataclasses.replace(ARM, action=closed))
+    load_normalization(tmp_path / "stats" / "arm.json", dataclasses.replace(ARM, default_prompt="lift", execute_steps=1))
+
+
 def test_program_refuses(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:
     for options, message in (
         ({}, "give --robot, --data and one of --out and --use; or give --config"),
