@@ -218,7 +218,7 @@ def _watched(run: Path, said: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_dagger_round_goes_on_where_it_was(demo):
+def test_a_dagger_round_and_that_it_is_not_done_again(demo):
     """The policy acts, the expert corrects it, and its steps are trained on, all by the programs themselves."""
     task, data = _tasks(demo)[0], [f"data.entries.0.path={demo}/data/sawyer_sim/1.0.0", f"stats={demo}/stats"]
     sets = ["--set", *data, f"data.entries.1.path={demo}/data/pusht_sim/1.0.0", "batch_size=8", "validation_batches=1"]

@@ -31,6 +31,7 @@ from openpi_like.job import Job
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.serve.takeover import TakeOver
+from openpi_like.train.checkpoints.checkpoint import find_step
 from openpi_like.train.dagger import Round, config_file, round_config
 from openpi_like.train.study import study_rows
 
@@ -41,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class Args:
     """DAgger in a simulator.
 
-    config: the run that trained the policy, whose data are joined; set: its overrides. start: the policy's run.
+    config: the run that trained the policy, whose data are joined; set: its overrides. start: the policy's run, of which
+    the best step is taken where it keeps the best, else the newest; or a checkpoint of it.
     robot: which simulated robot. run: directory for all that this makes. tasks: default all. rounds: how many.
     corrected: episodes per task and round. first_seed: of the first of their layouts. steps: of training per round.
     share: part of the samples that are corrections. episodes: per task, held out, to compare with. control: also train
@@ -116,8 +118,11 @@ def main(args: Args, console: Console) -> None:
     args = dataclasses.replace(args, config=config, start=start, run=args.run.resolve())
     os.chdir(ROOT)  # where the steps' programs are
     before = override(load_run(args.config), args.set)
+    if not (args.start / "contract").is_dir():  # a run: of one that ranks its steps, the best
+        args = dataclasses.replace(args, start=find_step(args.start, "best" if before.keep.best else None))
     shown = Round(str(args.start), str(args.run), args.robot, args.steps, "recorded", args.share)
-    round_config(before, shown)  # what cannot be trained is refused before anything runs
+    # What cannot be trained is refused before anything runs.
+    round_config(before, shown).normalizations()
     job = Job(args.run, "dagger", console)
     held_out = ("--policy", "trained", "--episodes", str(args.episodes))
     spool, data = args.run / "spool", args.run / "data"
@@ -173,5 +178,5 @@ def main(args: Args, console: Console) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args), Console(width=200, highlight=False))
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"no round: {e}")

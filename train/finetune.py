@@ -1,6 +1,6 @@
 """Fine-tunes a checkpoint to a robot: writes the config of the run, computes its statistics, and starts it:
 
-    python train/finetune.py my_robot.py data/my_dataset/1.0.0 --from runs/pretrain --preset lora --statistics blended
+    python train/finetune.py my_robot.py data/my_dataset/1.0.0 --from runs/pretrain --preset lora
     python train/finetune.py widowx data/bridge_dataset/1.0.0 --from weights/pi0_base --model pi0 \\
         --tokenizer weights/paligemma_tokenizer.model --preset lora --write-only
 

@@ -7,6 +7,7 @@ from openpi_like.data.config import MixtureEntry
 from openpi_like.data.selection import Selection
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.statistics import Pretrained
 
 CORRECTIONS = Selection(intervened="intervened", success="episode_metadata/success")
 """The expert's own actions, of episodes that it brought to success."""
@@ -16,7 +17,7 @@ CORRECTIONS = Selection(intervened="intervened", success="episode_metadata/succe
 class Round:
     """One more training of a policy, on the data that it had and on corrections.
 
-    start: run whose weights it begins with. run_dir: of this one. robot: name of the corrected one. steps: of training.
+    start: run, or checkpoint of one, whose weights it begins with. run_dir: of this one. robot: name of the corrected one. steps: of training.
     recorded: RLDS of `serve/record.py`, of this round and those before; None trains as long on the data it had, for
         comparison. share: part of the samples that are corrections.
     """
@@ -41,7 +42,8 @@ class Round:
 def round_config(before: TrainConfig, of: Round) -> TrainConfig:
     """Returns the run of a round: that of before, from other weights, with corrections in its mixture.
 
-    Its statistics and tokenizers stay, so weights mean the same. The learning rate begins and falls anew.
+    Statistics and tokenizers are those of the policy, so weights mean the same. The learning rate begins and falls anew,
+    to its end: no step in between is the best, and no patience ends it, or rounds and control would differ in length.
 
     Raises:
         ValueError: the run does not train the robot.
@@ -70,6 +72,9 @@ def round_config(before: TrainConfig, of: Round) -> TrainConfig:
         steps=of.steps,
         optimizer=dataclasses.replace(before.optimizer, warmup_steps=warmup_steps, decay_steps=decay_steps),
         warm_start=WarmStart(of.start),
+        statistics=Pretrained(),
+        keep=dataclasses.replace(before.keep, best=0),
+        patience=None,
         tokenizer=None,
         action_tokenizer=None,
     )

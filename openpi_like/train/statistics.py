@@ -117,14 +117,15 @@ def pretrained(robot: Robot, name: str | None, start: Contract | None) -> Normal
         wanted = name or robot.name
         raise CheckpointError(
             f"the checkpoint has no statistics of robot {wanted!r}; {near_names(wanted, list(robots))}; name the one "
-            "that is like it, Pretrained(robot=...), or use Own()"
+            "that is like it, Pretrained(robot=...) (of train/finetune.py: --statistics-of NAME), or use Own() "
+            "(--statistics own)"
         )
     problems = misfits(theirs, robot)
     if problems:
         raise CheckpointError(
             f"the checkpoint's statistics of {theirs.name!r} do not fit robot {robot.name!r}:\n  "
             + "\n  ".join(problems)
-            + "\nuse Own()"
+            + "\nuse Own() (of train/finetune.py: --statistics own)"
         )
     return dataclasses.replace(start.normalizations[theirs.name], robot=robot.name, mode=robot.normalization)
 
@@ -150,7 +151,7 @@ def misfits(theirs: Robot, ours: Robot) -> list[str]:
             problems += [
                 f"{what} {b.name!r}: {key} {value}, theirs is {its[key]}"
                 for key, value in mine.items()
-                if value != its[key]
+                if key in its and value != its[key]  # where it is not, the command is another, or relative to another
             ]
     return problems
 
@@ -167,6 +168,8 @@ def _meaning(field: StateField, robot: Robot) -> dict[str, object]:
         meaning |= {"command": field.command, "relative_to": field.relative_to}
         if field.command == "delta":
             meaning["rate [Hz]"] = robot.control_hz  # a change is one per control step
+        if field.relative_to is not None:  # the longer after that state, the more it spreads
+            meaning["chunks"] = f"of {robot.action_horizon} actions at {robot.control_hz:g} Hz"
     return meaning
 
 

@@ -305,12 +305,16 @@ def test_statistics_of_other_data_or_of_a_robot_described_otherwise_are_not_take
     path.write_text(text + "\nconfig.data = DataConfig(entries[:2])")
     with pytest.raises(ValueError, match=r"(?s)arm\.json: statistics of other data:.*'val'.*19 frames.*add --again"):
         run(program, config=path)
-    closed = tuple(dataclasses.replace(f, gripper=Gripper(open=0.0, closed=1.0)) if f.gripper else f for f in ARM.action)
+    closed = tuple(
+        dataclasses.replace(f, gripper=Gripper(open=0.0, closed=1.0)) if f.gripper else f for f in ARM.action
+    )
     assert closed != ARM.action
     expected = r"(?s)as it was described before:\n  action .*Gripper.*it is now:\n  action .*closed=1.0.*--again"
     with pytest.raises(ValueError, match=expected):
         load_normalization(tmp_path / "stats" / "arm.json", dataclasses.replace(ARM, action=closed))
-    load_normalization(tmp_path / "stats" / "arm.json", dataclasses.replace(ARM, default_prompt="lift", execute_steps=1))
+    load_normalization(
+        tmp_path / "stats" / "arm.json", dataclasses.replace(ARM, default_prompt="lift", execute_steps=1)
+    )
 
 
 def test_program_refuses(program: SimpleNamespace, toy: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 from openpi_like.config import load_run
 from openpi_like.data.selection import Selection
 from openpi_like.serve.takeover import TakeOver
+from openpi_like.train.checkpoints.checkpoint import Keep
 from openpi_like.train.dagger import CORRECTIONS, Round, config_file, round_config
+from openpi_like.train.statistics import Blended, Pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUND = Round(start="runs/a", run_dir="runs/b", robot="sawyer", steps=300, recorded="data/c/1.0.0", share=0.25)
@@ -32,6 +34,14 @@ def test_corrections_have_their_share() -> None:
     assert (after.optimizer.warmup_steps, after.optimizer.decay_steps) == (30, 300)
     control = round_config(before, dataclasses.replace(ROUND, recorded=None))
     assert control == dataclasses.replace(after, data=before.data)
+
+
+def test_a_round_of_a_policy_that_was_fine_tuned_means_the_same_by_numbers_and_is_of_full_length() -> None:
+    before = load_run(ROOT / "configs" / "demo_pretrain.py")
+    tuned = dataclasses.replace(before, statistics=Blended(), patience=3, keep=Keep(newest=3, best=1))
+    after = round_config(tuned, ROUND)
+    assert after.statistics == Pretrained()  # blended once more, they would be others
+    assert (after.patience, after.keep) == (None, Keep(newest=3))
 
 
 def test_a_round_is_a_config_file(tmp_path: Path) -> None:

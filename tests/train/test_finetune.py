@@ -43,13 +43,13 @@ ROBOT = "tests.data.toy:ARM"
 def start(toy: Path, tiny_policy: Pi0Config, contract_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights for the arm of the toy dataset, with one camera more, and statistics of its split val."""
     policy = dataclasses.replace(tiny_policy, cameras=("third", "base", "wrist"), state_dim=6, prompt_len=40)
+    policy = dataclasses.replace(policy, action_horizon=6)
     rng = np.random.default_rng(0)
     shapes = flatten(ModelDef(policy).shapes)
     weights = {k: rng.normal(size=v.shape).astype(np.float32) * 0.1 for k, v in shapes.items()}
-    robot = dataclasses.replace(ARM, action_horizon=4)
-    normalization = compute_normalization(open_dataset(toy, robot, "val"))
+    normalization = compute_normalization(open_dataset(toy, ARM, "val"))
     contract: Contract = dataclasses.replace(
-        contract_of(policy), robots=(robot,), normalizations={"arm": normalization}, renderers={"arm": "ray"}
+        contract_of(policy), robots=(ARM,), normalizations={"arm": normalization}, renderers={"arm": "ray"}
     )
     directory = tmp_path_factory.mktemp("start") / "run"
     save_policy(directory, unflatten(weights), contract=contract, origin="a test")
@@ -58,7 +58,7 @@ def start(toy: Path, tiny_policy: Pi0Config, contract_of: Any, tmp_path_factory:
 
 @pytest.fixture
 def asked(toy: Path, start: Path, tmp_path: Path) -> Callable[..., FineTuning]:
-    """Returns a function that asks for a fine-tuning to the toy dataset's arm, whose chunks are longer."""
+    """Returns a function that asks for a fine-tuning to the toy dataset's arm, whose chunks are shorter."""
 
     def make(**changes: Any) -> FineTuning:
         given = {
@@ -112,7 +112,7 @@ def test_the_file_is_short_and_is_loaded(asked: Any, preset: str, statistics: st
     assert config.data.augment == Augment.openpi(wrist_cameras=("wrist",))
     assert config.keep == Keep(best=1, metric="action_error")
     assert config.tokenizer is None
-    assert written.notes[-2:] == ("cameras: base, wrist; new: none; gone: third", "action_horizon: 4 -> 5")
+    assert written.notes[-2:] == ("cameras: base, wrist; new: none; gone: third", "action_horizon: 6 -> 5")
 
 
 def test_the_same_command_goes_on_and_another_does_not(asked: Any, tmp_path: Path) -> None:

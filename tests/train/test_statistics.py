@@ -96,6 +96,12 @@ def test_every_difference_of_meaning_is_named() -> None:
     ]
     absolute = dataclasses.replace(arm, action=(dataclasses.replace(target[0], relative_to=None),))
     assert misfits(arm, absolute) == ["action 'joints': relative_to None, theirs is joints"]
+    assert misfits(absolute, arm) == ["action 'joints': relative_to joints, theirs is None"]
+    delta = dataclasses.replace(arm, action=(dataclasses.replace(absolute.action[0], command="delta"),))
+    assert misfits(absolute, delta) == ["action 'joints': command delta, theirs is absolute"]
+    longer = dataclasses.replace(arm, action_horizon=2 * arm.action_horizon)
+    ours, theirs = (f"of {n} actions at 20 Hz" for n in (longer.action_horizon, arm.action_horizon))
+    assert misfits(arm, longer) == [f"action 'joints': chunks {ours}, theirs is {theirs}"]
     # Targets are where they are, at any rate.
     assert misfits(absolute, dataclasses.replace(absolute, control_hz=5.0)) == []
 
