@@ -17,7 +17,8 @@ CORRECTIONS = Selection(intervened="intervened", success="episode_metadata/succe
 class Round:
     """One more training of a policy, on the data that it had and on corrections.
 
-    start: run, or checkpoint of one, whose weights it begins with. run_dir: of this one. robot: name of the corrected one. steps: of training.
+    start: run, or checkpoint of one, whose weights it begins with. run_dir: of this one. robot: name of the corrected
+        one. steps: of training.
     recorded: RLDS of `serve/record.py`, of this round and those before; None trains as long on the data it had, for
         comparison. share: part of the samples that are corrections.
     """
@@ -42,8 +43,8 @@ class Round:
 def round_config(before: TrainConfig, of: Round) -> TrainConfig:
     """Returns the run of a round: that of before, from other weights, with corrections in its mixture.
 
-    Statistics and tokenizers are those of the policy, so weights mean the same. The learning rate begins and falls anew,
-    to its end: no step in between is the best, and no patience ends it, or rounds and control would differ in length.
+    Statistics and tokenizers are those of the policy, so weights mean the same. The learning rate begins and falls
+    anew, to its end: no step in between is the best, and no patience ends it, or the control would differ in length.
 
     Raises:
         ValueError: the run does not train the robot.

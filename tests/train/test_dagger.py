@@ -11,6 +11,7 @@ from openpi_like.config import load_run
 from openpi_like.data.selection import Selection
 from openpi_like.serve.takeover import TakeOver
 from openpi_like.train.checkpoints.checkpoint import Keep
+from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.dagger import CORRECTIONS, Round, config_file, round_config
 from openpi_like.train.statistics import Blended, Pretrained
 
@@ -38,7 +39,8 @@ def test_corrections_have_their_share() -> None:
 
 def test_a_round_of_a_policy_that_was_fine_tuned_means_the_same_by_numbers_and_is_of_full_length() -> None:
     before = load_run(ROOT / "configs" / "demo_pretrain.py")
-    tuned = dataclasses.replace(before, statistics=Blended(), patience=3, keep=Keep(newest=3, best=1))
+    start = WarmStart("runs/base")
+    tuned = dataclasses.replace(before, warm_start=start, statistics=Blended(), patience=3, keep=Keep(newest=3, best=1))
     after = round_config(tuned, ROUND)
     assert after.statistics == Pretrained()  # blended once more, they would be others
     assert (after.patience, after.keep) == (None, Keep(newest=3))
