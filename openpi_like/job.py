@@ -16,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
+from openpi_like.child import ended_by_sigterm, run_program
+
 
 class Job:
     """Runs steps in order and remembers, in `<run>/<name>.json`, which are done and how long they took."""
@@ -53,9 +55,10 @@ class Job:
         self.record["commands"][name] = text
         started = time.perf_counter()
         try:
-            with _policy_server(server) if server else contextlib.nullcontext():
+            with ended_by_sigterm(), _policy_server(server) if server else contextlib.nullcontext():
                 for command in commands:
-                    subprocess.run([sys.executable, *command], check=True)
+                    if status := run_program(command):
+                        raise SystemExit(f"step {name!r}: {command[0]} ended with status {status}, see above")
         finally:
             # Time of interrupted tries counts too.
             self.record["seconds"][name] += time.perf_counter() - started

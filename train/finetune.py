@@ -5,13 +5,13 @@
         --tokenizer weights/paligemma_tokenizer.model --preset lora --write-only
 
 The config is a file of at most 40 lines, `config.py` in the directory of the run unless --config names another; what is
-not an option here is changed there. The same command goes on with a run that was stopped. The best step by the error of
-sampled actions on held-out episodes is kept; `serve/policy_server.py RUN --step best` serves it.
+not an option here is changed there, and then `python train/train.py CONFIG` starts it. The same command goes on with a
+run that was stopped. The best step by the error of sampled actions on held-out episodes is kept;
+`serve/policy_server.py RUN --step best` serves it.
 """
 
 import dataclasses
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from openpi_like.child import run_program
 from openpi_like.config import load_run
 from openpi_like.data.schema import DatasetError
 from openpi_like.models.weights import WeightsError
@@ -90,8 +91,7 @@ def main(args: Args, console: Console) -> int:
         del commands[0]
     for program, *options in commands:
         console.print(f"$ python {program} {' '.join(options)}", markup=False, soft_wrap=True)
-        status = subprocess.run([sys.executable, str(ROOT / program), *options]).returncode
-        if status:
+        if status := run_program([str(ROOT / program), *options]):
             return status
     return 0
 

@@ -6,7 +6,7 @@ What is decided here stands in the file, in words of the library, and is there t
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +201,12 @@ def longest_prompt(path: str, robot: Robot, policy: Any, tokenizer: Tokenizer) -
     Raises:
         DatasetError: the dataset cannot be read as this robot's.
     """
-    dataset = open_dataset(path, robot, "train")
-    index, keys = dataset.index, [k for k in (robot.language_key, *robot.language_alternatives) if k is not None]
-    texts = {text for key in keys for text in index.text_table(key)} or {robot.default_prompt or ""}
-    dataset.close()
+    keys, texts = [k for k in (robot.language_key, *robot.language_alternatives) if k is not None], set()
+    for split in ("train", *({"val"} & set(split_names(files.locate(path))))):
+        dataset = open_dataset(path, robot, split)
+        texts |= {text for key in keys for text in dataset.index.text_table(key)}
+        dataset.close()
+    texts = texts or {robot.default_prompt or ""}
     roomy = TextTokenizer.of_policy(tokenizer, dataclasses.replace(policy, prompt_len=policy.prompt_len + _LONGEST))
     state = np.where(np.arange(robot.state_size) % 2, 1.0, -1.0).astype(np.float32)
     return max(int(roomy.encode(text, state)[1].sum()) for text in texts)
@@ -242,7 +244,10 @@ def write_config(asked: FineTuning, path: Path) -> Written:
     """
     written = make_config(asked, path)
     if path.is_file() and path.read_text() != written.text:
-        raise FileExistsError(f"{path} is there and says something else; give another --run-dir, or remove it")
+        raise FileExistsError(
+            f"{path} is there and says something else; python train/train.py {path} goes on with it as it is; or give "
+            "another --run-dir"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(written.text)
     load_run(path)
@@ -276,7 +281,7 @@ def make_config(asked: FineTuning, path: Path) -> Written:
     if problems:
         raise ValueError(f"robot {robot.name!r} and {asked.start} do not fit each other:\n  " + "\n  ".join(problems))
     PRESETS[asked.preset].trainable(model)
-    short = _short(fresh)
+    short = _short(fresh, weight_shapes(model))
     check_loads(asked, model, short)
     parts = [splits(data, robot, asked.held_out) for data in asked.data]
     tokenizer = read_tokenizer(asked.tokenizer or "") if contract is None else contract.tokenizer
@@ -305,11 +310,15 @@ def _normalization(contract: Contract | None, policy: Any) -> str:
     return modes.pop() if len(modes) == 1 else policy.released_normalization()
 
 
-def _short(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns regular expressions of weights; of the parts that they belong to, where there are many."""
-    if len(names) <= 4:
-        return tuple(f"^{name}$" for name in names)
-    return patterns(sorted({name.split("/")[0] for name in names}))
+def _short(names: Sequence[str], every: Iterable[str]) -> tuple[str, ...]:
+    """Returns regular expressions of weights and of no others: where all of a part are meant, one for the part."""
+    meant, parts = set(names), []
+    others = {"/".join(name.split("/")[:n]) for name in set(every) - meant for n in range(1, name.count("/") + 2)}
+    for name in sorted(names):
+        words = name.split("/")
+        part = next(p for p in ("/".join(words[:n]) for n in range(1, len(words) + 1)) if p not in others)
+        parts.append(part)
+    return patterns(sorted(set(parts)))
 
 
 def literal(value: Any) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from openpi_like.config import load_run, override
@@ -24,6 +27,7 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.vlm4vla import Vlm4VlaConfig
 from openpi_like.models.weights import WeightsError, flatten, unflatten
+from openpi_like.train import finetune
 from openpi_like.train.checkpoints.checkpoint import Keep, find_step, save_policy
 from openpi_like.train.checkpoints.contract import Contract, read_contract
 from openpi_like.train.checkpoints.load import load_policy_parts
@@ -119,7 +123,7 @@ def test_the_same_command_goes_on_and_another_does_not(asked: Any, tmp_path: Pat
     path = tmp_path / "config.py"
     first = write_config(asked(), path)
     assert write_config(asked(), path).text == first.text == path.read_text()
-    with pytest.raises(FileExistsError, match=r"config\.py is there and says something else; give another --run-dir"):
+    with pytest.raises(FileExistsError, match=r"config\.py is there and says something else; python train/train"):
         write_config(asked(steps=7), path)
     assert path.read_text() == first.text
 
@@ -209,6 +213,19 @@ def test_a_larger_robot_starts_fresh_only_where_it_is_asked_for(tiny_policy: Pi0
     assert fitted(tiny_policy, CART, fresh=False) == ({"cameras": ("base",), "action_horizon": 3}, ())
 
 
+@settings(max_examples=40, deadline=None)
+@given(drawn=st.sets(st.integers(0, 10**6), min_size=1))
+def test_patterns_are_short_and_match_the_weights_that_start_fresh_and_no_others(
+    tiny_policy: Pi0Config, drawn: set[int]
+) -> None:
+    every = sorted(flatten(ModelDef(tiny_policy).shapes))
+    fresh = sorted({every[i % len(every)] for i in drawn})
+    patterns = finetune._short(fresh, every)
+    assert sorted(n for n in every if any(re.search(p, n) for p in patterns)) == fresh
+    assert len(patterns) <= len(fresh)
+    assert finetune._short([n for n in every if n.startswith("vlm/")], every) == ("^vlm(/|$)",)
+
+
 def test_a_horizon_that_weights_depend_on_stays(tiny_policy: Pi0Config) -> None:
     cls, own = OWN["vlm4vla"]
     common = {f.name: getattr(tiny_policy, f.name) for f in dataclasses.fields(cls) if hasattr(tiny_policy, f.name)}
@@ -224,6 +241,14 @@ def test_images_among_the_words(tiny_policy: Pi0Config) -> None:
     assert fitted(policy, CART, fresh=False)[0]["image_slots"] == (1,)
     with pytest.raises(ValueError, match=r"images stand at \(1, 3\) .* write the config by hand, with image_slots"):
         fitted(dataclasses.replace(policy, image_slots=(1, 3)), CART, fresh=False)
+
+
+def test_prompts_that_are_held_out_count_too(start: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, opened = read_contract(find_step(start)), finetune.open_dataset
+    before = finetune.longest_prompt(str(toy), ARM, contract.policy, contract.tokenizer)
+    words = SimpleNamespace(index=SimpleNamespace(text_table=lambda key: ["push " * 60]), close=lambda: None)
+    monkeypatch.setattr(finetune, "open_dataset", lambda *of: words if of[2] == "val" else opened(*of))
+    assert finetune.longest_prompt(str(toy), ARM, contract.policy, contract.tokenizer) > before + 30
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
@@ -262,7 +287,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(asked: Any, tmp_pa
         write_config(asked(robot=str(tmp_path / "my_robot.py"), fresh=False), path)
     assert "state_in/kernel would start fresh; allow it with --fresh" in str(raised.value)
     written = make_config(asked(robot=str(tmp_path / "my_robot.py")), path)
-    assert 'reinitialize=("^state_in/kernel$",)' in written.text
+    assert 'reinitialize=("^state_in/kernel(/|$)",)' in written.text
     assert "start fresh: state_in/kernel" in written.notes
     with pytest.raises(DatasetError, match="no_data"):
         write_config(asked(data=(str(tmp_path / "no_data"),)), path)
