@@ -27,7 +27,7 @@ from openpi_like.data.prepare import Prepare
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.robot import Robot
-from openpi_like.serve.recorded import Limits, Looked, look, plan, write
+from openpi_like.serve.recorded import Limits, Looked, encoding_problems, look, metadata_kinds, plan, write
 from openpi_like.serve.spool import Recording, RecordingError, conclude, drop, open_spool
 
 _ANY_SIZE = 1 << 20  # px, of a box that shrinks nothing
@@ -106,8 +106,14 @@ def chosen(args: Args, recordings: Sequence[Recording], console: Console) -> lis
     return done
 
 
-def report(looked: Sequence[Looked], console: Console) -> None:
-    """Prints what the episodes are, and everything that is wrong with them."""
+def report(looked: Sequence[Looked], console: Console, *, kept: bool) -> None:
+    """Prints what the episodes are.
+
+    kept: pictures stay as they were recorded.
+
+    Raises:
+        RecordingError: an episode is unfit, or they do not fit each other; says everything that is wrong.
+    """
     table = Table("episode", "steps", "Hz", "expert", "success", "policy", "notes")
     for x in looked:
         success = {True: "yes", False: "no", None: "?"}[x.recording.success]
@@ -116,11 +122,15 @@ def report(looked: Sequence[Looked], console: Console) -> None:
         notes = "; ".join(x.notes)
         table.add_row(x.recording.name, str(len(x.action)), f"{x.rate_hz:.1f}", expert, success, str(policy), notes)
     console.print(table)
-    wrong = [f"{x.recording.path}: {problem}" for x in looked for problem in x.problems]
+    _, said, wrong = metadata_kinds(looked)
+    for note in said:
+        console.print(note, markup=False)
+    wrong += encoding_problems(looked) if kept else []
+    wrong += [f"{x.recording.path}: {problem}" for x in looked for problem in x.problems]
     if wrong:
         unfit = " ".join(x.recording.name for x in looked if x.problems)
-        lines = [f"{len(wrong)} problems, nothing is written:", *wrong]
-        raise RecordingError("\n  ".join(lines) + f"\nto go on without these episodes: --leave-out {unfit}")
+        go_on = f"\nto go on without these episodes: --leave-out {unfit}" if unfit else ""
+        raise RecordingError("\n  ".join([f"{len(wrong)} problems, nothing is written:", *wrong]) + go_on)
 
 
 def convert(args: Args, robot: Robot, recordings: Sequence[Recording], console: Console) -> None:
@@ -138,7 +148,7 @@ def convert(args: Args, robot: Robot, recordings: Sequence[Recording], console: 
         for r in recordings:
             looked.append(look(r, robot, args.limits))
             progress.advance(bar)
-    report(looked, console)
+    report(looked, console, kept=args.images == "recorded")
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         bar = progress.add_task(f"writing {name} {todo.version}", total=len(looked))
         images = Prepare(_ANY_SIZE, _ANY_SIZE, "jpeg", args.quality) if args.images == "jpeg" else None

@@ -34,6 +34,7 @@ from openpi_like.robots.sims import SIMS, make_sim
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Expert, Sim
 from openpi_like.serve.evaluation import Episode, append_episode, read_episodes, success_rows
 from openpi_like.serve.recorder import Recorder
+from openpi_like.serve.spool import drop, open_spool
 from openpi_like.serve.takeover import TakeOver
 
 FRAMES = 60  # of a film strip, at most
@@ -140,7 +141,8 @@ def drive(task: str, seed: int) -> Episode:
     film = args.frames_dir is not None and seed == args.first_seed
     frames, steps, helped, left = [], 0, 0, 0
     if recorder is not None:
-        recorder.begin(sim.observe()["prompt"], {"task": task, "seed": seed, "renderer": sim.renderer})
+        said = {"task": task, "seed": seed, "renderer": sim.renderer, "rollout": str(args.out)}
+        recorder.begin(sim.observe()["prompt"], said)
         left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for step in range(sim.max_steps):
         if sim.success and left == 0:
@@ -170,6 +172,18 @@ def _save_film(frames: list[np.ndarray], path: Path) -> None:
     images = [Image.fromarray(frames[i]).quantize(64) for i in chosen]
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=60, loop=0)
+
+
+def drop_repeated(args: Args, todo: list[tuple[str, int]], console: Console) -> None:
+    """Sets recordings aside of episodes that are driven again: this rollout was stopped before it wrote them down."""
+    if args.record is None or not args.record.is_dir():
+        return
+    for recording in open_spool(args.record):
+        said = recording.head["metadata"]
+        own = (recording.head["robot"], said.get("rollout")) == (args.robot, str(args.out))
+        if own and (said["task"], said["seed"]) in todo:
+            aside = drop(recording.path)
+            console.print(f"{said['task']} {said['seed']} is driven again; what was recorded of it is {aside.name} now")
 
 
 def check_server(args: Args, port: int, sim: Sim) -> None:
@@ -204,6 +218,7 @@ def main(args: Args, console: Console) -> None:
     seeds = range(args.first_seed, args.first_seed + args.episodes)
     wanted = [(task, seed) for task in tasks for seed in seeds]
     todo = [job for job in wanted if job not in done]
+    drop_repeated(args, todo, console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     workers = concurrent.futures.ProcessPoolExecutor(
@@ -215,12 +230,17 @@ def main(args: Args, console: Console) -> None:
     with workers, Progress(*columns, *times, console=console, refresh_per_second=2) as progress:
         bar = progress.add_task(f"{args.robot} {args.policy}", total=len(wanted), completed=len(wanted) - len(todo))
         futures = [workers.submit(drive, task, seed) for task, seed in todo]
+        left = set(futures)
         try:
             for future in concurrent.futures.as_completed(futures):
                 append_episode(args.out, future.result())
+                left.remove(future)
                 progress.advance(bar)
         except RuntimeError as e:  # an error of the server, as openpi-client raises it
             workers.shutdown(cancel_futures=True)
+            for future in left:  # of episodes that ended meanwhile
+                if not future.cancelled() and future.exception() is None:
+                    append_episode(args.out, future.result())
             sys.exit(f"stopped: {e}")
     episodes = [e for e in read_episodes(args.out) if (e.task, e.seed) in set(wanted)]
     for row in success_rows(episodes):

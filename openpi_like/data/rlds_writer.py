@@ -145,7 +145,7 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
             continue
         if len(frames) != steps:
             problems.append(f"camera {camera.name!r} has {len(frames)} images, expected {steps}")
-        if len({_format(f) for f in frames} - {None}) != 1 or None in map(_format, frames):
+        if len({image_format(f) for f in frames} - {None}) != 1 or None in map(image_format, frames):
             problems.append(f"camera {camera.name!r} has images that are not all PNG, or not all JPEG")
             continue
         sizes = {image_size(f) for f in frames}
@@ -176,7 +176,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises:
         ValueError: it is neither.
     """
-    found = _format(data)
+    found = image_format(data)
     if found == "png":  # width and height are big-endian 32-bit integers from byte 16 on
         width, height = struct.unpack(">II", data[16:24])
         return height, width
@@ -186,7 +186,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     raise ValueError(f"neither PNG nor JPEG: {len(data)} bytes that begin with {data[:8]!r}")
 
 
-def _format(data: bytes) -> str | None:
+def image_format(data: bytes) -> str | None:
+    """Returns "png", "jpeg", or None for bytes that are neither."""
     return next((name for magic, name in _FORMATS.items() if data.startswith(magic)), None)
 
 
@@ -216,7 +217,7 @@ def _robot_problems(robot: Robot) -> list[str]:
 def _layout(episode: Episode) -> dict[str, Any]:
     """What has to be the same in all episodes of a dataset."""
     return {
-        "images": {name: _format(frames[0]) for name, frames in episode.images.items()},
+        "images": {name: image_format(frames[0]) for name, frames in episode.images.items()},
         "metadata": {k: type(v).__name__ for k, v in episode.metadata.items()},
         "steps": {k: (str(x.dtype), x.shape[1:]) for k, x in episode.steps.items()},
     }
@@ -233,13 +234,14 @@ def _features(tfds: Any, robot: Robot, episode: Episode) -> Any:
     for key in _texts(robot):
         _put(step, key, tfds.features.Text())
     for camera in stored_cameras(robot):
-        shape, encoding = (camera.height, camera.width, 3), _format(episode.images[camera.name][0])
+        shape, encoding = (camera.height, camera.width, 3), image_format(episode.images[camera.name][0])
         _put(step, camera.key, tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format=encoding))
     for fields in (robot.state, stored_actions(robot)):
         for key, size in _sizes(fields).items():
             _put(step, key, tfds.features.Tensor(shape=(size,), dtype=np.float32))
     for key, x in episode.steps.items():
         _put(step, key, tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype.type))
+    # Records hold floats of 32 bits, whatever else is declared.
     kinds = {str: tfds.features.Text(), bool: np.bool_, int: np.int64, float: np.float32}
     return tfds.features.FeaturesDict(
         {

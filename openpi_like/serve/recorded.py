@@ -21,6 +21,7 @@ from openpi_like.data.prepare import Prepare
 from openpi_like.data.rlds_writer import (
     VERSION,
     Episode,
+    image_format,
     image_size,
     stored_actions,
     stored_cameras,
@@ -47,12 +48,16 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """What an episode is. state (T, Ds), action (T, J): as recorded. expert: steps at which an expert acted."""
+    """What an episode is. state (T, Ds), action (T, J): as recorded. expert: steps at which an expert acted.
+
+    encodings: "png", "jpeg" or "jpeg and png", by camera of the robot, as they are kept.
+    """
 
     recording: Recording
     state: np.ndarray
     action: np.ndarray
     expert: int
+    encodings: Mapping[str, str]
     rate_hz: float
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -68,6 +73,7 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
     numbers: dict[str, list[Any]] = {"state": [], "action": [], "time_s": [], "intervened": []}
     sizes: dict[str, collections.Counter] = {}
     shown: dict[str, list[int]] = {}  # camera -> a hash of each picture
+    found: dict[str, set] = {}  # camera -> encodings
     try:
         for step in recording.read():
             for key, values in numbers.items():
@@ -75,6 +81,7 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
             for camera, data in step["images"].items():
                 sizes.setdefault(camera, collections.Counter())[image_size(data)] += 1
                 shown.setdefault(camera, []).append(hash(data))
+                found.setdefault(camera, set()).add(image_format(data))
     except ValueError as e:  # of the spool, or of an image that is none
         problems.append(str(e))
     state, action = (np.stack(numbers[k]) if numbers[k] else np.zeros((0, 0)) for k in ("state", "action"))
@@ -85,6 +92,8 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
         if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
             problems.append(f"{what} is not finite at {_places(bad)}")
     problems += _camera_problems(robot, sizes, recording.steps)
+    turned = {c.name: c.upside_down or c.channel_order == "bgr" for c in stored_cameras(robot)}
+    encodings = {c: "png" if turned[c] else " and ".join(sorted(found[c])) for c in turned if c in found}
     notes += [f"camera {c!r} is not the robot's, and is not written" for c in sizes if c not in _names(robot)]
     for camera, hashes in shown.items():
         longest, at = _longest_run(hashes)
@@ -95,9 +104,8 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
     problems += unfit
     if recording.success is None:
         notes.append("nobody said whether it was a success")
-    return Looked(
-        recording, state, action, sum(map(bool, numbers["intervened"])), rate_hz, tuple(problems), tuple(notes)
-    )
+    expert = sum(map(bool, numbers["intervened"]))
+    return Looked(recording, state, action, expert, encodings, rate_hz, tuple(problems), tuple(notes))
 
 
 def _names(robot: Robot) -> list[str]:
@@ -132,13 +140,30 @@ def _look_at_times(times: np.ndarray, robot: Robot, limits: Limits) -> tuple[flo
         return float("nan"), [], [f"time stands still or goes back after {_places(back)}"]
     rate = float(1 / np.median(intervals))
     if abs(rate / expected - 1) > limits.rate:
-        problems.append(f"its steps come at {rate:.1f} Hz, robot {robot.name!r} expects {expected:g}")
+        problems.append(f"its steps come at {rate:.1f} Hz, {_expected_rate(robot)} (--limits.rate {limits.rate:g})")
     if len(late := np.flatnonzero(intervals * rate > _LATE)):
         missing = int((np.round(intervals[late] * rate) - 1).sum())
         worst = 1e3 * float(intervals[late].max())
         said = f"{missing} frames are missing, the longest pause is {worst:.0f} ms; after {_places(late)}"
-        (problems if missing > limits.missing * len(times) else notes).append(said)
+        if len(late) > 2 and not (np.diff(late) % robot.execute_steps).any():
+            said += (
+                f", always a multiple of {robot.execute_steps} steps apart: the robot may stand still while it waits "
+                "for the next chunk; ask for it ahead of time"
+            )
+        if missing > limits.missing * len(times):
+            problems.append(f"{said} (more than --limits.missing {limits.missing:g} of {len(times)})")
+        else:
+            notes.append(said)
     return rate, notes, problems
+
+
+def _expected_rate(robot: Robot) -> str:
+    if robot.stride == 1:
+        return f"robot {robot.name!r} expects {robot.control_hz:g}"
+    return (
+        f"robot {robot.name!r} expects {robot.control_hz * robot.stride:g}, as it reads every {robot.stride}. step; "
+        f"what is recorded at {robot.control_hz:g} Hz is of the same robot with stride 1, under a name of its own"
+    )
 
 
 def _places(steps: np.ndarray) -> str:
@@ -154,12 +179,59 @@ def _longest_run(values: Sequence[int]) -> tuple[int, int]:
     return int(np.diff(bounds)[longest]), int(bounds[longest])
 
 
+# ---- What all episodes of a dataset have alike -----------------------------------------------------------------------
+
+
+def metadata_kinds(looked: Sequence[Looked]) -> tuple[dict[str, type], list[str], list[str]]:
+    """Returns the type of each metadata that users added, notes, and problems.
+
+    One dataset has one type for each. Where a text is missing it is "" there; numbers that are of several types, or
+    missing in some episodes, are floats, NaN where there is none.
+    """
+    kinds, notes, problems = dict[str, type](), list[str](), list[str]()
+    for key in dict.fromkeys(k for x in looked for k in x.recording.head["metadata"]):
+        episodes: dict[type, list[str]] = {}
+        for x in looked:
+            found = x.recording.head["metadata"]
+            episodes.setdefault(type(found[key]) if key in found else type(None), []).append(x.recording.name)
+        lacking = episodes.pop(type(None), [])
+        if str in episodes and len(episodes) > 1:
+            parts = ", ".join(f"{kind.__name__} in {_some(names)}" for kind, names in episodes.items())
+            problems.append(f"metadata {key!r} is a text and a number: {parts}; leave one of them out")
+            continue
+        kinds[key] = next(iter(episodes)) if len(episodes) == 1 and (str in episodes or not lacking) else float
+        if lacking:
+            instead = "an empty text" if kinds[key] is str else "NaN"
+            notes.append(f"metadata {key!r} is missing in {len(lacking)} episodes, and {instead} there")
+    return kinds, notes, problems
+
+
+def encoding_problems(looked: Sequence[Looked]) -> list[str]:
+    """Returns which cameras would be stored as PNG and as JPEG."""
+    problems = []
+    for camera in dict.fromkeys(c for x in looked for c in x.encodings):
+        episodes: dict[str, list[str]] = {}
+        for x in looked:
+            if camera in x.encodings:
+                episodes.setdefault(x.encodings[camera], []).append(x.recording.name)
+        if episodes.keys() not in ({"png"}, {"jpeg"}):
+            parts = ", ".join(f"{how} in {_some(names)}" for how, names in episodes.items())
+            problems.append(f"camera {camera!r}: {parts}; give --images jpeg, or leave one kind out")
+    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} episodes ({' '.join(names[:_SHOWN])}{more})"
+
+
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def to_episode(recording: Recording, robot: Robot, images: Prepare | None) -> Episode:
+def to_episode(recording: Recording, robot: Robot, images: Prepare | None, kinds: Mapping[str, type]) -> Episode:
     """Returns a recording as an episode of RLDS.
 
+    kinds: of metadata that users added, see `metadata_kinds`.
     images: how to encode them; None keeps them as they were recorded, encoded or not compressed. A camera of the robot
     whose stored pictures have swapped channels, or are upside down, gets such ones (as PNG unless `images` says else).
     """
@@ -168,7 +240,7 @@ def to_episode(recording: Recording, robot: Robot, images: Prepare | None) -> Ep
     size = robot.robot_action_size
     proposed = np.stack([s.get("proposed", np.full(size, np.nan, np.float32)) for s in steps])
     times = np.array([s["time_s"] for s in steps], np.float64)
-    policy = recording.head["policy"]
+    policy, own = recording.head["policy"], recording.head["metadata"]
     return Episode(
         images={c.name: [_stored(s["images"][c.name], c, images) for s in steps] for c in cameras},
         state=np.stack([s["state"] for s in steps]),
@@ -181,13 +253,14 @@ def to_episode(recording: Recording, robot: Robot, images: Prepare | None) -> Ep
             "started": recording.head["started"],
             "policy": f"{policy['contract']}, step {policy['step']}" if policy else "",
             "notes": recording.notes,
-            **recording.head["metadata"],  # none of these names, see RESERVED
+            # None of these names, see RESERVED.
+            **{k: kind(own.get(k, "" if kind is str else "nan")) for k, kind in kinds.items()},
         },
         steps={
             INTERVENED: np.array([s["intervened"] for s in steps], np.bool_),
             PROPOSED: proposed.astype(np.float32),
-            "timestamp": times - times[0],
-            "wall_time": np.array([s["wall_s"] for s in steps], np.float64),
+            "timestamp": (times - times[0]).astype(np.float32),
+            "wall_time_ms": np.array([round(1e3 * s["wall_s"]) for s in steps], np.int64),  # more than a float holds
         },
     )
 
@@ -276,10 +349,10 @@ def write(
         RecordingError: what the robot reads is not what was recorded.
         ValueError: as `write_rlds`.
     """
-    found = {x.recording.name: x for x in looked}
+    found, kinds = {x.recording.name: x for x in looked}, metadata_kinds(looked)[0]
 
     def episodes(split: str) -> Iterator[Episode]:
-        return (to_episode(found[n].recording, robot, images) for n in plan.splits[split])
+        return (to_episode(found[n].recording, robot, images, kinds) for n in plan.splits[split])
 
     directory = write_rlds(
         root,

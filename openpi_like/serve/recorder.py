@@ -87,7 +87,7 @@ class Recorder:
         self._broken = False  # nothing more is appended to the file
         self._file: EpisodeWriter | None = None
         self._layout: dict[str, Any] = {}
-        self._prompt, self._synced = "", 0.0
+        self._prompt, self._synced, self._closed = "", 0.0, False
 
     def __enter__(self) -> "Recorder":
         return self
@@ -103,20 +103,23 @@ class Recorder:
         """Begins an episode and returns its name. metadata: of this episode, besides that of all.
 
         Raises:
-            RecordingError: one is open already, or the file cannot be written.
-            ValueError: metadata have a reserved name, or are no text, bool, int or float.
+            RecordingError: one is open already, the recorder is closed, or the file cannot be written.
+            ValueError: the prompt is no text; or metadata have a reserved name, or are no text, bool, int or float.
         """
+        if self._closed:
+            raise RecordingError(f"this recorder of {self.directory} is closed; make another one")
         if self._file is not None:
             raise RecordingError(f"episode {self._file.name} is open; call end() or drop() first")
         own = {**self._metadata, **(metadata or {})}
-        problems = [f"{k!r} is reserved, choose another name" for k in own if k in RESERVED]
+        problems = _prompt_problems(prompt)
+        problems += [f"metadata: {k!r} is reserved, choose another name" for k in own if k in RESERVED]
         problems += [
-            f"{k!r} is of type {type(v).__name__}, expected str, bool, int or float"
+            f"metadata: {k!r} is of type {type(v).__name__}, expected str, bool, int or float"
             for k, v in own.items()
             if not isinstance(v, str | bool | int | float)
         ]
         if problems:
-            raise ValueError("metadata: " + "; ".join(problems))
+            raise ValueError("; ".join(problems))
         now = datetime.datetime.now(datetime.UTC)
         name = f"{now:%Y%m%dT%H%M%S}.{now.microsecond // 1000:03d}-{secrets.token_hex(3)}"
         head = {
@@ -145,8 +148,8 @@ class Recorder:
         """Records one control step. All arrays are copied: they may be written to again at once.
 
         observation: as the policy gets it, see `openpi_like.serve.protocol`; "images" may have more cameras than the
-            policy sees, and encoded ones (PNG or JPEG, as bytes) beside arrays. "prompt" is that of the step, where it
-            is not the one that the episode began with.
+            policy sees, and encoded ones (PNG or JPEG, as bytes) beside arrays. "prompt" is that of the step; without
+            one, or with None, it is the one that the episode began with.
         action: (J,), what the robot was told in the end, after all limits. proposed: what the policy wanted, if any.
         intervened: an expert chose the action, not the policy.
         time_s: monotonic seconds of the observation, default now.
@@ -160,8 +163,7 @@ class Recorder:
         file = self._open()
         images, numbers = self._check(observation, action, proposed)
         copies = {name: x if isinstance(x, bytes) else x.copy() for name, x in images.items()}
-        prompt = str(observation.get("prompt", self._prompt))
-        said = {"intervened": bool(intervened), "prompt": prompt, **times}
+        said = {"intervened": bool(intervened), "prompt": self._prompt_of(observation), **times}
         size = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in copies.values())
         self._wait_for(size)
         encoded = self._encoders.submit(self._encode, copies, numbers, said)
@@ -206,6 +208,7 @@ class Recorder:
         Raises:
             RecordingError: something could not be written.
         """
+        self._closed = True
         self._encoders.shutdown()
         self._disk.shutdown()
         try:
@@ -220,6 +223,10 @@ class Recorder:
             raise RecordingError("no episode is open; call begin() first")
         self._raise_failure()
         return self._file
+
+    def _prompt_of(self, observation: Mapping[str, Any]) -> Any:
+        own = observation.get("prompt")
+        return self._prompt if own is None else own
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -265,12 +272,18 @@ class Recorder:
         robot = observation.get("robot", self.robot)
         if robot != self.robot:
             problems.append(f"robot: got {robot!r}, this recorder is for {self.robot!r}")
+        problems += _prompt_problems(self._prompt_of(observation))
         given = {"state": observation.get("state"), "action": action}
         numbers = {k: np.array(v, np.float32) for k, v in given.items() if v is not None}
         problems += [f"{k}: missing" for k in given if k not in numbers]
         if proposed is not None:
             numbers["proposed"] = np.array(proposed, np.float32)
         problems += [f"{k}: got shape {x.shape}, expected one axis" for k, x in numbers.items() if x.ndim != 1]
+        problems += [
+            f"{k}: not finite in dims {np.flatnonzero(~np.isfinite(x)).tolist()}"
+            for k, x in numbers.items()
+            if x.ndim == 1 and not np.isfinite(x).all()
+        ]
         if not problems:
             layout = {f"images[{k!r}]": x.shape for k, x in images.items() if not isinstance(x, bytes)}
             layout |= {f"images[{k!r}]": "encoded" for k, x in images.items() if isinstance(x, bytes)}
@@ -328,3 +341,7 @@ class Recorder:
             self._held -= size
             self._failure = self._failure or failure
             self._written.notify_all()
+
+
+def _prompt_problems(prompt: Any) -> list[str]:
+    return [] if isinstance(prompt, str) else [f"prompt: got {prompt!r}, expected a text"]

@@ -5,10 +5,12 @@ import dataclasses
 import io
 import re
 import runpy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from rich.console import Console
@@ -19,7 +21,7 @@ from openpi_like.data.selection import Selection
 from openpi_like.robots.robot import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.serve.recorded import Limits, look, to_episode
 from openpi_like.serve.recorder import Recorder
-from openpi_like.serve.spool import RecordingError, open_spool
+from openpi_like.serve.spool import RecordingError, open_spool, pack_step
 
 pytest.importorskip("tensorflow")
 # TensorFlow, TFDS and their protos warn of their own future while they write.
@@ -140,7 +142,10 @@ def test_the_robot_reads_what_was_recorded(recorded: Path) -> None:
             for t, acts in enumerate(expert)
         ]
         np.testing.assert_array_equal(proposed, np.array(expected, np.float32))
-        np.testing.assert_allclose(columns["timestamp"][:8], np.arange(8) / 10, atol=1e-9)
+        np.testing.assert_allclose(columns["timestamp"][:8], np.arange(8) / 10, rtol=1e-6)
+        clock = columns["wall_time_ms"].ravel()
+        assert (np.diff(clock) >= 0).all()
+        assert 0 <= time.time() - clock[0] / 1e3 < 600
         assert dataset.index.episode_columns["episode_metadata/success"].ravel().tolist() == [1, -1, 0]
         assert dataset.index.episode_texts["episode_metadata/operator"].table == ("Ada",)
 
@@ -232,9 +237,11 @@ def change(path: Path, what: Callable[[dict[str, Any]], Any], name: str = "odd",
         recorder.end(True)
 
 
-def set_nan(step: dict[str, Any]) -> None:
-    if step["t"] in (3, 9):
-        step["action"][1] = np.nan
+def pack_nan(images: dict[str, bytes], numbers: dict[str, Any], **said: Any) -> bytes:
+    """Packs a step as a recorder that does not look."""
+    if said["time_s"] in (0.3, 0.9):
+        numbers = {**numbers, "action": np.full(5, np.nan, np.float32)}
+    return pack_step(images, numbers, **said)
 
 
 def pause(step: dict[str, Any]) -> None:
@@ -250,9 +257,8 @@ def frozen(step: dict[str, Any]) -> None:
 
 
 BAD = {
-    "action is not finite at 2 steps \\(3, 9\\)": set_nan,
-    "its steps come at 20.0 Hz, robot 'odd' expects 10": lambda s: s.update(time_s=s["t"] / 20),
-    "3 frames are missing, the longest pause is 300 ms; after 2 steps \\(4, 20\\)": pause,
+    r"its steps come at 20.0 Hz, robot 'odd' expects 10 \(--limits.rate 0.05\)": lambda s: s.update(time_s=s["t"] / 20),
+    r"3 frames are missing, the longest pause is 300 ms; after 2 steps \(4, 20\) \(more than --limits.missing 0": pause,
     "time stands still or goes back after 1 steps \\(0\\)": lambda s: s.update(time_s=max(s["time_s"], 0.1)),
     "its state has 4 values, robot 'odd' has 3": lambda s: s["observation"].update(state=np.zeros(4)),
     "camera 'base' is 6 x 16 at 30 steps, the robot's is 12 x 16": lambda s: s["observation"]["images"].update(
@@ -262,15 +268,18 @@ BAD = {
 }
 
 
-def test_unfit_episodes_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_unfit_episodes_are_all_named_and_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     spool = tmp_path / "spool"
     for what in BAD.values():
         change(spool, what)
+    with monkeypatch.context() as patch:
+        patch.setattr("openpi_like.serve.recorder.pack_step", pack_nan)
+        change(spool, lambda s: None)
     change(spool, lambda s: None, name="leg")
     record(spool, range(1))
     with pytest.raises(RecordingError, match="8 problems, nothing is written") as e:
         convert(spool, tmp_path / "data")
-    for message in (*BAD, "it is of robot 'leg', not of 'odd'"):
+    for message in (*BAD, r"action is not finite at 2 steps \(3, 9\)", "it is of robot 'leg', not of 'odd'"):
         assert re.search(message, str(e.value)), message
     assert not (tmp_path / "data").exists()
     unfit = str(e.value).splitlines()[-1].partition("--leave-out ")[2].split()
@@ -286,9 +295,58 @@ def test_what_has_only_to_be_known_is_a_note(tmp_path: Path) -> None:
     late, still, third = (look(r, ODD, Limits(missing=0.05)) for r in open_spool(tmp_path))
     assert late.problems == still.problems == third.problems == ()
     assert late.notes == ("1 frames are missing, the longest pause is 200 ms; after 1 steps (4)",)
-    assert look(late.recording, ODD).problems == late.notes  # of 30, more than 2 %
+    more = " (more than --limits.missing 0.02 of 30)"
+    assert look(late.recording, ODD).problems == tuple(note + more for note in late.notes)
     assert still.notes == ("camera 'base' shows the same picture for 23 steps from step 7 on",)
     assert "camera 'third' is not the robot's, and is not written" in third.notes
+
+
+def test_pauses_between_chunks_and_a_stride_are_suspected(tmp_path: Path) -> None:
+    change(tmp_path, lambda s: s.update(time_s=s["t"] / 10 + 0.1 * (s["t"] // 4)))
+    (recording,) = open_spool(tmp_path)
+    every_other = dataclasses.replace(ODD, stride=2, execute_steps=4, action_horizon=4)
+    problems = look(recording, every_other).problems
+    assert problems[0] == (
+        "its steps come at 10.0 Hz, robot 'odd' expects 20, as it reads every 2. step; what is recorded at 10 Hz is of "
+        "the same robot with stride 1, under a name of its own (--limits.rate 0.05)"
+    )
+    assert "7 frames are missing" in problems[1]
+    assert "always a multiple of 4 steps apart: the robot may stand still while it waits" in problems[1]
+
+
+def test_episodes_of_one_dataset_are_made_alike_or_refused(tmp_path: Path) -> None:
+    """Metadata that came later, a number that was an int before, and pictures that were encoded by the camera."""
+    spool, jpeg = tmp_path / "spool", cv2.imencode(".jpg", seen(0, 0)["images"]["base"])[1].tobytes()
+    metadata: list[dict[str, Any]] = [
+        {"weight": 3},
+        {"weight": 0.1, "scene": "kitchen"},
+        {"scene": "lab"},
+        {"scene": 4},
+    ]
+    for said in metadata:
+        with Recorder(spool, ODD.name, metadata=said) as recorder:
+            recorder.begin("go")
+            for t in range(5):
+                observation = seen(0, t)
+                if said.get("scene") == "lab":
+                    observation["images"]["base"] = jpeg
+                recorder.step(observation, done(0, t), time_s=t / 10)
+            recorder.end(True)
+    names = [r.name for r in open_spool(spool)]
+    with pytest.raises(RecordingError, match="2 problems, nothing is written") as e:
+        convert(spool, tmp_path / "data")
+    text_and_number = f"'scene' is a text and a number: str in 2 episodes ({names[1]} {names[2]}), int in 1 episodes"
+    assert text_and_number in str(e.value)
+    assert f"camera 'base': png in 3 episodes ({names[0]} {names[1]} {names[3]}), jpeg in 1 episodes" in str(e.value)
+    printed = convert(spool, tmp_path / "data", images="jpeg", leave_out=(names[3],))
+    assert "'weight' is missing in 1 episodes, and NaN there" in printed
+    assert "'scene' is missing in 1 episodes, and an empty text there" in printed
+    import tensorflow_datasets as tfds
+
+    stored = tfds.builder_from_directory(tmp_path / "data" / "odd_recorded" / "1.0.0").as_dataset("train")
+    found = [e["episode_metadata"] for e in tfds.as_numpy(stored)]
+    np.testing.assert_array_equal([e["weight"] for e in found], np.array([3, 0.1, np.nan], np.float32))
+    assert [e["scene"] for e in found] == [b"", b"kitchen", b"lab"]
 
 
 def test_frames_that_are_not_compressed_are_compressed(tmp_path: Path) -> None:
@@ -309,6 +367,6 @@ def test_a_robot_whose_actions_cannot_be_told_is_refused(tmp_path: Path) -> None
     joints = dataclasses.replace(ODD.action[0], key="observation/joints")
     blind = dataclasses.replace(ODD, action=(joints, *ODD.action[1:]))
     (recording,) = open_spool(tmp_path / "spool")
-    episode = to_episode(recording, blind, None)
+    episode = to_episode(recording, blind, None, {"operator": str})
     with pytest.raises(ValueError, match="'hand' is read out of 'observation/joints' from 3 on, which is not part of"):
         write_rlds(tmp_path, "x", blind, {"train": [episode]}, description="", metadata={})

@@ -266,12 +266,26 @@ def test_steps_that_make_no_sense_are_refused_whole(tmp_path: Path) -> None:
         assert "images['third']: got encoded, in the steps before it was none" in str(e.value)
         with pytest.raises(ValueError, match=r"proposed: got shape \(1,\)"):
             recorder.step(observation(1), action(1), proposed=[0.0])
+        unfit = {**observation(1), "state": [0.0, np.nan, np.inf], "prompt": b"go"}
+        with pytest.raises(ValueError, match=r"prompt: got b'go'.*\n.*state: not finite in dims \[1, 2\]"):
+            recorder.step(unfit, action(1))
         record(recorder, range(1, 2))
         recorder.end()
         with pytest.raises(ValueError, match=r"'success' is reserved.*'x' is of type list"):
             recorder.begin("go", {"success": True, "x": [1]})  # type: ignore[dict-item]
     (recording,) = open_spool(tmp_path)
     check(recording.path, 2)
+    with pytest.raises(RecordingError, match="is closed; make another one"):
+        recorder.begin("go")
+
+
+def test_a_step_without_a_prompt_has_that_of_its_episode(tmp_path: Path) -> None:
+    with Recorder(tmp_path, "arm") as recorder:
+        recorder.begin("go")
+        for prompt in ("stop", None):
+            recorder.step({**observation(0), "prompt": prompt}, action(0))
+        recorder.end(True)
+    assert [step["prompt"] for step in open_spool(tmp_path)[0].read()] == ["stop", "go"]
 
 
 ABOUT = {

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER
+from openpi_like.robots.sims import make_sim
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.serve.spool import open_spool
 from openpi_like.serve.takeover import TakeOver
@@ -135,10 +136,52 @@ def test_corrections_are_recorded_as_they_were_executed(tmp_path):
     starts = [t for run in runs for t in run[::2]]  # a chunk of two is asked for, anew whenever the expert hands back
     assert len(runs) > 0
     np.testing.assert_array_equal([a["state"] for a in asked], [steps[t]["state"] for t in starts])
-    assert recording.head["metadata"] == {"task": "coffee-button", "seed": 31, "renderer": "raycast"}
+    assert recording.head["metadata"] == {
+        "task": "coffee-button",
+        "seed": 31,
+        "renderer": "raycast",
+        "rollout": str(args.out),
+    }
     assert (recording.success, recording.head["policy"]) == (True, {"contract": "abc", "step": 7})
 
 
 def test_held_out_layouts_are_not_recorded(tmp_path):
     with pytest.raises(ValueError, match="--record of layouts 9999 to 10000: what is recorded is trained on"):
         _args(tmp_path, record=tmp_path / "spool", first_seed=9_999, episodes=2)
+
+
+def test_a_stopped_rollout_keeps_what_ended_and_records_no_episode_twice(tmp_path):
+    """Of two episodes side by side one meets an error at once; the other one goes on to its end, and counts."""
+    sim = make_sim("pusht")
+    sim.reset("push-t", 41)
+    unlucky, failing = np.asarray(sim.observe()["state"]), [True]
+
+    def infer(observation):
+        if failing[0] and np.array_equal(observation["state"], unlucky):
+            raise WrongObservationError("no more")
+        return _hold(observation)
+
+    about = {
+        "cameras": {"base": [96, 96]},
+        "state": [[f.name, f.size, f.unit] for f in PUSHT.state],
+        "action": [[f.name, f.size, f.unit] for f in PUSHT.action],
+        **{"renderer": "pygame", "execute_steps": PUSHT.execute_steps},
+    }
+    with serving(infer, {"robots": {"pusht": about}}) as server:
+        out, spool = tmp_path / "out.jsonl", tmp_path / "spool"
+        job = ["--robot", "pusht", "--policy", "trained", "--port", str(server.port), "--first-seed", "41"]
+        job = [sys.executable, PROGRAM, *job, "--episodes", "2", "--out", str(out), "--record", str(spool)]
+        stopped = subprocess.run(job, capture_output=True, text=True)
+        assert (stopped.returncode, "no more" in stopped.stderr) == (1, True)
+        (ended,) = read_episodes(out)
+        assert (ended.seed, ended.steps) == (42, 300)
+        failing[0] = False
+        out.unlink()  # as if it had been killed before it wrote that down
+        subprocess.run(job, check=True, capture_output=True)
+    assert sorted(e.seed for e in read_episodes(out)) == [41, 42]
+    recordings = open_spool(spool)
+    assert sorted((r.head["metadata"]["seed"], r.finished, r.steps) for r in recordings) == [
+        (41, True, 300),
+        (42, True, 300),
+    ]
+    assert len(list(spool.glob("*.dropped"))) == 2
