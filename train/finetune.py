@@ -4,10 +4,10 @@
     python train/finetune.py widowx data/bridge_dataset/1.0.0 --from weights/pi0_base --model pi0 \\
         --tokenizer weights/paligemma_tokenizer.model --preset lora --write-only
 
-The config is a file of at most 40 lines, `config.py` in the directory of the run unless --config names another; what is
-not an option here is changed there, and then `python train/train.py CONFIG` starts it. The same command goes on with a
-run that was stopped. The best step by the error of sampled actions on held-out episodes is kept;
-`serve/policy_server.py RUN --step best` serves it.
+The config is a file of at most 40 lines, and one for each further dataset: `config.py` in the directory of the run
+unless --config names another. What is not an option here is changed there, and then `python train/train.py CONFIG`
+starts it. The same command goes on with a run that was stopped. The best step by the error of sampled actions on
+held-out episodes is kept; `serve/policy_server.py RUN --step best` serves it.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class Args:
     from: a run of ours, whose policy, tokenizers and statistics are taken; or published weights, with --model and
     --tokenizer. preset: what is trained. statistics: by which the robot is normalised, see docs/training.md;
     statistics-of: name of the checkpoint's robot whose they are, default the one of the same name.
+    selection: of recorded episodes (serve/record.py) all, those that succeeded, or what the expert did in these.
     fresh: weights may start fresh where the robot has more dims or steps than the policy.
     held-out: percent of the episodes where a dataset has no split "val". steps: at most. patience: validations, every
     validate-every steps, without a better one before it stops. peak-lr: default that of the run it starts from; for
@@ -53,6 +54,7 @@ class Args:
     preset: Literal["full", "lora", "expert_only", "frozen_vision"] = "full"
     statistics: Literal["own", "pretrained", "blended"] = "own"
     statistics_of: str | None = None
+    selection: Literal["all", "success", "corrections"] = "all"
     fresh: bool = False
     held_out: int = 10
     steps: int = 10_000

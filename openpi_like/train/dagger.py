@@ -4,12 +4,12 @@ import dataclasses
 
 from openpi_like.config import near_names
 from openpi_like.data.config import MixtureEntry
-from openpi_like.data.selection import Selection
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
+from openpi_like.train.finetune import SELECTIONS
 from openpi_like.train.statistics import Pretrained
 
-CORRECTIONS = Selection(intervened="intervened", success="episode_metadata/success")
+CORRECTIONS = SELECTIONS["corrections"]
 """The expert's own actions, of episodes that it brought to success."""
 
 

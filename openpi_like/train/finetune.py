@@ -15,7 +15,9 @@ import numpy as np
 from openpi_like.config import from_json, load_run, near_names
 from openpi_like.data import files
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.index import FrameIndex
 from openpi_like.data.layouts import split_names
+from openpi_like.data.selection import Selection
 from openpi_like.data.text import TextTokenizer, read_tokenizer
 from openpi_like.data.tokenizer import Tokenizer
 from openpi_like.models.released import RELEASED, find_model
@@ -32,6 +34,13 @@ from openpi_like.train.statistics import Blended, Own, Pretrained, pretrained
 LINE = 120  # characters of a line, at most, where it can be broken
 _LONGEST = 4_096  # tokens by which a prompt may be longer than the policy's
 STATISTICS: dict[str, Any] = {"own": Own, "pretrained": Pretrained, "blended": Blended}
+SUCCESS, INTERVENED = "episode_metadata/success", "intervened"
+"""Where `serve/record.py` writes how an episode ended (1, 0, or -1 for unknown), and whether an expert acted."""
+SELECTIONS = {
+    "all": Selection(),
+    "success": Selection(success=SUCCESS),
+    "corrections": Selection(intervened=INTERVENED, success=SUCCESS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,8 @@ class FineTuning:
     """What is asked for.
 
     robot, data: as `find_robot` and `open_dataset` take them. start: a run of ours, or published weights.
-    preset, statistics: names in `PRESETS` and `STATISTICS`. statistics_of: see `Pretrained.robot`.
+    preset, statistics, selection: names in `PRESETS`, `STATISTICS` and `SELECTIONS`. statistics_of: see
+        `Pretrained.robot`.
     run_dir: of the new run; statistics are kept in it.
     fresh: weights whose sizes the robot changes may start fresh. held_out: percent of the episodes of a dataset without
         a split "val" that are not trained on; 0 trains on all of them, and then nothing says which step is best.
@@ -57,6 +67,7 @@ class FineTuning:
     preset: str = "full"
     statistics: str = "own"
     statistics_of: str | None = None
+    selection: str = "all"
     fresh: bool = False
     held_out: int = 10
     steps: int = 10_000
@@ -71,7 +82,7 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         problems = []
-        for name, known in (("preset", PRESETS), ("statistics", STATISTICS)):
+        for name, known in (("preset", PRESETS), ("statistics", STATISTICS), ("selection", SELECTIONS)):
             if getattr(self, name) not in known:
                 problems.append(f"{name}={getattr(self, name)!r}; {near_names(getattr(self, name), list(known))}")
         if self.statistics_of is not None and self.statistics == "own":
@@ -167,19 +178,41 @@ def fitted(policy: Any, robot: Robot, *, fresh: bool) -> tuple[dict[str, Any], t
     return changes | grown, tuple(names)
 
 
-def splits(path: str, robot: Robot, held_out: int) -> tuple[str, str | None, str]:
+def recorded(index: FrameIndex) -> str | None:
+    """Returns how recorded episodes ended and how much of them an expert did; None where nothing says so."""
+    said = []
+    if SUCCESS in index.episode_columns:
+        ends = index.episode_columns[SUCCESS].ravel()
+        failed, unknown = int((ends == 0).sum()), int((ends < 0).sum())
+        said.append(f"{failed} of {len(ends)} episodes failed, of {unknown} it is not known")
+    if INTERVENED in index.columns:
+        acts = index.columns[INTERVENED].ravel() > 0
+        said.append(f"an expert acted at {int(acts.sum())} of {len(acts)} steps")
+    return "; ".join(said) or None
+
+
+def splits(path: str, robot: Robot, held_out: int, selection: str = "all") -> tuple[str, str | None, str]:
     """Returns what of a dataset is trained on and what is held out, as `MixtureEntry` has them, and that in words.
 
     A split "val" is held out where there is one; else the last episodes are, so many percent, at least one.
 
     Raises:
-        DatasetError: the dataset cannot be read as this robot's. ValueError: it has too few episodes to hold out any.
+        DatasetError: the dataset cannot be read as this robot's, or does not have what the selection looks at.
+        ValueError: it has too few episodes to hold out any.
     """
-    dataset = open_dataset(path, robot, "train")
-    episodes = dataset.index.episodes
+    dataset = open_dataset(path, robot, "train", selection=SELECTIONS[selection])
+    episodes, kept, outcome = dataset.index.episodes, len(dataset), recorded(dataset.index)
     dataset.close()
+    split, val_split, said = _splits(path, robot, held_out, selection, episodes)
+    if outcome is not None:
+        others = [name for name in SELECTIONS if name != selection]
+        said += f"; {outcome}; --selection {selection} trains on {kept} steps (or {' or '.join(others)})"
+    return split, val_split, said
+
+
+def _splits(path: str, robot: Robot, held_out: int, selection: str, episodes: int) -> tuple[str, str | None, str]:
     if "val" in split_names(files.locate(path)):
-        open_dataset(path, robot, "val").close()
+        open_dataset(path, robot, "val", selection=SELECTIONS[selection]).close()
         return "train", "val", f"{path}: {episodes} episodes; its own split val is held out"
     if not held_out:
         return "train", None, f"{path}: {episodes} episodes, none held out"
@@ -283,7 +316,7 @@ def make_config(asked: FineTuning, path: Path) -> Written:
     PRESETS[asked.preset].trainable(model)
     short = _short(fresh, weight_shapes(model))
     check_loads(asked, model, short)
-    parts = [splits(data, robot, asked.held_out) for data in asked.data]
+    parts = [splits(data, robot, asked.held_out, asked.selection) for data in asked.data]
     tokenizer = read_tokenizer(asked.tokenizer or "") if contract is None else contract.tokenizer
     needed = max(longest_prompt(data, robot, model, tokenizer) for data in asked.data)
     if needed > model.prompt_len:
@@ -355,7 +388,7 @@ def _text(
         model = call("dataclasses.replace", call("find_model", literal(asked.model)), **changes)
     else:
         model = call("finetune.policy_of", "START", **changes)
-    data, entries = _entries(asked.data, parts)
+    data, entries = _entries(asked.data, parts, SELECTIONS[asked.selection])
     held_out = any(val_split is not None for _, val_split in parts)
     wrist = tuple(c.name for c in find_robot(asked.robot).cameras if "wrist" in c.name)
     statistics = call(f"statistics.{STATISTICS[asked.statistics].__name__}", robot=asked.statistics_of)
@@ -368,6 +401,7 @@ def _text(
         *(["import dataclasses", ""] if published or mode is not None else []),
         *(["from openpi_like.data.augment import Augment"] if asked.augment else []),
         "from openpi_like.data.config import DataConfig, MixtureEntry",
+        *(["from openpi_like.data.selection import Selection"] if asked.selection != "all" else []),
         *(["from openpi_like.models.released import find_model"] if published else []),
         "from openpi_like.robots.find import find_robot",
         f"from openpi_like.train import {'' if published else 'finetune, '}presets, statistics",
@@ -405,17 +439,22 @@ def _text(
     return "\n".join(lines) + "\n"
 
 
-def _entries(data: tuple[str, ...], parts: list[tuple[str, str | None]]) -> tuple[list[str], list[str]]:
+def _entries(
+    data: tuple[str, ...], parts: list[tuple[str, str | None]], selection: Selection
+) -> tuple[list[str], list[str]]:
     """Returns lines that stand before the config, and those of its entries: one for all datasets where that will do."""
+    changed = {f.name: v for f in dataclasses.fields(selection) if (v := getattr(selection, f.name)) != f.default}
 
     def entry(path: str, split: str, val_split: str | None) -> str:
         options = ["ROBOT", path, *([f"split={literal(split)}"] if split != "train" else [])]
         options += [f"val_split={literal(val_split)}"] if val_split != "val" else []
+        options += ["selection=SELECTION"] if changed else []
         return call("MixtureEntry", *options)
 
+    before = [f"SELECTION = {call('Selection', **changed)}"] if changed else []
     if len(data) == 1 and len(only := entry(literal(data[0]), *parts[0])) <= LINE - len("        entries=(,),"):
-        return [], [f"entries=({only},),"]
+        return before, [f"entries=({only},),"]
     if len(data) > 1 and len(set(parts)) == 1:
-        return [f"DATA = {literal(data)}"], [f"entries=tuple({entry('path', *parts[0])} for path in DATA),"]
+        return [*before, f"DATA = {literal(data)}"], [f"entries=tuple({entry('path', *parts[0])} for path in DATA),"]
     each = [entry(literal(path), *part) for path, part in zip(data, parts, strict=True)]
-    return [], ["entries=(", *(f"    {one}," for one in each), "),"]
+    return before, ["entries=(", *(f"    {one}," for one in each), "),"]

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from openpi_like.config import load_run, override
 from openpi_like.data.augment import Augment
 from openpi_like.data.blend import blend
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.rlds_writer import Episode, write_rlds
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.models.pi0 import Pi0Config
@@ -155,9 +158,10 @@ def test_the_last_episodes_are_held_out(toy: Path, copy: Path) -> None:
 
 @pytest.mark.parametrize("episodes", range(2, 30))
 def test_one_episode_at_least_is_held_out(episodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = SimpleNamespace(episodes=episodes)
-    dataset = SimpleNamespace(index=index, close=lambda: None)
-    monkeypatch.setattr("openpi_like.train.finetune.open_dataset", lambda *_: dataset)
+    dataset = MagicMock()
+    dataset.index.episodes = episodes
+    monkeypatch.setattr("openpi_like.train.finetune.recorded", lambda _: None)
+    monkeypatch.setattr("openpi_like.train.finetune.open_dataset", lambda *_, **__: dataset)
     monkeypatch.setattr("openpi_like.train.finetune.split_names", lambda _: ["train"])
     split, val_split, _ = splits("x", ARM, 10)
     assert val_split is not None
@@ -166,6 +170,42 @@ def test_one_episode_at_least_is_held_out(episodes: int, monkeypatch: pytest.Mon
     assert 1 <= round(percent * episodes / 100) < episodes
     if episodes >= 10:
         assert percent == 90
+
+
+def test_of_recorded_episodes_it_says_how_they_ended(asked: Any, tmp_path: Path) -> None:
+    """Four episodes of ten steps: one failed, one of which nobody knows, and the expert acted in the second half."""
+    rng = np.random.default_rng(0)
+    (base,), (wrist,) = ([cv2.imencode(".png", np.zeros(s, np.uint8))[1].tobytes()] for s in ((12, 16, 3), (9, 7, 3)))
+    acts = np.arange(10) >= 5
+
+    def episode(success: int) -> Episode:
+        return Episode(
+            images={"base": [base] * 10, "wrist": [wrist] * 10},
+            state=rng.uniform(0, 1, (10, 6)).astype(np.float32),
+            action=rng.uniform(0, 1, (10, 3)).astype(np.float32),
+            prompt="go",
+            success=success > 0,
+            metadata={"success": success},
+            steps={"intervened": acts},
+        )
+
+    ends = [episode(success) for success in (1, 0, -1, 1)]
+    data = write_rlds(tmp_path, "did", ARM, {"train": ends, "val": [episode(1)]}, description="", metadata={})
+    for selection, steps in (("all", 40), ("success", 20), ("corrections", 10)):
+        path = tmp_path / f"{selection}.py"
+        written = write_config(asked(data=(str(data),), selection=selection), path)
+        assert written.notes[0].startswith(
+            f"{data}: 4 episodes; its own split val is held out; 1 of 4 episodes failed, of 1 it is not known; an "
+            f"expert acted at 20 of 40 steps; --selection {selection} trains on {steps} steps (or "
+        )
+        (entry,) = load_run(path).data.entries
+        assert entry.selection == finetune.SELECTIONS[selection]
+        assert written.text.count("\n") <= 40
+
+
+def test_a_selection_that_the_data_do_not_know_is_refused(asked: Any, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"selection\.intervened: .*'intervened'"):
+        write_config(asked(selection="corrections"), tmp_path / "config.py")
 
 
 def test_without_held_out_episodes_nothing_ranks_the_steps(asked: Any, copy: Path, tmp_path: Path) -> None:
@@ -262,6 +302,7 @@ def test_prompts_that_are_held_out_count_too(start: Path, toy: Path, monkeypatch
             {"statistics": "blend", "steps": 0},
             "statistics='blend'; did you mean 'blended'.*\n  steps=0, expected at least",
         ),
+        ({"selection": "sucess"}, "selection='sucess'; did you mean 'success'"),
         ({"statistics_of": "arm"}, "statistics_of='arm' is for pretrained or blended"),
         ({"data": ()}, "data: none"),
         ({"held_out": 60}, "held_out=60, expected 0 to 50"),
