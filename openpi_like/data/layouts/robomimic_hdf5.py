@@ -44,7 +44,7 @@ class RobomimicForm:
             return None
         return (
             f"its 'env_args' say control_freq {json.dumps(rate)}, expected how many steps are in a second, a number "
-            "above 0; write it, or take control_freq away where nobody knows it, with h5py: file['data'].attrs['env_args']"
+            "above 0; write it, or take it away where nobody knows it, with h5py: file['data'].attrs['env_args']"
         )
 
     def splits(self, file: Hdf5) -> dict[str, list[str]]:
