@@ -11,6 +11,7 @@ It looks at whole episodes, evenly spaced, with at most --steps steps. data/show
 
 import dataclasses
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,8 +53,8 @@ class Args:
 
     def __post_init__(self) -> None:
         problems = [f"--steps {self.steps}, expected at least 1"] if self.steps < 1 else []
-        if self.rate is not None and self.rate <= 0:
-            problems.append(f"--rate {self.rate}, expected > 0")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            problems.append(f"--rate {self.rate}, expected a number above 0")
         if min(self.image_size) < 1:
             problems.append(f"--image-size {self.image_size}, expected at least 1 x 1")
         if self.simulate < 0:

@@ -32,7 +32,8 @@ class Args:
     patterns of them. rename: OLD=NEW, where the rules give no good name.
     text: the field that is LeRobot's task; default the instruction, or the only text. instruction: that of all steps,
         where no field has one.
-    videos: how LeRobot stores pictures; "none": as they are. robot_type: what LeRobot shows.
+    videos: how LeRobot stores pictures; "none": as they are. robot_type: what LeRobot shows; default as the
+        dataset says.
     pictures, quality: how frames of videos and raw pictures are stored one by one; quality is that of JPEG.
     file_format: of RLDS; "array_record" is for readers that need random access, other readers want "tfrecord".
     max_corrupt_fraction: part of the episodes that may be damaged, and are then skipped. workers: processes that index.

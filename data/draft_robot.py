@@ -25,10 +25,11 @@ from rich.console import Console
 
 from openpi_like.data import files
 from openpi_like.data.episode_sample import Sample, bounds, rows
+from openpi_like.data.field_roles import WHOLE, in_observation, is_action, is_state, last
 from openpi_like.data.index import open_index
 from openpi_like.data.layouts import read_schema, split_names
 from openpi_like.data.schema import DatasetError, Feature, MissingPackageError, Schema
-from openpi_like.data.traps import angle_wraps, gripper_dims, trigger_gripper
+from openpi_like.data.traps import angle_wraps, floats, gripper_dims, trigger_gripper
 from openpi_like.robots.dim_names import Group, groups
 from openpi_like.robots.find import blanks_of
 from openpi_like.robots.oxe import ROBOTS
@@ -84,11 +85,6 @@ class Run:
     triggers: bool = False
 
 
-def last(key: str) -> str:
-    """Returns the last part of a key: "state" of observation/state and of observation.state."""
-    return re.split(r"[/.]", key)[-1]
-
-
 def cameras(features: Sequence[Feature]) -> tuple[list[tuple[str, Feature]], list[Feature]]:
     """Returns (slot name, image) of the colour cameras, and the images that are left out."""
     colour = [f for f in features if f.kind == "image" and f.dtype == "uint8" and f.shape[2:] == (3,)]
@@ -107,20 +103,32 @@ def size(feature: Feature) -> int:
     return math.prod(d for d in feature.shape if d is not None)
 
 
-def numeric(features: Sequence[Feature], what: str) -> tuple[list[Feature], list[Feature]]:
-    """Returns the numeric fields of the state or of the action that a robot would use, and the others."""
-    pattern = r"actions?(_dict)?\b" if what == "action" else r"(observations?|obs)[/.]"
-    found = [f for f in features if f.kind == "numeric" and f.dtype.startswith("float") and re.match(pattern, f.key)]
-    # A vector of all of it, where there is one, repeats the other fields.
-    whole = [f for f in found if last(f.key) in ("state", "proprio", "qpos", "action", "actions")]
-    used = [f for f in (whole or found) if size(f) <= MAX_SIZE and "terminate" not in f.key][: 1 if whole else None]
-    return used, [f for f in found if f not in used]
+def numeric(features: Sequence[Feature], what: str) -> tuple[list[Feature], dict[str, str]]:
+    """Returns the fields that a robot would use, and key -> why others are not used. what: "state" or "action"."""
+    belongs = is_action if what == "action" else is_state
+    found = [f for f in features if f.kind == "numeric" and belongs(f.key)]
+    why: dict[str, str] = {}
+    for f in found:
+        if "terminate" in f.key:
+            why[f.key] = "says that an episode ends"
+        elif not 0 < size(f) <= MAX_SIZE:
+            why[f.key] = f"has {size(f)} values, expected 1 to {MAX_SIZE}"
+        elif f.dtype == "bool" or not (f.dtype.startswith("float") or last(f.key) in WHOLE):
+            why[f.key] = "no floats: as a rule a flag or a count"
+    fit = [f for f in found if f.key not in why]
+    if whole := next((f for f in fit if last(f.key) in WHOLE), None):
+        used = [whole]
+        reason = f"{whole.key} has all of the {what}, as a rule"
+    else:
+        used = [f for f in fit if what == "action" or in_observation(f.key)] or fit
+        reason = "not among what is observed"
+    return used, {f.key: why.get(f.key, reason) for f in found if f not in used}
 
 
 def runs(feature: Feature, sample: Sample | None, taken: set[str]) -> list[Run]:
     """Returns the fields that one vector is cut into: by the names of its dims, or else at suspected grippers."""
     n = size(feature)
-    x = None if sample is None else sample.rows(feature.key)
+    x = None if sample is None else floats(sample.rows(feature.key))
     if "grip" in feature.key:
         cut = [Group(d, 1, "gripper") for d in range(n)]
     elif feature.names:
@@ -198,7 +206,9 @@ def language(features: Sequence[Feature]) -> str | None:
 def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     """Returns the Python file."""
     rate = None if sample is None else sample.index.split.rate
-    features = list(schema.steps.values())
+    # What is not in the index, such as texts that are not UTF-8, no robot can use.
+    lost = {} if sample is None else {k: v for k, v in sample.index.left_out.items() if k in schema.steps}
+    features = [f for f in schema.steps.values() if f.key not in lost]
     lines = [
         f'"""{name}, drafted from {origin}.',
         "",
@@ -225,6 +235,7 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
     lines += [f"        # {f.key}: {f.dtype} of shape {f.shape} is not a colour image" for f in left]
     lines.append("    ),")
     states: list[Run] = []
+    told = {f.key for f in (*(f for _, f in seen), *left)} | lost.keys()
     for what in ("state", "action"):
         used, others = numeric(features, what)
         lines.append(f"    {what}=(")
@@ -232,16 +243,31 @@ def draft(name: str, origin: str, schema: Schema, sample: Sample | None) -> str:
         found = [run for f in used for run in runs(f, sample, taken)]
         lines += [line for run in found for line in field_lines(run, what, states)]
         states = states or found
-        lines += [f"        # not used: {f.key}, {f.dtype} of shape {f.shape}" for f in others]
+        lines += [f"        # not used: {described(schema.steps[k])}: {why}" for k, why in others.items()]
         lines.append("    ),")
+        told |= {f.key for f in used} | others.keys()
     key = language(features) or language(list(schema.episode.values()))
     lines += [
         *chunks(rate),
         f"    language_key={quoted(key) if key else None},",
         *([] if key else ["    default_prompt=None,  # the dataset has no instruction: say what the robot does"]),
+        *(f"    # not used: {k}: {why}" for k, why in lost.items()),
+        *(f"    # not used: {rest(f)}" for f in features if f.key not in told | {key}),
         ")",
     ]
     return "\n".join(lines) + "\n"
+
+
+def described(feature: Feature) -> str:
+    return f"{feature.key}, {feature.dtype} of shape {feature.shape}"
+
+
+def rest(feature: Feature) -> str:
+    """Returns what a field is that is neither a camera, nor state, action or instruction."""
+    if feature.kind == "text":
+        return f"{feature.key}, a text"
+    why = "by its name neither state nor action" if feature.kind == "numeric" else "cannot be read"
+    return f"{described(feature)}: {why}"
 
 
 def chunks(rate: float | None) -> list[str]:

@@ -12,8 +12,10 @@ import dataclasses
 import fnmatch
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,6 +124,10 @@ class _Source:
         if fps is not None and known is not None and abs(fps - known) > 1e-6 * known:
             self.problems.append(f"fps={fps:g}, but the dataset says {known:g}; leave it out, or correct the dataset")
         return fps if known is None else known
+
+    @property
+    def robot_type(self) -> str | None:
+        return next((i.split.robot_type for i in self.indexes.values() if i.split.robot_type is not None), None)
 
     def check(self, names: Mapping[str, str]) -> None:
         """Raises DatasetError with all problems. names: key -> name in the result."""
@@ -233,6 +239,7 @@ def to_lerobot(
         text: which field becomes the task; default the instruction, or the only text of steps. Others are columns of
             strings. instruction: the task of all steps, instead of a field.
         videos: an encoder, see `video_writer.ENCODERS`; None stores pictures, encoded as they are.
+        robot_type: default that of the dataset, if it says one.
 
     Raises:
         DatasetError: all that cannot be converted and is not left out, and names that collide.
@@ -267,7 +274,7 @@ def to_lerobot(
     source.check(names)
     assert rate is not None  # checked
     cameras = [key for key, feature in columns.items() if feature.kind == "image"]
-    form = LeRobotFormat(rate, videos or ENCODER, robot_type)
+    form = LeRobotFormat(rate, videos or ENCODER, source.robot_type if robot_type is None else robot_type)
     with LeRobotWriter(out, {names[k]: _column(f, videos) for k, f in columns.items()}, form) as writer:
         for done, (split, index, e, steps) in enumerate(source.episodes(), start=1):
             values: dict[str, Values] = {}
@@ -291,8 +298,13 @@ def _column(feature: Feature, videos: str | None) -> Column:
     if feature.kind == "image":
         return Column("video" if videos else "image")
     if feature.kind == "text":
-        return Column("string")
-    return Column(feature.dtype, tuple(d for d in feature.shape if d is not None))
+        return Column("string", names=_labels(feature))
+    return Column(feature.dtype, tuple(d for d in feature.shape if d is not None), _labels(feature))
+
+
+def _labels(feature: Feature) -> Any:
+    """Returns what the values of a field are called, as LeRobot has it, or None."""
+    return json.loads(feature.labels) if feature.labels else list(feature.names) or None
 
 
 def _task(source: _Source, text: str | None) -> str | None:
@@ -354,7 +366,8 @@ def to_rlds(
     """Writes a dataset as RLDS: the TFDS directory `out`, best called name/version, appears when it is complete.
 
     `is_first`, `is_last` and `is_terminal` are added where they are not there; `is_terminal` is then false, since
-    nothing says that an episode ended by itself. The rate is kept as `fps` in metadata.json.
+    nothing says that an episode ended by itself. metadata.json keeps the rate as `fps`, what LeRobot says of the robot
+    as `robot_type`, and what values are called as `names`, by field.
 
     Raises:
         DatasetError: all that cannot be converted and is not left out, and names that collide.
@@ -403,6 +416,9 @@ def to_rlds(
             yield split, table
             progress(done, source.total)
 
-    metadata = {"converted_from": str(source.index.split.dataset)} | ({"fps": rate} if rate is not None else {})
+    metadata: dict[str, Any] = {"converted_from": str(source.index.split.dataset)}
+    called = {names[k]: of for k, f in source.kept.items() if (of := _labels(f)) is not None}
+    known = {"fps": rate, "robot_type": source.robot_type, "names": called or None}
+    metadata |= {key: value for key, value in known.items() if value is not None}
     write_tables(out, fields, list(source.indexes), tables(), metadata, form or RldsFormat())
     return source.converted(names, [key for key in cameras if not source.stored(key)])

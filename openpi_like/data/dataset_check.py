@@ -17,7 +17,8 @@ from openpi_like.robots.robot import Camera, Robot, StateField
 
 OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
 
-_RATE = 0.01  # part by which a robot's rate may differ from that of its data
+# Part by which a robot's rate may differ from that of its data: 29.97 and 30 are the same, 25 and 30 are not.
+RATE_TOLERANCE = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -118,9 +119,14 @@ def _selection_problems(index: FrameIndex, robot: Robot, selection: Selection) -
     return problems
 
 
+def same_rate(rate: float, expected: float) -> bool:
+    """Returns whether data of a rate fit a robot that expects another, in Hz."""
+    return abs(rate - expected) <= RATE_TOLERANCE * expected
+
+
 def _rate_problems(index: FrameIndex, robot: Robot) -> list[str]:
     rate, expected = index.split.rate, robot.control_hz * robot.stride
-    if rate is None or abs(rate - expected) <= _RATE * expected:
+    if rate is None or same_rate(rate, expected):
         return []
     return [
         f"control_hz: the dataset has {rate:g} steps a second, the robot {expected:g} (control_hz x stride: "

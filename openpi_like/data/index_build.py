@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 
 
 def schema_digest(schema: Schema) -> str:
-    """Returns a digest of everything that is known of all fields."""
+    """Returns a digest of everything that is known of all fields, but for labels, which nothing here rests on."""
     fields = [dataclasses.asdict(f) for f in (*schema.steps.values(), *schema.episode.values())]
-    return digest([{k: v for k, v in f.items() if k != "names" or v} for f in fields])
+    return digest([{k: v for k, v in f.items() if k != "labels" and (k != "names" or v)} for f in fields])
 
 
 def digest(value: Any) -> str:

@@ -49,11 +49,13 @@ _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 class Column:
     """A column of steps. dtype: of numbers, or "string", "image" (encoded pictures), "video" (pixels).
 
-    shape: of the numbers of one step; () is written as (1,), which LeRobot does not tell apart.
+    shape: of the numbers of one step; () is written as (1,), which LeRobot does not tell apart. names: what the values
+    are called, as LeRobot has it: a list, or lists by kind.
     """
 
     dtype: str
     shape: tuple[int, ...] = ()
+    names: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +263,7 @@ class LeRobotWriter:
         found: dict[str, Any] = {}
         for key, column in self._columns.items():
             shape = list(column.shape or (1,))
-            names: list[str] | None = None
+            names = column.names
             if column.dtype in ("image", "video"):
                 shape, names = [*self._sizes[key], 3], ["height", "width", "channels"]
             found[key] = {"dtype": column.dtype, "shape": shape, "names": names}

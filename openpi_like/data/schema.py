@@ -1,9 +1,11 @@
 """What a dataset says of itself, whatever its layout: its fields, and where the records of a split are stored."""
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,7 +28,8 @@ class Feature:
     key: path, e.g. "observation/state" in a step. kind: "numeric", "text", "image", or "other" where this reader cannot
     read it. shape: of one step's value; None where it may vary. encoding: "none", "zlib" or "bytes"; of texts that are
     stored as integers "code_points" (see `layouts.tfds.CODE_POINT_WORDS`); of pictures "raw" where they are numbers.
-    names: what the values are called, where the dataset says it: motors, as a rule.
+    names: what the values are called, where the dataset says it: motors, as a rule. labels: all that LeRobot has as
+    `names`, as JSON, so that a copy says the same: they may be lists by kind, or of axes.
     """
 
     key: str
@@ -35,6 +38,21 @@ class Feature:
     shape: tuple[int | None, ...]
     encoding: str = "none"
     names: tuple[str, ...] = ()
+    labels: str = ""
+
+
+def with_names(feature: Feature, names: Any) -> Feature:
+    """Returns a field with LeRobot's `names`: a list, lists by kind ("motors"), or nothing."""
+    found = _flat(names)
+    each = len(found) == math.prod(d or 0 for d in feature.shape) and feature.shape not in ((), (1,))
+    labels = json.dumps(names, ensure_ascii=False) if names else ""
+    return dataclasses.replace(feature, names=tuple(found) if each else (), labels=labels)
+
+
+def _flat(names: Any) -> list[str]:
+    if isinstance(names, dict):
+        return [name for value in names.values() for name in _flat(value)]
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +69,7 @@ class Split:
 
     storage: how records are read. stats: None where the file is missing, if that is tolerated.
     companions: a digest of all other files that the records need (videos, tables of episodes), or "".
-    rate: steps in a second, in Hz, where the dataset says it.
+    rate: steps in a second, in Hz, where the dataset says it. robot_type: which robot, as LeRobot calls it.
     """
 
     name: str
@@ -63,6 +81,7 @@ class Split:
     stats: tuple[Stat | None, ...]
     companions: str = ""
     rate: float | None = None
+    robot_type: str | None = None
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.version} split {self.name!r}"

@@ -18,6 +18,7 @@ from jaxtyping import Int, Shaped, UInt8
 
 from openpi_like.data.blocks import blocks
 from openpi_like.data.episode_sample import Sample, bounds, count_texts, rows
+from openpi_like.data.field_roles import is_action, is_instruction, is_state
 from openpi_like.data.index import FrameIndex
 
 _SHOWN = 3  # places named per trap
@@ -335,12 +336,17 @@ def swapped_channels(key: str, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> 
 
 def action_keys(index: FrameIndex) -> list[str]:
     """Returns the keys of numeric fields of a step that are actions."""
-    return [k for k, x in index.columns.items() if re.match(r"actions?(_dict)?\b", k) and x.dtype.kind == "f"]
+    return [k for k, x in index.columns.items() if is_action(k) and x.dtype.kind == "f"]
 
 
 def state_keys(index: FrameIndex) -> list[str]:
     """Returns the keys of numeric fields of a step that are observed."""
-    return [k for k, x in index.columns.items() if k.startswith("observation/") and x.dtype.kind == "f"]
+    return [k for k, x in index.columns.items() if is_state(k) and x.dtype.kind in "fiu"]
+
+
+def floats(x: np.ndarray) -> np.ndarray:
+    """Returns numbers of which differences can be taken: those of unsigned ones would go round."""
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 
 def find_traps(
@@ -358,7 +364,7 @@ def find_traps(
     found += with_nan.values()
     # What follows compares numbers; steps without one would make all of it NaN.
     actions, states = (
-        {k: sample.rows(k) for k in keys(index) if with_nan[k] is None} for keys in (action_keys, state_keys)
+        {k: floats(sample.rows(k)) for k in keys(index) if with_nan[k] is None} for keys in (action_keys, state_keys)
     )
     for key, x in (actions | states).items():
         ends = bounds(rows(index, key))
@@ -375,7 +381,7 @@ def find_traps(
         found.append(end_flags("is_last", index.columns["is_last"], np.asarray(index.episode_start)))
     for texts, level in ((index.texts, "step"), (index.episode_texts, "episode")):
         for key, text in texts.items():
-            if "language" in key or "instruction" in key:
+            if is_instruction(key):
                 found.append(instructions(f"{level}: {key}", count_texts(text)))
     for key, (steps, pictures) in images.items():
         sizes = np.asarray(index.images[key][:, 1])

@@ -141,6 +141,8 @@ def test_strict_is_for_scripts(arm_directory: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(program: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--rate nan, expected a number above 0"):
+        program.Args("data", "arm", rate=float("nan"))
     with pytest.raises(ValueError, match=r"--steps 0, .*; --rate -1, .*; --simulate -1, .*; --out .*x.png, expected"):
         program.Args("data", "arm", steps=0, rate=-1, simulate=-1, out=tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"--image-size \(0, 224\), .*; --out .*: there is no directory"):

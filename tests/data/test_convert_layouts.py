@@ -102,7 +102,12 @@ def test_tfds_reads_what_is_written(tfds: Any, videos: Path, tmp_path: Path) -> 
     to_rlds(videos, tmp_path / "so 101" / "2.0.0", Conversion(encoding="png"), form=RldsFormat("array_record"))
     builder = tfds.builder_from_directory(tmp_path / "so 101" / "2.0.0")
     assert (builder.name, str(builder.version)) == ("so_101", "2.0.0")
-    assert builder.info.metadata == {"converted_from": "videos", "fps": FPS}
+    assert builder.info.metadata == {
+        "converted_from": "videos",
+        "fps": FPS,
+        "robot_type": "toy",
+        "names": {"observation/state": ["waist", "elbow", "gripper"]},
+    }
     index = open_index(videos, "train")
     for e, episode in enumerate(builder.as_data_source("train")):
         for t, step in enumerate(episode["steps"]):
@@ -149,7 +154,40 @@ def test_lerobot_to_lerobot(tmp_path: Path) -> None:
     done = to_lerobot(old, tmp_path / "new", videos=None)
     names = done.names | {key: key for key in OWN}
     same(open_index(old, "train"), open_index(tmp_path / "new", "train"), names)
-    assert json.loads((tmp_path / "new" / "meta" / "info.json").read_text())["codebase_version"] == "v3.0"
+    assert info_of(tmp_path / "new")["codebase_version"] == "v3.0"
+
+
+def info_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "meta" / "info.json").read_text())
+
+
+def test_what_values_are_called_is_kept(tmp_path: Path) -> None:
+    """As it is written: by kind, of axes, of one value, in other letters; from LeRobot, and there and back by RLDS."""
+    names = {
+        "observation.state": {"motors": ["waist", "elbow", "gripper"]},
+        "action": ["größe", "y", "z"],
+        "grid": ["rows", "columns"],
+        "reward": ["points"],
+        "done": None,
+    }
+    old = write_v30(tmp_path / "old", {WRIST: "image"})
+    info = info_of(old)
+    for key, of in names.items():
+        info["features"][key]["names"] = of
+    (old / "meta" / "info.json").write_text(json.dumps(info))
+    to_lerobot(old, tmp_path / "new", videos=None)
+    to_lerobot(old, tmp_path / "video", Conversion(rename={"action": "target"}), robot_type="so101")
+    to_rlds(old, tmp_path / "rlds")
+    to_lerobot(tmp_path / "rlds", tmp_path / "back", videos=None)
+    for name, robot, action in (("new", "toy", "action"), ("video", "so101", "target"), ("back", "toy", "action")):
+        found = info_of(tmp_path / name)
+        assert found["robot_type"] == robot
+        assert {key: found["features"][action if key == "action" else key]["names"] for key in names} == names
+    for name, dots in (("new", "."), ("rlds", "/")):
+        steps = open_index(tmp_path / name, "train").schema.steps
+        assert steps[f"observation{dots}state"].names == ("waist", "elbow", "gripper")
+        assert (steps["reward"].names, steps["grid"].names) == ((), ())
+        assert read_dataset(locate(tmp_path / name), "train")[0].robot_type == "toy"
 
 
 def test_more_than_one_text(toy: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.episode_sample import Sample
+from openpi_like.data.index import open_index
 from openpi_like.data.schema import DatasetError, Feature, Schema
 from openpi_like.robots import Robot
 from openpi_like.robots.find import find_robot
@@ -192,6 +194,69 @@ def test_odd_schemas(program: SimpleNamespace, tmp_path: Path) -> None:
     for left_out in ("observation/depth: float32", "not used: observation/embedding", "not used: action/terminate"):
         assert left_out in text
     assert text.count('gripper=Gripper(open="?", closed="?")') == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_a_plain_state_is_in_the_draft(program: SimpleNamespace, tmp_path: Path, dtype: str) -> None:
+    """As openpi's conversions of LIBERO call their fields; of numbers of motor steps, too."""
+    features = [
+        feature("actions", shape=(7,)),
+        feature("image", "image", "uint8", (256, 256, 3)),
+        feature("joint_position", shape=(7,)),
+        feature("state", dtype=dtype, shape=(8,)),
+        feature("task", "text", "string"),
+    ]
+    text = program.draft("plain_robot", "nowhere", Schema({f.key: f for f in features}, {}), None)
+    out = tmp_path / "plain_robot.py"
+    out.write_text(completed(text))
+    assert [(f.key, f.size) for f in load(out).state] == [("state", 8)]
+    assert [(f.key, f.size) for f in load(out).action] == [("actions", 7)]
+    assert "# not used: joint_position, float32 of shape (7,): state has all of the state, as a rule" in text
+
+
+def test_plain_names_without_a_whole_state(program: SimpleNamespace) -> None:
+    """As in DROID for openpi; fields in the group of observations go before them."""
+    plain = [feature("actions", shape=(8,)), feature("gripper_position", shape=(1,))]
+    plain.append(feature("joint_position", shape=(7,)))
+    used, others = program.numeric(plain, "state")
+    assert ([f.key for f in used], others) == (["gripper_position", "joint_position"], {})
+    used, others = program.numeric([*plain, feature("obs/eef", shape=(3,))], "state")
+    assert [f.key for f in used] == ["obs/eef"]
+    assert others == dict.fromkeys(("gripper_position", "joint_position"), "not among what is observed")
+
+
+def test_every_field_of_a_step_is_in_the_draft(program: SimpleNamespace, toy: Path) -> None:
+    """Or named as left out, with the reason; so of features of every kind."""
+    features = [
+        feature("action", shape=(7,)),
+        feature("is_first", dtype="bool"),
+        feature("lidar", "other", "Sequence", (None,)),
+        feature("observation/flag", dtype="bool"),
+        feature("observation/ticks", dtype="int32", shape=(6,)),
+        feature("observation/cloud", shape=(100, 3)),
+        feature("observation/nothing", shape=(0,)),
+        feature("observation/pose", shape=(7,)),
+        feature("reward"),
+        feature("language_instruction", "text", "string"),
+        feature("language_instruction_2", "text", "string"),
+    ]
+    text = program.draft("all_robot", "nowhere", Schema({f.key: f for f in features}, {}), None)
+    for line in (
+        "is_first, bool of shape (): by its name neither state nor action",
+        "lidar, Sequence of shape (None,): cannot be read",
+        "observation/flag, bool of shape (): no floats: as a rule a flag or a count",
+        "observation/ticks, int32 of shape (6,): no floats: as a rule a flag or a count",
+        "observation/cloud, float32 of shape (100, 3): has 300 values, expected 1 to 64",
+        "observation/nothing, float32 of shape (0,): has 0 values, expected 1 to 64",
+        "reward, float32 of shape (): by its name neither state nor action",
+        "language_instruction_2, a text",
+    ):
+        assert f"# not used: {line}\n" in text
+    assert text.count("# not used: ") == 8
+    index = open_index(toy, "train")
+    text = program.draft("toy_robot", "toy", index.schema, Sample.take(index))
+    assert "# not used: embedding: it has 300 values, more than 256\n" in text
+    assert [key for key in index.schema.steps if key not in text] == []
 
 
 def test_draft_of_bridge(program: SimpleNamespace, bridge: Path, tmp_path: Path) -> None:

@@ -373,6 +373,24 @@ def test_groups_that_lead_back_are_an_error(lift: Path) -> None:
     assert "nested more than 16 deep; does a link lead back?" in refused(lift)
 
 
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(0, "0"), (-20.0, "-20.0"), (np.nan, "NaN"), (np.inf, "Infinity"), ("20", '"20"'), (True, "true")],
+)
+def test_a_rate_that_is_none(tmp_path: Path, rate: Any, shown: str) -> None:
+    """Of files all of which are named; and tolerated as other damage is."""
+    for name, of in (("a", rate), ("b", 20)):
+        env_args = {"env_name": "Lift", "env_kwargs": {"control_freq": of}}
+        write_robomimic(tmp_path / f"{name}.hdf5", (3,), env_args=env_args)
+    with pytest.raises(DatasetError) as error:
+        open_index(tmp_path, "train")
+    assert f"a.hdf5: its 'env_args' say control_freq {shown}, expected how many steps are in a second" in str(
+        error.value
+    )
+    assert "b.hdf5" not in str(error.value)
+    assert open_index(tmp_path, "train", max_corrupt_fraction=0.6).split.rate == 20.0
+
+
 def test_env_args_without_a_rate(tmp_path: Path) -> None:
     path = write_robomimic(tmp_path / "a.hdf5", (3,), env_args={"env_name": "Lift", "env_kwargs": None})
     assert open_index(path, "train").split.rate is None

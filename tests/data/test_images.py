@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -135,8 +135,10 @@ def test_a_part_of_a_jpeg_is_large_enough(h: int, w: int, size: tuple[int, int],
     assert stored == (h, w)
     least = Target(*size, how).least(h, w)
     kept = min(h / least[0], w / least[1])  # how many times larger than needed it is stored
-    factor = max(1, min(8, 2 ** int(np.floor(np.log2(max(kept, 1))))))
-    assert image.shape == (-(-h // factor), -(-w // factor), 3)
+    factor = Target(*size, how).factor(h, w)
+    assert factor in (1, 2, 4, 8)
+    assert factor <= max(kept, 1)
+    assert image.shape == (h / factor, w / factor, 3)
     if factor == 1:
         np.testing.assert_array_equal(image, decode(data))
 
@@ -155,6 +157,62 @@ def test_a_part_of_a_jpeg_differs_little(height: int, width: int, to: int, how: 
     assert abs(error.mean()) < 0.3  # no brightness is lost, and nothing is shifted:
     shifted = np.roll(of_part, 1, axis=1).astype(float) - of_all
     assert (error**2).mean() < 0.5 * (shifted**2).mean()
+
+
+@pytest.mark.parametrize(
+    ("size", "to", "how", "factor"),
+    [
+        ((480, 640), 224, "pad", 2), ((480, 640), 224, "crop", 2), ((720, 1280), 224, "pad", 4),
+        ((720, 1280), 224, "crop", 2), ((1080, 1920), 224, "pad", 8), ((1080, 1920), 224, "crop", 4),
+        ((480, 848), 224, "crop", 2), ((360, 640), 224, "pad", 2), ((512, 512), 224, "stretch", 2),
+        # what does not divide: the sides by 8, by anything, and the part that is cut
+        ((1084, 1924), 224, "pad", 4), ((479, 641), 224, "pad", 1), ((480, 641), 224, "pad", 1),
+        ((238, 318), 96, "stretch", 2), ((238, 318), 96, "pad", 2), ((239, 319), 64, "pad", 1),
+        ((480, 646), 96, "crop", 1),
+    ],
+)  # fmt: skip
+def test_by_how_much_jpegs_are_reduced(size: tuple[int, int], to: int, how: str, factor: int) -> None:
+    assert Target(to, to, how).factor(*size) == factor
+    part, _ = decode_for(simplejpeg.encode_jpeg(np.zeros((*size, 3), np.uint8)), "rgb", Target(to, to, how))
+    assert part.shape == (size[0] // factor, size[1] // factor, 3)
+
+
+def shift(of_all: np.ndarray, of_part: np.ndarray) -> float:
+    """Returns by how many pixels a soft picture is shifted, by least squares; the larger of both directions."""
+    inner = slice(2, -2), slice(2, -2)
+    slopes = np.stack([g[inner].ravel() for g in np.gradient(of_all.astype(float))], axis=1)
+    change = (of_all.astype(float) - of_part)[inner].ravel()
+    return float(np.abs(np.linalg.lstsq(slopes, change, rcond=None)[0]).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sides=st.tuples(st.integers(60, 700), st.integers(60, 700)),
+    of=st.sampled_from([1, 2, 8]),
+    size=st.tuples(st.integers(16, 100), st.integers(16, 100)),
+    how=st.sampled_from(FITS),
+)
+@example(sides=(657, 136), of=1, size=(29, 60), how="pad")  # rounded up by libjpeg, it was 0.8 pixels off
+@example(sides=(344, 64), of=1, size=(30, 29), how="crop")  # cut between pixels, 0.5 pixels
+@example(sides=(479, 641), of=1, size=(96, 96), how="stretch")
+@example(sides=(238, 318), of=1, size=(96, 96), how="crop")
+@example(sides=(152, 472), of=8, size=(71, 43), how="crop")
+def test_a_part_of_a_jpeg_is_not_shifted(sides: tuple[int, int], of: int, size: tuple[int, int], how: str) -> None:
+    """Against the full picture, on soft ones: no place is off by more than 0.04 pixels, no edge of the black around."""
+    h, w = (side // of * of for side in sides)
+    y, x = (np.mgrid[0:h, 0:w] + 0.5) / np.array([h, w])[:, None, None]
+    soft = np.round(127 + 60 * np.sin(9 * x + 2 * y) + 50 * np.cos(7 * y - 3 * x)).astype(np.uint8)
+    data = simplejpeg.encode_jpeg(soft[..., None].repeat(3, 2), quality=95)
+    of_all, of_part = np.zeros((2, *size, 3), np.uint8)
+    fit(decode(data), of_all, fit=how)
+    fit(decode_for(data, "rgb", Target(*size, how))[0], of_part, fit=how)
+    inside: np.ndarray = np.any(of_all, axis=2)
+    np.testing.assert_array_equal(np.any(of_part, axis=2), inside)
+    assert np.abs(of_all.astype(int) - of_part).max() <= 5
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    if min(len(rows), len(columns)) > 8:
+        shown = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1), 0
+        assert shift(of_all[shown], of_part[shown]) < 0.04
 
 
 def test_only_large_jpegs_are_decoded_in_part() -> None:

@@ -14,6 +14,8 @@ from openpi_like.data import traps
 from openpi_like.data.episode_sample import Sample, bounds
 from openpi_like.data.images import decode
 from openpi_like.data.index import FrameIndex, Texts, open_index
+from tests.data.hdf5_files import write_aloha, write_robomimic
+from tests.data.toy_lerobot import FRONT, write_v30
 
 E, T = 30, 40
 STARTS = np.arange(0, E * T + 1, T)
@@ -333,3 +335,54 @@ def test_toy_has_only_what_is_put_into_it(toy: Path) -> None:
         ("instructions", "step: language_instruction"),
     ]
     assert index.where(40) in got[0].found
+
+
+def test_which_fields_are_states_and_actions(toy: Path, tmp_path: Path) -> None:
+    lerobot = open_index(write_v30(tmp_path / "lerobot", {FRONT: "image"}), "train", index_dir=tmp_path)
+    aloha = open_index(write_aloha(tmp_path / "aloha"), "train", index_dir=tmp_path)
+    robomimic = open_index(write_robomimic(tmp_path / "robomimic" / "lift.hdf5"), "train", index_dir=tmp_path)
+    for index, states, actions in (
+        (open_index(toy, "train"), {f"observation/{n}" for n in ("grid", "joints", "present/x", "state")}, "action"),
+        (lerobot, {"observation.state"}, "action"),
+        (aloha, {f"observations/{n}" for n in ("qpos", "qvel", "effort")}, "action"),
+        (robomimic, {"obs/robot0_eef_pos", "obs/robot0_gripper_qpos"}, "actions"),
+    ):
+        assert set(traps.state_keys(index)) == states
+        assert traps.action_keys(index) == [actions]
+
+
+@pytest.mark.parametrize(
+    ("state", "action", "text"),
+    [
+        ("observation/state", "action", "language_instruction"),
+        ("observation.state", "action", "task"),
+        ("state", "actions", "task"),
+        ("observations/qpos", "action", "instruction"),
+        ("obs/robot0_joint_pos", "actions", "language_instruction"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+def test_states_have_traps_in_every_layout(
+    toy_index: FrameIndex, rng: np.random.Generator, state: str, action: str, text: str, dtype: type
+) -> None:
+    """Angles in degrees that wrap, a dim that is constant, one with outliers, and steps at which nothing moves."""
+    x = np.zeros((E, T, 3))
+    x[..., 0] = np.arange(T) // 2 * 25 % 360
+    x[3, 4, 2] = 600
+    index = dataclasses.replace(
+        toy_index,
+        columns={action: rng.normal(size=(N, 2)).astype(np.float32), state: x.reshape(N, 3).astype(dtype)},
+        texts={text: Texts(np.zeros(N, np.int32), ("",))},
+        episode_texts={},
+        episode_start=STARTS,
+        episode_shard=np.zeros(E, np.int64),
+        episode_record=np.arange(E),
+    )
+    got = {(t.kind, t.key): t.found for t in traps.find_traps(Sample.take(index), {})}
+    assert got == {
+        ("constant", state): "the same value in all 1200 steps: [1] = 0",
+        ("outliers", state): "[2] 0 .. 600, q01 .. q99 0 .. 0",
+        ("angle wraps", state): "jumps between steps: [0] 30 times by one turn (deg)",
+        ("idle", state): "in 51% of the steps nothing moves before the next one",
+        ("instructions", f"step: {text}"): "100.0% of them are empty",
+    }

@@ -73,5 +73,6 @@ class LeRobotLayout:
             stats=tuple(stats.get(name) for name in names),
             companions=digest([beside, sorted(missing)]),
             rate=float(info["fps"]),
+            robot_type=info.get("robot_type"),
         )
         return found, read_schema(directory)

@@ -22,7 +22,7 @@ from openpi_like.data.files import Location, Stat
 from openpi_like.data.index_build import digest
 from openpi_like.data.layouts.layout import is_file
 from openpi_like.data.layouts.parquet_pages import pyarrow
-from openpi_like.data.schema import DatasetError, Feature, Schema
+from openpi_like.data.schema import DatasetError, Feature, Schema, with_names
 
 INFO = "meta/info.json"
 TEXTS = {"task": "task_index", "subtask": "subtask_index"}  # text that is added -> the column of its number
@@ -138,17 +138,9 @@ def _feature(key: str, of: dict[str, Any]) -> Feature:
         depth = bool((of.get("info") or {}).get("video.is_depth_map")) or bool(of.get("is_depth_map"))
         return Feature(key, "other" if depth else "image", "depth map" if depth else "uint8", shape, dtype)
     if dtype == "string":
-        return Feature(key, "text", "string", ())
-    kind, names = "numeric" if dtype in _NUMERIC else "other", _names(of.get("names"))
-    named = len(names) == math.prod(shape) and shape != (1,)
-    return Feature(key, kind, dtype, () if shape == (1,) else shape, names=tuple(names) if named else ())
-
-
-def _names(of: Any) -> list[str]:
-    """Returns the names of a field's values: a list, or lists by kind ("motors")."""
-    if isinstance(of, dict):
-        return [name for value in of.values() for name in _names(value)]
-    return [str(name) for name in of] if isinstance(of, list) else []
+        return with_names(Feature(key, "text", "string", ()), of.get("names"))
+    kind = "numeric" if dtype in _NUMERIC else "other"
+    return with_names(Feature(key, kind, dtype, () if shape == (1,) else shape), of.get("names"))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -36,10 +37,15 @@ class RobomimicForm:
                 '\'{"env_name": "my_task", "env_kwargs": {"control_freq": 20}}\''
             )
         try:
-            _json(data.attrs, "env_args")
+            rate = _control_freq(data.attrs)
         except RecordError as e:
             return str(e)
-        return None
+        if rate is None or (isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate < math.inf):
+            return None
+        return (
+            f"its 'env_args' say control_freq {json.dumps(rate)}, expected how many steps are in a second, a number "
+            "above 0; write it, or take it away where nobody knows it, with h5py: file['data'].attrs['env_args']"
+        )
 
     def splits(self, file: Hdf5) -> dict[str, list[str]]:
         everything = sorted(file["data"], key=natural)
@@ -54,9 +60,8 @@ class RobomimicForm:
         return {split: [f"data/{name}" for name in names] for split, names in named.items()}
 
     def rate(self, file: Hdf5) -> float | None:
-        kwargs = _json(file["data"].attrs, "env_args").get("env_kwargs")
-        rate = kwargs.get("control_freq") if isinstance(kwargs, dict) else None
-        return float(rate) if isinstance(rate, int | float) else None
+        rate = _control_freq(file["data"].attrs)
+        return None if rate is None else float(rate)
 
     def left_out(self, key: str) -> str | None:
         if key.startswith("next_obs/"):
@@ -96,6 +101,12 @@ def natural(name: str) -> list[str | int]:
 
 def _name(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _control_freq(attributes: Any) -> Any:
+    """Returns what `env_args` say of the rate, None for nothing. Raises RecordError."""
+    kwargs = _json(attributes, "env_args").get("env_kwargs")
+    return kwargs.get("control_freq") if isinstance(kwargs, dict) else None
 
 
 def _json(attributes: Any, name: str) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from openpi_like.data import files
 from openpi_like.data.files import Location, Stat
 from openpi_like.data.layouts.layout import is_file
 from openpi_like.data.layouts.records import ArrayRecords, TfRecords
-from openpi_like.data.schema import DatasetError, Feature, Schema, Split, Storage
+from openpi_like.data.schema import DatasetError, Feature, Schema, Split, Storage, with_names
 
 # A list of more integers than this under a name with one of these words is text, a Unicode code point per integer,
 # padded with zeros (language_table: observation/instruction is int32[512]).
 CODE_POINT_WORDS = ("instruction", "language")
 CODE_POINT_LENGTH = 64
-METADATA = "metadata.json"  # what the writer of a dataset wants to say; "fps" is the rate of its steps
+# What the writer of a dataset wants to say, see `to_rlds`: "fps" is the rate of its steps, "robot_type" and "names" (by
+# field of a step) are those of LeRobot.
+METADATA = "metadata.json"
 
 STORAGES: dict[str, Storage] = {storage.name: storage for storage in (TfRecords(), ArrayRecords())}
 
@@ -82,6 +84,8 @@ def _is_code_points(path: str, dtype: str, shape: tuple[int | None, ...]) -> boo
 def read_schema(directory: Location) -> Schema:
     """Reads `features.json`. Keys are joined with "/"; names may contain "/" themselves.
 
+    What values are called is in metadata.json, where somebody wrote it.
+
     Raises:
         DatasetError: there is no such file, or no `steps` in it.
     """
@@ -94,8 +98,11 @@ def read_schema(directory: Location) -> Schema:
             f"{sorted(features) or 'nothing'}"
         )
     episode = [leaf for name, node in features.items() if name != "steps" for leaf in _leaves(node, name)]
+    names = _metadata(directory).get("names")
+    names = names if isinstance(names, dict) else {}
+    leaves = [with_names(f, names.get(f.key)) for f in _leaves(steps["sequence"]["feature"], "")]
     return Schema(
-        steps={f.key: f for f in sorted(_leaves(steps["sequence"]["feature"], ""), key=lambda f: f.key)},
+        steps={f.key: f for f in sorted(leaves, key=lambda f: f.key)},
         episode={f.key: f for f in sorted(episode, key=lambda f: f.key)},
     )
 
@@ -157,6 +164,8 @@ def read_split(directory: Location, split: str, *, allow_missing: bool = False) 
             "%s: dataset_info.json knows %d shards of split %r; these files are not among them and are not read: %s",
             directory, count, split, ", ".join(unknown),
         )  # fmt: skip
+    told = _metadata(directory) if METADATA in there else {}
+    rate, robot = told.get("fps"), told.get("robot_type")
     return Split(
         name=split,
         dataset=info["name"],
@@ -165,14 +174,17 @@ def read_split(directory: Location, split: str, *, allow_missing: bool = False) 
         shards=tuple(directory / name for name in names),
         lengths=lengths,
         stats=tuple(there.get(name) for name in names),
-        rate=_rate(directory) if METADATA in there else None,
+        rate=float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None,
+        robot_type=robot if isinstance(robot, str) else None,
     )
 
 
-def _rate(directory: Location) -> float | None:
-    """Returns the steps in a second, where somebody wrote them: TFDS has no place for them."""
-    rate = _read_json(directory / METADATA).get("fps")
-    return float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None
+def _metadata(directory: Location) -> dict[str, Any]:
+    """Returns what the writer said, where it did: TFDS has no place for it."""
+    if not is_file(directory / METADATA):
+        return {}
+    found = _read_json(directory / METADATA)
+    return found if isinstance(found, dict) else {}
 
 
 def _list_files(directory: Location) -> dict[str, Stat]:

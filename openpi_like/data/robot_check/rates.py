@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 
+from openpi_like.data.dataset_check import same_rate
 from openpi_like.data.robot_check.findings import Finding
-from openpi_like.data.robot_check.robot_sample import RobotSample
+from openpi_like.data.robot_check.robot_sample import LATE, RobotSample
 
-_TOLERANCE = 0.05  # 29.97 and 30 are the same rate, 25 and 30 are not
-_LATE = 1.5  # times the usual time between steps: one is missing
 _MISSING = 0.01  # of the steps: a frame lost now and then is usual
 
 
@@ -33,12 +32,12 @@ class Rates:
                 )
             ]
         found = []
-        if abs(rate.hz / said - 1) <= _TOLERANCE:
+        if same_rate(rate.hz, said):
             found.append(Finding("found", "", f"{rate.hz:.4g} steps per second by {rate.source}, as the robot says"))
         else:
             stride = round(rate.hz / robot.control_hz)
             advice = f"set control_hz={rate.hz / robot.stride:.4g}"
-            if stride > 1 and abs(rate.hz / (stride * robot.control_hz) - 1) <= _TOLERANCE:
+            if stride > 1 and same_rate(rate.hz, stride * robot.control_hz):
                 advice += f", or keep {robot.control_hz:g} and set stride={stride}"
             found.append(
                 Finding(
@@ -51,8 +50,8 @@ class Rates:
             )
         if rate.gaps is not None:
             usual = float(np.median(rate.gaps))
-            late = float((rate.gaps > _LATE * usual).mean())
-            shown = f"{late:.1%} of the steps come more than {_LATE:g} times as late as usual, {rate.gaps.max():.3g} s"
+            late = float((rate.gaps > LATE * usual).mean())
+            shown = f"{late:.1%} of the steps come more than {LATE:g} times as late as usual, {rate.gaps.max():.3g} s"
             if late > _MISSING:
                 found.append(
                     Finding("suspect", "", f"irregular: {shown} at most", "frames were dropped; see which episodes")

@@ -15,6 +15,7 @@ from openpi_like.data.step_values import StepValues, not_finite
 from openpi_like.robots.robot import ActionField, Robot, StateField
 
 STEPS = 50_000  # of a sample: correlations are stable long before, and every check stays below a second or two
+LATE = 1.5  # times the usual time between steps: one is missing
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}  # units of time stamps
 
 
@@ -170,4 +171,8 @@ def _rate(sample: Sample, robot: Robot, known: float | None) -> Rate | None:
         return Rate(known, "what was given", gaps)
     if described is not None:
         return Rate(described, "the dataset's description", gaps)
-    return None if gaps is None else Rate(float(1 / np.median(gaps)), stamped, gaps)
+    if gaps is None:
+        return None
+    # Of those that are usual: the median of whole milliseconds would say 30.3 Hz of 30.
+    apart = gaps / np.median(gaps)
+    return Rate(float(1 / gaps[(apart < LATE) & (apart > 1 / LATE)].mean()), stamped, gaps)

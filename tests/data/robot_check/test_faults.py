@@ -1,5 +1,6 @@
 """Every fault that is put into a robot or its numbers is found, named, and nothing else is."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openpi_like.data.dataset_check import check_dataset
 from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.robot_check import CHECKS, RobotSample, check_robot
+from openpi_like.data.robot_check.rates import Rates
 from openpi_like.data.schema import DatasetError
+from openpi_like.data.selection import Selection
 from openpi_like.robots import Gripper, Limits, Robot
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.robot_check.arm import ARM, EPISODES, STEPS
@@ -200,6 +204,28 @@ def test_another_rate_is_found(arm_index: FrameIndex, hz: float, advice: str) ->
     (rate,) = suspected(arm_index, with_field(ARM, S, "joints", limits=None), rate=hz)
     assert rate[0] == "Rate"
     assert advice in rate[1].advice
+
+
+@pytest.mark.parametrize(
+    ("off", "fits"), [(0.009, True), (-0.009, True), (0.011, False), (-0.011, False), (0.04, False)]
+)
+def test_the_rate_is_as_exact_as_training_wants_it(arm_index: FrameIndex, off: float, fits: bool) -> None:
+    """Where training refuses the rate of a dataset, the check suspects it, and nowhere else."""
+    split = dataclasses.replace(arm_index.split, rate=10.0 * (1 + off))
+    described = dataclasses.replace(arm_index, split=split)
+    found = suspected(described, ARM)
+    assert [name for name, _ in found] == ([] if fits else ["Rate"])
+    with contextlib.nullcontext() if fits else pytest.raises(DatasetError, match="control_hz: the dataset has"):
+        check_dataset(described, ARM, range(described.steps), Selection(), 0.0)
+
+
+def test_time_stamps_in_whole_milliseconds(arm_index: FrameIndex) -> None:
+    time = np.round(np.arange(EPISODES * STEPS) / 30 * 1e3).astype(np.int64)  # 33, 33, 34, ...
+    fast = dataclasses.replace(FREE, control_hz=30.0)
+    sample = RobotSample.take(with_columns(arm_index, timestamp=time), fast)
+    assert sample.rate is not None
+    assert sample.rate.hz == pytest.approx(30, rel=1e-3)
+    assert [f.level for f in Rates().findings(sample)] == ["found", "found"]
 
 
 def test_time_stamps_say_the_rate_and_what_was_dropped(arm_index: FrameIndex) -> None:
