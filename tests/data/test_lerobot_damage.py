@@ -1,9 +1,11 @@
 """LeRobot datasets that are damaged: named by episode, and fatal or tolerated."""
 
 import logging
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
@@ -12,6 +14,7 @@ import pytest
 
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.index import open_index
+from openpi_like.data.layouts.video import read_packets
 from openpi_like.data.schema import DatasetError
 from tests.data.toy_lerobot import (
     ARM,
@@ -45,6 +48,17 @@ def _shifted(values: np.ndarray) -> np.ndarray:
 
 def _cut(path: Path, keep: float) -> None:
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+
+def _trim(path: Path, start: float, length: float) -> None:
+    """Makes the edit list of a video show a part of it, in seconds; all of it stays in the file."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        ticks = 1 / container.streams.video[0].time_base
+    at = data.index(b"elst") + 12  # behind name, version and number of entries: length in ms, and beginning
+    (first,) = struct.unpack(">i", data[at + 4 : at + 8])
+    data[at : at + 8] = struct.pack(">Ii", round(length * 1000), first + round(start * ticks))
+    path.write_bytes(bytes(data))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -97,6 +111,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(tables(d)[0], put_column("reward", lambda x: [str(r) for r in x])),
         r"episode 0: reward: values are of type string, expected float64",
     ),
+    "names of columns that are no text": (
+        lambda d: tables(d)[0].write_bytes(tables(d)[0].read_bytes().replace(b"reward", b"\xff\xfeward")),
+        r"cannot be read as Parquet: 'utf-8' codec .*; copy it again",
+    ),
     "an unknown task": (
         lambda d: edit(tables(d)[0], set_column("task_index", lambda x: x + 7)),
         r"task: task_index \[7\] is not among the 2 of meta/",
@@ -117,6 +135,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a video that is none": (
         lambda d: videos(d)[0].write_bytes(b"no video"),
         "it is no video, cut or damaged: .*; copy it again",
+    ),
+    "a video of an unknown codec": (
+        lambda d: videos(d)[0].write_bytes(videos(d)[0].read_bytes().replace(b"avc1", b"zzz9")),
+        r"mp4: its codec is not one that PyAV decodes here; write it again as H.264, HEVC or AV1",
+    ),
+    "a video whose edit list hides its end": (
+        lambda d: _trim(videos(d)[0], 0.0, 4 / FPS),
+        r"has no frame for \d+ of \d+ steps, first for step \d at 0.200 s; its 4 frames are at 0.000 to 0.150 s",
     ),
     "a picture that is missing": (
         lambda d: edit(
@@ -147,6 +173,21 @@ def test_damage_is_named_and_tolerated(
     expected = rows(3, LENGTHS[3])["action"]
     np.testing.assert_array_equal(index.columns["action"][-LENGTHS[3] :], expected)
     np.testing.assert_array_equal(index.read_pixels(index.steps - 1, WRIST), pictures(3, LENGTHS[3], 1)[-1])
+
+
+def test_a_video_that_was_trimmed(tmp_path: Path) -> None:
+    """An edit list at the beginning: what is shown begins behind it, and nothing is cut."""
+    encode(tmp_path / "x.mp4", pictures(0, 12), "libx264")
+    whole = read_packets(tmp_path / "x.mp4")
+    _trim(tmp_path / "x.mp4", 8 / FPS, 4 / FPS)
+    packets = read_packets(tmp_path / "x.mp4")
+    assert len(packets.rows) == 6  # from the key frame before
+    shown = np.arange(4) / FPS
+    np.testing.assert_allclose(np.sort(packets.seconds[np.isfinite(packets.seconds)]), shown)
+    at, far = packets.at(np.array([*shown, np.nan]))
+    expected, _ = whole.at(shown + 8 / FPS)
+    np.testing.assert_array_equal(packets.rows[at[:4], :2], whole.rows[expected, :2])
+    np.testing.assert_allclose(far, [0, 0, 0, 0, np.nan], atol=1e-9)
 
 
 @pytest.mark.parametrize("version", WRITERS)
@@ -285,3 +326,21 @@ def test_shapes_that_differ(lerobot: Path, version: str) -> None:
         DatasetError, match=r"observation.state: 14 values in 7 steps, meta/info.json says shape \(3,\)"
     ):
         open_index(lerobot, "train")
+
+
+@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_texts_that_are_not_utf8(lerobot: Path, version: str, all_of_them: bool) -> None:
+    """Some: these episodes are damaged. All: the field is no text, and is left out, as it is of other layouts."""
+    change_info(lerobot, features=features(MIXED) | {"note": {"dtype": "string", "shape": [1]}})
+    for i, path in enumerate(tables(lerobot)):
+        edit(path, lambda t: t.append_column("note", pa.array(["a-word"] * len(t), pa.string())))
+        if all_of_them or i == 0:
+            path.write_bytes(path.read_bytes().replace(b"a-word", b"\xff\xfeword"))
+    if all_of_them:
+        index = open_index(lerobot, "train")
+        assert index.episodes == 4
+        assert "cannot be decoded as text in any record; in the first, its text is not UTF-8" in index.left_out["note"]
+    else:
+        with pytest.raises(DatasetError, match=r"episode 0: note: its text is not UTF-8: 'utf-8' codec can't decode"):
+            open_index(lerobot, "train")

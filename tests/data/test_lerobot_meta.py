@@ -214,6 +214,15 @@ def test_tables_of_episodes(lerobot: Path, version: str, what: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["v3.0"])
+@pytest.mark.parametrize("name", [EPISODES, "meta/tasks.parquet"])
+def test_names_of_columns_that_are_damaged(lerobot: Path, version: str, name: str) -> None:
+    data = (lerobot / name).read_bytes()
+    (lerobot / name).write_bytes(data.replace(b"_index", b"\xff\xfendex"))
+    with pytest.raises(DatasetError, match=rf"{name} cannot be read as Parquet: 'utf-8' codec .*; copy it again"):
+        open_index(lerobot, "train")
+
+
+@pytest.mark.parametrize("version", ["v3.0"])
 def test_a_table_of_tasks_with_gaps(lerobot: Path, version: str) -> None:
     edit(lerobot / "meta" / "tasks.parquet", put_column("__index_level_0__", lambda x: [x[0], None]))
     with pytest.raises(DatasetError, match=r"tasks.parquet, row 1: task_index is 1 and the text None, expected an int"):

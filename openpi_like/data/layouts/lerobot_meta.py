@@ -80,7 +80,7 @@ def open_parquet(location: Location) -> Iterator[Any]:
     try:
         with files.open_binary(location) as file, pq.ParquetFile(file) as opened:
             yield opened
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as e:  # the last of names of columns, and of texts
         raise DatasetError(f"{location} cannot be read as Parquet: {e}; copy it again") from e
 
 
@@ -309,12 +309,13 @@ def _texts(directory: Location, text: str) -> dict[int, str]:
     path = directory / "meta" / f"{text}s.parquet"
     with open_parquet(path) as file:
         table = file.read()
-    number, names = TEXTS[text], table.column_names
-    texts = [name for name in names if name in (text, "__index_level_0__")]
-    if number not in names or not texts:
-        raise DatasetError(f"{path}: it has columns {names}, expected {number!r} and {text!r}; copy the dataset again")
+        number, names = TEXTS[text], table.column_names
+        texts = [name for name in names if name in (text, "__index_level_0__")]
+        if number not in names or not texts:
+            raise DatasetError(f"{path}: it has columns {names}, expected {number!r} and {text!r}; copy it again")
+        rows = list(zip(table[number].to_pylist(), table[texts[0]].to_pylist(), strict=True))
     found: dict[int, str] = {}
-    for row, (n, said) in enumerate(zip(table[number].to_pylist(), table[texts[0]].to_pylist(), strict=True)):
+    for row, (n, said) in enumerate(rows):
         if not isinstance(n, int) or not isinstance(said, str):
             raise DatasetError(
                 f"{path}, row {row}: {number} is {n!r} and the text {said!r}, expected an integer and a text; "

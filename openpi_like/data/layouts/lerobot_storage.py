@@ -170,6 +170,7 @@ class _Table:
         table = self._table.slice(span.start, length)
         values: dict[str, Rows] = {}
         problems: list[str] = []
+        undecodable: dict[str, str] = {}
         own: dict[str, np.ndarray] = {}
         for key, dtype in (("timestamp", np.float64), ("frame_index", np.int64)):
             try:
@@ -196,7 +197,10 @@ class _Table:
                 raise  # no damage, which would be remembered with the index
             except (RecordError, DatasetError, OSError) as e:
                 problems.append(f"{key}: {e}")
-        return StoredEpisode(values, tuple(problems))
+            except UnicodeDecodeError as e:
+                undecodable[field.column] = f"its text is not UTF-8: {e}"
+        problems += [f"{column.partition('/')[2]}: {why}" for column, why in undecodable.items()]
+        return StoredEpisode(values, tuple(problems), undecodable)
 
     def _rows(self, table: Any, field: IndexColumn) -> Rows:
         key = field.feature.key
@@ -230,7 +234,7 @@ class _Table:
         # Not `far > near`: that is false for NaN.
         if (missing := ~(far <= near)).any():
             first = int(np.argmax(missing))
-            there = packets.seconds
+            there = packets.seconds[np.isfinite(packets.seconds)]
             problems.append(
                 f"{name} has no frame for {int(missing.sum())} of {len(seconds)} steps, first for step {first} at "
                 f"{shown[first]:.3f} s; its {len(there)} frames are at {there.min():.3f} to {there.max():.3f} s"
