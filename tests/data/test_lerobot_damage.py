@@ -54,7 +54,7 @@ def _trim(path: Path, start: float, length: float) -> None:
     """Makes the edit list of a video show a part of it, in seconds; all of it stays in the file."""
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
-        ticks = 1 / container.streams.video[0].time_base
+        ticks = 1 / (container.streams.video[0].time_base or 1)
     at = data.index(b"elst") + 12  # behind name, version and number of entries: length in ms, and beginning
     (first,) = struct.unpack(">i", data[at + 4 : at + 8])
     data[at : at + 8] = struct.pack(">Ii", round(length * 1000), first + round(start * ticks))
