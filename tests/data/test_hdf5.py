@@ -228,10 +228,10 @@ def test_lists_of_one_value_are_that_value(tmp_path: Path) -> None:
     texts = {k: [t.table[i] for i in t.ids] for k, t in index.episode_texts.items() if k != "file_name"}
     assert texts == {"task": [f"do {e}" for e in range(4)], "operator": ["anna"] * 4, "site": ["Łódź"] * 4}
     assert index.columns["observations/count"].tolist() == [0, 0, 1, 2, 0, 0, 1, 2, 3]
-    with h5py.File(tmp_path / "episode_1.h5", "r+") as file:
+    with h5py.File(tmp_path / "episode_3.h5", "r+") as file:
         del file["success"]
-        file["success"] = np.zeros(3, bool)
-    with pytest.raises(DatasetError, match=r"episode_1.h5: other fields .*: success has a row for each step, exp"):
+        file["success"] = np.zeros(4, bool)
+    with pytest.raises(DatasetError, match=r"episode_3.h5: other fields .*: success has a row for each step, exp"):
         open_index(tmp_path, "train")
 
 
