@@ -152,7 +152,7 @@ def write_shards(tasks: Sequence[Task], options: Sequence[str] = ()) -> None:
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         shards = pipeline | "shards" >> beam.Create(tasks) | beam.Reshuffle()
         _ = shards | beam.FlatMap(prepare_shard) | beam.Map(json.dumps) | "problems" >> _text(told)
-    problems = [json.loads(line) for line in _read(told).splitlines()]
+    problems = [json.loads(line) for line in _read(told).split("\n") if line]
     FileSystems.delete([told])
     raise_problems(problems)
 

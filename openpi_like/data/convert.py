@@ -115,8 +115,9 @@ class _Source:
             for k in conversion.rename
             if k not in self.fields
         ]
-        self.unfit = {key: why for key, why in self.index.left_out.items() if key not in self.left_out}
-        self.kept = {k: f for k, f in self.fields.items() if k not in self.left_out and k not in self.index.left_out}
+        unread = _unread(self.indexes)
+        self.unfit = {key: why for key, why in unread.items() if key not in self.left_out}
+        self.kept = {k: f for k, f in self.fields.items() if k not in self.left_out and k not in unread}
 
     def rate(self, fps: float | None) -> float | None:
         """Returns the steps in a second, given or known; adds a problem where the two differ."""
@@ -178,6 +179,18 @@ class _Source:
             tuple(itertools.chain.from_iterable(index.skipped for index in indexes)),
             tuple(encoded),
         )
+
+
+def _unread(indexes: Mapping[str, FrameIndex]) -> dict[str, str]:
+    """Returns key -> why a field cannot be read, in any of the splits: text that is none may be so in one of them."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, index in indexes.items():
+        for key, why in index.left_out.items():
+            found.setdefault(key, {}).setdefault(why, []).append(name)
+    return {
+        key: "; ".join(f"{'' if len(of) == len(indexes) else f'in {of}: '}{why}" for why, of in whys.items())
+        for key, whys in found.items()
+    }
 
 
 def _shared(indexes: Mapping[str, FrameIndex]) -> list[str]:

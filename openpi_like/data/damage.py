@@ -120,7 +120,7 @@ def _read_notes(path: Path) -> dict[tuple[int, int], dict[str, list[int]]]:
     """Returns (start, stop) -> key -> damaged steps of the blocks that an earlier check finished."""
     found: dict[tuple[int, int], dict[str, list[int]]] = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text().split("\n"):
             with contextlib.suppress(ValueError):  # the line at which it was killed
                 start, stop, damaged = json.loads(line)
                 found[start, stop] = damaged

@@ -175,13 +175,14 @@ def glob(directory: Location, pattern: str) -> list[str]:
 
 
 def read_text(location: Location) -> str:
-    """Returns the content of a small file.
+    """Returns the content of a small file of text, in UTF-8.
 
     Raises:
         OSError: it is not there or cannot be read.
+        UnicodeDecodeError: it is no text.
     """
     if isinstance(location, Path):
-        return location.read_text()
+        return location.read_text(encoding="utf-8")
     with _store(location) as (fs, path):
         return fs.cat_file(path).decode()
 

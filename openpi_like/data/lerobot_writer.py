@@ -320,7 +320,7 @@ class LeRobotWriter:
             "video_path": f"videos/{{video_key}}/{place}.mp4" if self._videos else None,
             "features": self._features(),
         }
-        (meta / "info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
+        (meta / "info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False), encoding="utf-8")
 
     def __enter__(self) -> "LeRobotWriter":
         return self

@@ -43,15 +43,16 @@ class Feature:
 
 def with_names(feature: Feature, names: Any) -> Feature:
     """Returns a field with LeRobot's `names`: a list, lists by kind ("motors"), or nothing."""
-    found = _flat(names)
+    found = flat_names(names)
     each = len(found) == math.prod(d or 0 for d in feature.shape) and feature.shape not in ((), (1,))
     labels = json.dumps(names, ensure_ascii=False) if names else ""
     return dataclasses.replace(feature, names=tuple(found) if each else (), labels=labels)
 
 
-def _flat(names: Any) -> list[str]:
+def flat_names(names: Any) -> list[str]:
+    """Returns LeRobot's `names` as one list."""
     if isinstance(names, dict):
-        return [name for value in names.values() for name in _flat(value)]
+        return [name for value in names.values() for name in flat_names(value)]
     return [str(name) for name in names] if isinstance(names, list) else []
 
 

@@ -166,3 +166,17 @@ def arm_directory(tfds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arm_index(arm_directory: Path) -> FrameIndex:
     """Its index."""
     return open_index(arm_directory, "train")
+
+
+@pytest.fixture(scope="session")
+def lerobots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LeRobot dataset of each version: one camera as video, one as pictures."""
+    from tests.data.toy_lerobot import MIXED, WRITERS  # needs pyarrow and PyAV, other tests do not
+
+    return {version: write(tmp_path_factory.mktemp(version) / "toy", MIXED) for version, write in WRITERS.items()}
+
+
+@pytest.fixture
+def lerobot(lerobots: dict[str, Path], tmp_path: Path, version: str) -> Path:
+    """One of them, of the version that a test names, which the test may damage."""
+    return Path(shutil.copytree(lerobots[version], tmp_path / "toy", ignore=shutil.ignore_patterns(".openpi*")))

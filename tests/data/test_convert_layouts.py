@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -347,6 +348,22 @@ def test_the_rate_of_rlds(toy: Path, tmp_path: Path) -> None:
     for metadata, rate in (({}, None), ({"fps": 15}, 15.0), ({"fps": "x"}, None), ({"fps": -1}, None)):
         path.write_text(json.dumps(metadata))
         assert read_dataset(locate(tmp_path / "a"), "train")[0].rate == rate
+
+
+def test_text_that_cannot_be_decoded_in_one_split(tmp_path: Path) -> None:
+    """An index leaves it out where no record's is text, which may be in one split only."""
+    path = write_robomimic(tmp_path / "lift" / "image.hdf5", (3, 2, 4), masks={"train": [0, 1], "valid": [2]})
+    with h5py.File(path, "r+") as file:
+        for d in range(3):
+            file[f"data/demo_{d}"].attrs["said"] = np.bytes_(b"\xff\xfe" if d == 2 else b"lift it")
+    conversion = Conversion(splits=("train", "valid"), leave_out=("model_file", "states", "next_obs/*"))
+    for to in (to_lerobot, to_rlds):
+        with pytest.raises(
+            DatasetError, match=r"'said' cannot be kept: in \['valid'\]: it cannot be decoded as text in any"
+        ):
+            to(path, tmp_path / "out", conversion)
+    conversion = dataclasses.replace(conversion, leave_out=(*conversion.leave_out, "said"))
+    assert to_rlds(path, tmp_path / "out", conversion).episodes == 3
 
 
 def test_what_is_there_stays(videos: Path, tmp_path: Path) -> None:

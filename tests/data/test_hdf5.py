@@ -25,6 +25,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.layouts import find_datasets, hdf5_records, split_names
 from openpi_like.data.layouts.robomimic_hdf5 import natural
 from openpi_like.data.loader import Loader, make_loader
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
 from tests.conftest import REPOSITORY
@@ -207,6 +208,31 @@ def test_texts_and_numbers_beside_the_steps(tmp_path: Path) -> None:
     assert index.left_out.keys() == {
         "observations/embedding", "observations/nothing", "observations/points", "weights",
     }  # fmt: skip
+
+
+def test_lists_of_one_value_are_that_value(tmp_path: Path) -> None:
+    """Of the whole episode, as numbers and texts, as datasets and attributes; episodes of one step are no others."""
+    lengths = (1, 3, 1, 4)
+    for e, n in enumerate(lengths):
+        with h5py.File(tmp_path / f"episode_{e}.h5", "w") as file:
+            file["action"] = np.full((n, 2), e, np.float32)
+            file["observations/count"] = np.arange(n)
+            file["success"], file["task"] = np.array([e % 2 == 0]), np.array([f"do {e}".encode()])
+            file.attrs["score"], file.attrs["operator"] = np.array([e / 2]), np.array([b"anna"])
+            file.attrs["site"] = np.array(["Łódź"], object)
+    index = open_index(tmp_path, "train")
+    assert np.diff(index.episode_start).tolist() == list(lengths)
+    assert {k: v.tolist() for k, v in index.episode_columns.items()} == {
+        "success": [True, False, True, False], "score": [0.0, 0.5, 1.0, 1.5],
+    }  # fmt: skip
+    texts = {k: [t.table[i] for i in t.ids] for k, t in index.episode_texts.items() if k != "file_name"}
+    assert texts == {"task": [f"do {e}" for e in range(4)], "operator": ["anna"] * 4, "site": ["Łódź"] * 4}
+    assert index.columns["observations/count"].tolist() == [0, 0, 1, 2, 0, 0, 1, 2, 3]
+    with h5py.File(tmp_path / "episode_3.h5", "r+") as file:
+        del file["success"]
+        file["success"] = np.zeros(4, bool)
+    with pytest.raises(DatasetError, match=r"episode_3.h5: other fields .*: success has a row for each step, exp"):
+        open_index(tmp_path, "train")
 
 
 @settings(max_examples=40, deadline=None)

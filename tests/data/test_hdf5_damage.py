@@ -130,6 +130,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: change(p, put(CAMERA, np.zeros((4, 576), np.uint8))),
         rf"{CAMERA} is pictures of type uint8 \(expected rows of JPEG",
     ),
+    "one value": (
+        lambda p: change(p, put("observations/qvel", np.zeros(1))),
+        r"other fields than .*: observations/qvel is one value, expected a row for each of 4 steps; episodes with",
+    ),
     "missing": (lambda p: change(p, lambda f: f.__delitem__("observations/qvel")), "no observations/qvel"),
     "more": (
         lambda p: change(p, put("observations/base", np.zeros((4, 2)))),
@@ -245,6 +249,10 @@ ROBOMIMIC: dict[str, tuple[Callable[[h5py.File], Any], str]] = {
     "env_args list": (lambda f: f["data"].attrs.__setitem__("env_args", "[1]"), "is JSON, but not an object"),
     "no data": (lambda f: f.__delitem__("data"), r"it has mask; expected 'data/demo_0'"),
     "no demos": (lambda f: [f["data"].__delitem__(k) for k in list(f["data"])], "its group 'data' is empty"),
+    "mask twice": (
+        put("mask/train", [b"demo_0", b"demo_1", b"demo_0", b"demo_1", b"demo_2"]),
+        r"its mask 'train' names demo_0, demo_1 more than once; write each name once",
+    ),
     "mask": (lambda f: f["mask"].create_group("third"), "group 'mask' has something other than lists of names"),
 }
 
@@ -337,6 +345,7 @@ def test_files_with_other_masks(lift: Path) -> None:
     assert "1 of 2 files have no split 'valid'; write the mask in all, " in refused(lift.parent, "valid")
     change(lift, put("mask/none", np.array([], "S8")))
     assert "split 'none' has no episodes" in refused(lift, "none")
+    assert split_names(lift) == ["all", "train", "valid"]
 
 
 def test_a_robot_of_other_fields(lift: Path) -> None:

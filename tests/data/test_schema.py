@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openpi_like.data.index import open_index
-from openpi_like.data.layouts.tfds import _is_code_points, read_schema
+from openpi_like.data.layouts.tfds import _is_code_points, read_schema, split_names
 from openpi_like.data.schema import DatasetError
 from tests.data.odd import LEFT_OUT, LENGTHS, NAME
 
@@ -73,6 +73,14 @@ def test_the_old_bridge_names_its_shards_by_the_count(shared: Path) -> None:
 def test_a_missing_split_names_those_that_are_there(odd: Path) -> None:
     with pytest.raises(DatasetError, match="no split 'test'; known: 'train'"):
         open_index(odd, "test")
+
+
+def test_a_split_without_records_is_an_error_only_when_asked_for(odd_copy: Path) -> None:
+    edit(odd_copy / "dataset_info.json", lambda info: info["splits"].append({"name": "test", "shardLengths": ["0"]}))
+    assert split_names(odd_copy) == ["train"]
+    assert open_index(odd_copy, "train").episodes == len(LENGTHS)
+    with pytest.raises(DatasetError, match=r"split 'test' has no records, says dataset_info.json"):
+        open_index(odd_copy, "test")
 
 
 def test_files_that_are_not_among_the_shards_are_named(odd_copy: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,46 @@ def write_v30(
     texts = pa.table({"task_index": [0, 1], "__index_level_0__": list(TASKS)})
     pq.write_table(texts, directory / "meta" / "tasks.parquet")
     return directory
+
+
+WRITERS: dict[str, Callable[..., Path]] = {"v2.1": write_v21, "v3.0": write_v30}
+MIXED = {FRONT: "video", WRIST: "image"}
+VIDEO_SPAN = f"videos/{FRONT}"  # what columns of meta/episodes begin with
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"  # of version 3
+
+
+# ---- Changing them ---------------------------------------------------------------------------------------------------
+
+
+def edit(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def change_info(directory: Path, **values: Any) -> None:
+    path = directory / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def tables(directory: Path) -> list[Path]:
+    return sorted((directory / "data").rglob("*.parquet"))
+
+
+def videos(directory: Path) -> list[Path]:
+    return sorted((directory / "videos").rglob("*.mp4"))
+
+
+def set_column(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[pa.Table], pa.Table]:
+    def edited(table: pa.Table) -> pa.Table:
+        at = table.column_names.index(name)
+        return table.set_column(at, name, pa.array(change(table[name].to_numpy().copy())))
+
+    return edited
+
+
+def put_column(name: str, change: Callable[[list[Any]], list[Any]]) -> Callable[[pa.Table], pa.Table]:
+    """Returns what replaces a column by other values, of the type that fits these."""
+
+    def edited(table: pa.Table) -> pa.Table:
+        return table.set_column(table.column_names.index(name), name, pa.array(change(table[name].to_pylist())))
+
+    return edited

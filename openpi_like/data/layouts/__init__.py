@@ -4,12 +4,12 @@ from openpi_like.data import files
 from openpi_like.data.files import Location
 from openpi_like.data.layouts.hdf5 import Hdf5Layout
 from openpi_like.data.layouts.layout import Layout
-from openpi_like.data.layouts.lerobot import LeRobotLayout
+from openpi_like.data.layouts.lerobot import LeRobotLayout, OldLeRobotLayout
 from openpi_like.data.layouts.tfds import TfdsLayout
 from openpi_like.data.schema import DatasetError, Schema, Split
 
 _TFDS = TfdsLayout()
-LAYOUTS: tuple[Layout, ...] = (_TFDS, LeRobotLayout(), Hdf5Layout())
+LAYOUTS: tuple[Layout, ...] = (_TFDS, LeRobotLayout(), OldLeRobotLayout(), Hdf5Layout())
 
 
 def find_layout(directory: Location) -> Layout:

@@ -41,7 +41,7 @@ class Hdf5Layout:
     def split_names(self, directory: Location) -> list[str]:
         form, splits, damage = _look(directory, _list_files(directory))
         _refuse(directory, form, damage)
-        return sorted({split for of in splits.values() for split in of})
+        return sorted({split for of in splits.values() for split, episodes in of.items() if episodes})
 
     def read(self, directory: Location, split: str, *, allow_missing: bool) -> tuple[Split, Schema]:
         there = _list_files(directory)
@@ -140,20 +140,30 @@ def _listed(damage: dict[Location, str]) -> str:
 def _first_episode(
     directory: Location, form: Form, paths: dict[Location, list[str]]
 ) -> tuple[Hdf5Records, Schema, float | None]:
-    """Returns what the first episode that can be read says of all: how they are stored, their fields and rate."""
+    """Returns what the first episode that can be read says of all: how they are stored, their fields and rate.
 
-    def look(path: str, file: Hdf5) -> tuple[Hdf5Records, Schema, float | None]:
+    One of a single step says it only if there are no others: there, a value of the episode is like one of the step.
+    """
+    Found = tuple[Hdf5Records, Schema, float | None]
+
+    def look(path: str, file: Hdf5) -> tuple[Found, int]:
         tree = describe(file, path, form)
         storage = Hdf5Records(form, file.filename.rpartition("/")[2], stored_images(tree, file))
-        return storage, tree.schema, form.rate(file)
+        return (storage, tree.schema, form.rate(file)), tree.steps
 
     problems = []
+    short: Found | None = None
     for location, of in paths.items():
         for path in of:
             found = _try(location, functools.partial(look, path))
-            if not isinstance(found, RecordError):
-                return found
-            problems.append(f"{location.name}, {path}: {found}")
+            if isinstance(found, RecordError):
+                problems.append(f"{location.name}, {path}: {found}")
+            elif found[1] != 1:
+                return found[0]
+            else:
+                short = short or found[0]
+    if short is not None:
+        return short
     raise DatasetError(f"{directory}: no episode can be read; copy the files again:\n  {some_of(problems)}")
 
 

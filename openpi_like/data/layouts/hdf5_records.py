@@ -15,7 +15,7 @@ import numpy as np
 from openpi_like.data.files import Location, Ranges
 from openpi_like.data.images import Target
 from openpi_like.data.index_columns import IndexColumn, index_columns
-from openpi_like.data.layouts.hdf5_tree import DAMAGE, Form, Hdf5, Tree, damaged, describe, open_file
+from openpi_like.data.layouts.hdf5_tree import DAMAGE, Form, Hdf5, Tree, as_of_episode, damaged, describe, open_file
 from openpi_like.data.schema import Feature, Shard, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode
 
@@ -70,7 +70,7 @@ class Hdf5Records:
 
     def _episode(self, file: Hdf5, path: str, shard: Shard) -> StoredEpisode | RecordError:
         try:
-            tree = describe(file, path, self.form)
+            tree = as_of_episode(describe(file, path, self.form), shard.schema)
             problems = [*self._differences(tree, shard), *self.form.problems(tree.attributes, tree.steps)]
             if problems:
                 return StoredEpisode({}, tuple(problems))
@@ -89,12 +89,13 @@ class Hdf5Records:
 
     def _differences(self, tree: Tree, shard: Shard) -> list[str]:
         """Returns what an episode has, or lacks, other than that which the schema was taken from."""
-        wrong = [f"no {field.feature.key}" for field in index_columns(shard.schema)[0] if not _has(tree, field)]
+        wrong = [_lacks(tree, field) for field in index_columns(shard.schema)[0] if not _has(tree, field)]
         for key, expected in shard.schema.steps.items():
             found = tree.schema.steps.get(key)
             if found is not None and expected.kind != "other" and found != expected:
                 wrong.append(f"{key} is {_described(found)}, expected {_described(expected)}")
-        wrong += [f"{key}, which that does not have" for key in tree.schema.steps if key not in shard.schema.steps]
+        known = {*shard.schema.steps, *shard.schema.episode}
+        wrong += [f"{key}, which that does not have" for key in tree.schema.steps if key not in known]
         if not wrong:
             return []
         return [
@@ -136,6 +137,16 @@ def _paths(form: Form, file: Hdf5, split: str) -> list[str]:
 def _has(tree: Tree, field: IndexColumn) -> bool:
     level = tree.schema.episode if field.folder == "episode" else tree.schema.steps
     return field.feature.key in level
+
+
+def _lacks(tree: Tree, field: IndexColumn) -> str:
+    """Returns what an episode has instead of a field, or that it does not have it."""
+    key = field.feature.key
+    if field.folder != "episode" and key in tree.schema.episode:
+        return f"{key} is one value, expected a row for each of {tree.steps} steps"
+    if field.folder == "episode" and key in tree.schema.steps:
+        return f"{key} has a row for each step, expected one value"
+    return f"no {key}"
 
 
 def _described(feature: Feature) -> str:

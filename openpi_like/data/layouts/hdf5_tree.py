@@ -123,6 +123,20 @@ def describe(file: Hdf5, path: str, form: Form) -> Tree:
     return Tree(Schema(levels["step"], levels["episode"]), datasets, attributes, steps)
 
 
+def as_of_episode(tree: Tree, schema: Schema) -> Tree:
+    """Returns an episode of one step with those values as of the whole episode that are so in other episodes."""
+    moved = [
+        key
+        for key in tree.schema.steps
+        if tree.steps == 1 and key in schema.episode and key not in schema.steps and tree.datasets[key].shape == (1,)
+    ]
+    if not moved:
+        return tree
+    steps = {key: feature for key, feature in tree.schema.steps.items() if key not in moved}
+    episode = {**tree.schema.episode, **{key: tree.schema.steps[key] for key in moved}}
+    return dataclasses.replace(tree, schema=Schema(steps, dict(sorted(episode.items()))))
+
+
 def damaged(error: Exception, *, resumable: bool = True) -> RecordError:
     """Returns what h5py raised as a damaged record, or what is one already; raises it again if it is of the system."""
     if isinstance(error, RecordError):
@@ -167,11 +181,11 @@ def _dataset(key: str, data: Hdf5, steps: int, form: Form) -> tuple[str, Feature
     if form.shows(key):
         what = f"pictures of type {dtype} (expected rows of JPEG or PNG, or uint8 of shape (T, H, W, 3))"
         return "step", Feature(key, "other", what, shape[1:])
+    # One value in an episode of more steps is of the whole episode: whether it succeeded, what was said.
+    level = "episode" if shape == () or (shape == (1,) and steps != 1) else "step"
     if h5py.check_string_dtype(dtype) is not None:
-        whole = shape == () or (shape == (1,) and steps != 1)
-        return "episode" if whole else "step", Feature(key, "text" if len(shape) < 2 else "other", "string", shape[1:])
-    kind = "numeric" if dtype.kind in "biuf" else "other"
-    return "step" if shape else "episode", Feature(key, kind, dtype.name, shape[1:])
+        return level, Feature(key, "text" if len(shape) < 2 else "other", "string", shape[1:])
+    return level, Feature(key, "numeric" if dtype.kind in "biuf" else "other", dtype.name, shape[1:])
 
 
 def _first_bytes(data: Hdf5) -> bytes:
@@ -185,7 +199,9 @@ def _first_bytes(data: Hdf5) -> bytes:
 
 
 def _attribute(key: str, value: Any) -> Feature:
-    """Returns the feature of an attribute."""
+    """Returns the feature of an attribute. A list of one value is that value."""
+    if isinstance(value, np.ndarray) and value.shape == (1,):
+        value = value[0]
     if isinstance(value, str | bytes):
         kind, what = ("text", "string") if len(value) <= MAX_TEXT else ("other", f"text of {len(value)} characters")
         return Feature(key, kind, what, ())

@@ -1,4 +1,4 @@
-"""LeRobot datasets, versions 2.0 to 3: what `meta/` says of them. Nothing of lerobot or torch is needed.
+"""LeRobot datasets, versions 2.0 to 3: what `meta/` says of their episodes. Nothing of lerobot or torch is needed.
 
 Fields keep LeRobot's names ("observation.state", "action", "observation.images.front"). Two texts are added to every
 step: "task", what `task_index` stands for, and "subtask" where there are subtasks.
@@ -8,25 +8,24 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from openpi_like.data import files
-from openpi_like.data.files import Location, Stat
+from openpi_like.data.files import Location
 from openpi_like.data.index_build import digest
 from openpi_like.data.layouts.layout import is_file
+from openpi_like.data.layouts.lerobot_info import INFO, feature, file_name, file_stats, generation, join, read_info
 from openpi_like.data.layouts.parquet_pages import pyarrow
-from openpi_like.data.schema import DatasetError, Feature, Schema, with_names
+from openpi_like.data.schema import DatasetError, Feature, Schema
 
-INFO = "meta/info.json"
 TEXTS = {"task": "task_index", "subtask": "subtask_index"}  # text that is added -> the column of its number
-_NUMERIC = {"bool", "float16", "float32", "float64"} | {f"{s}int{b}" for s in ("", "u") for b in (8, 16, 32, 64)}
+_FORM = 2  # of what is remembered of a dataset
+_SHOWN = 5  # episodes that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +33,9 @@ class Episodes:
     """What `meta/` says of E episodes, in the order of their numbers.
 
     number, length: (E,). tables: names of data files; table: (E,), which of them holds an episode. videos: key -> names
-    of files; video, start: key -> (E,), which of them and at what second an episode begins there. Names are relative to
-    the dataset. texts: added text -> number -> text.
+    of files; video, start, end: key -> (E,), which of them, and from what second to what second of it an episode is
+    shown; the end is infinite where a video holds one episode. Names are relative to the dataset. texts: added text ->
+    number -> text.
     """
 
     number: np.ndarray
@@ -45,28 +45,8 @@ class Episodes:
     videos: dict[str, list[str]]
     video: dict[str, np.ndarray]
     start: dict[str, np.ndarray]
+    end: dict[str, np.ndarray]
     texts: dict[str, dict[int, str]]
-
-
-def join(directory: Location, name: str) -> Location:
-    """Returns the file of a name with slashes."""
-    for part in name.split("/"):
-        directory = directory / part
-    return directory
-
-
-def file_stats(directory: Location, names: list[str]) -> Iterator[tuple[str, Stat]]:
-    """Yields (name, stat) of the files that are there."""
-    folders: dict[str, dict[str, Stat]] = {}
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        if folder not in folders:
-            try:
-                folders[folder] = files.list_files(join(directory, folder))
-            except OSError:
-                folders[folder] = {}
-        if file in folders[folder]:
-            yield name, folders[folder][file]
 
 
 def meta_files(directory: Location) -> list[str]:
@@ -75,51 +55,9 @@ def meta_files(directory: Location) -> list[str]:
     ]
 
 
-def read_info(directory: Location) -> dict[str, Any]:
-    """Returns `meta/info.json`.
-
-    Raises:
-        DatasetError: it is not there, lacks something, or is of a version that cannot be read.
-    """
-    path = join(directory, INFO)
-    try:
-        info = json.loads(files.read_text(path))
-    except OSError as e:
-        raise DatasetError(f"cannot read {path}: {e}") from e
-    except ValueError as e:
-        raise DatasetError(f"{path} is not JSON: {e}; copy the dataset again") from None
-    version = str(info.get("codebase_version", "")) if isinstance(info, dict) else ""
-    major = re.match(r"v?(\d+)", version)
-    if major is None or int(major[1]) not in (2, 3):
-        raise DatasetError(
-            f"{path}: codebase_version is {version or 'missing'!r}, expected v2.0, v2.1 or v3.x; "
-            "write older datasets again with the conversion scripts of lerobot (v1.6 to v2.0, v2.0 to v2.1)"
-        )
-    needed = ["fps", "features", "data_path"]
-    problems = [f"{name!r} is missing" for name in needed if name not in info]
-    rate = info.get("fps", 1)
-    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        problems.append(f"fps is {rate!r}, expected a number above 0")
-    if problems:
-        raise DatasetError(f"{path}: " + "; ".join(problems))
-    return info
-
-
-def read_splits(directory: Location, info: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Returns split -> first episode and the one behind its last."""
-    total = int(info.get("total_episodes", 0))
-    found = {}
-    for name, text in (info.get("splits") or {"train": f"0:{total}"}).items():
-        match = re.fullmatch(r"(\d+):(\d+)", str(text))
-        if match is None:
-            raise DatasetError(f"{directory}/{INFO}: split {name!r} is {text!r}, expected episodes like '0:50'")
-        found[name] = int(match[1]), int(match[2])
-    return found
-
-
 def read_schema(directory: Location) -> Schema:
     """Returns the fields of a step by `meta/info.json`; episodes have none."""
-    steps = [_feature(key, of) for key, of in read_info(directory)["features"].items()]
+    steps = [feature(key, of) for key, of in read_info(directory)["features"].items()]
     known = {f.key for f in steps}
     steps += [
         Feature(text, "text", "string", ())
@@ -127,20 +65,6 @@ def read_schema(directory: Location) -> Schema:
         if text not in known and TEXTS[text] in known
     ]
     return Schema(steps={f.key: f for f in sorted(steps, key=lambda f: f.key)}, episode={})
-
-
-def _feature(key: str, of: dict[str, Any]) -> Feature:
-    dtype, shape = str(of.get("dtype")), tuple(int(d) for d in of.get("shape") or ())
-    if dtype in ("video", "image"):
-        names = [str(name) for name in of.get("names") or ()]
-        if len(shape) == 3 and (names[:1] in (["channel"], ["channels"]) or (shape[0] in (1, 3) and shape[2] > 4)):
-            shape = (*shape[1:], shape[0])
-        depth = bool((of.get("info") or {}).get("video.is_depth_map")) or bool(of.get("is_depth_map"))
-        return Feature(key, "other" if depth else "image", "depth map" if depth else "uint8", shape, dtype)
-    if dtype == "string":
-        return with_names(Feature(key, "text", "string", ()), of.get("names"))
-    kind = "numeric" if dtype in _NUMERIC else "other"
-    return with_names(Feature(key, kind, dtype, () if shape == (1,) else shape), of.get("names"))
 
 
 @contextlib.contextmanager
@@ -156,18 +80,18 @@ def open_parquet(location: Location) -> Iterator[Any]:
     try:
         with files.open_binary(location) as file, pq.ParquetFile(file) as opened:
             yield opened
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as e:  # the last of names of columns, and of texts
         raise DatasetError(f"{location} cannot be read as Parquet: {e}; copy it again") from e
 
 
 @functools.lru_cache(maxsize=64)
 def _read_episodes(directory: Location, stamp: str) -> Episodes:
     info = read_info(directory)
-    keys = [k for k, of in info["features"].items() if _feature(k, of).encoding == "video"]
-    keys = [k for k in keys if _feature(k, info["features"][k]).kind == "image"]
+    fields = [feature(key, of) for key, of in info["features"].items()]
+    keys = [f.key for f in fields if f.encoding == "video" and f.kind == "image"]
     if keys and not info.get("video_path"):
         raise DatasetError(f"{directory}/{INFO}: features {keys} are videos, but there is no 'video_path'")
-    if str(info["codebase_version"]).lstrip("v").startswith("3"):
+    if generation(info) == 3:
         return _remembered(directory, stamp, lambda: _version_3(directory, info, keys))
     return _version_2(directory, info, keys)
 
@@ -190,7 +114,7 @@ def _remembered(directory: Location, stamp: str, read: Callable[[], Episodes]) -
 
     So a process that trains does without pyarrow, which takes 40 MiB.
     """
-    kept = files.cache_directory() / "lerobot" / f"{digest([1, files.absolute(directory), stamp])}.json"
+    kept = files.cache_directory() / "lerobot" / f"{digest([_FORM, files.absolute(directory), stamp])}.json"
     if kept.is_file():
         stored = json.loads(kept.read_text())
         return Episodes(
@@ -201,6 +125,7 @@ def _remembered(directory: Location, stamp: str, read: Callable[[], Episodes]) -
             videos=stored["videos"],
             video={key: np.array(of, np.int64) for key, of in stored["video"].items()},
             start={key: np.array(of, np.float64) for key, of in stored["start"].items()},
+            end={key: np.array(of, np.float64) for key, of in stored["end"].items()},
             texts={text: {int(n): of for n, of in table.items()} for text, table in stored["texts"].items()},
         )
     found = read()
@@ -212,35 +137,90 @@ def _remembered(directory: Location, stamp: str, read: Callable[[], Episodes]) -
     return found
 
 
+def _some(numbers: Sequence[int] | np.ndarray) -> str:
+    """Returns numbers of episodes, the first ones if they are many."""
+    shown = ", ".join(str(int(n)) for n in numbers[:_SHOWN])
+    return shown + (f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else "")
+
+
+def _check_numbers(directory: Location, info: dict[str, Any], table: str, number: np.ndarray) -> None:
+    """Raises DatasetError unless every episode is listed once. table: where. number: of those that are, ascending."""
+    problems = []
+    once, counts = np.unique(number, return_counts=True)
+    if (counts > 1).any():
+        problems.append(
+            f"{table} lists {int((counts > 1).sum())} episodes more than once: {_some(once[counts > 1])}; take out the "
+            "rows that are not theirs"
+        )
+    total = info.get("total_episodes")
+    if total is not None:
+        listed = once[once < total]
+        if len(listed) < total:
+            # As many as a message shows are looked for: a total may be any number.
+            missing = np.setdiff1d(np.arange(min(total, len(once) + _SHOWN)), listed)[:_SHOWN].tolist()
+            more = total - len(listed) - len(missing)
+            problems.append(
+                f"{table} does not list {total - len(listed)} of the {total} episodes that total_episodes of {INFO} "
+                f"says: {_some(missing)}" + (f" and {more} more" if more else "")
+            )
+        if len(listed) < len(once):
+            problems.append(
+                f"{table} lists episodes that are not below the {total} that total_episodes of {INFO} says: "
+                f"{_some(once[once >= total])}"
+            )
+    if problems:
+        raise DatasetError(
+            f"{directory}: " + "; ".join(problems) + "; copy the dataset again, or write meta/ again with lerobot"
+        )
+
+
 def _version_2(directory: Location, info: dict[str, Any], keys: list[str]) -> Episodes:
-    rows = sorted(_lines(directory, "episodes", ("episode_index", "length")), key=lambda row: row["episode_index"])
+    rows = _lines(directory, "episodes", {"episode_index": int, "length": int})
+    rows.sort(key=lambda row: row["episode_index"])
     number = np.array([row["episode_index"] for row in rows], np.int64)
-    chunk = number // int(info.get("chunks_size", 1000))
+    _check_numbers(directory, info, "meta/episodes.jsonl", number)
+    chunk = number // int(info.get("chunks_size") or 1000)
     named = [dict(episode_chunk=int(c), episode_index=int(n)) for c, n in zip(chunk, number, strict=True)]
-    texts = {"task": {row["task_index"]: row["task"] for row in _lines(directory, "tasks", ("task_index", "task"))}}
+    tasks: dict[int, str] = {}
+    for row in _lines(directory, "tasks", {"task_index": int, "task": str}):
+        if tasks.setdefault(row["task_index"], row["task"]) != row["task"]:
+            raise DatasetError(f"{directory}/meta/tasks.jsonl: two tasks have task_index {row['task_index']}")
     return Episodes(
         number=number,
         length=np.array([row["length"] for row in rows], np.int64),
-        tables=[info["data_path"].format(**of) for of in named],
+        tables=[file_name(info, "data_path", **of) for of in named],
         table=np.arange(len(rows)),
-        videos={key: [info["video_path"].format(video_key=key, **of) for of in named] for key in keys},
+        videos={key: [file_name(info, "video_path", video_key=key, **of) for of in named] for key in keys},
         video=dict.fromkeys(keys, np.arange(len(rows))),
         start=dict.fromkeys(keys, np.zeros(len(rows))),
-        texts=texts,
+        end=dict.fromkeys(keys, np.full(len(rows), np.inf)),
+        texts={"task": tasks},
     )
 
 
-def _lines(directory: Location, name: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _lines(directory: Location, name: str, needed: dict[str, type]) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines. needed: key -> its type; integers are 0 or more."""
     path = directory / "meta" / f"{name}.jsonl"
     try:
-        rows = [json.loads(line) for line in files.read_text(path).splitlines() if line.strip()]
+        # Not `splitlines`: a text may hold other ends of lines, as U+2028.
+        rows = [json.loads(line) for line in files.read_text(path).split("\n") if line.strip()]
     except OSError as e:
         raise DatasetError(f"cannot read {path}: {e}; copy the dataset again") from e
     except ValueError as e:
         raise DatasetError(f"{path} is not one JSON object a line: {e}; copy the dataset again") from None
+    problems = []
     for i, row in enumerate(rows):
         if missing := [key for key in needed if not isinstance(row, dict) or key not in row]:
-            raise DatasetError(f"{path}, line {i + 1}: {', '.join(missing)} missing; copy the dataset again")
+            problems.append(f"line {i + 1}: {', '.join(missing)} missing")
+            continue
+        for key, kind in needed.items():
+            value = row[key]
+            if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+                what = "a text" if kind is str else "an integer, 0 or more"
+                problems.append(f"line {i + 1}: {key} is {json.dumps(value)}, expected {what}")
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DatasetError(f"{path}, {'; '.join(problems[:_SHOWN])}{more}; copy the dataset again")
     return rows
 
 
@@ -248,36 +228,76 @@ def _version_3(directory: Location, info: dict[str, Any], keys: list[str]) -> Ep
     names = files.glob(directory / "meta", "episodes/*/*.parquet")
     if not names:
         raise DatasetError(f"{directory}/meta/episodes holds no table of episodes; copy the dataset again")
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    of_videos = ("chunk_index", "file_index", "from_timestamp")
-    columns += [f"videos/{key}/{what}" for key in keys for what in of_videos]
-    tables = []
-    for name in names:
-        with open_parquet(join(directory / "meta", name)) as file:
-            if missing := [c for c in columns if c not in file.schema_arrow.names]:
-                raise DatasetError(f"{directory}/meta/{name}: no column {missing}; copy the dataset again")
-            tables.append(file.read(columns))
-    table = pyarrow().concat_tables(tables).sort_by("episode_index")
-    values = {name: table[name].to_numpy() for name in columns}
+    place, span = ("chunk_index", "file_index"), ("from_timestamp", "to_timestamp")
+    integers = ["episode_index", "length", *(f"data/{what}" for what in place)]
+    integers += [f"videos/{key}/{what}" for key in keys for what in place]
+    seconds = [f"videos/{key}/{what}" for key in keys for what in span]
+    values, problems = _columns(directory, names, integers, seconds)
+    if not problems:
+        order = np.argsort(values["episode_index"], kind="stable")
+        values = {column: of[order] for column, of in values.items()}
+        number = values["episode_index"]
+        for key in keys:
+            start, end = (values[f"videos/{key}/{what}"] for what in span)
+            if (odd := ~((start >= 0) & (end > start))).any():
+                first = int(np.argmax(odd))
+                problems.append(
+                    f"videos/{key}: from_timestamp {start[first]:g} to to_timestamp {end[first]:g} of episode "
+                    f"{number[first]} is no part of a video (episodes {_some(number[odd])})"
+                )
+    if problems:
+        raise DatasetError(f"{directory}/meta: {'; '.join(problems)}; copy the dataset again")
+    _check_numbers(directory, info, "meta/episodes", number)
 
     def placed(prefix: str, template: str, **more: str) -> tuple[list[str], np.ndarray]:
-        pairs = np.stack([values[f"{prefix}/{what}"] for what in of_videos[:2]], axis=1).astype(np.int64)
+        pairs = np.stack([values[f"{prefix}/{what}"] for what in place], axis=1)
         unique, at = np.unique(pairs, axis=0, return_inverse=True)
-        names = [template.format(chunk_index=int(c), file_index=int(f), **more) for c, f in unique]
-        return names, at.reshape(-1)
+        return [file_name(info, template, chunk_index=int(c), file_index=int(f), **more) for c, f in unique], at.ravel()
 
-    data = placed("data", info["data_path"])
-    videos = {key: placed(f"videos/{key}", info["video_path"], video_key=key) for key in keys}
+    tables, table = placed("data", "data_path")
+    videos = {key: placed(f"videos/{key}", "video_path", video_key=key) for key in keys}
     return Episodes(
-        number=values["episode_index"].astype(np.int64),
-        length=values["length"].astype(np.int64),
-        tables=data[0],
-        table=data[1],
+        number=number,
+        length=values["length"],
+        tables=tables,
+        table=table,
         videos={key: names for key, (names, _) in videos.items()},
         video={key: at for key, (_, at) in videos.items()},
-        start={key: values[f"videos/{key}/from_timestamp"].astype(np.float64) for key in keys},
+        start={key: values[f"videos/{key}/from_timestamp"] for key in keys},
+        end={key: values[f"videos/{key}/to_timestamp"] for key in keys},
         texts={text: _texts(directory, text) for text in TEXTS if text == "task" or _has(directory, text)},
     )
+
+
+def _columns(
+    directory: Location, names: list[str], integers: list[str], seconds: list[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns columns of the tables of episodes, (E,) int64 and float64, and what is wrong with them."""
+    parts: dict[str, list[np.ndarray]] = {column: [] for column in (*integers, *seconds)}
+    problems = []
+    for name in names:
+        with open_parquet(join(directory / "meta", name)) as file:
+            there = file.schema_arrow.names
+            table = file.read([column for column in parts if column in there])
+        if missing := [column for column in parts if column not in there]:
+            problems.append(f"{name}: no column {missing}")
+            continue
+        for column, of in parts.items():
+            kind = str(table[column].type)
+            if not kind.lstrip("u").startswith(("int", "float", "double", "halffloat")):
+                problems.append(f"{name}: column {column!r} is of type {kind}, expected numbers")
+                continue
+            found = table[column].to_numpy().astype(np.float64)  # null becomes NaN; integers are exact to 2^53
+            odd = ~np.isfinite(found)
+            what = f"missing (null or NaN) for {int(odd.sum())} of {len(found)} episodes"
+            if column in integers and not odd.any():
+                odd = (found < 0) | (found != np.round(found))
+                what = f"{found[odd][0] if odd.any() else 0:g}, expected an integer, 0 or more"
+            if odd.any():
+                which = f"row {_some(np.flatnonzero(odd))}"
+                problems.append(f"{name}: {column} is {what} ({which})")
+            of.append(found.astype(np.int64) if column in integers and not odd.any() else found)
+    return ({} if problems else {column: np.concatenate(of) for column, of in parts.items()}), problems
 
 
 def _has(directory: Location, text: str) -> bool:
@@ -289,8 +309,18 @@ def _texts(directory: Location, text: str) -> dict[int, str]:
     path = directory / "meta" / f"{text}s.parquet"
     with open_parquet(path) as file:
         table = file.read()
-    number, names = TEXTS[text], table.column_names
-    texts = [name for name in names if name in (text, "__index_level_0__")]
-    if number not in names or not texts:
-        raise DatasetError(f"{path}: it has columns {names}, expected {number!r} and {text!r}; copy the dataset again")
-    return dict(zip(table[number].to_pylist(), map(str, table[texts[0]].to_pylist()), strict=True))
+        number, names = TEXTS[text], table.column_names
+        texts = [name for name in names if name in (text, "__index_level_0__")]
+        if number not in names or not texts:
+            raise DatasetError(f"{path}: it has columns {names}, expected {number!r} and {text!r}; copy it again")
+        rows = list(zip(table[number].to_pylist(), table[texts[0]].to_pylist(), strict=True))
+    found: dict[int, str] = {}
+    for row, (n, said) in enumerate(rows):
+        if not isinstance(n, int) or not isinstance(said, str):
+            raise DatasetError(
+                f"{path}, row {row}: {number} is {n!r} and the text {said!r}, expected an integer and a text; "
+                "copy the dataset again"
+            )
+        if found.setdefault(n, said) != said:
+            raise DatasetError(f"{path}: two texts have {number} {n}: {found[n]!r} and {said!r}; copy it again")
+    return found

@@ -20,16 +20,8 @@ from openpi_like.data.files import Location, Ranges
 from openpi_like.data.images import Target
 from openpi_like.data.index_build import digest
 from openpi_like.data.index_columns import IndexColumn, file_name, index_columns
-from openpi_like.data.layouts.lerobot_meta import (
-    TEXTS,
-    Episodes,
-    file_stats,
-    join,
-    open_parquet,
-    read_episodes,
-    read_info,
-    read_splits,
-)
+from openpi_like.data.layouts.lerobot_info import file_stats, join, read_info, read_splits
+from openpi_like.data.layouts.lerobot_meta import TEXTS, Episodes, open_parquet, read_episodes
 from openpi_like.data.layouts.parquet_pages import Page, find_values, read_page
 from openpi_like.data.layouts.video import (
     DECODER_BYTES,
@@ -74,6 +66,9 @@ class LeRobotStorage:
             return
         for number, i in table.wanted:
             yield f"{table.name}, episode {number}", table.episode(number, i)
+        for number in table.strays:  # more than meta/ says, so the dataset is refused
+            why = "the file has it, but meta/ does not list it there; copy the dataset again"
+            yield f"{table.name}, episode {number}", RecordError(why, resumable=True)
 
     def complete(self, split: Split, parts: Path, index: Path) -> None:
         meta = read_episodes(self.directory)
@@ -104,8 +99,8 @@ class _Table:
         self._rate = float(info["fps"])
         self.name = next(name for name in self._meta.tables if join(directory, name) == shard.location)
         first, end = read_splits(directory, info)[shard.split.name]
-        mine = self._meta.table == self._meta.tables.index(self.name)
-        mine &= (self._meta.number >= first) & (self._meta.number < end)
+        here = self._meta.table == self._meta.tables.index(self.name)
+        mine = here & (self._meta.number >= first) & (self._meta.number < end)
         self.wanted = [(int(self._meta.number[i]), int(i)) for i in np.flatnonzero(mine)]
         self._fields, _ = index_columns(shard.schema)
         firsts = np.cumsum([0, *map(len, self._meta.videos.values())])
@@ -123,6 +118,14 @@ class _Table:
             ]
             self._table = file.read(sorted(needed.intersection(there)))
             places = {key: self._find_pictures(file, key) for key in pictures if key in there}
+        self._number, self.strays = np.zeros(0, np.int64), list[int]()
+        try:
+            if "episode_index" in there:
+                self._number = _values(self._table["episode_index"], np.dtype(np.int64), ())
+        except RecordError as e:
+            self._problems.append(f"episode_index: {e}")
+        else:
+            self.strays = np.setdiff1d(self._number, self._meta.number[here]).tolist()
         self._places = {key: rows for key, (rows, _) in places.items()}
         _save(shard.part.with_suffix(".pages"), {key: pages for key, (_, pages) in places.items()})
 
@@ -155,23 +158,34 @@ class _Table:
         """Returns an episode. i: its place in `meta/`."""
         if self._problems:
             return RecordError("; ".join(self._problems), resumable=True)
-        rows = np.flatnonzero(self._table["episode_index"].to_numpy() == number)
+        rows = np.flatnonzero(self._number == number)
         length = int(self._meta.length[i])
-        if len(rows) != length or (len(rows) and rows[-1] - rows[0] + 1 != length):
+        if len(rows) != length or (length and rows[-1] - rows[0] + 1 != length):
             message = f"its table has {len(rows)} rows"
             message += " that do not follow each other" if len(rows) == length else f", meta/ says {length}"
             return RecordError(message, resumable=True)
+        if not length:
+            return RecordError("it has no steps, says meta/; take it out of the dataset", resumable=True)
         span = slice(int(rows[0]), int(rows[0]) + length)
         table = self._table.slice(span.start, length)
         values: dict[str, Rows] = {}
         problems: list[str] = []
-        seconds = table["timestamp"].to_numpy().astype(np.float64).reshape(-1)
-        problems += time_problems(seconds, table["frame_index"].to_numpy().reshape(-1), self._rate)
+        undecodable: dict[str, str] = {}
+        own: dict[str, np.ndarray] = {}
+        for key, dtype in (("timestamp", np.float64), ("frame_index", np.int64)):
+            try:
+                own[key] = _values(table[key], np.dtype(dtype), ())
+            except RecordError as e:
+                problems.append(f"{key}: {e}")
+        if problems:
+            return StoredEpisode({}, tuple(problems))
+        seconds = own["timestamp"]
+        problems += time_problems(seconds, own["frame_index"], self._rate)
         for field in self._fields:
             key = field.feature.key
             try:
                 if field.folder != "image":
-                    values[field.column] = self._values(table, field)
+                    values[field.column] = self._rows(table, field)
                 elif field.feature.encoding == "video":
                     values[field.column] = self._frames(key, i, seconds)
                 else:
@@ -183,52 +197,97 @@ class _Table:
                 raise  # no damage, which would be remembered with the index
             except (RecordError, DatasetError, OSError) as e:
                 problems.append(f"{key}: {e}")
-        return StoredEpisode(values, tuple(problems))
+            except UnicodeDecodeError as e:
+                undecodable[field.column] = f"its text is not UTF-8: {e}"
+        problems += [f"{column.partition('/')[2]}: {why}" for column, why in undecodable.items()]
+        return StoredEpisode(values, tuple(problems), undecodable)
 
-    def _values(self, table: Any, field: IndexColumn) -> Rows:
+    def _rows(self, table: Any, field: IndexColumn) -> Rows:
         key = field.feature.key
         texts = self._meta.texts.get(key)
         if texts is not None and key not in table.column_names:
             numbers = table[TEXTS[key]].to_pylist()
-            if unknown := sorted({n for n in numbers if n not in texts}):
+            if unknown := sorted({n for n in numbers if n not in texts}, key=str):
                 raise RecordError(f"{TEXTS[key]} {unknown} is not among the {len(texts)} of meta/", resumable=True)
             return [texts[n] for n in numbers]
-        column = table[key].combine_chunks()
-        if column.null_count:
-            raise RecordError(f"{column.null_count} of {len(column)} values are missing (null)", resumable=True)
         if field.feature.kind == "text":
-            return [str(text) for text in column.to_pylist()]
-        flat = column
-        while hasattr(flat, "flatten") and hasattr(flat.type, "value_type"):
-            flat = flat.flatten()
-        stored = flat.to_numpy(zero_copy_only=False)
-        size = int(np.prod(field.shape, dtype=np.int64))
-        if len(stored) != len(column) * size:
-            raise RecordError(
-                f"{len(stored)} values in {len(column)} steps, meta/info.json says shape {field.shape}", resumable=True
-            )
-        rows = stored.astype(field.dtype)
-        if field.dtype.kind in "iu" and (rows != stored).any():
-            raise RecordError(f"{stored[rows != stored][0]} is not of type {field.dtype}", resumable=True)
-        return rows.reshape(-1, *field.shape)
+            found = table[key].to_pylist()
+            odd = [step for step, text in enumerate(found) if not isinstance(text, str)]
+            if odd:
+                what = "is missing (null)" if found[odd[0]] is None else f"is {type(found[odd[0]]).__name__}"
+                raise RecordError(
+                    f"{len(odd)} of {len(found)} are no text, the first {what}, of step {odd[0]}", resumable=True
+                )
+            return found
+        return _values(table[key], field.dtype, field.shape)
 
     def _frames(self, key: str, i: int, seconds: np.ndarray) -> np.ndarray:
         """Returns (T, 2), the address and the length of the frame of each step of an episode."""
         video = int(self._meta.video[key][i])
         name = self._meta.videos[key][video]
         packets = _packets(self._directory, name, self._shard.part.parent)
-        at, far = packets.at(seconds + float(self._meta.start[key][i]))
-        missing = far > _NEAR / self._rate
-        if missing.any():
+        start, end = float(self._meta.start[key][i]), float(self._meta.end[key][i])
+        shown = seconds + start
+        at, far = packets.at(shown)
+        near = _NEAR / self._rate
+        problems = []
+        # Not `far > near`: that is false for NaN.
+        if (missing := ~(far <= near)).any():
             first = int(np.argmax(missing))
-            shown = packets.seconds
-            raise RecordError(
+            there = packets.seconds[np.isfinite(packets.seconds)]
+            problems.append(
                 f"{name} has no frame for {int(missing.sum())} of {len(seconds)} steps, first for step {first} at "
-                f"{seconds[first] + self._meta.start[key][i]:.3f} s; its {len(shown)} frames are "
-                f"at {shown.min():.3f} to {shown.max():.3f} s",
+                f"{shown[first]:.3f} s; its {len(there)} frames are at {there.min():.3f} to {there.max():.3f} s"
+            )
+        if (behind := ~(shown < end - near)).any():
+            first = int(np.argmax(behind))
+            problems.append(
+                f"meta/episodes says that the episode is at {start:.3f} to {end:.3f} s of {name}, but "
+                f"{int(behind.sum())} of {len(seconds)} steps are behind that, first step {first} at "
+                f"{shown[first]:.3f} s: these frames are of another episode; copy the dataset again"
+            )
+        if problems:
+            raise RecordError("; ".join(problems), resumable=True)
+        return np.stack([pack(self._first_video[key] + video, at), packets.rows[at, 1]], axis=1)
+
+
+def _values(column: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns a column of numbers, or of lists of them, (T, *shape).
+
+    Raises:
+        RecordError: some are missing, or are no numbers of this shape and type.
+    """
+    from pyarrow import compute
+
+    flat = column.combine_chunks()
+    steps, each = len(flat), 1  # lists of `each` step are beside each other
+    while True:
+        if flat.null_count:
+            first = flat.is_null().to_numpy(zero_copy_only=False).argmax() // each
+            where = f"{flat.null_count} of {len(flat)} values are missing (null), the first of step {first}"
+            raise RecordError(where, resumable=True)
+        if not hasattr(flat.type, "value_type") or not hasattr(flat, "flatten"):
+            break
+        lengths = compute.list_value_length(flat).to_numpy(zero_copy_only=False)
+        if len(lengths) and (odd := lengths != lengths[0]).any():
+            first = int(np.argmax(odd))
+            raise RecordError(
+                f"rows differ in length: {lengths[0]} values in step 0, {lengths[first]} in step {first // each}, "
+                f"meta/info.json says shape {shape}",
                 resumable=True,
             )
-        return np.stack([pack(self._first_video[key] + video, at), packets.rows[at, 1]], axis=1)
+        each *= int(lengths[0]) if len(lengths) else 1
+        flat = flat.flatten()
+    stored = flat.to_numpy(zero_copy_only=False)
+    if stored.dtype.kind not in "biuf":
+        raise RecordError(f"values are of type {flat.type}, expected {dtype}", resumable=True)
+    if len(stored) != steps * int(np.prod(shape, dtype=np.int64)):
+        raise RecordError(f"{len(stored)} values in {steps} steps, meta/info.json says shape {shape}", resumable=True)
+    with np.errstate(invalid="ignore"):  # NaN as an integer, which is told below
+        rows = stored.astype(dtype)
+    if dtype.kind in "iu" and (rows != stored).any():
+        raise RecordError(f"{stored[rows != stored][0]} is not of type {dtype}", resumable=True)
+    return rows.reshape(-1, *shape)
 
 
 def time_problems(seconds: Float[np.ndarray, "T"], number: Int[np.ndarray, "T"], rate: float) -> list[str]:

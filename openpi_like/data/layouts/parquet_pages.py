@@ -68,7 +68,7 @@ def read_page(ranges: Ranges, location: Location, page: Page) -> bytes:
     pa = pyarrow()
     try:
         return pa.decompress(data, decompressed_size=page.size, codec=codec, asbytes=True)
-    except (pa.ArrowException, OSError, ValueError) as e:
+    except (pa.ArrowException, OSError, ValueError, SystemError, MemoryError) as e:  # the last two of a wrong size
         raise RecordError(f"a page of its column is damaged: {e}; copy the file again", resumable=True) from e
 
 
@@ -81,6 +81,17 @@ def find_values(ranges: Ranges, location: Location, column: Any, max_definition:
         OSError: the file cannot be read.
         RecordError: it is damaged, has nulls, or is encoded in a way that has no byte for a value.
     """
+    try:
+        return _find_values(ranges, location, column, max_definition)
+    except RecordError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as e:  # of a header that lacks something
+        raise RecordError(
+            f"a page has a damaged header ({type(e).__name__}: {e}); copy the file again", resumable=True
+        ) from e
+
+
+def _find_values(ranges: Ranges, location: Location, column: Any, max_definition: int) -> Values:
     at, end = column.data_page_offset, 0
     if column.has_dictionary_page:
         at = min(at, column.dictionary_page_offset)

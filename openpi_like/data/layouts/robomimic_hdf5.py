@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 from openpi_like.data.layouts.hdf5_tree import Hdf5
@@ -56,6 +57,11 @@ class RobomimicForm:
             chosen = {split: sorted((_name(n) for n in masks[split][()]), key=natural) for split in masks}
         except (TypeError, AttributeError) as e:
             raise RecordError(f"its group 'mask' has something other than lists of names: {e}", resumable=False) from e
+        twice = {
+            split: [name for name, count in Counter(names).items() if count > 1] for split, names in chosen.items()
+        }
+        if problems := [f"mask {split!r} names {', '.join(of)} more than once" for split, of in twice.items() if of]:
+            raise RecordError(f"its {'; its '.join(problems)}; write each name once", resumable=False)
         named = {"all": everything, **chosen}
         return {split: [f"data/{name}" for name in names] for split, names in named.items()}
 

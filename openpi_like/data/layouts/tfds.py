@@ -108,9 +108,10 @@ def read_schema(directory: Location) -> Schema:
 
 
 def split_names(directory: Location) -> list[str]:
-    """Returns the splits that `dataset_info.json` lists; raises as `read_split`."""
+    """Returns the splits that `dataset_info.json` lists and that have records; raises as `read_split`."""
     _list_files(directory)
-    return [s["name"] for s in _read_json(directory / "dataset_info.json").get("splits", [])]
+    splits = _read_json(directory / "dataset_info.json").get("splits", [])
+    return [s["name"] for s in splits if sum(map(int, s.get("shardLengths", [])))]
 
 
 def read_split(directory: Location, split: str, *, allow_missing: bool = False) -> Split:

@@ -52,7 +52,8 @@ class Packets:
     """The packets of one video in the order in which they are decoded, each with one frame.
 
     rows: (M, 4) int64: byte in the file, length, time stamp in units of the video, and the packet from which decoding
-        must begin, itself for a key frame. seconds: (M,), when each frame is shown.
+        must begin, itself for a key frame. seconds: (M,), when each frame is shown; NaN for one that the file's edit
+        list hides, as where a video was trimmed without encoding it again.
     """
 
     rows: Int64[np.ndarray, "M 4"]
@@ -61,7 +62,7 @@ class Packets:
 
     def at(self, seconds: Float[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         """Returns for each time (n,) the packet whose frame is nearest, and how far away that is, in seconds."""
-        order = np.argsort(self.seconds, kind="stable")
+        order = np.argsort(self.seconds, kind="stable")[: np.isfinite(self.seconds).sum()]  # NaN comes last
         shown = self.seconds[order]
         after = np.clip(np.searchsorted(shown, seconds), 1, max(len(shown) - 1, 1)) if len(shown) > 1 else None
         if after is None:
@@ -90,29 +91,57 @@ def read_packets(location: Location) -> Packets:
             if not container.streams.video:
                 raise RecordError("it is no video, cut or damaged: it has no frames; copy it again", resumable=True)
             stream = container.streams.video[0]
-            codec = Codec(stream.codec_context.codec.name, bytes(stream.codec_context.extradata or b"").hex())
-            found = [(p.pos, p.size, p.pts, p.is_keyframe) for p in container.demux(stream) if p.size]
+            codec = _codec(package, stream)
+            found = [(p.pos, p.size, p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
             base = float(stream.time_base)
             announced = stream.frames
+            whole = announced <= len(found) or announced <= _count_all(package, file)
         except package.FFmpegError as e:
             raise RecordError(f"it is no video, cut or damaged: {e}; copy it again", resumable=True) from e
-    if announced > len(found) or any(pos + length > size for pos, length, *_ in found):
+    if not whole or any(pos + length > size for pos, length, *_ in found):
         raise RecordError(
             f"it is cut: {len(found)} of {announced} frames are there, the file ends at byte {size}; copy it again",
             resumable=True,
         )
-    if not found or any(pos is None or pts is None for pos, _, pts, _ in found):
+    if not found or any(pos is None or pts is None for pos, _, pts, *_ in found):
         raise RecordError("its frames have no place or time; write it again as MP4", resumable=True)
     if not found[0][3]:
         raise RecordError("it does not begin with a key frame", resumable=True)
-    rows = np.array(found, np.int64)
+    hidden = np.array([discard for *_, discard in found])
+    if hidden.all():
+        raise RecordError(f"its edit list hides all of its {len(found)} frames; write it again", resumable=True)
+    rows = np.array([row[:4] for row in found], np.int64)
     key = np.flatnonzero(rows[:, 3])
     first = key[np.searchsorted(key, np.arange(len(rows)), side="right") - 1]
     # A frame that is shown before the key frame it follows needs the key frame before that (open GOP).
     while (early := (rows[:, 2] < rows[first, 2]) & (first > 0)).any():
         first[early] = key[np.searchsorted(key, first[early]) - 1]
     rows[:, 3] = first
-    return Packets(rows, rows[:, 2] * base, codec)
+    return Packets(rows, np.where(hidden, np.nan, rows[:, 2] * base), codec)
+
+
+def _codec(package: Any, stream: Any) -> Codec:
+    """Returns the codec of a stream; raises RecordError if it cannot be decoded here."""
+    context = stream.codec_context
+    name = None if context is None else context.codec.name
+    try:
+        if name is not None:
+            package.Codec(_PREFERRED.get(name, name), "r")
+            return Codec(name, bytes(context.extradata or b"").hex())
+    except package.codec.codec.UnknownCodecError:
+        pass
+    raise RecordError(
+        f"its codec{'' if name is None else f' {name}'} is not one that PyAV decodes here; write it again as H.264, "
+        "HEVC or AV1",
+        resumable=True,
+    )
+
+
+def _count_all(package: Any, file: Any) -> int:
+    """Returns how many frames an MP4 file holds, those too that its edit list leaves out."""
+    file.seek(0)
+    with package.open(file, metadata_errors="ignore", options={"ignore_editlist": "1"}) as container:
+        return sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
 
 
 class VideoTable:
