@@ -33,7 +33,9 @@ def test_the_status_is_that_of_the_program() -> None:
 @pytest.mark.parametrize(("signum", "to_group", "status"), [("SIGTERM", False, 143), ("SIGINT", True, -signal.SIGINT)])
 def test_a_signal_ends_it_after_it_has_saved(tmp_path: Path, signum: str, to_group: bool, status: int) -> None:
     said, number = tmp_path / "said", signal.Signals[signum]
-    call = f"from openpi_like.child import run_program; run_program(['-c', {CHILD!r}, {str(said)!r}])"
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    call = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    call += f"from openpi_like.child import run_program; run_program(['-c', {CHILD!r}, {str(said)!r}])"
     parent = subprocess.Popen([sys.executable, "-c", call], start_new_session=True, stderr=subprocess.DEVNULL)
     while not (said.is_file() and said.read_text() == "started"):
         assert parent.poll() is None
