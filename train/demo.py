@@ -38,7 +38,7 @@ SCALES: dict[str, dict[str, int]] = {
         "val": 10,
         "pretrain": 10_000,
         "finetune_metaworld_fetch": 600,
-        "finetune_aloha": 9_000,
+        "finetune_aloha": 10_000,
         "finetune_pusht": 10_000,
         "episodes": 50,
     },
