@@ -10,6 +10,9 @@ import numpy as np
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.schema import DatasetError
 
+SUCCESS, INTERVENED = "episode_metadata/success", "intervened"
+"""Where `serve/record.py` writes how an episode ended (1, 0, or -1 for unknown), and whether an expert acted."""
+
 _SHOWN = 5  # names in one message
 
 

@@ -27,6 +27,7 @@ from openpi_like.data.rlds_writer import (
     stored_cameras,
     write_rlds,
 )
+from openpi_like.data.selection import INTERVENED
 from openpi_like.robots.robot import Camera, Robot
 from openpi_like.serve.spool import Recording, RecordingError
 
@@ -34,8 +35,8 @@ _SHOWN = 5  # places named in one line
 _LATE = 1.5  # an interval of so many control steps lacks a frame
 _FROZEN_S = 1.0  # a picture that stays the same for so long is worth a note
 
-INTERVENED, PROPOSED = "intervened", "proposed_action"
-"""Keys of an RLDS step: whether an expert acted, and what the policy wanted (NaN where none was asked)."""
+PROPOSED = "proposed_action"
+"""Key of an RLDS step: what the policy wanted (NaN where none was asked)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from openpi_like.data import files
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.layouts import split_names
-from openpi_like.data.selection import Selection
+from openpi_like.data.selection import INTERVENED, SUCCESS, Selection
 from openpi_like.data.text import TextTokenizer, read_tokenizer
 from openpi_like.data.tokenizer import Tokenizer
 from openpi_like.models.released import RELEASED, find_model
@@ -34,8 +34,6 @@ from openpi_like.train.statistics import Blended, Own, Pretrained, pretrained
 LINE = 120  # characters of a line, at most, where it can be broken
 _LONGEST = 4_096  # tokens by which a prompt may be longer than the policy's
 STATISTICS: dict[str, Any] = {"own": Own, "pretrained": Pretrained, "blended": Blended}
-SUCCESS, INTERVENED = "episode_metadata/success", "intervened"
-"""Where `serve/record.py` writes how an episode ended (1, 0, or -1 for unknown), and whether an expert acted."""
 SELECTIONS = {
     "all": Selection(),
     "success": Selection(success=SUCCESS),
