@@ -29,6 +29,7 @@ from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import read_tokenizer
 from openpi_like.models.weights import WeightsError, print_load_report
+from openpi_like.train.allocation import keep_freed_memory, runs_on_cpus
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
@@ -52,7 +53,7 @@ from openpi_like.train.watching.metrics import MetricsWriter, read_metrics
 from openpi_like.train.watching.nonfinite import BadSteps
 from openpi_like.train.watching.pictures import picture_batch
 from openpi_like.train.watching.profiling import DATA_WAIT, DEVICE_WAIT, Profiler
-from openpi_like.train.watching.step_log import StepLog, progress_bar
+from openpi_like.train.watching.step_log import StepLog, progress_bar, waiting_advice
 from openpi_like.train.watching.trackers import TrackerError, check_trackers
 
 
@@ -200,7 +201,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     stopping = group.stopping(step)
-    stop = stopping.at(step)
+    stop, lines = stopping.at(step), 0
     history: list[tuple[int, dict[str, jax.Array], Batch]] = []  # steps whose metrics have not been looked at
     with metrics, progress_bar(console, shown=lead) as progress:
         bar = progress.add_task("train", total=config.steps, completed=step, loss="")
@@ -230,6 +231,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
                 line = log.line(step, skipped=bad_steps.count)
                 metrics.write(step, "train", line)
                 progress.update(bar, completed=step, loss=f"loss {line['loss']:.4f} wait {line['data_wait']:.0%}")
+                lines += 1
+                advice = waiting_advice(line, workers=config.data.num_workers, cores=os.cpu_count() or 1)
+                if lines == 2 and advice:  # the first one has the start of the loader in it
+                    progress.console.print(advice)
             score = None
             if validating:
                 with log.paused():
@@ -278,6 +283,8 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every array it reads
+    if runs_on_cpus():
+        keep_freed_memory()
     # Before the GPUs are asked for: JAX leaves a quarter of their memory alone otherwise.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_PART))
     config, console = override(load_run(sys.argv[1]), sys.argv[2:]), Console()

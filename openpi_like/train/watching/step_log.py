@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 GIB = 2.0**30
+_MUCH_WAITING = 0.1  # part of the time
 
 
 @runtime_checkable
@@ -103,6 +104,22 @@ class StepLog:
             line["device_memory_gib"] = used / GIB
         self._begin(step)
         return line
+
+
+def waiting_advice(line: Mapping[str, float], *, workers: int, cores: int) -> str | None:
+    """Returns what to do about a log line in which more than a tenth of the time went by waiting for data, else None.
+
+    workers: `data.num_workers` of the run; cores: of this host.
+    """
+    if line["data_wait"] <= _MUCH_WAITING:
+        return None
+    more = min(max(2 * workers, 2), cores - 1)
+    advice = (
+        f"data.num_workers={more} decodes in more processes"
+        if more > workers
+        else f"all {cores} cores are in use: smaller pictures in the dataset, or more cores, would help"
+    )
+    return f"{line['data_wait']:.0%} of the time went by waiting for data; {advice}"
 
 
 def _samples(name: str) -> str:

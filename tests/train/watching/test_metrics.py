@@ -11,7 +11,7 @@ import pytest
 
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.watching.metrics import MetricsWriter, read_metrics
-from openpi_like.train.watching.step_log import StepLog, device_memory, host_memory
+from openpi_like.train.watching.step_log import StepLog, device_memory, host_memory, waiting_advice
 
 
 def test_resuming_removes_what_the_checkpoint_does_not_contain(tmp_path):
@@ -185,3 +185,19 @@ def test_impossible_runs_are_refused_with_all_reasons(tiny_policy):
     for profile in ((0, 3), (5, 4)):
         with pytest.raises(ValueError, match=r"profile=.*expected a first and a last step.*skip_bad_steps=-1"):
             TrainConfig("run", tiny_policy, data, "stats", "text", 8, 10, skip_bad_steps=-1, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("wait", "workers", "cores", "said"),
+    [
+        (0.1, 0, 16, None),
+        (0.34, 0, 16, "34% of the time went by waiting for data; data.num_workers=2 decodes in more processes"),
+        (0.34, 6, 16, "34% of the time went by waiting for data; data.num_workers=12 decodes in more processes"),
+        (0.5, 12, 16, "50% of the time went by waiting for data; data.num_workers=15 decodes in more processes"),
+        (0.5, 15, 16, "50% of the time went by waiting for data; all 16 cores are in use: "),
+        (0.5, 0, 1, "50% of the time went by waiting for data; all 1 cores are in use: "),
+    ],
+)
+def test_a_run_that_waits_for_data_is_told_what_to_set(wait, workers, cores, said):
+    advice = waiting_advice({"data_wait": wait}, workers=workers, cores=cores)
+    assert advice is None if said is None else advice is not None and advice.startswith(said)

@@ -1,0 +1,72 @@
+"""Freed memory is used again without asking the system, in whatever thread; and where that is done."""
+
+import subprocess
+import sys
+
+import pytest
+
+from openpi_like.train.allocation import runs_on_cpus
+
+SIZE = 128 << 20  # bytes, more than glibc's threads have room for in heaps of their own
+PROGRAM = f"""
+import ctypes, resource, threading
+from openpi_like.train.allocation import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def use():
+    memory = ctypes.c_void_p(libc.malloc({SIZE}))
+    assert memory
+    libc.memset(memory, 1, ctypes.c_size_t({SIZE}))
+    libc.free(memory)
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = KEEP and keep_freed_memory()
+faults()
+print(int(kept), faults())
+"""
+
+
+def _faults(keep: bool) -> tuple[bool, int]:
+    program = PROGRAM.replace("KEEP", str(keep))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, faults = map(int, done.stdout.split())
+    return bool(kept), faults
+
+
+def test_freed_memory_is_used_again_without_page_faults():
+    kept, faults = _faults(keep=True)
+    if not kept:
+        pytest.skip("not glibc's malloc, which is left as it is")
+    assert faults < 32
+    assert _faults(keep=False)[1] >= SIZE >> 21  # a fault for each page, of 2 MiB at most
+
+
+@pytest.mark.parametrize(
+    ("devices", "platforms", "cpus"),
+    [
+        ((), None, True),
+        (("nvidiactl", "vfio/vfio", "accel"), None, True),
+        (("nvidia0",), None, False),
+        (("dxg",), None, False),
+        (("kfd",), None, False),
+        (("accel0",), None, False),
+        (("vfio/0",), None, False),
+        (("nvidia0",), "cpu", True),
+        ((), "cuda,cpu", False),
+    ],
+)
+def test_whether_a_machine_computes_on_its_cpus(tmp_path, monkeypatch, devices, platforms, cpus):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    for name in devices:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert runs_on_cpus(tmp_path) == cpus
