@@ -28,7 +28,9 @@ def run(request, tmp_path_factory):
     """A run of two steps as 3157ead wrote it, and what its policy sampled: (directory, trainable, actions)."""
     directory = tmp_path_factory.mktemp(request.param)
     with tarfile.open(WRITTEN / f"{request.param}.tar.gz") as tar:
-        tar.extractall(directory)  # our own file; Python before 3.11.4 knows no filters
+        # As `filter="data"`, which Python before 3.11.4 does not know.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(directory)
     trainable = Trainable(Lora()) if request.param == "lora" else Trainable()
     return directory, trainable, np.load(WRITTEN / "actions.npz")[request.param]
 
