@@ -14,7 +14,7 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 
 robot = dataclasses.replace(PUSHT, action_horizon=16, execute_steps=8)
 
@@ -36,8 +36,8 @@ config = TrainConfig(
     tokenizer=None,
     warm_start=WarmStart("runs/full/pretrain", reinitialize=("^vision/patch/kernel", "^vision/position")),
     batch_size=64,
-    steps=10_000,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=10_000, weight_decay=1e-4),
+    steps=8_000,
+    optimizer=MuonConfig(peak_lr=5e-3, end_lr=5e-5, warmup_steps=50, decay_steps=8_000, weight_decay=1e-4),
     ema_decay=0.999,
     validate_every=1_000,
     save_every=1_000,

@@ -39,7 +39,7 @@ SCALES: dict[str, dict[str, int]] = {
         "pretrain": 10_000,
         "finetune_metaworld_fetch": 600,
         "finetune_aloha": 10_000,
-        "finetune_pusht": 10_000,
+        "finetune_pusht": 8_000,
         "episodes": 50,
     },
     "pulse": {

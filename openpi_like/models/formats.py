@@ -15,7 +15,8 @@ from typing import Any
 import einops
 import numpy as np
 
-from openpi_like.models.lora import HEADS, SUFFIX, Overlay
+from openpi_like.models.lora import SUFFIX, Overlay
+from openpi_like.models.param import HEADS
 
 Index = tuple[int | slice, ...]
 

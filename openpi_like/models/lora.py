@@ -10,7 +10,7 @@ gate/up) are maps of their own.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from openpi_like.config import near_names
 from openpi_like.draws import named_key
-from openpi_like.models.param import map_weight, use, weight_name
-from openpi_like.partition import WHOLE, Axes
+from openpi_like.models.param import MapDims, map_weight, use, weight_name
+from openpi_like.partition import Axes
 
-HEADS = ("heads", "kv_heads")
 SUFFIX = "_lora"
 
 
@@ -89,24 +88,6 @@ class Lora:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dims:
-    """Which dimensions of a kernel are what: stacks, heads that have maps of their own, inputs, outputs."""
-
-    stacks: tuple[int, ...]
-    heads: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @classmethod
-    def of(cls, axes: Axes, inputs: Sequence[int], *, per_head: bool) -> "_Dims":
-        every = range(len(axes))
-        stacks = tuple(i for i in every if axes[i] in WHOLE)
-        heads = tuple(i for i in every if per_head and axes[i] in HEADS and i not in inputs)
-        outputs = tuple(i for i in every if i not in (*stacks, *heads, *inputs))
-        return cls(stacks, heads, tuple(inputs), outputs)
-
-
 class LoraPair(nnx.Module):
     """A: (stacks, heads, inputs, r). B: (stacks, heads, r, outputs). Heads only with `LoraRule.per_head`."""
 
@@ -114,7 +95,7 @@ class LoraPair(nnx.Module):
         metadata = base.get_metadata()
         axes, shape, inputs = metadata["axes"], base.shape, metadata["inputs"]
         self.scale, self.per_head = rule.scale, rule.per_head
-        dims = _Dims.of(axes, inputs, per_head=rule.per_head)
+        dims = MapDims.of(axes, inputs, per_head=rule.per_head)
         lead = (*dims.stacks, *dims.heads)
 
         def take(of: tuple[Any, ...], *indices: int) -> tuple[Any, ...]:
@@ -215,7 +196,7 @@ class Overlay:
 
     def delta(self, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns scale * A B with the dimensions of the kernel, in float32."""
-        dims = _Dims.of(self.axes, self.inputs, per_head=self.per_head)
+        dims = MapDims.of(self.axes, self.inputs, per_head=self.per_head)
         letters = "abcdefgh"[: len(self.axes)]
         name = lambda indices: "".join(letters[i] for i in indices)  # noqa: E731
         lead = name((*dims.stacks, *dims.heads))

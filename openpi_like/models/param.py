@@ -6,6 +6,7 @@ maps have the metadata `inputs`, the dimensions that are summed over; these can 
 held in fewer bits (`models.quantize`).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
-from openpi_like.partition import Axes, gathered
+from openpi_like.partition import WHOLE, Axes, gathered
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+HEADS = ("heads", "kv_heads")
 BACKBONE = "backbone"  # the part of a policy that is no part of its weights' names
 
 
@@ -68,6 +70,25 @@ def map_weight(
     zero: start at zero instead. init: start as this says instead.
     """
     return weight(key, name, shape, axes, init or (zeros if zero else fan_in(*inputs)), inputs=inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapDims:
+    """Which dimensions of a linear map's weight are what: stacks, heads that are maps of their own, inputs, outputs."""
+
+    stacks: tuple[int, ...]
+    heads: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, axes: Axes, inputs: Sequence[int], *, per_head: bool) -> "MapDims":
+        """Returns those of a weight. axes, inputs: as declared. per_head: heads are maps of their own."""
+        every = range(len(axes))
+        stacks = tuple(i for i in every if axes[i] in WHOLE)
+        heads = tuple(i for i in every if per_head and axes[i] in HEADS and i not in inputs)
+        outputs = tuple(i for i in every if i not in (*stacks, *heads, *inputs))
+        return cls(stacks, heads, tuple(inputs), outputs)
 
 
 def normal(stddev: float) -> Initializer:

@@ -132,9 +132,10 @@ class TrainConfig:
 
     def trainer(self, mesh: Mesh) -> Trainer:
         """Returns what makes the state of this run and its steps. attention="auto" is still to be measured."""
+        model = ModelDef(self.model, self.trainable)
         trainer = Trainer(
-            ModelDef(self.model, self.trainable),
-            self.optimizer.create(),
+            model,
+            self.optimizer.create(model.maps),
             ema_decay=self.ema_decay,
             seed=self.seed,
             mesh=mesh,

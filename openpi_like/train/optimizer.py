@@ -1,11 +1,14 @@
 """AdamW with linear warm-up, a decay and global-norm clipping, as in the pi0 recipes."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import optax
 
+from openpi_like.models.param import MapDims
 from openpi_like.train.moments import Float32Moments, Moments
 
 
@@ -88,11 +91,15 @@ class OptimizerConfig:
         decay = self.decay.schedule(self.peak_lr, self.end_lr, self.decay_steps - self.warmup_steps)
         return optax.join_schedules([warmup, decay], [self.warmup_steps])
 
-    def create(self) -> optax.GradientTransformation:
-        """Returns the optax transformation."""
-        adamw = optax.chain(
-            self.moments.hold(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)),
+    def scale(self, maps: Mapping[str, MapDims]) -> optax.GradientTransformation:
+        """Returns what makes an update of rate 1 of gradients: Adam, for all weights alike."""
+        return self.moments.hold(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps))
+
+    def create(self, maps: Mapping[str, MapDims] = MappingProxyType({})) -> optax.GradientTransformation:
+        """Returns the optax transformation. maps: the linear maps among the trained weights, see `ModelDef.maps`."""
+        decayed = optax.chain(
+            self.scale(maps),
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(self.schedule()),
         )
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), decayed)

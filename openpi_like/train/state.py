@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.lora import Lora, add_lora, is_lora
-from openpi_like.models.param import weight_name
+from openpi_like.models.param import MapDims, weight_name
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
 from openpi_like.models.weights import flatten, named_weights, put_weights, unflatten
 from openpi_like.partition import ShardingRules, pin, placed
@@ -145,6 +146,12 @@ class ModelDef:
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
         self.memory = frozenset(name for name, metadata in self._metadata.items() if metadata.get("memory", False))
         self.trained = trained_names(sorted(self._metadata), trainable, memory=self.memory)
+        # The trained linear maps in stacks of layers.
+        self.maps = {
+            name: MapDims.of(of["axes"], of["inputs"], per_head=False)
+            for name, of in self._metadata.items()
+            if name in self.trained and "inputs" in of and is_stacked(of["axes"])
+        }
 
     def _create(self, key: jax.Array) -> nnx.Module:
         model = self.config.create(key)
@@ -180,29 +187,25 @@ class ModelDef:
         return quantize(value, inputs, dtype)
 
 
-def shardings_like(shardings: Params, shapes: Params, tree: Any, mesh: Mesh) -> Any:
+def shardings_like(shardings: Mapping[str, NamedSharding], tree: Any, mesh: Mesh) -> Any:
     """Returns the shardings of an optimiser state: what belongs to a weight lies like it, all else everywhere.
 
-    shardings, shapes: of the trained weights. tree: of shapes; its subtrees that are built like the weights (moments,
-    or the scales of moments, which have fewer entries along an axis) are recognised.
+    shardings: of the trained weights by name. tree: of shapes; what has the name of a weight (a moment, or the scales
+    of one, which have fewer entries along an axis) is recognised by it.
     """
-    structure: Any = jax.tree.structure(shapes)
 
-    def follow(sharding: NamedSharding, leaf: Any) -> NamedSharding:
-        if len(leaf.shape) != len(sharding.spec):
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        of_dicts = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+        sharding = shardings.get("/".join(reversed([key.key for key in of_dicts])))
+        if sharding is None or len(leaf.shape) != len(sharding.spec):
             return replicated(mesh)
         fits = [
-            part if part is None or n % sharding.mesh.shape[part] == 0 else None
+            part if part is None or n % mesh.shape[part] == 0 else None
             for part, n in zip(sharding.spec, leaf.shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*fits))
 
-    def of(subtree: Any) -> Any:
-        if jax.tree.structure(subtree) == structure:
-            return jax.tree.map(follow, shardings, subtree)
-        return jax.tree.map(lambda _: replicated(mesh), subtree)
-
-    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, dict))
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 class Trainer:
@@ -257,7 +260,7 @@ class Trainer:
 
         params = unflatten({name: self.placement[name] for name in flatten(self.abstract.params)})
         frozen = unflatten({name: held(name, value) for name, value in flatten(self.abstract.frozen).items()})
-        opt_state = shardings_like(params, self.abstract.params, self.abstract.opt_state, self.mesh)
+        opt_state = shardings_like(self.placement, self.abstract.opt_state, self.mesh)
         ema = None if self.abstract.ema is None else params
         return TrainState(step=everywhere, params=params, frozen=frozen, ema=ema, opt_state=opt_state)
 

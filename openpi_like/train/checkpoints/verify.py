@@ -122,7 +122,7 @@ def _verify_step(report: StepReport, step_dir: Path, read: set[str], progress: P
 def _optimizer_arrays(record: Mapping[str, Any], model: ModelDef) -> dict[str, jax.ShapeDtypeStruct] | None:
     """Returns the arrays of an optimiser's state by their names on disk; None where the record has no optimiser."""
     try:
-        optimizer = from_json(record["config"]["optimizer"]).create()
+        optimizer = from_json(record["config"]["optimizer"]).create(model.maps)
     except (KeyError, ValueError):
         return None
     params = unflatten({name: v for name, v in flatten(model.shapes).items() if name in model.trained})
