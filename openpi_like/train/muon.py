@@ -19,7 +19,7 @@ from openpi_like.train.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
-    """Muon for the linear maps in stacks of layers; AdamW, as its fields say, for all other weights.
+    """Muon for linear maps; AdamW, as its fields say, for all else: maps to and from actions, states and tokens too.
 
     A map's weight is one matrix from all of its inputs to all of its outputs, those of all heads; layers, keys and
     values, gates and what they gate are matrices of their own. Muon holds one moment, 4 bytes a weight.
@@ -37,7 +37,9 @@ class MuonConfig(OptimizerConfig):
             ValueError: there are no maps.
         """
         if not maps:
-            raise ValueError("MuonConfig: no linear map in a stack of layers is trained; use OptimizerConfig (AdamW)")
+            raise ValueError(
+                "MuonConfig: no linear map is trained, but for those to and from actions; use OptimizerConfig (AdamW)"
+            )
 
         def dims(updates: Any) -> Any:
             of = lambda path, _: MuonDimensionNumbers(maps[_name(path)].inputs, maps[_name(path)].outputs)  # noqa: E731

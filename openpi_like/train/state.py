@@ -146,11 +146,11 @@ class ModelDef:
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
         self.memory = frozenset(name for name, metadata in self._metadata.items() if metadata.get("memory", False))
         self.trained = trained_names(sorted(self._metadata), trainable, memory=self.memory)
-        # The trained linear maps in stacks of layers.
+        # The trained linear maps, without those to and from actions, states and tokens.
         self.maps = {
             name: MapDims.of(of["axes"], of["inputs"], per_head=False)
             for name, of in self._metadata.items()
-            if name in self.trained and "inputs" in of and is_stacked(of["axes"])
+            if name in self.trained and "inputs" in of and not {"action", "vocab"} & set(of["axes"])
         }
 
     def _create(self, key: jax.Array) -> nnx.Module:
