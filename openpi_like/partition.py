@@ -167,6 +167,46 @@ def on_each_device(function: Callable[..., jax.Array], axes: Sequence[Axes]) -> 
     return mapped
 
 
+def by_element(function: Callable[[jax.Array], jax.Array], w: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
+    """Returns function(w) of what lies as a weight does (a gradient, a moment), and so does the result.
+
+    function: (elements, ...) -> the same shape; each element of the stack for itself, one made of zeros gives zeros.
+
+    The axes in `WHOLE` are one stack in front of the others. Its elements are dealt out to the devices that have parts
+    of them, so each element is whole on one of them: all that moves is what a device has for what it gets, and back.
+    """
+    stacks = [i for i, axis in enumerate(axes) if axis in WHOLE]
+    others = [i for i in range(w.ndim) if i not in stacks]
+    order, back = (*stacks, *others), [(*stacks, *others).index(i) for i in range(w.ndim)]
+
+    def stacked(part: jax.Array) -> jax.Array:
+        """Without the sizes of the stack: of a device's part or of all."""
+        return part.transpose(order).reshape(-1, *(part.shape[i] for i in others))
+
+    def unstacked(elements: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return elements.reshape([shape[i] for i in order]).transpose(back)
+
+    place = _placement.get()
+    if place is None:
+        return unstacked(function(stacked(w)), w.shape)
+    spec = place.rules.spec(axes, w.shape, place.mesh)
+    split = [(target, others.index(i) + 1) for i, target in enumerate(spec) if target is not None]
+
+    def local(part: jax.Array) -> jax.Array:
+        elements = stacked(part)
+        count = len(elements)
+        more = -count % math.prod(_size(place.mesh, target) for target, _ in split)
+        elements = jnp.pad(elements, [(0, more)] + [(0, 0)] * (elements.ndim - 1))
+        for target, i in split:
+            elements = jax.lax.all_to_all(elements, target, 0, i, tiled=True)
+        elements = function(elements)
+        for target, i in reversed(split):
+            elements = jax.lax.all_to_all(elements, target, i, 0, tiled=True)
+        return unstacked(elements[:count], part.shape)
+
+    return jax.shard_map(local, mesh=place.mesh, in_specs=spec, out_specs=spec, check_vma=False)(w)
+
+
 def gathered(w: Shaped[Array, "..."], axes: Axes, dtype: Any) -> Shaped[Array, "..."]:
     """Returns a weight as a layer computes with it: in `dtype`, and split over `tensor` alone.
 

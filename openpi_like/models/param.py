@@ -74,8 +74,12 @@ def map_weight(
 
 @dataclasses.dataclass(frozen=True)
 class MapDims:
-    """Which dimensions of a linear map's weight are what: stacks, heads that are maps of their own, inputs, outputs."""
+    """Which dimensions of a linear map's weight are what: stacks, heads that are maps of their own, inputs, outputs.
 
+    axes: their logical axes.
+    """
+
+    axes: Axes
     stacks: tuple[int, ...]
     heads: tuple[int, ...]
     inputs: tuple[int, ...]
@@ -88,7 +92,7 @@ class MapDims:
         stacks = tuple(i for i in every if axes[i] in WHOLE)
         heads = tuple(i for i in every if per_head and axes[i] in HEADS and i not in inputs)
         outputs = tuple(i for i in every if i not in (*stacks, *heads, *inputs))
-        return cls(stacks, heads, tuple(inputs), outputs)
+        return cls(axes, stacks, heads, tuple(inputs), outputs)
 
 
 def normal(stddev: float) -> Initializer:

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from openpi_like.models.param import MapDims
+from openpi_like.partition import by_element
 from openpi_like.train.optimizer import OptimizerConfig
 
 
@@ -41,25 +43,28 @@ class MuonConfig(OptimizerConfig):
                 "MuonConfig: no linear map is trained, but for those to and from actions; use OptimizerConfig (AdamW)"
             )
 
-        def dims(updates: Any) -> Any:
-            of = lambda path, _: MuonDimensionNumbers(maps[_name(path)].inputs, maps[_name(path)].outputs)  # noqa: E731
+        def update(updates: Any, _: Any) -> Any:
+            of = lambda path, update: self._orthogonal(update, maps[_name(path)])  # noqa: E731
             return jax.tree_util.tree_map_with_path(of, updates)
 
-        def resized(path: Any, update: jax.Array) -> jax.Array:
-            """An orthogonal (m, n) has a root mean square of 1 / sqrt(max(m, n))."""
-            of = maps[_name(path)]
-            sides = (math.prod(update.shape[i] for i in side) for side in (of.inputs, of.outputs))
-            return self.update_rms * math.sqrt(max(sides)) * update
-
-        muon = optax.chain(
-            scale_by_muon(beta=self.beta, weight_dimension_numbers=dims),
-            optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(resized, updates)),
-        )
+        muon = optax.chain(optax.trace(self.beta, nesterov=True), optax.stateless(update))
         label = lambda path, _: "maps" if _name(path) in maps else "rest"  # noqa: E731
         return optax.partition(
             {"maps": muon, "rest": super().scale(maps)},
             lambda params: jax.tree_util.tree_map_with_path(label, params),
         )
+
+    def _orthogonal(self, update: Float[Array, "..."], of: MapDims) -> Float[Array, "..."]:
+        """Returns what is nearest to it among orthogonal ones, of the size that is asked for."""
+        places = sorted((*of.inputs, *of.outputs))
+        # Places in an element of the stack, behind the number of it.
+        dims = MuonDimensionNumbers(*(tuple(places.index(i) + 1 for i in side) for side in (of.inputs, of.outputs)))
+        # optax's iteration alone: without a momentum of its own its state is not used.
+        iteration = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
+        orthogonal = lambda x: iteration.update(x, iteration.init(x))[0]  # noqa: E731
+        m, n = (math.prod(update.shape[i] for i in side) for side in (of.inputs, of.outputs))
+        # The root mean square of an orthogonal (m, n) is 1 / sqrt(max(m, n)).
+        return self.update_rms * math.sqrt(max(m, n)) * by_element(orthogonal, update, of.axes)
 
 
 def _name(path: tuple[Any, ...]) -> str:

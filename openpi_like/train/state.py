@@ -420,7 +420,8 @@ class Trainer:
         norm = optax.tree.norm(grads)
         metrics = {"loss": loss, "grad_norm": norm}
         sound = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = jax.lax.cond(sound, self._updated, lambda state, *_: state, state, grads, written)
+        with self.tracing():
+            new = jax.lax.cond(sound, self._updated, lambda state, *_: state, state, grads, written)
         metrics["skipped"] = 1 - sound.astype(jnp.int32)
         metrics["param_norm"] = optax.tree.norm(new.params)
         metrics |= self._by_part(per_sample) | self._by_dataset(per_sample, batch["dataset_id"])
