@@ -241,6 +241,9 @@ class Checkpointer:
             items["ema"] = target(abstract.ema, shardings.ema)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            for name in items:  # what Orbax finds no value for, it leaves out
+                if jax.tree.structure(restored[name]) != jax.tree.structure(getattr(abstract, name)):
+                    raise ValueError(f"{name} has not the parts that this run has")
         except Exception as e:  # Orbax raises many kinds, among them bare Exception, for damage and for other shapes
             first = str(e.__cause__ or e).strip().split("\n")[0]
             raise CheckpointError(

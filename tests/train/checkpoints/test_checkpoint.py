@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from openpi_like.models.pi0 import Pi0Config
@@ -22,6 +23,7 @@ from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep, find_st
 from openpi_like.train.checkpoints.contract import CheckpointError, contract_problems
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.checkpoints.warm_start import WarmStart, warm_start
+from openpi_like.train.muon import MuonConfig
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainer
@@ -34,10 +36,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def _trainer(policy: Pi0Config, mesh: MeshConfig) -> Trainer:
+ADAMW = OptimizerConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=10).create()
+
+
+def _trainer(policy: Pi0Config, mesh: MeshConfig, optimizer: optax.GradientTransformation = ADAMW) -> Trainer:
     return Trainer(
         ModelDef(policy),
-        OptimizerConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=10).create(),
+        optimizer,
         ema_decay=0.9,
         seed=0,
         mesh=mesh.create(),
@@ -89,6 +94,23 @@ def test_resuming_with_other_statistics_is_refused(saved):
     with pytest.raises(CheckpointError, match="this run differs in renderers"):
         checkpointer.restore(trainer.abstract, trainer.shardings, contract=changed)
     checkpointer.close()
+
+
+def test_a_run_does_not_go_on_with_an_optimizer_of_another_kind(saved, tiny_policy, tmp_path):
+    """AdamW's moments for Muon; and Muon's of fewer weights, where Orbax alone would leave a hole."""
+    directory, trainer, _, contract = saved
+    maps = trainer.model.maps
+    few = MuonConfig().create({name: dims for name, dims in maps.items() if "vision" not in name})
+    state = _trainer(tiny_policy, MeshConfig(data=4), few).init()
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(state, position=0, order=ORDER, contract=contract, config=OptimizerConfig())
+    checkpointer.close()
+    muon = _trainer(tiny_policy, MeshConfig(data=4), MuonConfig().create(maps))
+    for where in (directory, tmp_path):
+        checkpointer = Checkpointer(where)
+        with pytest.raises(CheckpointError, match="another kind, train into another directory with warm_start"):
+            checkpointer.restore(muon.abstract, muon.shardings, contract=contract)
+        checkpointer.close()
 
 
 def test_a_run_saved_before_robots_had_a_field_goes_on(saved, copy):
@@ -317,6 +339,7 @@ import resource, signal, sys
 import jax, numpy as np
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep
 from openpi_like.train.checkpoints.contract import CheckpointError
+from openpi_like.train.muon import MuonConfig
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.state import TrainState
 from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
