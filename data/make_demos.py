@@ -36,7 +36,8 @@ from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.render import VARIABLE, renderer_name
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Sim
 
-_ATTEMPTS = 5
+# Layouts of an episode: where the expert fails on one, the next is tried. Fewer where there are not as many layouts.
+_FEWEST_ATTEMPTS, _MOST_ATTEMPTS = 2, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +163,19 @@ def _jobs(args: Args, tasks: tuple[str, ...]) -> list[Job]:
     """Task by task, train before val. No two episodes of a task share a layout."""
     counts = {"train": args.episodes_per_task, "val": args.val_episodes_per_task}
     total = sum(counts.values())
-    if total * _ATTEMPTS > HELD_OUT_SEED or min(counts.values()) < 0 or total == 0:
+    if total * _FEWEST_ATTEMPTS > HELD_OUT_SEED or min(counts.values()) < 0 or total == 0:
         raise ValueError(
             f"episodes per task: train {counts['train']}, val {counts['val']}; "
-            f"expected 1 .. {HELD_OUT_SEED // _ATTEMPTS} in all and none negative"
+            f"expected 1 .. {HELD_OUT_SEED // _FEWEST_ATTEMPTS} in all and none negative"
         )
+    attempts = min(_MOST_ATTEMPTS, HELD_OUT_SEED // total)
     layouts = np.random.default_rng(args.seed).permutation(HELD_OUT_SEED).tolist()
     jobs = []
     for t, task in enumerate(tasks):
         slot = 0
         for split, count in counts.items():
             for i in range(count):
-                jobs.append(Job(split, task, i, tuple(layouts[slot : _ATTEMPTS * total : total]), (args.seed, t, slot)))
+                jobs.append(Job(split, task, i, tuple(layouts[slot : attempts * total : total]), (args.seed, t, slot)))
                 slot += 1
     return jobs
 
@@ -215,7 +217,7 @@ def _record(args: Args, jobs: list[Job], parts: Path, progress: rich.progress.Pr
     finally:
         pool.shutdown(cancel_futures=True)
     if failures:
-        raise RuntimeError(f"the expert failed on all {_ATTEMPTS} layouts of: {', '.join(sorted(failures))}")
+        raise RuntimeError(f"the expert failed on all layouts of: {', '.join(sorted(failures))}")
 
 
 _sim: Sim  # of this worker process
