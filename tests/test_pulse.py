@@ -27,6 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 ENVIRONMENT = {**os.environ, **CACHE, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
 
+PULSE = ("--scale", "pulse", "--workers", "1")  # to start a process takes longer than to simulate an episode
+
 
 def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = ENVIRONMENT | environment
@@ -37,7 +39,7 @@ def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def demo(tmp_path_factory) -> Path:
     """A finished demo of the smallest scale, compiled in a hurry; the runs below are optimised as those of users."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    done = _program("train/demo.py", "--scale", "pulse", "--run", str(run), XLA_FLAGS=IN_A_HURRY)
+    done = _program("train/demo.py", *PULSE, "--run", str(run), XLA_FLAGS=IN_A_HURRY)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return run
 
@@ -114,7 +116,7 @@ def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
 
 def test_a_finished_demo_is_not_done_again(demo):
     before = json.loads((demo / "demo.json").read_text())["seconds"]
-    again = _program("train/demo.py", "--scale", "pulse", "--run", str(demo))
+    again = _program("train/demo.py", *PULSE, "--run", str(demo))
     assert again.returncode == 0
     assert again.stdout.count("done before") == len(before)
     assert json.loads((demo / "demo.json").read_text())["seconds"] == before
