@@ -37,7 +37,7 @@ from openpi_like.robots.sims.render import VARIABLE, renderer_name
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Sim
 
 # Layouts of an episode: where the expert fails on one, the next is tried. Fewer where there are not as many layouts.
-_FEWEST_ATTEMPTS, _MOST_ATTEMPTS = 2, 5
+_FEWEST_ATTEMPTS, _MOST_ATTEMPTS = 3, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,8 @@ def _record(args: Args, jobs: list[Job], parts: Path, progress: rich.progress.Pr
     finally:
         pool.shutdown(cancel_futures=True)
     if failures:
-        raise RuntimeError(f"the expert failed on all layouts of: {', '.join(sorted(failures))}")
+        tried = len(jobs[0].seeds)
+        raise RuntimeError(f"the expert failed on all {tried} layouts of: {', '.join(sorted(failures))}")
 
 
 _sim: Sim  # of this worker process

@@ -168,12 +168,13 @@ def on_each_device(function: Callable[..., jax.Array], axes: Sequence[Axes]) -> 
 
 
 def by_element(function: Callable[[jax.Array], jax.Array], w: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:
-    """Returns function(w) of what lies as a weight does (a gradient, a moment), and so does the result.
+    """Returns function(w) for what is laid out like a weight with these axes: a gradient, a moment. So is the result.
 
-    function: (elements, ...) -> the same shape; each element of the stack for itself, one made of zeros gives zeros.
+    function: (elements, ...) -> the same shape; it takes each element for itself, and zeros to zeros.
 
-    The axes in `WHOLE` are one stack in front of the others. Its elements are dealt out to the devices that have parts
-    of them, so each element is whole on one of them: all that moves is what a device has for what it gets, and back.
+    The axes in `WHOLE` are one stack in front of the others. Where its elements are split over devices, each device
+    gives its parts for whole elements, and they go back the same way. Zeros are added where there are fewer elements
+    than devices, or they are not divided; replicas (over `data`) all do the same.
     """
     stacks = [i for i, axis in enumerate(axes) if axis in WHOLE]
     others = [i for i in range(w.ndim) if i not in stacks]

@@ -103,7 +103,12 @@ class LoraPair(nnx.Module):
 
         a = (*lead, *dims.inputs)
         self.a = map_weight(
-            key, "a", (*take(shape, *a), rule.rank), (*take(axes, *a), "rank"), inputs=tuple(range(len(lead), len(a)))
+            key,
+            "a",
+            (*take(shape, *a), rule.rank),
+            (*take(axes, *a), "rank"),
+            inputs=tuple(range(len(lead), len(a))),
+            per_head=rule.per_head,
         )
         self.b = map_weight(
             key,
@@ -111,6 +116,7 @@ class LoraPair(nnx.Module):
             (*take(shape, *lead), rule.rank, *take(shape, *dims.outputs)),
             (*take(axes, *lead), "rank", *take(axes, *dims.outputs)),
             inputs=(len(lead),),
+            per_head=rule.per_head,
             zero=True,
         )
 
@@ -182,6 +188,11 @@ def add_lora(model: nnx.Module, config: Lora, key: Key[Array, ""]) -> nnx.Module
 def is_lora(name: str) -> bool:
     """Says whether a weight belongs to an overlay, by its name."""
     return f"{SUFFIX}/" in name
+
+
+def base_name(name: str) -> str:
+    """Returns the name of the map that a weight of an overlay lies on; of others, their own."""
+    return name.split(f"{SUFFIX}/")[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,14 +62,16 @@ def map_weight(
     axes: Axes,
     *,
     inputs: tuple[int, ...],
+    per_head: bool = False,
     zero: bool = False,
     init: Initializer | None = None,
 ) -> nnx.Param:
     """Returns the weight of a linear map, drawn from N(0, 1 / fan-in). inputs: the dimensions that are summed over.
 
-    zero: start at zero instead. init: start as this says instead.
+    per_head: each head is a map of its own. zero: start at zero instead. init: start as this says instead.
     """
-    return weight(key, name, shape, axes, init or (zeros if zero else fan_in(*inputs)), inputs=inputs)
+    init = init or (zeros if zero else fan_in(*inputs))
+    return weight(key, name, shape, axes, init, inputs=inputs, per_head=per_head)
 
 
 @dataclasses.dataclass(frozen=True)

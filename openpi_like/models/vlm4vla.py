@@ -93,10 +93,12 @@ def xavier(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class Mlp(nnx.Module):
     """Linear maps with ReLU between them, not behind the last."""
 
-    def __init__(self, key: Key[Array, ""], widths: tuple[int, ...]) -> None:
+    def __init__(self, key: Key[Array, ""], widths: tuple[int, ...], *, last: str = "mlp") -> None:
+        """last: logical axis of what comes out."""
         self.depth = len(widths) - 1
         for i, shape in enumerate(itertools.pairwise(widths)):
-            linear = Linear(named_key(key, str(i)), "BD,DE->BE", shape, ("embed", "mlp"), init=xavier)
+            axes = ("embed", "mlp" if i + 1 < self.depth else last)
+            linear = Linear(named_key(key, str(i)), "BD,DE->BE", shape, axes, init=xavier)
             setattr(self, f"map_{i}", linear)
 
     def __call__(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B E"]:
@@ -113,7 +115,8 @@ class ActionHead(nnx.Module):
         D, W, A, G = config.backbone.language.width, config.head_width, config.action_horizon, len(config.binary_dims)
         self.config = config
         self.trunk = Mlp(named_key(key, "trunk"), (D, D // 2, W))
-        branch = lambda name, dims: Mlp(named_key(key, name), (W, W, W // 2, W // 4, A * dims))  # noqa: E731
+        widths = lambda dims: (W, W, W // 2, W // 4, A * dims)  # noqa: E731
+        branch = lambda name, dims: Mlp(named_key(key, name), widths(dims), last="action")  # noqa: E731
         self.pose = branch("pose", config.action_dim - G)
         self.binary: Any = branch("binary", G) if G else None
 

@@ -1,7 +1,7 @@
 """Muon (Jordan 2024): updates of linear maps are made orthogonal, all of their directions the same size.
 
 Sizes as in Liu et al. 2025 (arXiv:2502.16982, section 2.2): the root mean square of an update is about that of AdamW's,
-so that rates and decay of weights carry over.
+so a rate that AdamW has learned well with is one to begin with; maps take higher ones.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from openpi_like.models.param import MapDims
 from openpi_like.partition import by_element
 from openpi_like.train.optimizer import OptimizerConfig
 
+_AT_ONCE = 2**24  # numbers that are made orthogonal at a time: it takes several times the memory
+
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
@@ -32,6 +34,14 @@ class MuonConfig(OptimizerConfig):
     beta: float = 0.95
     update_rms: float = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.beta < 1 and self.update_rms > 0):
+            raise ValueError(
+                f"MuonConfig: got beta={self.beta}, update_rms={self.update_rms}; "
+                "expected 0 <= beta < 1, update_rms > 0"
+            )
+
     def scale(self, maps: Mapping[str, MapDims]) -> optax.GradientTransformation:
         """Returns what makes an update of rate 1 of gradients.
 
@@ -40,7 +50,7 @@ class MuonConfig(OptimizerConfig):
         """
         if not maps:
             raise ValueError(
-                "MuonConfig: no linear map is trained, but for those to and from actions; use OptimizerConfig (AdamW)"
+                "MuonConfig: none of the model's inner linear maps is trained, or none was given; use OptimizerConfig (AdamW)"
             )
 
         def update(updates: Any, _: Any) -> Any:
@@ -55,13 +65,17 @@ class MuonConfig(OptimizerConfig):
         )
 
     def _orthogonal(self, update: Float[Array, "..."], of: MapDims) -> Float[Array, "..."]:
-        """Returns what is nearest to it among orthogonal ones, of the size that is asked for."""
-        places = sorted((*of.inputs, *of.outputs))
-        # Places in an element of the stack, behind the number of it.
-        dims = MuonDimensionNumbers(*(tuple(places.index(i) + 1 for i in side) for side in (of.inputs, of.outputs)))
+        """Returns an orthogonal one that is near to it, of the size that is asked for."""
+        element = [i for i in range(update.ndim) if i not in of.stacks]
+        # Dimensions of some elements of the stack: their number is the first.
+        dims = MuonDimensionNumbers(*(tuple(element.index(i) + 1 for i in side) for side in (of.inputs, of.outputs)))
         # optax's iteration alone: without a momentum of its own its state is not used.
         iteration = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
-        orthogonal = lambda x: iteration.update(x, iteration.init(x))[0]  # noqa: E731
+
+        def orthogonal(elements: jax.Array) -> jax.Array:
+            one = lambda x: iteration.update(x[None], iteration.init(x[None]))[0][0]  # noqa: E731
+            return jax.lax.map(one, elements, batch_size=max(1, _AT_ONCE // elements[0].size))
+
         m, n = (math.prod(update.shape[i] for i in side) for side in (of.inputs, of.outputs))
         # The root mean square of an orthogonal (m, n) is 1 / sqrt(max(m, n)).
         return self.update_rms * math.sqrt(max(m, n)) * by_element(orthogonal, update, of.axes)

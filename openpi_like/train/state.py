@@ -19,7 +19,7 @@ from openpi_like.config import near_names
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
-from openpi_like.models.lora import Lora, add_lora, is_lora
+from openpi_like.models.lora import Lora, add_lora, base_name, is_lora
 from openpi_like.models.param import MapDims, weight_name
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
 from openpi_like.models.weights import flatten, named_weights, put_weights, unflatten
@@ -146,16 +146,20 @@ class ModelDef:
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
         self.memory = frozenset(name for name, metadata in self._metadata.items() if metadata.get("memory", False))
         self.trained = trained_names(sorted(self._metadata), trainable, memory=self.memory)
-        # The trained linear maps, without those to and from actions, states and tokens.
-        self.maps = {
-            name: MapDims.of(of["axes"], of["inputs"], per_head=False)
-            for name, of in self._metadata.items()
-            if name in self.trained and "inputs" in of and not {"action", "vocab"} & set(of["axes"])
-        }
+        self.maps = self._inner_maps()  # see `openpi_like.train.muon`
 
     def _create(self, key: jax.Array) -> nnx.Module:
         model = self.config.create(key)
         return model if self.lora is None else add_lora(model, self.lora, named_key(key, "lora"))
+
+    def _inner_maps(self) -> dict[str, MapDims]:
+        """Returns the trained linear maps, without those to and from actions, states and tokens, and their overlays."""
+        outer = {name for name, of in self._metadata.items() if {"action", "vocab"} & set(of["axes"])}
+        return {
+            name: MapDims.of(of["axes"], of["inputs"], per_head=of.get("per_head", False))
+            for name, of in self._metadata.items()
+            if name in self.trained and "inputs" in of and not {name, base_name(name)} & outer
+        }
 
     def inputs(self, name: str) -> tuple[int, ...] | None:
         """Returns the dimensions that a weight sums over, where it is that of a linear map."""

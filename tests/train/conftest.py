@@ -105,7 +105,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, policy: Pi0Config, contract_o
     ) -> None:
         nested = unflatten(params)
         ema = jax.tree.map(lambda x: x + 1, nested)
-        state = TrainState(np.int32(step), nested, frozen, ema, config.optimizer.create().init(nested))
+        state = TrainState(
+            np.int32(step),
+            nested,
+            frozen,
+            ema,
+            config.optimizer.create(ModelDef(config.model, config.trainable).maps).init(nested),
+        )
         if frozen:
             checkpointer.begin(state, source=None if config.save_frozen else config.warm_start)
         checkpointer.save(state, position=8 * step, order=ORDER, contract=contract, config=config, score=score)

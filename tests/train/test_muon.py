@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding
 from numpy.testing import assert_allclose
 
+from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.param import MapDims
 from openpi_like.models.weights import flatten
-from openpi_like.partition import ShardingRules
+from openpi_like.partition import ShardingRules, by_element, placed
 from openpi_like.train.moments import BFloat16Moments
 from openpi_like.train.muon import MuonConfig
 from openpi_like.train.optimizer import OptimizerConfig
@@ -85,9 +86,56 @@ def test_it_holds_one_moment_of_maps_and_is_refused_without_any(tiny_policy):
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     rest = set(flatten(model.shapes)) - set(model.maps)
     assert 4 * size(model.maps) + 4 * size(rest) < held < 4 * size(model.maps) + 4 * size(rest) + 100
+    for beta, rms in ((1.0, 0.2), (-0.1, 0.2), (0.9, 0.0)):
+        with pytest.raises(ValueError, match="expected 0 <= beta < 1, update_rms > 0"):
+            MuonConfig(beta=beta, update_rms=rms)
     frozen = ModelDef(tiny_policy, Trainable(frozen=("layers/", "^vision", "^action_time")))
-    with pytest.raises(ValueError, match="no linear map is trained"):
+    with pytest.raises(ValueError, match="none of the model's inner linear maps is trained"):
         MuonConfig().create(frozen.maps)
+
+
+def test_heads_that_have_overlays_of_their_own_are_maps_of_their_own(tiny_policy):
+    """A head whose gradient is a hundredth of the others' is moved as far. What lies on a map to actions is not one."""
+    rules = (
+        LoraRule("^expert/layers/q$", rank=4, per_head=True),
+        LoraRule("^(action_out|action_time_in)/kernel$", rank=4),
+    )
+    maps = ModelDef(tiny_policy, Trainable(lora=Lora(rules))).maps
+    assert set(maps) == {
+        *(f"expert/layers/q_lora/{part}" for part in "ab"),
+        *(f"action_time_in/kernel_lora/{part}" for part in "ab"),
+        "action_time_in/kernel",
+        "action_time_out/kernel",
+    }
+    layers, heads, rank, head_dim = 2, 2, 4, 8
+    g = np.random.default_rng(0).normal(size=(layers, heads, rank, head_dim))
+    g[:, 0] /= 100
+    scale = MuonConfig().scale({"b": maps["expert/layers/q_lora/b"]})
+    params = {"b": jnp.zeros(g.shape)}
+    update, _ = scale.update({"b": jnp.asarray(g, jnp.float32)}, scale.init(params), params)
+    sizes = np.sqrt(np.mean(np.square(update["b"]), axis=(2, 3)))
+    assert_allclose(sizes, np.full((layers, heads), 0.2), rtol=0.3)
+
+
+@pytest.mark.parametrize(("sizes", "splits"), [((4, 1, 1), 0), ((2, 2, 1), 1), ((1, 2, 2), 2), ((1, 4, 1), 1)])
+@pytest.mark.parametrize("stack", [(3, 2), (5, 1)])
+def test_elements_of_a_stack_come_whole_to_a_device_and_back(sizes, splits, stack):
+    """What a function does to whole elements, on meshes that split them along no, one or two axes, in odd numbers."""
+    mesh, rules = MeshConfig(*sizes).create(), ShardingRules()
+    axes = ("layers", "embed", "stack", "mlp")
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(stack[0], 8, stack[1], 12)), jnp.float32)
+    spec = rules.spec(axes, w.shape, mesh)
+    assert sum(part is not None for part in spec) == splits
+
+    def function(elements: jax.Array) -> jax.Array:
+        return elements / (1 + jnp.abs(elements).max(axis=(1, 2), keepdims=True)) + elements[:, ::-1]
+
+    expected = jax.vmap(lambda x: jax.vmap(lambda y: function(y[None])[0], 1, 1)(x))(w)
+    with placed(mesh, rules):
+        of = jax.jit(lambda w: by_element(function, w, axes))
+        got = of(jax.device_put(w, NamedSharding(mesh, spec)))
+    assert got.sharding.spec == spec
+    assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_it_lies_on_the_mesh_like_its_weights_and_makes_the_same_step(tiny_policy, tiny_batch):

@@ -242,7 +242,8 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             for name in items:  # what Orbax finds no value for, it leaves out
-                if jax.tree.structure(restored[name]) != jax.tree.structure(getattr(abstract, name)):
+                have, want = (jax.tree.leaves_with_path(tree) for tree in (restored[name], getattr(abstract, name)))
+                if [path for path, _ in have] != [path for path, _ in want]:
                     raise ValueError(f"{name} has not the parts that this run has")
         except Exception as e:  # Orbax raises many kinds, among them bare Exception, for damage and for other shapes
             first = str(e.__cause__ or e).strip().split("\n")[0]

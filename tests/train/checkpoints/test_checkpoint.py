@@ -96,15 +96,20 @@ def test_resuming_with_other_statistics_is_refused(saved):
     checkpointer.close()
 
 
-def test_a_run_does_not_go_on_with_an_optimizer_of_another_kind(saved, tiny_policy, tmp_path):
-    """AdamW's moments for Muon; and Muon's of fewer weights, where Orbax alone would leave a hole."""
+def test_a_run_does_not_go_on_with_an_optimizer_of_another_kind(saved, tiny_policy, tiny_batch, tmp_path):
+    """AdamW's moments for Muon; and Muon's of fewer weights, where Orbax alone would leave a hole. These come back."""
     directory, trainer, _, contract = saved
     maps = trainer.model.maps
     few = MuonConfig().create({name: dims for name, dims in maps.items() if "vision" not in name})
-    state = _trainer(tiny_policy, MeshConfig(data=4), few).init()
+    few_trainer = _trainer(tiny_policy, MeshConfig(data=4), few)
+    state, _ = few_trainer.train_step(few_trainer.init(), put_batch(tiny_batch, few_trainer.mesh))
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(state, position=0, order=ORDER, contract=contract, config=OptimizerConfig())
     checkpointer.close()
+    checkpointer = Checkpointer(tmp_path)
+    back, *_ = checkpointer.restore(few_trainer.abstract, few_trainer.shardings, contract=contract)
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(back.opt_state), jax.device_get(state.opt_state))
     muon = _trainer(tiny_policy, MeshConfig(data=4), MuonConfig().create(maps))
     for where in (directory, tmp_path):
         checkpointer = Checkpointer(where)
@@ -339,7 +344,6 @@ import resource, signal, sys
 import jax, numpy as np
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, Keep
 from openpi_like.train.checkpoints.contract import CheckpointError
-from openpi_like.train.muon import MuonConfig
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.state import TrainState
 from openpi_like.data.sentencepiece_model import SentencePieceTokenizer
