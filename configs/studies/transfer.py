@@ -30,15 +30,15 @@ from openpi_like.robots.robot import Robot
 from openpi_like.train.checkpoints.checkpoint import Keep
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 from openpi_like.train.presets import PRESETS
 from openpi_like.train.study import Arm, Matrix, Study, learning_curve
 
 HERE, RUNS = "configs/studies/transfer.py", "runs/studies/transfer"
 ARMS = {"iiwa": IIWA, "kinova3": KINOVA3, "panda": PANDA, "sawyer": SAWYER, "ur5e": UR5E}
-PRETRAINING, FINE_TUNING = 1_500, 500  # steps
+PRETRAINING, FINE_TUNING = 800, 250  # steps
 EPISODES = (10, 50)
-RATE = 1e-3
+RATE = 5e-3
 MODEL = Pi0Config.tiny(
     cameras=("base", "wrist"),
     state_dim=10,
@@ -51,8 +51,8 @@ MODEL = Pi0Config.tiny(
 LORA = PRESETS["lora"].trainable(MODEL)
 
 
-def optimizer(steps: int, rate: float) -> OptimizerConfig:
-    return OptimizerConfig(peak_lr=rate, end_lr=rate / 100, warmup_steps=50, decay_steps=steps, weight_decay=1e-4)
+def optimizer(steps: int, rate: float) -> MuonConfig:
+    return MuonConfig(peak_lr=rate, end_lr=rate / 100, warmup_steps=50, decay_steps=steps, weight_decay=1e-4)
 
 
 def data(robots: dict[str, Robot]) -> DataConfig:

@@ -50,7 +50,8 @@ class MuonConfig(OptimizerConfig):
         """
         if not maps:
             raise ValueError(
-                "MuonConfig: none of the model's inner linear maps is trained, or none was given; use OptimizerConfig (AdamW)"
+                "MuonConfig: none of the model's inner linear maps is trained, or none was given; "
+                "use OptimizerConfig (AdamW)"
             )
 
         def update(updates: Any, _: Any) -> Any:
