@@ -75,15 +75,20 @@ class PushTSim:
         return PushTExpert(self, rng, noise)
 
 
-_LONGEST_MOVE = 40.0  # px per control step, away from the T
-_PUSHES = 10  # longest push, in control steps
+# px on the way to a push that a target lies ahead; the disc moves half of that per control step. Quick, so that a chunk
+# holds a whole way and its push: where every chunk chooses anew on the way, a policy wavers between pushes as good.
+_AHEAD = 50.0
+_ARRIVED = 5.0  # px from the start of a push
+_LONGEST_WAY = 60  # control steps
+_PUSHES = 14  # longest push, in control steps
 _COARSE, _FINE = 16.0, 4.0  # px per control step while pushing
 _FINE_COST = 12.0  # px; below it the T is nearly in place and pushes are short steps
 # px per control step, on the way and while pushing: of equally good pushes the quickest, so that the one begun remains
 # the best of all, and what to do can be told from where disc and T are.
-_COARSE_STEP_COST, _FINE_STEP_COST = 0.5, 0.1
-_ANGLES = (-0.4, 0.0, 0.4)  # rad, of a push to the normal
-_SPACING = 8.0  # px, of starts along the outline
+_COARSE_STEP_COST, _FINE_STEP_COST = 1.0, 0.1
+_LEAST_GAIN = 0.05  # px
+_ANGLES = (0.0,)  # rad, of a push to the normal
+_SPACING = 40.0  # px, of starts along the outline
 _CLEARANCE = 6.0  # px between disc and T before a push
 _MOVED = 3.0  # px; the T was bumped on the way, so plan again
 _MEMORY = 0.8  # correlation of the noise from one control step to the next
@@ -95,8 +100,9 @@ _OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120
 class PushTExpert:
     """Greedy search over straight pushes, tried in a second copy of the simulator.
 
-    Every push starts at one of some sixty points of the T's outline. The one that brings the T's corners nearest to
-    their goal in the fewest steps is executed, after going there around the T.
+    Every push starts at the middle of one of twelve pieces of the T's outline, and goes straight in: so few that a
+    policy can learn which is the best. Of those that bring the T's corners nearer to their goal, the one that brings
+    them nearest in the fewest steps, the way to it included, is executed, after going there around the T.
     """
 
     def __init__(self, sim: PushTSim, rng: np.random.Generator, noise: float) -> None:
@@ -146,16 +152,13 @@ class PushTExpert:
 
     def _go(self, goal: np.ndarray, pose: np.ndarray) -> Iterator[np.ndarray]:
         """Targets on a way to `goal` that avoids the T; ends early if the T was bumped."""
-        route, coarse = self._route(self._sim.disc, goal, pose), self._cost(pose) >= _FINE_COST
-        for i, point in enumerate(route):
-            near = 2.5 if i == len(route) - 1 else 14.0
-            for _ in range(25):
-                way = point - self._sim.disc
-                distance = np.linalg.norm(way)
-                if distance < near:
-                    break
-                self._way_left = float(np.linalg.norm(goal - self._sim.disc)) if coarse else 0.0
-                yield self._sim.disc + way * min(1.0, _LONGEST_MOVE / distance)
+        way, coarse = _Way([self._sim.disc, *self._route(self._sim.disc, goal, pose)]), self._cost(pose) >= _FINE_COST
+        for _ in range(_LONGEST_WAY):
+            left = float(np.linalg.norm(goal - self._sim.disc))
+            if left < _ARRIVED:
+                return
+            self._way_left = left if coarse else 0.0
+            yield way.ahead(self._sim.disc, _AHEAD)
             if self._moved(pose):
                 return
 
@@ -166,9 +169,9 @@ class PushTExpert:
         """
         now = self._cost(pose)
         fine = now < _FINE_COST
-        best: float = now - 0.05
+        best: float = np.inf
         push = None
-        step_cost = _FINE_STEP_COST if fine else _COARSE_STEP_COST
+        step_cost, speed = _FINE_STEP_COST if fine else _COARSE_STEP_COST, _AHEAD / 2  # px per control step
         outline = _to_world(_OUTLINE, pose)
         for point, normal in _perimeter(outline):
             for angle in angles:
@@ -191,10 +194,11 @@ class PushTExpert:
                     if cost > now + 25:
                         break
                 least, count = min(reached, default=(np.inf, 0))
-                if least < best:  # the way there takes longer to compute, so only then
-                    least += step_cost * self._length(start, pose) / _LONGEST_MOVE
-                if least < best:
-                    best, push = least, (start, step, count)
+                straight = float(np.linalg.norm(start - self._sim.disc))  # the way there takes longer to compute
+                if least < now - _LEAST_GAIN and least + step_cost * straight / speed < best:
+                    least += step_cost * self._length(start, pose) / speed
+                    if least < best:
+                        best, push = least, (start, step, count)
         return push
 
     def _cost(self, pose: np.ndarray) -> float:
@@ -250,6 +254,25 @@ class PushTExpert:
         return min(routes, key=lambda r: r[0])[1]
 
 
+class _Way:
+    """A polyline that is followed by aiming at the point of it that lies some way ahead."""
+
+    def __init__(self, points: list[np.ndarray]) -> None:
+        from shapely.geometry import LineString
+
+        self._line, self._done = LineString(points), 0.0
+
+    def ahead(self, disc: np.ndarray, distance: float) -> np.ndarray:
+        """Returns the point that lies `distance` px further along the way than the disc, which never goes back."""
+        from shapely.geometry import LineString, Point
+        from shapely.ops import substring
+
+        rest = substring(self._line, self._done, min(self._done + 2 * distance, self._line.length))
+        if isinstance(rest, LineString):
+            self._done += rest.project(Point(*disc))
+        return np.array(self._line.interpolate(self._done + distance).coords[0])
+
+
 def _to_world(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """(N, 2) points in the T's frame -> the world's, for a pose (x, y, angle)."""
     c, s = np.cos(pose[2]), np.sin(pose[2])
@@ -257,7 +280,7 @@ def _to_world(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def _perimeter(outline: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Points about every 8 px along the outline, each with its outward unit normal."""
+    """The middles of pieces of about `_SPACING` along the outline, each with its outward unit normal."""
     for a, b in itertools.pairwise([*outline, outline[0]]):
         length = np.linalg.norm(b - a)
         along = (b - a) / length
