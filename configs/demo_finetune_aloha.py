@@ -14,7 +14,7 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 
 robot = dataclasses.replace(ALOHA, action_horizon=40, execute_steps=20)
 
@@ -44,8 +44,8 @@ config = TrainConfig(
         ),
     ),
     batch_size=64,
-    steps=10_000,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=10_000, weight_decay=1e-4),
+    steps=5_000,
+    optimizer=MuonConfig(peak_lr=5e-3, end_lr=5e-5, warmup_steps=50, decay_steps=5_000, weight_decay=1e-4),
     ema_decay=0.999,
     validate_every=1_000,
     save_every=1_000,

@@ -32,14 +32,14 @@ SCALES: dict[str, dict[str, int]] = {
     "full": {
         "tasks": 11,
         "sawyer": 100,
-        "pusht": 1_900,
+        "pusht": 3_300,
         "metaworld_fetch": 8,
         "aloha": 300,
         "val": 10,
         "pretrain": 10_000,
         "finetune_metaworld_fetch": 600,
-        "finetune_aloha": 10_000,
-        "finetune_pusht": 8_000,
+        "finetune_aloha": 5_000,
+        "finetune_pusht": 6_000,
         "episodes": 50,
     },
     "pulse": {
