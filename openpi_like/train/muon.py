@@ -18,8 +18,6 @@ from openpi_like.models.param import MapDims
 from openpi_like.partition import by_element
 from openpi_like.train.optimizer import OptimizerConfig
 
-_AT_ONCE = 2**24  # numbers that are made orthogonal at a time: it takes several times the memory
-
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig(OptimizerConfig):
@@ -74,8 +72,8 @@ class MuonConfig(OptimizerConfig):
         iteration = scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
         def orthogonal(elements: jax.Array) -> jax.Array:
-            one = lambda x: iteration.update(x[None], iteration.init(x[None]))[0][0]  # noqa: E731
-            return jax.lax.map(one, elements, batch_size=max(1, _AT_ONCE // elements[0].size))
+            """One after the other: each takes several times its memory, and on CPUs it is faster than all at once."""
+            return jax.lax.map(lambda x: iteration.update(x[None], iteration.init(x[None]))[0][0], elements)
 
         m, n = (math.prod(update.shape[i] for i in side) for side in (of.inputs, of.outputs))
         # The root mean square of an orthogonal (m, n) is 1 / sqrt(max(m, n)).
