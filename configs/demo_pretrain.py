@@ -10,7 +10,7 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.config import TrainConfig
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 
 config = TrainConfig(
     run_dir="runs/demo/pretrain",
@@ -32,8 +32,8 @@ config = TrainConfig(
     stats="runs/demo/stats",
     tokenizer="runs/demo/text.model",
     batch_size=32,
-    steps=6_500,
-    optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-5, warmup_steps=50, decay_steps=6_500, weight_decay=1e-4),
+    steps=4_000,
+    optimizer=MuonConfig(peak_lr=5e-3, end_lr=5e-5, warmup_steps=50, decay_steps=4_000, weight_decay=1e-4),
     ema_decay=0.99,
     validate_every=1_000,
     save_every=1_000,
