@@ -3,12 +3,15 @@
 import collections
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from openpi_like.robots.sims.sim import HELD_OUT_SEED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 if any(importlib.util.find_spec(p) is None for p in ("metaworld", "tensorflow")):
@@ -131,11 +134,23 @@ def test_killed_run_goes_on_and_gives_the_same_episodes(whole, tmp_path):
                 np.testing.assert_array_equal(value, b[key], err_msg=key)
 
 
+@pytest.mark.parametrize(("train", "layouts"), [(10, 5), (1_996, 5), (1_997, 4), (3_329, 3)])
+def test_episodes_share_no_layout_however_many_there_are(train, layouts):
+    """The fewer layouts each has to try, of 10,000 for a task."""
+    make = runpy.run_path(str(REPOSITORY / "data" / "make_demos.py"))
+    args = make["Args"](robot="pusht", out=Path("unused"), episodes_per_task=train, val_episodes_per_task=4)
+    jobs = make["_jobs"](args, ("push-t",))
+    assert {len(job.seeds) for job in jobs} == {layouts}
+    used = [seed for job in jobs for seed in job.seeds]
+    assert len(used) == len(set(used)) == layouts * (train + 4)
+    assert max(used) < HELD_OUT_SEED
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--tasks", "handle-pres", "coffee"], "has no task 'handle-pres', did you mean 'handle-press'"),
-        (["--episodes-per-task", "5000"], r"episodes per task: train 5000, val 4; expected 1 .. 2000 in all"),
+        (["--episodes-per-task", "5000"], r"episodes per task: train 5000, val 4; expected 1 .. 3333 in all"),
         (["--episodes-per-task", "0", "--val-episodes-per-task", "0"], "train 0, val 0"),
     ],
 )
