@@ -2,7 +2,7 @@
 
     python train/train.py configs/demo_pretrain.py
 
-Two CPU cores: about 7 minutes; `make demo` makes the data, statistics and tokeniser it needs, and runs it.
+`make demo` makes the data, statistics and tokeniser it needs, and runs it, in some minutes on two CPU cores.
 """
 
 from openpi_like.data.config import DataConfig, MixtureEntry

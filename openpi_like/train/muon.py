@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from openpi_like.models.arrays import leaf_name
 from openpi_like.models.param import MapDims
 from openpi_like.partition import by_element
 from openpi_like.train.optimizer import OptimizerConfig
@@ -41,7 +42,7 @@ class MuonConfig(OptimizerConfig):
             )
 
     def scale(self, maps: Mapping[str, MapDims]) -> optax.GradientTransformation:
-        """Returns what makes an update of rate 1 of gradients.
+        """Returns what makes an update of rate 1 of gradients. maps: by name, as in `create`.
 
         Raises:
             ValueError: there are no maps.
@@ -53,18 +54,18 @@ class MuonConfig(OptimizerConfig):
             )
 
         def update(updates: Any, _: Any) -> Any:
-            of = lambda path, update: self._orthogonal(update, maps[_name(path)])  # noqa: E731
+            of = lambda path, update: self._orthogonal(update, maps[leaf_name(path)])  # noqa: E731
             return jax.tree_util.tree_map_with_path(of, updates)
 
         muon = optax.chain(optax.trace(self.beta, nesterov=True), optax.stateless(update))
-        label = lambda path, _: "maps" if _name(path) in maps else "rest"  # noqa: E731
+        label = lambda path, _: "maps" if leaf_name(path) in maps else "rest"  # noqa: E731
         return optax.partition(
             {"maps": muon, "rest": super().scale(maps)},
             lambda params: jax.tree_util.tree_map_with_path(label, params),
         )
 
     def _orthogonal(self, update: Float[Array, "..."], of: MapDims) -> Float[Array, "..."]:
-        """Returns an orthogonal one that is near to it, of the size that is asked for."""
+        """Returns orthogonal matrices near to a map's gradient, shaped like it, of the size that is asked for."""
         element = [i for i in range(update.ndim) if i not in of.stacks]
         # Dimensions of some elements of the stack: their number is the first.
         dims = MuonDimensionNumbers(*(tuple(element.index(i) + 1 for i in side) for side in (of.inputs, of.outputs)))
@@ -78,7 +79,3 @@ class MuonConfig(OptimizerConfig):
         m, n = (math.prod(update.shape[i] for i in side) for side in (of.inputs, of.outputs))
         # The root mean square of an orthogonal (m, n) is 1 / sqrt(max(m, n)).
         return self.update_rms * math.sqrt(max(m, n)) * by_element(orthogonal, update, of.axes)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(key.key for key in path)

@@ -18,6 +18,7 @@ from openpi_like.batch import Batch
 from openpi_like.config import near_names
 from openpi_like.data.augment import Augment, augment_batch
 from openpi_like.draws import named_key
+from openpi_like.models.arrays import leaf_name
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.lora import Lora, add_lora, base_name, is_lora
 from openpi_like.models.param import MapDims, weight_name
@@ -200,7 +201,7 @@ def shardings_like(shardings: Mapping[str, NamedSharding], tree: Any, mesh: Mesh
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         of_dicts = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
-        sharding = shardings.get("/".join(reversed([key.key for key in of_dicts])))
+        sharding = shardings.get(leaf_name(tuple(of_dicts)[::-1]))
         if sharding is None or len(leaf.shape) != len(sharding.spec):
             return replicated(mesh)
         fits = [
