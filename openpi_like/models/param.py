@@ -21,7 +21,7 @@ from openpi_like.draws import named_key
 from openpi_like.partition import WHOLE, Axes, gathered
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-HEADS = ("heads", "kv_heads")
+HEADS = ("heads", "kv_heads")  # logical axes
 BACKBONE = "backbone"  # the part of a policy that is no part of its weights' names
 
 
