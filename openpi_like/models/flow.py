@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
-from openpi_like.draws import named_key, row_keys, sample_keys
+from openpi_like.draws import RowKeys, named_key, row_keys, sample_keys
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.policy import Model, PolicyConfig
 
@@ -257,7 +257,7 @@ class FlowPolicy(Model):
 
     def sample_actions(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         num_steps: int | None = None,
@@ -266,7 +266,7 @@ class FlowPolicy(Model):
     ) -> Float[Array, "B A J"]:
         """Returns normalised actions: Euler steps from noise (t = 1) to data (t = 0); the prefix is computed once.
 
-        key: draws the noise, row i from `fold_in(key, i)`; not used when `noise` is given.
+        key: draws the noise, row i from its own of `row_keys(key, B)`; not used when `noise` is given.
         num_steps: None takes `config.sample_steps`.
         action_mask: which entries of the chunk this robot has (None: all). Dims that it lacks follow the path they had
             in training, that of padding, x_t = t * noise, whatever the network says about them; so they end at zero.

@@ -33,16 +33,20 @@ class PolicyClient:
         host: str = "127.0.0.1",
         port: int = 8000,
         *,
+        policy: str = "",
         api_key: str | None = None,
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
     ) -> None:
-        """timeout_s: longest wait for an answer. reconnect_s: longest time spent on (re)connecting.
+        """Connects.
+
+        policy: name of one that the server has; its first by default. timeout_s: longest wait for an answer.
+        reconnect_s: longest time spent on (re)connecting.
 
         Raises:
             ConnectionError: no server could be reached in `reconnect_s`.
         """
-        self._uri, self._api_key = f"ws://{host}:{port}", api_key
+        self._uri, self._api_key = f"ws://{host}:{port}/{policy}", api_key
         self._timeout_s, self._reconnect_s = timeout_s, reconnect_s
         self._connection: ClientConnection | None = None
         self._open = contextlib.ExitStack()  # holds the connection's context

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.quantize import QUANTIZED
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
+from openpi_like.serve.observation import ObservationError, check_observation, robot_of
 from openpi_like.serve.protocol import PROTOCOL
 from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
@@ -25,12 +26,27 @@ from openpi_like.train.fastest import fastest_attention
 from openpi_like.train.sharding import MeshConfig
 
 
-class ObservationError(ValueError):
-    """An observation does not fit the robot; the text says everything that is wrong with it."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An observation that fits, as one row of a batch.
+
+    state: raw, in the robot's own units. row: an `Observation` without its batch axis. mask: (A, J), the entries of the
+    chunk that the robot has. words: uint32 (2,), seed and number of the request, which give its noise.
+    """
+
+    robot: Robot
+    state: np.ndarray
+    row: dict[str, Any]
+    mask: np.ndarray
+    words: np.ndarray
 
 
 class Policy:
-    """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own."""
+    """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own.
+
+    Of several requests one batch is made, filled up to the next of the sizes that were compiled. A request's noise, and
+    so its answer, depends on its own seed and number; what else is in the batch changes at most how sums are rounded.
+    """
 
     def __init__(
         self,
@@ -40,6 +56,7 @@ class Policy:
         seed: int = 0,
         temperature: float | None = None,
         quantize: str | None = None,
+        max_batch: int = 1,
     ) -> None:
         """
         Args:
@@ -48,10 +65,11 @@ class Policy:
             seed: of the sampling noise.
             temperature: of the tokens that pi0-FAST writes; None takes the likeliest ones.
             quantize: hold linear maps in fewer bits, see `openpi_like.models.quantize.QUANTIZED`.
+            max_batch: requests that are answered together at most.
 
         Raises:
-            ValueError: the checkpoint was not trained for `robot`; a temperature for a policy that writes no tokens; or
-                no such `quantize`.
+            ValueError: the checkpoint was not trained for `robot`; a temperature for a policy that writes no tokens; no
+                such `quantize`; or `max_batch` below 1.
         """
         robots = {r.name: r for r in parts.robots}
         if robot is not None and robot not in robots:
@@ -60,15 +78,20 @@ class Policy:
                 f"{near_names(robot, list(robots))}"
             )
         self.robots = robots if robot is None else {robot: robots[robot]}
+        seen = parts.model.config.cameras  # others were left out of training with drop_cameras
+        self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
         if temperature is not None and not (parts.sampling_options and temperature >= 0):
             raise ValueError(
                 f"temperature={temperature}, expected a number of at least 0 for a policy that writes action tokens, "
                 f"and none for others; this one is a {type(parts.model).__name__}"
             )
+        if max_batch < 1:
+            raise ValueError(f"max_batch={max_batch}, expected at least 1")
+        self.sizes = (*(2**i for i in range((max_batch - 1).bit_length())), max_batch)
         drawn = {} if temperature is None else {"temperature": temperature}
         # Once, instead of in every request; the weights this replaces are not kept.
         self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=quantize))
-        self._seed, self._requests, self._config = seed, 0, parts.model.config
+        self.seed, self._requests, self._config = seed, 0, parts.model.config
         graph, state = nnx.split(self._parts.model)
         # A plain list: jax looks at every array in every request.
         self._weights, structure = jax.tree.flatten(state)
@@ -77,11 +100,12 @@ class Policy:
         self._options = jax.device_put(parts.sampling_options)
 
         def sample(
-            weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
+            weights: Any, words_B2: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
         ) -> jax.Array:
+            keys = jax.vmap(lambda words: jax.random.fold_in(jax.random.key(words[0]), words[1]))(words_B2)
             with computed_by(self._attention):
                 model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
-                return model.sample_actions(key, observation, action_mask=mask, **options, **drawn)
+                return model.sample_actions(keys, observation, action_mask=mask, **options, **drawn)
 
         self._attention: Mapping[Sizes, str] | str = "einsum"
         self._compute, self._sample = sample, jax.jit(sample)
@@ -96,6 +120,7 @@ class Policy:
         seed: int = 0,
         dtype: str | None = None,
         temperature: float | None = None,
+        max_batch: int = 1,
     ) -> "Policy":
         """Loads a checkpoint directory; see `load_policy_parts` and `Policy`.
 
@@ -103,7 +128,8 @@ class Policy:
         """
         quantize = dtype if dtype in QUANTIZED else None
         parts = load_policy_parts(checkpoint, step, dtype="bfloat16" if quantize else dtype)
-        return cls(parts, robot=robot, seed=seed, temperature=temperature, quantize=quantize)
+        drawn = {"seed": seed, "temperature": temperature}
+        return cls(parts, robot=robot, quantize=quantize, max_batch=max_batch, **drawn)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the handshake: what a robot needs to know, and can check itself against."""
@@ -113,7 +139,9 @@ class Policy:
 
         robots = {
             r.name: {
-                "cameras": {c.name: None if c.height is None else [c.height, c.width] for c in self._cameras(r)},
+                "cameras": {
+                    name: None if c.height is None else [c.height, c.width] for name, c in self._cameras[r.name].items()
+                },
                 "state": fields(r.state),
                 "action": fields(r.action),
                 "control_hz": r.control_hz,
@@ -127,22 +155,15 @@ class Policy:
         contract = {"contract": self._parts.contract_hash, "step": self._parts.step}
         return {"protocol": PROTOCOL, "package": package, **contract, "robots": robots}
 
-    def _cameras(self, robot: Robot) -> list[Any]:
-        """The robot's cameras that the policy sees; others were left out of training with drop_cameras."""
-        return [c for c in robot.cameras if c.name in self._config.cameras]
-
     def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Compiles, by sampling once for every robot from the middle of its training data; before the first request.
+        """Compiles, by sampling once in every batch size, before the first request.
 
         What computes attention fastest is measured before; say: is called with the choices.
         """
-        calls = []
-        for robot in self.robots.values():
-            images = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in self._cameras(robot)}
-            state = np.zeros(robot.state_size, np.float32)
-            calls.append(self._call(robot, images, state, self._tokens("", state), jax.random.key(0)))
-        # All robots are one size to the network.
-        sizes, mesh = sizes_in(self._compute, *calls[0]), MeshConfig().create(jax.local_devices()[:1])
+        middle = [self._in_the_middle(robot) for robot in self.robots.values()]
+        calls = [self._batch((middle * size)[:size]) for size in self.sizes]
+        mesh = MeshConfig().create(jax.local_devices()[:1])
+        sizes = {found for call in calls for found in sizes_in(self._compute, *call)}
         choices = fastest_attention(sizes, mesh, gradient=False)
         self._attention = {choice.sizes: choice.name for choice in choices}
         for choice in choices:
@@ -150,8 +171,88 @@ class Policy:
         for call in calls:
             jax.block_until_ready(self._sample(*call))
 
+    def _in_the_middle(self, robot: Robot) -> Request:
+        cameras = self._cameras[robot.name].values()
+        pictures = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in cameras}
+        state = np.zeros(robot.state_size, np.float32)
+        return self._request(robot, pictures, np.zeros(robot.robot_state_size), state, "", (0, 0))
+
+    # ---- Requests ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, observation: Any, *, number: int = 0, seed: int | None = None) -> Request:
+        """Checks an observation, and makes it a row of a batch. Threads may call it at the same time.
+
+        observation: see `openpi_like.serve.protocol`. One with a "seed" has the noise of that, whatever its number.
+        number, seed: of the request in its session, and of the session (None: that of the policy).
+
+        Raises:
+            ObservationError: everything that is wrong with the observation; the policy stays usable.
+        """
+        robot = robot_of(observation, self.robots)
+        pictures = check_observation(observation, robot, self._cameras[robot.name])
+        state = np.asarray(observation["state"], np.float32)
+        encoded = self._parts.normalizations[robot.name].apply_state(robot.encode_state(state))
+        own = observation.get("seed")
+        words = (self.seed if seed is None else seed, 1 + number) if own is None else (int(own), 0)
+        try:
+            return self._request(
+                robot, pictures, state, encoded, observation.get("prompt", robot.default_prompt), words
+            )
+        except ValueError as e:
+            raise ObservationError(f"prompt: {e}") from e
+
+    def _request(
+        self,
+        robot: Robot,
+        pictures: dict[str, np.ndarray],
+        state: np.ndarray,
+        encoded: np.ndarray,
+        prompt: str,
+        words: tuple[int, int],
+    ) -> Request:
+        """encoded: the state, normalised (De,).
+
+        Raises:
+            ValueError: the prompt is too long.
+        """
+        c = self._config
+        ids, prompt_mask = self._parts.tokenizer.encode(prompt, encoded)
+        images = {name: np.zeros((*c.image_size, 3), np.uint8) for name in c.cameras}
+        for name, camera in self._cameras[robot.name].items():
+            if name in pictures:
+                fit(pictures[name], images[name], resize=c.resize, fit=camera.fit)
+        padded = np.zeros(c.state_dim, np.float32)
+        padded[: robot.state_size] = encoded
+        row = {
+            "images": images,
+            "image_mask": {name: np.bool_(name in pictures) for name in c.cameras},
+            "state": padded,
+            "state_mask": np.arange(c.state_dim) < robot.state_size,
+            "prompt": ids,
+            "prompt_mask": prompt_mask,
+        }
+        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
+        return Request(robot, state, row, mask, np.array(words, np.uint32))
+
+    # ---- Answers -----------------------------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Request]) -> list[np.ndarray | FloatingPointError]:
+        """Returns actions, float32 (A, J) in robot space, for each request; A is its robot's horizon.
+
+        Actions that are not finite are never sent: for such a request there is an error instead. One thread at a time.
+
+        Raises:
+            ValueError: more requests than `max_batch`, or none.
+        """
+        if not 1 <= len(requests) <= self.sizes[-1]:
+            raise ValueError(f"got {len(requests)} requests, expected 1 to {self.sizes[-1]}")
+        size = next(n for n in self.sizes if n >= len(requests))
+        filled = [*requests, *[requests[-1]] * (size - len(requests))]
+        sampled = np.asarray(self._sample(*self._batch(filled)))
+        return [self._actions(request, row) for request, row in zip(requests, sampled, strict=False)]
+
     def infer(self, observation: Any) -> dict[str, Any]:
-        """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}; A is the robot's horizon.
+        """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}, for one robot alone.
 
         observation: see `openpi_like.serve.protocol`. Without "seed", each request draws other noise.
 
@@ -160,126 +261,24 @@ class Policy:
             FloatingPointError: the network produced NaN or infinity, which is never sent.
         """
         started = time.perf_counter()
-        robot = self._robot(observation)
-        problems = self._problems(robot, observation)
-        if problems:
-            raise ObservationError(f"observation does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
-        seed = observation.get("seed")
-        key = jax.random.key(self._seed if seed is None else int(seed))
-        if seed is None:
-            key = jax.random.fold_in(key, self._requests)
-            self._requests += 1
-        prompt = observation.get("prompt", robot.default_prompt)
-        state, normalization = np.asarray(observation["state"], np.float32), self._parts.normalizations[robot.name]
-        encoded = normalization.apply_state(robot.encode_state(state))
-        try:
-            tokens = self._tokens(prompt, encoded)
-        except ValueError as e:
-            raise ObservationError(f"prompt: {e}") from e
-        padded = np.asarray(self._sample(*self._call(robot, observation["images"], encoded, tokens, key)))[0]
-        sampled = padded[: robot.action_horizon, : robot.action_size]
-        actions = robot.decode_actions(normalization.invert_actions(sampled), state)
-        if not np.isfinite(actions).all():
-            raise FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
+        (actions,) = self.sample([self.prepare(observation, number=self._requests)])
+        self._requests += 1
+        if isinstance(actions, FloatingPointError):
+            raise actions
         return {"actions": actions, "timing_ms": {"infer": 1e3 * (time.perf_counter() - started)}}
 
-    def _robot(self, observation: Any) -> Robot:
-        if not isinstance(observation, dict):
-            raise ObservationError(f"got a {type(observation).__name__}, expected a dict with images, state and prompt")
-        name = observation.get("robot")
-        if name is None and len(self.robots) == 1:
-            return next(iter(self.robots.values()))
-        known = list(self.robots)
-        if name is None:
-            raise ObservationError(f"robot: missing, and this server has several; add one of {', '.join(known)}")
-        if name not in self.robots:
-            raise ObservationError(
-                f"robot: got {name!r}, this checkpoint has not seen it; {near_names(str(name), known)}"
-            )
-        return self.robots[name]
+    def _batch(self, requests: Sequence[Request]) -> tuple[Any, ...]:
+        """Returns what is sampled from."""
+        inputs = jax.tree.map(lambda *rows: np.stack(rows), *(r.row for r in requests))
+        words, masks = (np.stack([getattr(r, name) for r in requests]) for name in ("words", "mask"))
+        return self._weights, words, inputs, masks, self._options
 
-    def _problems(self, robot: Robot, observation: dict[str, Any]) -> list[str]:
-        """Returns everything that is wrong with an observation."""
-        known = ("images", "state", "prompt", "robot", "seed")
-        problems = [
-            f"{k}: not part of an observation; {near_names(str(k), known)}" for k in observation if k not in known
-        ]
-        images, cameras = observation.get("images"), {c.name: c for c in self._cameras(robot)}
-        if not isinstance(images, dict):
-            problems.append(f"images: got {type(images).__name__}, expected a dict with cameras {', '.join(cameras)}")
-            images = None
-        for name in images or {}:
-            if name not in cameras:
-                problems.append(
-                    f"images[{name!r}]: the robot has no such camera; {near_names(str(name), list(cameras))}"
-                )
-        for name, camera in cameras.items() if images is not None else ():
-            assert images is not None
-            if name not in images:
-                if camera.steps_back:
-                    continue  # as at the start of an episode
-                problems.append(f"images[{name!r}]: missing; got {', '.join(map(repr, images)) or 'no images'}")
-                continue
-            image, size = images[name], (camera.height or "any", camera.width or "any")
-            if not isinstance(image, np.ndarray):
-                problems.append(f"images[{name!r}]: got {type(image).__name__}, expected a uint8 array {(*size, 3)}")
-                continue
-            if image.dtype != np.uint8:
-                problems.append(f"images[{name!r}]: got dtype {image.dtype}, expected uint8 in 0 .. 255, RGB")
-            fits = image.ndim == 3 and image.shape[2] == 3 and min(image.shape) > 0
-            if not fits or (camera.height is not None and image.shape[:2] != (camera.height, camera.width)):
-                problems.append(f"images[{name!r}]: got shape {image.shape}, expected {(*size, 3)}")
-        problems += self._state_problems(robot, observation.get("state"))
-        prompt, seed = observation.get("prompt"), observation.get("seed")
-        if prompt is None and robot.default_prompt is None:
-            problems.append("prompt: missing, and the robot has no default; say what to do")
-        elif prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
-            problems.append(f"prompt: got {prompt!r}, expected a text that is not empty")
-        if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
-            problems.append(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
-        return problems
-
-    @staticmethod
-    def _state_problems(robot: Robot, state: Any) -> list[str]:
-        size, names = robot.robot_state_size, ", ".join(f"{f.name}:{f.size} [{f.unit}]" for f in robot.state)
-        if not isinstance(state, np.ndarray):
-            return [f"state: got {type(state).__name__}, expected a float array ({size},): {names}"]
-        problems = []
-        if state.dtype.kind != "f":
-            problems.append(f"state: got dtype {state.dtype}, expected float32")
-        if state.shape != (size,):
-            problems.append(f"state: got shape {state.shape}, expected ({size},): {names}")
-        elif state.dtype.kind == "f" and not np.isfinite(state).all():
-            problems.append(f"state: not finite at {np.flatnonzero(~np.isfinite(state)).tolist()} of ({names})")
-        return problems
-
-    def _tokens(self, prompt: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, (1, S), of an instruction and a normalised state (De,)."""
-        return self._parts.tokenizer.batch([prompt], [state])
-
-    def _call(
-        self,
-        robot: Robot,
-        images: dict[str, np.ndarray],
-        state: np.ndarray,
-        tokens: tuple[np.ndarray, np.ndarray],
-        key: jax.Array,
-    ) -> tuple[Any, ...]:
-        """Returns what is sampled from, for a normalised state (De,)."""
-        c = self._config
-        pixels = {name: np.zeros((1, *c.image_size, 3), np.uint8) for name in c.cameras}
-        for camera in self._cameras(robot):
-            if camera.name in images:
-                fit(images[camera.name], pixels[camera.name][0], resize=c.resize, fit=camera.fit)
-        padded = np.zeros((1, c.state_dim), np.float32)
-        padded[0, : robot.state_size] = state
-        inputs: Observation = {
-            "images": pixels,
-            "image_mask": {name: np.array([name in images]) for name in c.cameras},
-            "state": padded,
-            "state_mask": np.arange(c.state_dim)[None] < robot.state_size,
-            "prompt": tokens[0],
-            "prompt_mask": tokens[1],
-        }
-        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
-        return self._weights, key, inputs, mask[None], self._options
+    def _actions(self, request: Request, padded: np.ndarray) -> np.ndarray | FloatingPointError:
+        """Returns a row of a sample in robot space."""
+        robot = request.robot
+        sampled = padded[: robot.action_horizon, : robot.action_size]
+        normalization = self._parts.normalizations[robot.name]
+        actions = robot.decode_actions(normalization.invert_actions(sampled), request.state)
+        if not np.isfinite(actions).all():
+            return FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
+        return actions

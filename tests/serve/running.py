@@ -3,21 +3,38 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from openpi_like.serve.policies import Policies
 from openpi_like.serve.server import PolicyServer
 
 
-class WrongObservationError(ValueError):
-    """An error whose text is meant for the client."""
+class Stub:
+    """A policy that answers each observation with what a function returns. batches: sizes of those it was asked for."""
+
+    def __init__(self, infer: Callable[[Any], Any], metadata: dict[str, Any] | None = None, max_batch: int = 4) -> None:
+        self._infer, self._metadata = infer, {"robots": {"r": {}}} if metadata is None else metadata
+        self.sizes, self.batches = (max_batch,), []
+
+    def metadata(self) -> dict[str, Any]:
+        return self._metadata
+
+    def prepare(self, observation: Any, *, number: int, seed: int | None) -> Any:
+        return observation
+
+    def sample(self, requests: Sequence[Any]) -> list[Any]:
+        self.batches.append(len(requests))
+        return [self._infer(request) for request in requests]
 
 
 @contextlib.contextmanager
-def serving(infer: Callable[[Any], dict], metadata: dict | None = None, **options: Any) -> Iterator[PolicyServer]:
+def serving(policy: Callable[[Any], Any] | Stub | Policies, **options: Any) -> Iterator[PolicyServer]:
     """Runs a server on a free port, its event loop in a thread."""
-    handshake = {"robots": ["r"]} if metadata is None else metadata
-    server = PolicyServer(infer, handshake, port=0, client_errors=(WrongObservationError,), **options)
+    if not isinstance(policy, Stub | Policies):
+        policy = Stub(policy)
+    policies = policy if isinstance(policy, Policies) else Policies({"default": policy})
+    server = PolicyServer(policies, port=0, **options)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -25,7 +42,7 @@ def serving(infer: Callable[[Any], dict], metadata: dict | None = None, **option
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.close(grace_s=5), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from openpi_like.data.images import encode
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
+from openpi_like.draws import row_keys
+from openpi_like.models.flow import draw_noise
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
-from openpi_like.serve.policy import ObservationError, Policy
+from openpi_like.serve.observation import MAX_PIXELS, ObservationError
+from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.load import PolicyParts
 
 ARM = Robot(
@@ -45,13 +49,13 @@ class Constant(nnx.Module):
         return self
 
     def sample_actions(self, key, observation, *, action_mask):
-        noise = 1e-3 * jax.random.normal(key, action_mask.shape)
+        noise = 1e-3 * draw_noise(row_keys(key, len(action_mask)), action_mask.shape[1:])
         return jnp.where(action_mask, self.value, 0.0) + noise + 0 * observation["state"].sum()
 
 
-def _policy(tiny_policy, value=1.0, robots=(ARM, CART), **options):
+def _policy(tiny_policy, value=1.0, robots=(ARM, CART), model=None, **options):
     parts = PolicyParts(
-        model=Constant(tiny_policy, value),
+        model=Constant(tiny_policy, value) if model is None else model,
         robots=robots,
         normalizations={
             r.name: Normalization(r.name, "zscore", _stats(r.state_names), _stats(r.action_names)) for r in robots
@@ -86,7 +90,7 @@ def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypat
         policy = _policy(tiny_policy, robots=(dataclasses.replace(ARM, cameras=cameras),))
         seen: dict[str, np.ndarray] = {}
 
-        def sample(weights, key, inputs, mask, options, seen=seen):
+        def sample(weights, words, inputs, mask, options, seen=seen):
             seen.update(inputs["images"])
             return np.zeros(mask.shape, np.float32)
 
@@ -116,6 +120,65 @@ def test_requests_draw_different_noise_unless_they_bring_a_seed(policy, observat
     np.testing.assert_array_equal(*seeded)
 
 
+@pytest.fixture(scope="module")
+def batched(tiny_policy):
+    """A real policy, of random weights, that answers up to four requests together."""
+    with jax.default_matmul_precision("highest"):
+        policy = _policy(tiny_policy, max_batch=4, model=tiny_policy.create(jax.random.key(0)))
+        policy.warm_up()
+    return policy
+
+
+def _requests(policy, observation, n):
+    """Requests of different robots, pictures and states."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(n):
+        robot = ("arm", "cart")[i % 2]
+        images = {name: rng.integers(0, 256, image.shape, np.uint8) for name, image in observation["images"].items()}
+        images = images if robot == "arm" else {"base": images["base"]}
+        state = rng.uniform(0, 80, 3).astype(np.float32)
+        requests.append(policy.prepare({**observation, "robot": robot, "images": images, "state": state}, number=i))
+    return requests
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observation):
+    """Bit for bit in a batch of the same size, wherever it stands in it; to rounding where the size is another."""
+    requests = _requests(batched, observation, 6)
+    assert batched.sizes == (1, 2, 4)
+    alone = [batched.sample([request])[0] for request in requests]
+    first = batched.sample(requests[:4])
+    other = batched.sample([requests[4], requests[1], requests[5], requests[0]])
+    np.testing.assert_array_equal(other[1], first[1])
+    np.testing.assert_array_equal(other[3], first[0])
+    np.testing.assert_array_equal(batched.sample(requests[:3])[1], first[1])  # filled up to four
+    for got, expected in zip(first, alone, strict=False):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=2e-6 * scale)
+        assert np.abs(got - alone[5]).max() > 1e-3 * scale
+    for wrong in ([], requests[:5]):
+        with pytest.raises(ValueError, match="expected 1 to 4"):
+            batched.sample(wrong)
+
+
+def test_actions_that_are_not_finite_fail_their_own_request_alone(batched, observation):
+    requests = _requests(batched, observation, 2)
+    broken = dataclasses.replace(requests[0], row={**requests[0].row, "state": np.full(4, np.nan, np.float32)})
+    sound, failed = batched.sample([requests[1], broken])
+    assert isinstance(failed, FloatingPointError)
+    np.testing.assert_array_equal(sound, batched.sample(requests[::-1])[0])
+
+
+def test_pictures_may_be_encoded(policy, observation):
+    """PNG is the same picture; JPEG is nearly that."""
+    image = np.linspace(0, 255, 24 * 32 * 3).reshape(24, 32, 3).astype(np.uint8)
+    observation["images"]["base"] = image
+    expected = policy.prepare(observation).row["images"]["base"]
+    for form, atol in (("png", 0), ("jpeg", 12)):
+        got = policy.prepare({**observation, "images": {**observation["images"], "base": encode(image, form)}})
+        np.testing.assert_allclose(got.row["images"]["base"].astype(int), expected.astype(int), atol=atol)
+
+
 def test_metadata_tells_a_robot_what_to_send(policy):
     metadata = policy.metadata()
     assert (metadata["contract"], metadata["step"]) == ("abc", 7)
@@ -129,6 +192,13 @@ def test_metadata_tells_a_robot_what_to_send(policy):
         "renderer": None,
     }
     assert metadata["robots"]["cart"]["renderer"] == "egl"
+
+
+def _huge_png():
+    """A few bytes that say they are a picture of 12 GiB."""
+    data = bytearray(encode(np.zeros((8, 8, 3), np.uint8), "png"))
+    data[16:24] = (65535).to_bytes(4) * 2
+    return bytes(data)
 
 
 def _without(d, key):
@@ -162,6 +232,22 @@ def _without(d, key):
         (
             lambda o: {**o, "images": {**o["images"], "base": "png"}},
             ["images['base']: got str, expected a uint8 array"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": b"GIF89a" + bytes(30)}},
+            ["images['base']: not a picture, expected JPEG or PNG: 36 bytes that begin with b'GIF8'"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": encode(o["images"]["base"], "jpeg")[:60]}},
+            ["images['base']: not a picture, expected JPEG or PNG"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": encode(np.zeros((8, 8, 3), np.uint8), "png")}},
+            ["images['base']: got shape (8, 8, 3), expected (24, 32, 3)"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": _huge_png()}},
+            ["images['base']: not a picture", f"png of 65535 x 65535, expected at most {MAX_PIXELS} pixels"],
         ),
         (lambda o: _without(o, "state"), ["state: got NoneType", "hand:2 [mm], gripper:1 [1]"]),
         (lambda o: {**o, "state": np.zeros(4, np.float32)}, ["state: got shape (4,), expected (3,): hand:2 [mm]"]),
