@@ -9,39 +9,39 @@ import logging
 import ssl
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from openpi_like.serve.keys import Keys, read_keys
-from openpi_like.serve.limits import Limits
+from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.policy import Policy
 from openpi_like.serve.server import PolicyServer, run
+from openpi_like.serve.server_limits import ServerLimits
 from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.contract import CheckpointError
+
+log = logging.getLogger("openpi_like.policy_server")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Serves checkpoints to robots over websockets.
 
-    checkpoint: run or checkpoint directory. more: other ones, by the name that clients ask for: `--more old=runs/old`
-    is at ws://HOST:PORT/old. robot: serve this one only. step: default the newest; or "best", by its
-    held-out score. host: 0.0.0.0 to be reachable from other machines. port: 0 takes a free one. port_file: written with
-    the port once it listens.
-    keys: file of serve/api_keys.py; clients must send one of its keys. cert, cert_key: for TLS; client_ca: clients must
-    have a certificate that this one signed.
-    seed: of the sampling noise. dtype: of the weights in memory, default as stored;
-    bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
-    linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
-    the likeliest ones. max_batch: requests that are answered together at most. wait_ms: how long a request waits for
-    others to share a batch with; by default it is begun as soon as the device is free.
+    checkpoint: run or checkpoint directory. more: others, by the name that clients ask for: `--more old runs/old` is at
+    ws://HOST:PORT/old. canary: a checkpoint that a share of the sessions gets instead of the first one. step:
+    default the newest; or "best", by its held-out score. SIGHUP looks for newer ones and serves them without dropping a
+    connection. host: 0.0.0.0 to be reachable from other machines. port: 0 takes a free one. port_file: written with the
+    port once it listens. keys: file of serve/api_keys.py; clients must send one of its keys. cert, cert_key: for TLS.
+    client_ca: clients must have a certificate that this one signed. wait_ms: how long a request waits for others to
+    share a batch with; by default it is begun as soon as the device is free.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     more: dict[str, Path] = dataclasses.field(default_factory=dict)
-    robot: str | None = None
+    canary: Path | None = None
+    canary_share: float = 0.05
     step: Step = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -50,12 +50,9 @@ class Args:
     cert: Path | None = None
     cert_key: Path | None = None
     client_ca: Path | None = None
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16", "int8", "int4", "float8_e4m3fn"] | None = None
-    temperature: float | None = None
-    max_batch: int = 16
     wait_ms: float = 0.0
-    limits: Limits = dataclasses.field(default_factory=Limits)
+    options: Annotated[PolicyOptions, tyro.conf.arg(name="")] = PolicyOptions(max_batch=16)
+    limits: ServerLimits = ServerLimits()
 
 
 def log_to_stderr() -> None:
@@ -79,17 +76,38 @@ def tls_of(args: Args) -> ssl.SSLContext | None:
     return context
 
 
-def load(args: Args) -> dict[str, Policy]:
+def load(args: Args) -> Policies:
     """Loads and compiles all policies."""
-    policies = {}
+    loaded = {}
     for name, checkpoint in {"default": args.checkpoint, **args.more}.items():
-        options = {"step": args.step, "robot": args.robot, "seed": args.seed, "max_batch": args.max_batch}
         try:
-            policies[name] = Policy.load(checkpoint, dtype=args.dtype, temperature=args.temperature, **options)
+            loaded[name] = Policy.load(checkpoint, args.options, step=args.step)
         except (CheckpointError, ValueError) as e:
             sys.exit(f"cannot serve {checkpoint}: {e}")
-        policies[name].warm_up(say=print)
+        loaded[name].warm_up(say=print)
+    policies = Policies(loaded)
+    if args.canary is not None:
+        try:
+            policies[""].try_out(loaded["default"].renewed(args.canary), args.canary_share)
+        except (CheckpointError, ValueError) as e:
+            sys.exit(f"cannot serve {args.canary} beside {args.checkpoint}: {e}")
     return policies
+
+
+def renew(policies: Policies, args: Args) -> None:
+    """Serves newer steps where there are any. What cannot be served is said, and what was served before stays."""
+    for name, checkpoint in {"default": args.checkpoint, **args.more}.items():
+        served = policies[name]
+        try:
+            if served.policy.is_step(checkpoint, args.step):
+                log.info("policy %r: %s has no other step", name, checkpoint)
+                continue
+            served.replace(served.policy.renewed(checkpoint, step=args.step))
+            log.info("policy %r: now step %d of %s", name, served.policy.metadata()["step"], checkpoint)
+            if args.canary is not None and name == "default":
+                served.try_out(served.policy.renewed(args.canary), args.canary_share)
+        except (CheckpointError, ValueError) as e:
+            log.error("policy %r stays as it is: %s", name, e)
 
 
 def main(args: Args) -> None:
@@ -100,9 +118,10 @@ def main(args: Args) -> None:
     except (ValueError, OSError) as e:
         sys.exit(f"cannot serve: {e}")
     if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
-        logging.getLogger("openpi_like").warning("anybody who reaches %s can ask this server; see --keys", args.host)
+        log.warning("anybody who reaches %s can ask this server; see --keys", args.host)
+    policies = load(args)
     server = PolicyServer(
-        Policies(load(args)),
+        policies,
         host=args.host,
         port=args.port,
         keys=keys,
@@ -110,7 +129,7 @@ def main(args: Args) -> None:
         tls=tls,
         wait_s=args.wait_ms / 1e3,
     )
-    run(server, port_file=args.port_file)
+    run(server, port_file=args.port_file, on_hangup=lambda: renew(policies, args))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,27 @@ class Previous:
         return jnp.where(self.given(x_BAJ.shape[1])[..., None], self.actions, x_BAJ)
 
 
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """How a policy is led to the old chunk. limit: beta in the paper. schedule: of `soft_mask`."""
+
+    limit: float = 5.0
+    schedule: str = "exp"
+
+    def __post_init__(self) -> None:
+        if not self.limit >= 0 or self.schedule not in SCHEDULES:
+            expected = f"expected limit >= 0 and one of {', '.join(SCHEDULES)}"
+            raise ValueError(f"Guidance: limit={self.limit}, schedule={self.schedule!r}, {expected}")
+
+
+def previous_row(actions: Float32[np.ndarray, "n J"], delay: int, shape: tuple[int, int], how: Guidance) -> Previous:
+    """Returns one row of `Previous`, in numpy. actions: normalised. delay: at most n. shape: (A, J) of the model."""
+    padded = np.zeros(shape, np.float32)
+    padded[: len(actions), : actions.shape[1]] = actions
+    weights = soft_mask(delay, len(actions), shape[0], how.schedule)
+    return Previous(padded, np.int32(delay), weights, np.float32(how.limit))
+
+
 def soft_mask(delay: int, until: int, horizon: int, schedule: str = "exp") -> Float32[np.ndarray, "A"]:
     """Returns how much each action of a new chunk is held to the old one (eq. 5 of the paper, where it is "exp").
 

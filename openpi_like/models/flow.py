@@ -52,6 +52,11 @@ class FlowConfig(PolicyConfig):
     flow_draws: int = 1
     max_delay: int = 0
 
+    @property
+    def takes_previous(self) -> bool:
+        """Whether `sample_actions` takes what is left of the chunk before: it does."""
+        return True
+
     def _problems(self) -> list[str]:
         problems = super()._problems() + [
             f"{name}={getattr(self, name)}, expected at least 1"

@@ -212,6 +212,11 @@ class PolicyConfig(VisionLanguageConfig):
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
         return {}
 
+    @property
+    def takes_previous(self) -> bool:
+        """Whether `sample_actions` takes what is left of the chunk before, see `openpi_like.models.chunking`."""
+        return False
+
     def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
         """Returns what `sample_actions` takes besides an observation, by name, made of a checkpoint's tokenizers.
 

@@ -40,12 +40,12 @@ class Sampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """actions: of the sampler, or the error that came instead. waited_s, sampled_s: in the queue, and at work.
+    """reply: of the sampler, or the error that came instead. waited_s, sampled_s: in the queue, and at work.
 
     batch: how many requests were answered together.
     """
 
-    actions: Any
+    reply: Any
     waited_s: float
     sampled_s: float
     batch: int
@@ -55,7 +55,7 @@ class Answer:
 class Job:
     """One request. session: whose turn it is. due, since: on `time.monotonic`; due None is never late.
 
-    alive: whether somebody still waits for it.
+    alive: whether somebody still waits for it. lane: jobs of different lanes are not answered together.
     """
 
     sampler: Sampler
@@ -64,11 +64,12 @@ class Job:
     done: Callable[[Answer], None]
     due: float | None = None
     alive: Callable[[], bool] = lambda: True
+    lane: Hashable = None
     since: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class _Lane:
-    """Jobs of one sampler, by session."""
+    """Jobs of one sampler that may be answered together, by session."""
 
     def __init__(self) -> None:
         self.sessions: collections.OrderedDict[Hashable, collections.deque[Job]] = collections.OrderedDict()
@@ -110,7 +111,7 @@ class Batcher:
             watch: is called after every batch, for metrics.
         """
         self._wait_s, self._max_waiting, self._watch = wait_s, max_waiting, watch
-        self._lanes: collections.OrderedDict[int, tuple[Sampler, _Lane]] = collections.OrderedDict()
+        self._lanes: collections.OrderedDict[Hashable, tuple[Sampler, _Lane]] = collections.OrderedDict()
         self.waiting = 0
         self.busy_since: float | None = None
         self._changed, self._closing = threading.Condition(), False
@@ -131,7 +132,7 @@ class Batcher:
             if self.waiting >= self._max_waiting:
                 waiting = f"{self.waiting} requests are waiting, expected at most {self._max_waiting}"
                 raise BusyError(f"{waiting}; ask again later")
-            self._lanes.setdefault(id(job.sampler), (job.sampler, _Lane()))[1].add(job)
+            self._lanes.setdefault((id(job.sampler), job.lane), (job.sampler, _Lane()))[1].add(job)
             self.waiting += 1
             self._changed.notify()
 

@@ -10,7 +10,7 @@ from openpi_like.config import near_names
 from openpi_like.data.images import decode, encoding
 from openpi_like.robots import Camera, Robot
 
-FIELDS = ("images", "state", "prompt", "robot", "seed")
+FIELDS = ("images", "state", "prompt", "robot", "seed", "previous", "delay")
 MAX_PIXELS = 4096 * 4096
 """Of an encoded picture, which is small on the wire whatever it becomes."""
 
@@ -61,6 +61,38 @@ def check_observation(
     if problems:
         raise ObservationError(f"observation does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
     return pictures
+
+
+def check_previous(
+    observation: Mapping[str, Any], robot: Robot, max_delay: int | None
+) -> tuple[np.ndarray, int] | None:
+    """Returns what is left of the chunk before, float32 (n, Js), and how much of it is executed meanwhile, if any.
+
+    max_delay: that the policy was trained for, 0 if for none; None where the server takes no such thing.
+
+    Raises:
+        ObservationError: lists everything that does not fit.
+    """
+    actions, delay = observation.get("previous"), observation.get("delay")
+    if actions is None and delay is None:
+        return None
+    size, horizon, problems = robot.robot_action_size, robot.action_horizon, []
+    if max_delay is None:
+        problems.append("previous, delay: this server was started without --real-time-chunking")
+    if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f":
+        got = f"{type(actions).__name__} {getattr(actions, 'dtype', '')}".strip()
+        raise ObservationError("\n  ".join([*problems, f"previous: got {got}, expected a float array (n, {size})"]))
+    if actions.ndim != 2 or actions.shape[1] != size or not 1 <= len(actions) <= horizon:
+        problems.append(f"previous: got shape {actions.shape}, expected (n, {size}), n from 1 to {horizon}")
+    elif not np.isfinite(actions).all():
+        problems.append("previous: not finite")
+    most = min(len(actions), max_delay or horizon) if actions.ndim else 0
+    if not isinstance(delay, int | np.integer) or isinstance(delay, bool) or not 0 <= delay <= most:
+        why = ", as the policy was trained" if max_delay and most == max_delay else ""
+        problems.append(f"delay: got {delay!r}, expected an integer in 0 .. {most}{why}")
+    if problems:
+        raise ObservationError("\n  ".join(problems))
+    return actions.astype(np.float32), int(delay)
 
 
 def state_problems(robot: Robot, state: Any) -> list[str]:

@@ -12,6 +12,7 @@ import signal
 import ssl
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,9 +24,9 @@ from websockets.protocol import State
 
 from openpi_like.serve.batching import Answer, Batcher, Job
 from openpi_like.serve.keys import Key, Keys
-from openpi_like.serve.limits import Limits, RateLimit
 from openpi_like.serve.metrics import Metrics
 from openpi_like.serve.policies import Policies, UnknownPolicyError
+from openpi_like.serve.server_limits import RateLimit, ServerLimits
 from openpi_like.serve.session import Ask, Session, failure
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class PolicyServer:
         host: str = "127.0.0.1",
         port: int = 8000,
         keys: Keys | None = None,
-        limits: Limits | None = None,
+        limits: ServerLimits | None = None,
         tls: ssl.SSLContext | None = None,
         wait_s: float = 0.0,
         threads: int = 2,
@@ -62,7 +63,7 @@ class PolicyServer:
             stuck_s: a batch that takes longer is given up, and with it the server: /healthz says so from then on.
         """
         self._policies, self._host, self.port = policies, host, port
-        self._keys, self._limits, self._tls = keys or Keys(), limits or Limits(), tls
+        self._keys, self._limits, self._tls = keys or Keys(), limits or ServerLimits(), tls
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._stuck_s = stuck_s
         self._open: dict[ServerConnection, bool] = {}  # whether a request of it is at work
@@ -238,7 +239,8 @@ class PolicyServer:
             if isinstance(ask, Ask):
                 alive = lambda: connection.state is State.OPEN  # noqa: E731
                 try:
-                    self._batcher.submit(Job(ask.policy, ask.request, connection, done, ask.due, alive))
+                    lane = ask.request.lane
+                    self._batcher.submit(Job(ask.policy, ask.request, connection, done, ask.due, alive, lane))
                 except Exception as e:
                     return failure(e)
             return ask
@@ -257,13 +259,18 @@ class PolicyServer:
         return reply
 
 
-def run(server: PolicyServer, *, port_file: Path | None = None) -> None:
-    """Serves until SIGTERM or SIGINT. port_file: written with the port once it listens."""
+def run(server: PolicyServer, *, port_file: Path | None = None, on_hangup: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGTERM or SIGINT. port_file: written with the port once it listens.
+
+    on_hangup: is called at SIGHUP, in a thread, one call after the other.
+    """
 
     async def main() -> None:
         stop = asyncio.Event()
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+        hangup = ThreadPoolExecutor(1, thread_name_prefix="hangup")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hangup.submit, on_hangup)
         await server.start()
         log.info("listening on port %d", server.port)
         if port_file is not None:
@@ -272,6 +279,7 @@ def run(server: PolicyServer, *, port_file: Path | None = None) -> None:
             temporary.replace(port_file)
         await stop.wait()
         log.info("closing")
+        hangup.shutdown(wait=False, cancel_futures=True)
         await server.close()
 
     asyncio.run(main())

@@ -16,16 +16,18 @@ from openpi_like.config import near_names
 from openpi_like.serve.batching import Answer, BusyError, LateError, StuckError
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.protocol import ProtocolError, pack, unpack
+from openpi_like.serve.ranges import RangeError, Watched
 
 log = logging.getLogger(__name__)
 
 FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed")
 """What a client may use beyond the protocol of openpi-client."""
 # Errors to a client are one of these codes and a sentence.
-INVALID, LATE, BUSY, CLOSING, INTERNAL = "invalid", "late", "busy", "closing", "internal"
+INVALID, RANGE, LATE, BUSY, CLOSING, INTERNAL = "invalid", "range", "late", "busy", "closing", "internal"
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (ObservationError, INVALID),
     (ProtocolError, INVALID),
+    (RangeError, RANGE),
     (LateError, LATE),
     (BusyError, BUSY),
     (StuckError, CLOSING),
@@ -34,13 +36,17 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """A request that a policy is to answer. due: on `time.monotonic`, or None. id: the client's own, sent back."""
+    """A request that a policy is to answer.
+
+    due: on `time.monotonic`, or None. id: the client's own, sent back. warnings: of its pictures.
+    """
 
     policy: Any
     request: Any
     due: float | None
     id: Any
     prepared_s: float
+    warnings: tuple[str, ...] = ()
 
 
 class Session:
@@ -56,6 +62,7 @@ class Session:
         self._policy, self._about = policy, dict(about or {})
         self._seed: int | None = None
         self._number = 0
+        self._watched: Watched | None = None
 
     def hello(self) -> bytes:
         """Returns the handshake."""
@@ -82,15 +89,19 @@ class Session:
         except Exception as e:
             return failure(e)
         self._number += 1
-        return Ask(policy, request, due, asked["id"], time.monotonic() - since)
+        self._watched = self._watched or Watched(policy.ranges.frozen)
+        warnings = self._watched.look(request.pictures, request.state)
+        return Ask(policy, request, due, asked["id"], time.monotonic() - since, tuple(warnings))
 
     def answer(self, ask: Ask, answer: Answer) -> bytes | str:
         """Returns the reply to a request."""
-        if isinstance(answer.actions, Exception):
-            return failure(answer.actions)
+        if isinstance(answer.reply, Exception):
+            return failure(answer.reply)
         seconds = {"prepare": ask.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
         timing: dict[str, Any] = {k: 1e3 * s for k, s in seconds.items()} | {"batch": answer.batch}
-        reply = {"actions": answer.actions, "timing_ms": timing}
+        reply = {"actions": answer.reply.actions, "timing_ms": timing}
+        if warnings := [*ask.warnings, *answer.reply.warnings]:
+            reply["warnings"] = warnings
         return pack(reply if ask.id is None else {**reply, "id": ask.id})
 
     def _reset(self, content: dict[Any, Any]) -> bytes:
@@ -101,7 +112,7 @@ class Session:
             raise ProtocolError(f"reset: {unknown[0]!r} is not part of it; {near_names(str(unknown[0]), ['seed'])}")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
             raise ProtocolError(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
-        self._seed, self._number = None if seed is None else int(seed), 0
+        self._seed, self._number, self._watched = None if seed is None else int(seed), 0, None
         return pack({"reset": True})
 
 

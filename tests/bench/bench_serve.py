@@ -52,13 +52,14 @@ def observation_of(robots: dict[str, Any]) -> dict[str, Any]:
 
 def serve(args: Args) -> None:
     """Serves on the port it prints."""
+    from openpi_like.serve.options import PolicyOptions
     from openpi_like.serve.policy import Policy
 
     if args.serve == "ours":
         from openpi_like.serve.policies import Policies
         from openpi_like.serve.server import PolicyServer, run
 
-        policy = Policy.load(args.checkpoint, max_batch=args.max_batch)
+        policy = Policy.load(args.checkpoint, PolicyOptions(max_batch=args.max_batch))
         policy.warm_up()
         tell(policy)
         run(PolicyServer(Policies({"default": policy}), port=0), port_file=Path(os.environ["PORT_FILE"]))

@@ -2,12 +2,28 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from openpi_like.serve.policies import Policies
+from openpi_like.serve.policy import Reply
+from openpi_like.serve.ranges import Ranges
 from openpi_like.serve.server import PolicyServer
+
+
+@dataclasses.dataclass
+class Row:
+    """A request as it was sent."""
+
+    observation: Any
+    lane: None = None
+    pictures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def state(self) -> Any:
+        return self.observation["state"]
 
 
 class Stub:
@@ -15,17 +31,17 @@ class Stub:
 
     def __init__(self, infer: Callable[[Any], Any], metadata: dict[str, Any] | None = None, max_batch: int = 4) -> None:
         self._infer, self._metadata = infer, {"robots": {"r": {}}} if metadata is None else metadata
-        self.sizes, self.batches = (max_batch,), []
+        self.sizes, self.batches, self.ranges = (max_batch,), [], Ranges()
 
     def metadata(self) -> dict[str, Any]:
         return self._metadata
 
     def prepare(self, observation: Any, *, number: int, seed: int | None) -> Any:
-        return observation
+        return Row(observation)
 
     def sample(self, requests: Sequence[Any]) -> list[Any]:
         self.batches.append(len(requests))
-        return [self._infer(request) for request in requests]
+        return [Reply(self._infer(request.observation)) for request in requests]
 
 
 @contextlib.contextmanager

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from openpi_like.batch import ActionTokens
 from openpi_like.data.images import encode
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
 from openpi_like.draws import row_keys
+from openpi_like.models.chunking import Guidance, soft_mask
 from openpi_like.models.flow import draw_noise
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
+from openpi_like.robots.limits import Limits
 from openpi_like.serve.observation import MAX_PIXELS, ObservationError
+from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.load import PolicyParts
 
@@ -24,8 +29,8 @@ ARM = Robot(
     cameras=(Camera("base", "image", 24, 32), Camera("wrist_right", "wrist")),
     state=(StateField("hand", "state", 2, unit="mm"), StateField("gripper", "state", 1, gripper=Gripper(0.0, 80.0))),
     action=(
-        ActionField("hand", "action", 2, unit="mm", relative_to="hand"),
-        ActionField("gripper", "action", 1, gripper=Gripper(open=-1.0, closed=1.0)),
+        ActionField("hand", "action", 2, unit="mm", relative_to="hand", limits=Limits(velocity=100.0)),
+        ActionField("gripper", "action", 1, gripper=Gripper(open=-1.0, closed=1.0), limits=Limits(lower=-1.0)),
     ),
     control_hz=10.0,
     action_horizon=3,
@@ -65,7 +70,7 @@ def _policy(tiny_policy, value=1.0, robots=(ARM, CART), model=None, **options):
         step=7,
         renderer={r.name: "egl" if r is CART else None for r in robots},
     )
-    return Policy(parts, **options)
+    return Policy(parts, PolicyOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +95,18 @@ def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypat
         policy = _policy(tiny_policy, robots=(dataclasses.replace(ARM, cameras=cameras),))
         seen: dict[str, np.ndarray] = {}
 
-        def sample(weights, words, inputs, mask, options, seen=seen):
+        def sample(weights, words, inputs, mask, options, previous, seen=seen):
             seen.update(inputs["images"])
             return np.zeros(mask.shape, np.float32)
 
-        monkeypatch.setattr(policy, "_sample", sample)
+        monkeypatch.setattr(policy._function, "compiled", sample)
         policy.infer(observation)
         for name in ("base", "wrist_right"):
             np.testing.assert_array_equal(seen[name][0], sent)
 
 
 def test_a_temperature_is_for_policies_that_write_tokens(tiny_policy):
-    with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this one is a Constant"):
+    with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this is a Constant"):
         _policy(tiny_policy, temperature=0.5)
 
 
@@ -129,6 +134,11 @@ def batched(tiny_policy):
     return policy
 
 
+def _actions(policy, requests):
+    """Answers, or errors."""
+    return [getattr(reply, "actions", reply) for reply in policy.sample(requests)]
+
+
 def _requests(policy, observation, n):
     """Requests of different robots, pictures and states."""
     rng = np.random.default_rng(0)
@@ -146,12 +156,12 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observa
     """Bit for bit in a batch of the same size, wherever it stands in it; to rounding where the size is another."""
     requests = _requests(batched, observation, 6)
     assert batched.sizes == (1, 2, 4)
-    alone = [batched.sample([request])[0] for request in requests]
-    first = batched.sample(requests[:4])
-    other = batched.sample([requests[4], requests[1], requests[5], requests[0]])
+    alone = [_actions(batched, [request])[0] for request in requests]
+    first = _actions(batched, requests[:4])
+    other = _actions(batched, [requests[4], requests[1], requests[5], requests[0]])
     np.testing.assert_array_equal(other[1], first[1])
     np.testing.assert_array_equal(other[3], first[0])
-    np.testing.assert_array_equal(batched.sample(requests[:3])[1], first[1])  # filled up to four
+    np.testing.assert_array_equal(_actions(batched, requests[:3])[1], first[1])  # filled up to four
     for got, expected in zip(first, alone, strict=False):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(got, expected, atol=2e-6 * scale)
@@ -164,9 +174,78 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observa
 def test_actions_that_are_not_finite_fail_their_own_request_alone(batched, observation):
     requests = _requests(batched, observation, 2)
     broken = dataclasses.replace(requests[0], row={**requests[0].row, "state": np.full(4, np.nan, np.float32)})
-    sound, failed = batched.sample([requests[1], broken])
+    sound, failed = _actions(batched, [requests[1], broken])
     assert isinstance(failed, FloatingPointError)
-    np.testing.assert_array_equal(sound, batched.sample(requests[::-1])[0])
+    np.testing.assert_array_equal(sound, _actions(batched, requests[::-1])[0])
+
+
+@pytest.fixture(scope="module")
+def chunking(tiny_policy):
+    """A real policy that goes on from the chunk before."""
+    return _policy(tiny_policy, max_batch=2, model=tiny_policy.create(jax.random.key(0)), real_time_chunking=True)
+
+
+def test_a_chunk_goes_on_from_the_one_before(chunking, batched, observation):
+    """The old chunk is in the robot's units, and relative to where it is now."""
+    plain = chunking.prepare(observation)
+    np.testing.assert_allclose(_actions(chunking, [plain])[0], _actions(batched, [plain])[0], rtol=1e-5)
+    old = _actions(chunking, [chunking.prepare({**observation, "seed": 9})])[0]
+    request = chunking.prepare({**observation, "previous": old[1:], "delay": 1})
+    normalization = chunking._parts.normalizations["arm"]
+    expected = normalization.apply_actions(ARM.encode_actions(old[1:], observation["state"]))
+    np.testing.assert_array_equal(request.previous.actions[:2, :3], expected)
+    np.testing.assert_array_equal(request.previous.weights, [*soft_mask(1, 2, 4)])
+    np.testing.assert_array_equal(request.previous.actions[2:], 0)
+    got = _actions(chunking, [request, request])
+    np.testing.assert_array_equal(got[0], got[1])
+    near = lambda actions: np.abs(actions[:2] - old[1:])[0, :2].mean()  # noqa: E731
+    assert near(got[0]) < 0.7 * near(_actions(chunking, [plain])[0])
+    assert {plain.lane, request.lane} == {False, True}
+    with pytest.raises(ValueError, match="one after the other"):
+        _actions(chunking, [plain, request])
+    assert (chunking.metadata()["real_time_chunking"], chunking.metadata()["max_delay"]) == (True, 0)
+
+
+OLD = np.zeros((2, 3), np.float32)
+SIZES = {"state_dim": 3, "action_dim": 3, "action_horizon": 4, "prompt_len": 8, "vocab_size": 3000}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"previous": OLD, "delay": 3}, r"delay: got 3, expected an integer in 0 \.\. 2"),
+        ({"previous": OLD, "delay": -1}, r"delay: got -1, expected an integer in 0 \.\. 2"),
+        ({"previous": OLD}, "delay: got None"),
+        ({"delay": 1}, r"previous: got NoneType, expected a float array \(n, 3\)"),
+        ({"previous": OLD[:, :2], "delay": 1}, r"previous: got shape \(2, 2\), expected \(n, 3\), n from 1 to 3"),
+        ({"previous": np.zeros((4, 3)), "delay": 1}, r"previous: got shape \(4, 3\)"),
+        ({"previous": OLD.astype(int), "delay": 1}, "previous: got ndarray int64"),
+        ({"previous": OLD * np.nan, "delay": 1}, "previous: not finite"),
+    ],
+)
+def test_a_chunk_before_that_is_none_is_refused(chunking, observation, change, message):
+    with pytest.raises(ObservationError, match=message):
+        chunking.prepare({**observation, **change})
+
+
+def test_a_chunk_before_is_refused_where_nothing_takes_it(tiny_policy, policy, observation):
+    with pytest.raises(ObservationError, match="started without --real-time-chunking"):
+        policy.prepare({**observation, "previous": OLD, "delay": 1})
+    other = Constant(Pi0FastConfig.tiny(cameras=("base",), action_tokens=ActionTokens(8), **SIZES), 1.0)
+    with pytest.raises(ValueError, match="a Constant cannot go on from a chunk"):
+        _policy(tiny_policy, model=other, real_time_chunking=True)
+    trained = dataclasses.replace(tiny_policy, max_delay=1).create(jax.random.key(0))
+    delayed = _policy(tiny_policy, model=trained, real_time_chunking=True)
+    assert delayed.metadata()["max_delay"] == 1
+    with pytest.raises(
+        ObservationError, match=r"delay: got 2, expected an integer in 0 \.\. 1, as the policy was trained"
+    ):
+        delayed.prepare({**observation, "previous": OLD, "delay": 2})
+    old = np.array([[110.0, 190, 1], [120, 180, -1]], np.float32)
+    got = _actions(delayed, [delayed.prepare({**observation, "previous": old, "delay": 1})])[0]
+    np.testing.assert_allclose(got[0], old[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="schedule='exq'"):
+        Guidance(schedule="exq")
 
 
 def test_pictures_may_be_encoded(policy, observation):
@@ -186,6 +265,13 @@ def test_metadata_tells_a_robot_what_to_send(policy):
         "cameras": {"base": [24, 32], "wrist_right": None},
         "state": [["hand", 2, "mm"], ["gripper", 1, "1"]],
         "action": [["hand", 2, "mm"], ["gripper", 1, "1"]],
+        "limits": {
+            "lower": (None, None, -1.0),
+            "upper": (None,) * 3,
+            "velocity": (100.0, 100.0, None),
+            "acceleration": (None,) * 3,
+            "command": ["absolute"] * 3,
+        },
         "control_hz": 10.0,
         "action_horizon": 3,
         "execute_steps": 2,

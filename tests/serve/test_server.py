@@ -18,12 +18,12 @@ from websockets.sync.client import connect
 
 from openpi_like.serve.client import DeadlineError, PolicyClient, ServerError
 from openpi_like.serve.keys import read_keys
-from openpi_like.serve.limits import Limits
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, unpack
+from openpi_like.serve.server_limits import ServerLimits
 from tests.conftest import REPOSITORY
-from tests.serve.running import Stub, serving
+from tests.serve.running import Row, Stub, serving
 
 
 def _echo(observation):
@@ -157,7 +157,7 @@ def _until(condition):
 
 def test_the_loop_answers_while_inference_runs_and_the_queue_is_bounded():
     gate = Gate()
-    with serving(gate, limits=Limits(waiting=1)) as server:
+    with serving(gate, limits=ServerLimits(waiting=1)) as server:
         clients = [PolicyClient(port=server.port) for _ in range(3)]
         asked = [_asking(clients[0], OBSERVATION)]
         assert gate.started.wait(10)
@@ -327,7 +327,7 @@ def test_a_device_that_hangs_is_said_and_nobody_waits_for_it():
 def test_a_session_begins_anew_with_its_own_seed():
     class Numbered(Stub):
         def prepare(self, observation, *, number, seed):
-            return {"state": np.array([number, -1 if seed is None else seed], np.float32)}
+            return Row({"state": np.array([number, -1 if seed is None else seed], np.float32)})
 
     with serving(Numbered(lambda request: request["state"][None])) as server:
         one, other = PolicyClient(port=server.port), PolicyClient(port=server.port)
@@ -348,7 +348,7 @@ def _connected(server):
 
 
 def test_limits_of_connections_and_time():
-    with serving(_echo, limits=Limits(connections=2, idle_s=0.3)) as server:
+    with serving(_echo, limits=ServerLimits(connections=2, idle_s=0.3)) as server:
         clients = [PolicyClient(port=server.port) for _ in range(2)]
         _until(lambda: _connected(server) == 2)
         with pytest.raises(InvalidStatus, match="503"):
@@ -361,7 +361,7 @@ def test_limits_of_connections_and_time():
             client.close()
     for wrong in ({"connections": 0}, {"idle_s": 0.0}, {"message_bytes": 2**40}, {"send_s": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Limits(**wrong)
+            ServerLimits(**wrong)
 
 
 def test_keys_are_checked_and_have_limits_of_their_own(tmp_path):

@@ -8,8 +8,8 @@ from openpi_like.serve.protocol import MAX_MESSAGE_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """Limits of a server. None: no limit.
+class ServerLimits:
+    """ServerLimits of a server. None: no limit.
 
     message_bytes: of one message. connections: at a time, of all clients. waiting: requests in the queue. idle_s: a
     connection that sends nothing for so long is closed. send_s: one that does not take a reply for so long is closed.
@@ -36,7 +36,7 @@ class Limits:
             if value is not None and not value > 0:
                 problems.append(f"{name}={value}, expected a number above 0")
         if problems:
-            raise ValueError("Limits: " + "; ".join(problems))
+            raise ValueError("ServerLimits: " + "; ".join(problems))
 
 
 class RateLimit:
