@@ -25,7 +25,7 @@ SCALES: dict[str, dict[str, int]] = {
         "pusht": 60,
         "metaworld_fetch": 8,
         "val": 4,
-        "pretrain": 4_000,
+        "pretrain": 3_000,
         "finetune_metaworld_fetch": 600,
         "episodes": 20,
     },

@@ -29,7 +29,7 @@ from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import read_tokenizer
 from openpi_like.models.weights import WeightsError, print_load_report
-from openpi_like.train.allocation import keep_freed_memory, runs_on_cpus
+from openpi_like.train.allocation import keep_freed_memory, restart_after_compiling, runs_on_cpus
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step
 from openpi_like.train.checkpoints.contract import (
     CheckpointError,
@@ -178,7 +178,10 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if step < config.steps and not patience.spent:
         started = time.perf_counter()
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
-        say(f"compiled in {time.perf_counter() - started:.0f} s")
+        took = time.perf_counter() - started
+        say(f"compiled in {took:.0f} s")
+        if jax.default_backend() == "cpu" and group.count == 1:
+            restart_after_compiling(took, config.steps - step, say, closing=(loader, checkpointer, metrics))
     peak = peak_flops(jax.devices())
     if peak is None and jax.default_backend() != "cpu":
         say(f"no MFU: the peak of {jax.devices()[0].device_kind} is not in openpi_like/train/planning/chips.py")

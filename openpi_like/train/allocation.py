@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 # What drivers of accelerators make below /dev, by which JAX finds them too: NVIDIA's (also inside WSL and on Tegra),
 # AMD's, TPUs (older and newer ones).
@@ -10,6 +13,9 @@ _ACCELERATORS = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "kfd", "accel[0-9]*", "vfi
 # Parameters of glibc's mallopt(3), and the value that never gives memory back.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
+# Seconds that reading a compiled program does not take; and steps that are worth a start, which takes some more.
+_COMPILED_ANEW, _PAYS = 15.0, 1000
+_RESTARTED = "OPENPI_LIKE_RESTARTED"
 
 
 def keep_freed_memory() -> bool:
@@ -24,6 +30,32 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(mallopt(*option) == 1 for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER)))
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """Something that is open."""
+
+    def close(self) -> None:
+        """Closes it."""
+
+
+def restart_after_compiling(
+    seconds: float, steps: int, say: Callable[[str], None], *, closing: Sequence[Closable]
+) -> None:
+    """Starts this program anew, with the same arguments, where that pays; then it does not return.
+
+    A compiler leaves the heap in pieces, and a tiny policy's step takes half as long again among them as in a process
+    that has read the compiled program from disk. seconds: that compiling took. steps: to go. closing: what is open.
+    """
+    if seconds < _COMPILED_ANEW or steps < _PAYS or os.environ.get(_RESTARTED):
+        return
+    say("starting anew with the compiled program: compiling leaves memory in pieces, which makes steps slow on CPUs")
+    for each in closing:
+        each.close()
+    sys.stdout.flush()
+    os.environ[_RESTARTED] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def runs_on_cpus(devices: Path = Path("/dev")) -> bool:

@@ -1,5 +1,6 @@
 """Freed memory is used again without asking the system, in whatever thread; and where that is done."""
 
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,26 @@ def test_whether_a_machine_computes_on_its_cpus(tmp_path, monkeypatch, devices, 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert runs_on_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "environment", "starts"),
+    [(20.0, 1000, {}, 2), (2.0, 1000, {}, 1), (20.0, 10, {}, 1), (20.0, 1000, {"OPENPI_LIKE_RESTARTED": "1"}, 1)],
+)
+def test_a_program_that_compiled_for_long_starts_anew_once(tmp_path, seconds, steps, environment, starts):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from openpi_like.train.allocation import restart_after_compiling\n"
+        "print('started with', *sys.argv[1:])\n"
+        "class Open:\n"
+        "    def close(self): print('closed')\n"
+        f"restart_after_compiling({seconds}, {steps}, print, closing=[Open()])\n"
+        "print('goes on')\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OPENPI_LIKE_RESTARTED"} | environment
+    done = subprocess.run([sys.executable, program, "a=1"], capture_output=True, text=True, check=True, env=env)
+    lines = done.stdout.splitlines()
+    assert lines.count("started with a=1") == starts
+    assert lines.count("closed") == starts - 1
+    assert lines[-1] == "goes on"
