@@ -21,6 +21,7 @@ from openpi_like.serve.server import PolicyServer, run
 from openpi_like.serve.server_limits import ServerLimits
 from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.contract import CheckpointError
+from openpi_like.train.compile_cache import use_compile_cache
 
 log = logging.getLogger("openpi_like.policy_server")
 
@@ -112,6 +113,7 @@ def renew(policies: Policies, args: Args) -> None:
 
 def main(args: Args) -> None:
     log_to_stderr()
+    use_compile_cache(None)
     try:
         tls = tls_of(args)
         keys = read_keys(args.keys) if args.keys is not None else Keys()
