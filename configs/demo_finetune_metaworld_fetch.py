@@ -3,7 +3,7 @@ commanded the other way round. From 88 demonstrations of eleven tasks.
 
     python train/train.py configs/demo_finetune_metaworld_fetch.py
 
-All weights come from the checkpoint; what is not said here is as in demo_pretrain.py. Two CPU cores: a minute; `make
+All weights come from the checkpoint; what is not said here is as in demo_pretrain.py. Two CPU cores: two minutes; `make
 demo` makes what it needs, and runs it.
 """
 
@@ -14,7 +14,7 @@ from openpi_like.config import load_run
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.robots.metaworld_fetch import METAWORLD_FETCH
 from openpi_like.train.checkpoints.warm_start import WarmStart
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 
 pretrain = load_run(Path(__file__).with_name("demo_pretrain.py"))
 
@@ -25,7 +25,7 @@ config = dataclasses.replace(
     tokenizer=None,
     warm_start=WarmStart(pretrain.run_dir),
     steps=600,
-    optimizer=OptimizerConfig(peak_lr=3e-4, end_lr=1e-5, warmup_steps=50, decay_steps=600, weight_decay=1e-4),
+    optimizer=MuonConfig(peak_lr=2e-3, end_lr=2e-5, warmup_steps=50, decay_steps=600, weight_decay=1e-4),
     validate_every=300,
     save_every=300,
 )

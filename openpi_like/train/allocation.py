@@ -14,7 +14,7 @@ _ACCELERATORS = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "kfd", "accel[0-9]*", "vfi
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 # Seconds that reading a compiled program does not take; and steps that are worth a start, which takes some more.
-_COMPILED_ANEW, _PAYS = 15.0, 1000
+_COMPILED_ANEW, _PAYS = 15.0, 500
 _RESTARTED = "OPENPI_LIKE_RESTARTED"
 
 
