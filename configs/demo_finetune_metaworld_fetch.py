@@ -3,7 +3,7 @@ commanded the other way round. From 88 demonstrations of eleven tasks.
 
     python train/train.py configs/demo_finetune_metaworld_fetch.py
 
-All weights come from the checkpoint; what is not said here is as in demo_pretrain.py. Two CPU cores: two minutes; `make
+All weights come from the checkpoint; what is not said here is as in demo_pretrain.py. Two CPU cores: a minute; `make
 demo` makes what it needs, and runs it.
 """
 
@@ -24,8 +24,8 @@ config = dataclasses.replace(
     data=DataConfig(entries=(MixtureEntry(METAWORLD_FETCH, "runs/demo/data/metaworld_fetch_sim/1.0.0"),)),
     tokenizer=None,
     warm_start=WarmStart(pretrain.run_dir),
-    steps=600,
-    optimizer=MuonConfig(peak_lr=2e-3, end_lr=2e-5, warmup_steps=50, decay_steps=600, weight_decay=1e-4),
-    validate_every=300,
-    save_every=300,
+    steps=300,
+    optimizer=MuonConfig(peak_lr=2e-3, end_lr=2e-5, warmup_steps=50, decay_steps=300, weight_decay=1e-4),
+    validate_every=150,
+    save_every=150,
 )

@@ -26,7 +26,7 @@ SCALES: dict[str, dict[str, int]] = {
         "metaworld_fetch": 8,
         "val": 4,
         "pretrain": 2_500,
-        "finetune_metaworld_fetch": 600,
+        "finetune_metaworld_fetch": 300,
         "episodes": 20,
     },
     "full": {
@@ -37,7 +37,7 @@ SCALES: dict[str, dict[str, int]] = {
         "aloha": 300,
         "val": 10,
         "pretrain": 6_000,
-        "finetune_metaworld_fetch": 600,
+        "finetune_metaworld_fetch": 300,
         "finetune_aloha": 5_000,
         "finetune_pusht": 6_000,
         "episodes": 50,
