@@ -14,7 +14,7 @@ from openpi_like.config import load_run
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.robots.metaworld_fetch import METAWORLD_FETCH
 from openpi_like.train.checkpoints.warm_start import WarmStart
-from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.muon import MuonConfig
 
 pretrain = load_run(Path(__file__).with_name("demo_pretrain.py"))
 
@@ -24,8 +24,8 @@ config = dataclasses.replace(
     data=DataConfig(entries=(MixtureEntry(METAWORLD_FETCH, "runs/demo/data/metaworld_fetch_sim/1.0.0"),)),
     tokenizer=None,
     warm_start=WarmStart(pretrain.run_dir),
-    steps=600,
-    optimizer=OptimizerConfig(peak_lr=3e-4, end_lr=1e-5, warmup_steps=50, decay_steps=600, weight_decay=1e-4),
-    validate_every=300,
-    save_every=300,
+    steps=300,
+    optimizer=MuonConfig(peak_lr=2e-3, end_lr=2e-5, warmup_steps=50, decay_steps=300, weight_decay=1e-4),
+    validate_every=150,
+    save_every=150,
 )

@@ -180,7 +180,8 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         train_step = trainer.train_step.lower(state, put_batch(loader.peek(), mesh)).compile()
         took = time.perf_counter() - started
         say(f"compiled in {took:.0f} s")
-        if jax.default_backend() == "cpu" and group.count == 1:
+        # A tracker would show two runs.
+        if jax.default_backend() == "cpu" and group.count == 1 and not config.trackers:
             restart_after_compiling(took, config.steps - step, say, closing=(loader, checkpointer, metrics))
     peak = peak_flops(jax.devices())
     if peak is None and jax.default_backend() != "cpu":

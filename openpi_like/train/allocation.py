@@ -1,4 +1,4 @@
-"""Memory that a training step on CPUs frees stays with the process, so that the next step need not ask for it again."""
+"""Memory of training on CPUs: what a step frees stays for the next one, and no step runs in a heap in pieces."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _ACCELERATORS = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "kfd", "accel[0-9]*", "vfi
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 # Seconds that reading a compiled program does not take; and steps that are worth a start, which takes some more.
-_COMPILED_ANEW, _PAYS = 15.0, 1000
+_COMPILED_ANEW, _PAYS = 15.0, 500
 _RESTARTED = "OPENPI_LIKE_RESTARTED"
 
 
@@ -46,7 +46,12 @@ def restart_after_compiling(
     """Starts this program anew, with the same arguments, where that pays; then it does not return.
 
     A compiler leaves the heap in pieces, and a tiny policy's step takes half as long again among them as in a process
-    that has read the compiled program from disk. seconds: that compiling took. steps: to go. closing: what is open.
+    that has read the compiled program from disk. It is done once: where nothing was kept on disk, the second process
+    compiles, and goes on. seconds: that compiling took. steps: to go. say: is called with the reason. closing: what is
+    open.
+
+    Raises:
+        OSError: the program cannot be started.
     """
     if seconds < _COMPILED_ANEW or steps < _PAYS or os.environ.get(_RESTARTED):
         return
@@ -55,7 +60,7 @@ def restart_after_compiling(
         each.close()
     sys.stdout.flush()
     os.environ[_RESTARTED] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # also the interpreter's own options
 
 
 def runs_on_cpus(devices: Path = Path("/dev")) -> bool:

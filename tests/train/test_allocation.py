@@ -1,4 +1,4 @@
-"""Freed memory is used again without asking the system, in whatever thread; and where that is done."""
+"""Freed memory is used again without asking the system, in whatever thread, and where; programs that start anew."""
 
 import os
 import subprocess
@@ -82,15 +82,15 @@ def test_a_program_that_compiled_for_long_starts_anew_once(tmp_path, seconds, st
     program.write_text(
         "import sys\n"
         "from openpi_like.train.allocation import restart_after_compiling\n"
-        "print('started with', *sys.argv[1:])\n"
+        "print('started with', sys.flags.optimize, *sys.argv[1:])\n"
         "class Open:\n"
         "    def close(self): print('closed')\n"
         f"restart_after_compiling({seconds}, {steps}, print, closing=[Open()])\n"
         "print('goes on')\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "OPENPI_LIKE_RESTARTED"} | environment
-    done = subprocess.run([sys.executable, program, "a=1"], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run([sys.executable, "-O", program, "a=1"], capture_output=True, text=True, check=True, env=env)
     lines = done.stdout.splitlines()
-    assert lines.count("started with a=1") == starts
+    assert lines.count("started with 1 a=1") == starts
     assert lines.count("closed") == starts - 1
     assert lines[-1] == "goes on"
