@@ -22,7 +22,7 @@ class Args:
     """Makes and lists the keys that a policy server asks for.
 
     file: is made if it is not there. add: a client to make a key for. remove: one whose key is not to be taken any
-    more, once the server has been started anew. requests_per_s, connections: what the new key allows.
+    more, once the server has been started anew. requests_per_s, connections, looks: what the new key allows.
     """
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -30,6 +30,7 @@ class Args:
     remove: str | None = None
     requests_per_s: float | None = None
     connections: int | None = None
+    looks: bool = False
 
 
 def main(args: Args) -> None:
@@ -42,13 +43,14 @@ def main(args: Args) -> None:
         if args.add in keys:
             sys.exit(f"{args.file} has a key of {args.add!r} already; remove it first")
         key = new_key()
-        keys[args.add] = Key(args.add, hash_of(key), args.requests_per_s, args.connections)
+        keys[args.add] = Key(args.add, hash_of(key), args.requests_per_s, args.connections, args.looks)
         print(f"key of {args.add}: {key}")
     if args.add is not None or args.remove is not None:
         write_keys(args.file, keys.values())
     for each in keys.values():
         rate = "any rate" if each.requests_per_s is None else f"{each.requests_per_s:g} requests/s"
-        print(f"{each.name}: {rate}, {each.connections or 'any number of'} connections")
+        looks = ", may look at the live page" if each.looks else ""
+        print(f"{each.name}: {rate}, {each.connections or 'any number of'} connections{looks}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Annotated
 import tyro
 
 from openpi_like.serve.keys import Keys, read_keys
+from openpi_like.serve.listeners import Listener
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.policy import Policy
-from openpi_like.serve.server import PolicyServer, run
+from openpi_like.serve.server import LOCAL, PolicyServer, run
 from openpi_like.serve.server_limits import ServerLimits
+from openpi_like.serve.session_recording import SessionRecorder
 from openpi_like.train.checkpoints.checkpoint import Step
 from openpi_like.train.checkpoints.contract import CheckpointError
 from openpi_like.train.compile_cache import use_compile_cache
@@ -36,7 +38,8 @@ class Args:
     connection. host: 0.0.0.0 to be reachable from other machines. port: 0 takes a free one. port_file: written with the
     port once it listens. keys: file of serve/api_keys.py; clients must send one of its keys. cert, cert_key: for TLS.
     client_ca: clients must have a certificate that this one signed. wait_ms: how long a request waits for others to
-    share a batch with; by default it is begun as soon as the device is free.
+    share a batch with; by default it is begun as soon as the device is free. record: directory of a spool, where
+    sessions are kept for serve/record.py. tracing: sends spans of OpenTelemetry to where its variables say.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -52,6 +55,8 @@ class Args:
     cert_key: Path | None = None
     client_ca: Path | None = None
     wait_ms: float = 0.0
+    record: Path | None = None
+    tracing: bool = False
     options: Annotated[PolicyOptions, tyro.conf.arg(name="")] = PolicyOptions(max_batch=16)
     limits: ServerLimits = ServerLimits()
 
@@ -75,6 +80,20 @@ def tls_of(args: Args) -> ssl.SSLContext | None:
         context.load_verify_locations(args.client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def listeners_of(args: Args) -> list[Listener]:
+    """Returns what else learns of the sessions."""
+    listeners: list[Listener] = []
+    if args.record is not None:
+        listeners.append(SessionRecorder(args.record))
+    if args.tracing:
+        try:
+            from openpi_like.serve.tracing import Tracing
+        except ImportError as e:
+            raise ValueError(f"--tracing needs the extra `tracing`, pip install 'openpi-like[tracing]' ({e})") from e
+        listeners.append(Tracing())
+    return listeners
 
 
 def load(args: Args) -> Policies:
@@ -115,11 +134,11 @@ def main(args: Args) -> None:
     log_to_stderr()
     use_compile_cache(None)
     try:
-        tls = tls_of(args)
+        tls, listeners = tls_of(args), listeners_of(args)
         keys = read_keys(args.keys) if args.keys is not None else Keys()
     except (ValueError, OSError) as e:
         sys.exit(f"cannot serve: {e}")
-    if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
+    if args.host not in LOCAL and not keys:
         log.warning("anybody who reaches %s can ask this server; see --keys", args.host)
     policies = load(args)
     server = PolicyServer(
@@ -130,6 +149,7 @@ def main(args: Args) -> None:
         limits=args.limits,
         tls=tls,
         wait_s=args.wait_ms / 1e3,
+        listeners=listeners,
     )
     run(server, port_file=args.port_file, on_hangup=lambda: renew(policies, args))
 

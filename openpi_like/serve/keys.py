@@ -1,5 +1,7 @@
 """API keys. A file holds their hashes, never the keys: `python serve/api_keys.py keys.json --add robot7` prints one."""
 
+import base64
+import contextlib
 import dataclasses
 import hashlib
 import hmac
@@ -15,13 +17,15 @@ class Key:
     """Who has a key, and what it allows.
 
     name: of the client, in logs and metrics. sha256: of the key, which is random and long, so that no slow hash is
-    needed. requests_per_s: on average, with bursts of a second's worth; None for any. connections: at a time.
+    needed. requests_per_s: on average, with bursts of a second's worth; None for any. connections: at a time. looks:
+    whether it may see the live page, and there what all robots see.
     """
 
     name: str
     sha256: str
     requests_per_s: float | None = None
     connections: int | None = None
+    looks: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -54,17 +58,21 @@ class Keys:
         return bool(self.keys)
 
     def find(self, authorization: str) -> Key | None:
-        """Returns the key that a header `Authorization: Api-Key KEY` (or `Bearer KEY`) has, or None.
+        """Returns the key that a header `Authorization: Api-Key KEY` has, or None. `Bearer KEY` is as good, and `Basic`
+        with any name and the key as the password, which is what browsers send.
 
         All hashes are compared, each in constant time, so that the time taken tells nothing.
         """
         scheme, _, given = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
         digest = hash_of(given.strip())
         found = None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
-        return found if scheme.lower() in ("api-key", "bearer") else None
+        return found if scheme.lower() in ("api-key", "bearer", "basic") else None
 
 
 def hash_of(key: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 # What an observation is made of; never objects, which would need pickle.

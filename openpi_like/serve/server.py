@@ -12,10 +12,10 @@ import signal
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -24,14 +24,18 @@ from websockets.protocol import State
 
 from openpi_like.serve.batching import Answer, Batcher, Job
 from openpi_like.serve.keys import Key, Keys
+from openpi_like.serve.listeners import Client, Listener, Listeners
+from openpi_like.serve.live import HEADERS, PAGE, Live
 from openpi_like.serve.metrics import Metrics
 from openpi_like.serve.policies import Policies, UnknownPolicyError
 from openpi_like.serve.server_limits import RateLimit, ServerLimits
-from openpi_like.serve.session import Ask, Session, failure
+from openpi_like.serve.session import Ask, Reset, Session, failure
 
 log = logging.getLogger(__name__)
 
 GOING_AWAY, POLICY_VIOLATION = 1001, 1008
+LOCAL = ("127.0.0.1", "::1", "localhost")
+_VIEWERS = 16  # pages that look at once
 
 
 class PolicyServer:
@@ -53,6 +57,7 @@ class PolicyServer:
         wait_s: float = 0.0,
         threads: int = 2,
         stuck_s: float = 60.0,
+        listeners: Iterable[Listener] = (),
     ) -> None:
         """
         Args:
@@ -61,6 +66,7 @@ class PolicyServer:
             wait_s: see `Batcher`.
             threads: that prepare requests.
             stuck_s: a batch that takes longer is given up, and with it the server: /healthz says so from then on.
+            listeners: what else learns of the sessions, besides the live page.
         """
         self._policies, self._host, self.port = policies, host, port
         self._keys, self._limits, self._tls = keys or Keys(), limits or ServerLimits(), tls
@@ -79,6 +85,9 @@ class PolicyServer:
                 "ready": ("1 where it takes connections", lambda: float(self.ready)),
             }
         )
+        self._began = time.monotonic()
+        self._live = Live(self._state)
+        self._listeners = Listeners([self._live, *listeners])
         self._server: Server | None = None
         self._draining = self._stuck = False
         self._watcher: asyncio.Task[None] | None = None
@@ -88,6 +97,15 @@ class PolicyServer:
     def ready(self) -> bool:
         """Whether it takes connections."""
         return self._server is not None and not (self._draining or self._stuck)
+
+    def _state(self) -> dict[str, float | bool]:
+        return {
+            "ready": self.ready,
+            "connections": len(self._open),
+            "requests wait": self._batcher.waiting,
+            "sessions so far": self._sessions,
+            "minutes up": (time.monotonic() - self._began) / 60,
+        }
 
     async def start(self) -> None:
         """Listens."""
@@ -121,12 +139,14 @@ class PolicyServer:
             if self._open:
                 self._batcher.give_up("the server is closing; connect again later")
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in list(self._open)))
+            await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in self._server.connections))
             await self._server.wait_closed()
         if self._watcher is not None:
             self._watcher.cancel()
         if not self._stuck:
             await asyncio.to_thread(self._batcher.close)
         self._threads.shutdown(wait=not self._stuck)
+        await asyncio.to_thread(self._listeners.close)
 
     async def _watch(self) -> None:
         while not self._stuck:
@@ -154,12 +174,42 @@ class PolicyServer:
             if key is None:
                 self.metrics.refused("key")
                 text = "wrong or missing header Authorization: Api-Key\n"
-                return connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
+                response = connection.respond(http.HTTPStatus.UNAUTHORIZED, text)
+                response.headers["WWW-Authenticate"] = 'Basic realm="policy server: any name, and a key as password"'
+                return response
+        origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
+        if origin is not None and urlsplit(origin).netloc != host:  # a page of somebody else in a browser
+            self.metrics.refused("origin")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, f"a page of {origin} may not use this server\n")
+        page = path == "/" and "Upgrade" not in request.headers
+        if page or path == "/live":
+            return self._looking(connection, key, host, page)
         if path == "/metrics":
             response = connection.respond(http.HTTPStatus.OK, self.metrics.text().decode())
             response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return response
         return self._refusal(connection, path, key)
+
+    def _looking(self, connection: ServerConnection, key: Key | None, host: str, page: bool) -> Response | None:
+        """Returns the live page, or why it is not shown; None where what it is told may begin.
+
+        It shows what robots see: to keys that may look, or where there are none, to this machine alone.
+        """
+        if key is not None and not key.looks:
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "this key may not look; add one with --looks\n")
+        if key is None and not (self._host in LOCAL and (urlsplit(f"//{host}").hostname or "") in LOCAL):
+            text = "the live page is for this machine alone, unless the server has keys\n"
+            return connection.respond(http.HTTPStatus.FORBIDDEN, text)
+        if page:
+            response = connection.respond(http.HTTPStatus.OK, PAGE.decode())
+            for name, value in HEADERS.items():
+                del response.headers[name]
+                response.headers[name] = value
+            return response
+        if self._live.viewers >= _VIEWERS:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{_VIEWERS} pages look already\n")
+        connection.looks = True  # type: ignore[attr-defined]
+        return None
 
     def _refusal(self, connection: ServerConnection, path: str, key: Key | None) -> Response | None:
         """Returns why a connection is not taken, or None."""
@@ -176,20 +226,30 @@ class PolicyServer:
         except UnknownPolicyError as e:
             self.metrics.refused("policy")
             return connection.respond(http.HTTPStatus.NOT_FOUND, f"{e}\n")
+        connection.looks = False  # type: ignore[attr-defined]
         connection.served, connection.key = served, key  # type: ignore[attr-defined]
         return None
 
     # ---- Conversations -----------------------------------------------------------------------------------------------
 
     async def _handle(self, connection: ServerConnection) -> None:
+        if connection.looks:  # type: ignore[attr-defined]
+            await self._live.show(connection)
+        else:
+            await self._converse(connection)
+
+    async def _converse(self, connection: ServerConnection) -> None:
         served, key = connection.served, connection.key  # type: ignore[attr-defined]
         self._open[connection] = False
         self._by_key[key.name if key else ""] += 1
         self._sessions += 1
-        client = {"session": self._sessions, "peer": connection.remote_address, "key": key.name if key else None}
+        address = connection.remote_address
+        peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
+        client = Client(self._sessions, peer, key.name if key else None, served.name)
         session = Session(served.begin(), about={"policy": served.name, "policies": [s.name for s in self._policies]})
         rate = self._rate(connection, key)
-        log.info("connected: %s to %r", client, served.name)
+        log.info("connected: %s", client)
+        self._listeners.connected(client, session.metadata())
         try:
             await self._send(connection, session.hello())
             while not self._draining:
@@ -197,7 +257,9 @@ class PolicyServer:
                     message = await connection.recv()
                 arrived = time.monotonic()
                 self._open[connection] = True
-                reply = self._too_fast(rate) or await self._answer(connection, session, message, arrived, served.name)
+                if limited := self._too_fast(rate):
+                    self._refused(client, limited, arrived)
+                reply = limited or await self._answer(connection, session, message, arrived, client)
                 await self._send(connection, reply)
                 self._open[connection] = False
             await connection.close(GOING_AWAY, "the server is closing")
@@ -207,6 +269,7 @@ class PolicyServer:
             log.info("too slow, closed: %s", client)
             await connection.close(POLICY_VIOLATION, "nothing was sent, or taken, for too long")
         finally:
+            self._listeners.disconnected(client)
             del self._open[connection]
             self._by_key[key.name if key else ""] -= 1
 
@@ -221,12 +284,16 @@ class PolicyServer:
         wait = rate.take() if rate is not None else 0.0
         return f"limit: more requests than this client may send; wait {1e3 * wait:.0f} ms" if wait else None
 
+    def _refused(self, client: Client, said: str, arrived: float) -> None:
+        self._listeners.refused(client, said)
+        self.metrics.replied(client.policy, said.partition(":")[0], {"total": time.monotonic() - arrived})
+
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(self._limits.send_s):
             await connection.send(message)
 
     async def _answer(
-        self, connection: ServerConnection, session: Session, message: str | bytes, arrived: float, name: str
+        self, connection: ServerConnection, session: Session, message: str | bytes, arrived: float, client: Client
     ) -> str | bytes:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer] = loop.create_future()
@@ -234,7 +301,7 @@ class PolicyServer:
         def done(answer: Answer) -> None:
             loop.call_soon_threadsafe(lambda: answered.done() or answered.set_result(answer))
 
-        def begin() -> Ask | bytes | str:
+        def begin() -> Ask | Reset | str:
             ask = session.receive(message, arrived)
             if isinstance(ask, Ask):
                 alive = lambda: connection.state is State.OPEN  # noqa: E731
@@ -246,16 +313,18 @@ class PolicyServer:
             return ask
 
         begun = await loop.run_in_executor(self._threads, begin)
-        reply: str | bytes
-        seconds: dict[str, float] = {}
-        if isinstance(begun, Ask):
-            answer = await answered
-            reply = session.answer(begun, answer)
-            seconds = {"prepare": begun.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
-        else:
-            reply = begun
+        if isinstance(begun, str):
+            self._refused(client, begun, arrived)
+            return begun
+        if isinstance(begun, Reset):
+            self._listeners.began_anew(client, begun.success)
+            return begun.reply
+        answer = await answered
+        reply = session.answer(begun, answer)
+        seconds = {"prepare": begun.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
         seconds["total"] = time.monotonic() - arrived
-        self.metrics.replied(name, reply.partition(":")[0] if isinstance(reply, str) else "ok", seconds)
+        self._listeners.answered(client, begun, answer, seconds)
+        self.metrics.replied(client.policy, reply.partition(":")[0] if isinstance(reply, str) else "ok", seconds)
         return reply
 
 

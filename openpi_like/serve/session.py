@@ -20,7 +20,7 @@ from openpi_like.serve.ranges import RangeError, Watched
 
 log = logging.getLogger(__name__)
 
-FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed")
+FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed", "success", "traceparent")
 """What a client may use beyond the protocol of openpi-client."""
 # Errors to a client are one of these codes and a sentence.
 INVALID, RANGE, LATE, BUSY, CLOSING, INTERNAL = "invalid", "range", "late", "busy", "closing", "internal"
@@ -38,15 +38,26 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 class Ask:
     """A request that a policy is to answer.
 
-    due: on `time.monotonic`, or None. id: the client's own, sent back. warnings: of its pictures.
+    observation: as it was sent. due: on `time.monotonic`, or None. id: the client's own, sent back. traceparent: of the
+    client's span (W3C Trace Context), or None. warnings: of its pictures.
     """
 
     policy: Any
     request: Any
+    observation: Mapping[str, Any]
     due: float | None
     id: Any
+    traceparent: str | None
     prepared_s: float
     warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """The session has begun anew. success: of what came before, None where the client does not say."""
+
+    reply: bytes
+    success: bool | None
 
 
 class Session:
@@ -64,12 +75,16 @@ class Session:
         self._number = 0
         self._watched: Watched | None = None
 
+    def metadata(self) -> dict[str, Any]:
+        """Returns what the handshake says."""
+        return {**self._policy().metadata(), "features": list(FEATURES), **self._about}
+
     def hello(self) -> bytes:
         """Returns the handshake."""
-        return pack({**self._policy().metadata(), "features": list(FEATURES), **self._about})
+        return pack(self.metadata())
 
-    def receive(self, message: str | bytes, arrived: float | None = None) -> Ask | bytes | str:
-        """Returns a request to be answered, or at once the reply to a message that needs no policy.
+    def receive(self, message: str | bytes, arrived: float | None = None) -> Ask | Reset | str:
+        """Returns a request to be answered, or at once what needs no policy: a reset, or the error that is the reply.
 
         arrived: when, on `time.monotonic`; now by default.
         """
@@ -82,8 +97,10 @@ class Session:
                 raise ProtocolError(f"got a {type(content).__name__}, expected a dict with images, state and prompt")
             if "reset" in content:
                 return self._reset(content)
-            asked = {k: content.pop(k, None) for k in ("id", "deadline_ms")}
-            due = _due(asked["deadline_ms"], since)
+            asked = {k: content.pop(k, None) for k in ("id", "deadline_ms", "traceparent")}
+            due, parent = _due(asked["deadline_ms"], since), asked["traceparent"]
+            if parent is not None and not isinstance(parent, str):
+                raise ProtocolError(f"traceparent: got a {type(parent).__name__}, expected a text")
             policy = self._policy()
             request = policy.prepare(content, number=self._number, seed=self._seed)
         except Exception as e:
@@ -91,7 +108,8 @@ class Session:
         self._number += 1
         self._watched = self._watched or Watched(policy.ranges.frozen)
         warnings = self._watched.look(request.pictures, request.state)
-        return Ask(policy, request, due, asked["id"], time.monotonic() - since, tuple(warnings))
+        took = time.monotonic() - since
+        return Ask(policy, request, content, due, asked["id"], parent, took, tuple(warnings))
 
     def answer(self, ask: Ask, answer: Answer) -> bytes | str:
         """Returns the reply to a request."""
@@ -104,16 +122,19 @@ class Session:
             reply["warnings"] = warnings
         return pack(reply if ask.id is None else {**reply, "id": ask.id})
 
-    def _reset(self, content: dict[Any, Any]) -> bytes:
+    def _reset(self, content: dict[Any, Any]) -> Reset:
         """Begins anew: the same requests have the same answers again."""
-        unknown = [k for k in content if k not in ("reset", "seed")]
-        seed = content.get("seed")
+        known = ["seed", "success"]
+        unknown = [k for k in content if k not in ("reset", *known)]
+        seed, success = (content.get(k) for k in known)
         if unknown:
-            raise ProtocolError(f"reset: {unknown[0]!r} is not part of it; {near_names(str(unknown[0]), ['seed'])}")
+            raise ProtocolError(f"reset: {unknown[0]!r} is not part of it; {near_names(str(unknown[0]), known)}")
+        if not isinstance(success, bool | None):
+            raise ProtocolError(f"success: got {success!r}, expected true, false or nothing")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
             raise ProtocolError(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
         self._seed, self._number, self._watched = None if seed is None else int(seed), 0, None
-        return pack({"reset": True})
+        return Reset(pack({"reset": True}), success)
 
 
 def failure(error: Exception) -> str:

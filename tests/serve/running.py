@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ class Row:
     observation: Any
     lane: None = None
     pictures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    robot: Any = None
 
     @property
     def state(self) -> Any:
@@ -62,3 +65,13 @@ def serving(policy: Callable[[Any], Any] | Stub | Policies, **options: Any) -> I
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def get(server: PolicyServer, path: str, **headers: str) -> tuple[int, str]:
+    """Returns status and text of what a server answers over HTTP."""
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()

@@ -6,8 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from openpi_like.serve.policies import Policies
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, unpack
 from openpi_like.serve.server_limits import ServerLimits
 from tests.conftest import REPOSITORY
-from tests.serve.running import Row, Stub, serving
+from tests.serve.running import Row, Stub, get, serving
 
 
 def _echo(observation):
@@ -139,15 +137,6 @@ def _asking(client, observation):
     return thread, got
 
 
-def _get(server, path, **headers):
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=5) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as e:
-        return e.code, e.read().decode()
-
-
 def _until(condition):
     give_up = time.monotonic() + 10
     while not condition():
@@ -162,8 +151,8 @@ def test_the_loop_answers_while_inference_runs_and_the_queue_is_bounded():
         asked = [_asking(clients[0], OBSERVATION)]
         assert gate.started.wait(10)
         asked.append(_asking(clients[1], OBSERVATION))
-        _until(lambda: _get(server, "/readyz") == (200, "ready, 1 requests wait\n"))
-        assert _get(server, "/healthz") == (200, "ok\n")
+        _until(lambda: get(server, "/readyz") == (200, "ready, 1 requests wait\n"))
+        assert get(server, "/healthz") == (200, "ok\n")
         with pytest.raises(ServerError, match="busy: 1 requests are waiting"):
             clients[2].infer(OBSERVATION)
         gate.go_on.set()
@@ -216,13 +205,13 @@ def test_requests_that_wait_together_are_answered_together():
         asked = [_asking(clients[0], {**OBSERVATION, "state": states[0]})]
         assert gate.started.wait(10)
         asked += [_asking(c, {**OBSERVATION, "state": s}) for c, s in zip(clients[1:], states[1:], strict=True)]
-        _until(lambda: "7 requests wait" in _get(server, "/readyz")[1])
+        _until(lambda: "7 requests wait" in get(server, "/readyz")[1])
         gate.go_on.set()
         for (thread, got), state in zip(asked, states, strict=True):
             thread.join()
             np.testing.assert_array_equal(got[0]["actions"], state[None])
         assert policy.batches == [1, 4, 3]
-        _, text = _get(server, "/metrics")
+        _, text = get(server, "/metrics")
         assert 'policy_server_batch_size_bucket{le="4.0"} 3.0' in text
         assert 'policy_server_replies_total{code="ok",policy="default"} 8.0' in text
         for client in clients:
@@ -237,7 +226,7 @@ def test_a_request_that_is_late_is_told_so_and_costs_no_inference():
         asked = [_asking(first, OBSERVATION)]
         assert gate.started.wait(10)
         asked.append(_asking(late, {**OBSERVATION, "deadline_ms": 1}))
-        _until(lambda: "1 requests wait" in _get(server, "/readyz")[1])
+        _until(lambda: "1 requests wait" in get(server, "/readyz")[1])
         gate.go_on.set()
         for thread, _ in asked:
             thread.join()
@@ -264,7 +253,7 @@ def test_one_request_that_fails_spoils_no_other():
         assert gate.started.wait(10)
         prompts = ("go", "crash", "refuse")
         asked += [_asking(c, {**OBSERVATION, "prompt": p}) for c, p in zip(clients[1:], prompts, strict=True)]
-        _until(lambda: "3 requests wait" in _get(server, "/readyz")[1])
+        _until(lambda: "3 requests wait" in get(server, "/readyz")[1])
         gate.go_on.set()
         for thread, _ in asked:
             thread.join()
@@ -315,8 +304,8 @@ def test_a_device_that_hangs_is_said_and_nobody_waits_for_it():
         for thread, got in asked:
             thread.join(10)
             assert str(got[0]).startswith("closing: the device does not answer")
-        assert _get(server, "/healthz") == (503, "stuck\n")
-        assert _get(server, "/readyz")[0] == 503
+        assert get(server, "/healthz") == (503, "stuck\n")
+        assert get(server, "/readyz")[0] == 503
         with pytest.raises(ServerError, match="closing: "):
             clients[0].infer(OBSERVATION)
         gate.go_on.set()
@@ -343,7 +332,7 @@ def test_a_session_begins_anew_with_its_own_seed():
 
 def _connected(server):
     return float(
-        next(x for x in _get(server, "/metrics")[1].splitlines() if x.startswith("policy_server_conn")).split()[1]
+        next(x for x in get(server, "/metrics")[1].splitlines() if x.startswith("policy_server_conn")).split()[1]
     )
 
 
@@ -388,9 +377,9 @@ def test_keys_are_checked_and_have_limits_of_their_own(tmp_path):
             np.testing.assert_array_equal(free.infer(OBSERVATION)["actions"], ACTIONS)
         client.close()
         free.close()
-        assert _get(server, "/readyz")[0] == 200
-        assert _get(server, "/metrics")[0] == 401
-        status, text = _get(server, "/metrics", Authorization=f"Bearer {other}")
+        assert get(server, "/readyz")[0] == 200
+        assert get(server, "/metrics")[0] == 401
+        status, text = get(server, "/metrics", Authorization=f"Bearer {other}")
         assert status == 200
         assert 'refused_connections_total{reason="key"} 4.0' in text
 
