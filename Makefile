@@ -19,7 +19,7 @@ import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extra
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup arms demo compare transfer test lint constraints clean
+.PHONY: setup arms demo compare transfer chunking test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -67,6 +67,10 @@ transfer: arms
 	test -f $(TRANSFER)/text.model || \
 	  $(PY) data/fit_text.py --data $(ARMS:%=$(TRANSFER)/data/%_sim/1.0.0) --out $(TRANSFER)/text.model
 	$(PY) train/study.py configs/studies/transfer.py --run $(TRANSFER)
+
+# What answers that come late do, and real-time chunking, see train/chunking.py.
+chunking: setup
+	$(PY) train/chunking.py --run $(STUDIES)/chunking
 
 test: setup lint
 	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -9,7 +9,7 @@ import ssl
 import time
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidMessage
 from websockets.sync.client import ClientConnection, connect
 
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, pack, unpack
@@ -74,7 +74,7 @@ class PolicyClient:
                 break
             except ssl.SSLError as e:
                 raise ConnectionError(f"{self._uri}: {e}; is the server's certificate, or this client's, wrong?") from e
-            except (OSError, TimeoutError) as e:
+            except (OSError, TimeoutError, InvalidMessage) as e:
                 if time.monotonic() + pause > give_up:
                     raise ConnectionError(f"no policy server at {self._uri} within {self._reconnect_s} s: {e}") from e
                 time.sleep(pause)

@@ -31,6 +31,10 @@ class Metrics:
         for phase, value in seconds.items():
             self._of_phase[phase].observe(value)
 
+    def sent(self, seconds: float) -> None:
+        """Notes how long a client took to take a reply, where that is longer than the system's buffers hide."""
+        self._of_phase["send"].observe(seconds)
+
     def refused(self, reason: str) -> None:
         """Counts a connection that was refused."""
         self._refused.labels(reason).inc()

@@ -6,6 +6,7 @@ threads, and one thread has the device (`openpi_like.serve.batching`).
 
 import asyncio
 import contextlib
+import functools
 import http
 import logging
 import signal
@@ -22,14 +23,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
-from openpi_like.serve.batching import Answer, Batcher, Job
+from openpi_like.serve.answering import Answered, Answering
+from openpi_like.serve.batching import Batcher
 from openpi_like.serve.keys import Key, Keys
 from openpi_like.serve.listeners import Client, Listener, Listeners
 from openpi_like.serve.live import HEADERS, PAGE, Live
 from openpi_like.serve.metrics import Metrics
 from openpi_like.serve.policies import Policies, UnknownPolicyError
 from openpi_like.serve.server_limits import RateLimit, ServerLimits
-from openpi_like.serve.session import Ask, Reset, Session, failure
+from openpi_like.serve.session import Reset, Session
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ class PolicyServer:
         """
         self._policies, self._host, self.port = policies, host, port
         self._keys, self._limits, self._tls = keys or Keys(), limits or ServerLimits(), tls
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
         self._stuck_s = stuck_s
         self._open: dict[ServerConnection, bool] = {}  # whether a request of it is at work
         self._by_key: Counter[str] = Counter()
@@ -78,6 +79,7 @@ class PolicyServer:
         self._batcher = Batcher(
             wait_s=wait_s, max_waiting=self._limits.waiting, watch=lambda batch: self.metrics.batch(len(batch))
         )
+        self._answering = Answering(self._batcher, threads)
         self.metrics = Metrics(
             {
                 "connections": ("Open connections", lambda: len(self._open)),
@@ -143,9 +145,7 @@ class PolicyServer:
             await self._server.wait_closed()
         if self._watcher is not None:
             self._watcher.cancel()
-        if not self._stuck:
-            await asyncio.to_thread(self._batcher.close)
-        self._threads.shutdown(wait=not self._stuck)
+        await asyncio.to_thread(self._answering.close, wait=not self._stuck)
         await asyncio.to_thread(self._listeners.close)
 
     async def _watch(self) -> None:
@@ -258,9 +258,16 @@ class PolicyServer:
                 arrived = time.monotonic()
                 self._open[connection] = True
                 if limited := self._too_fast(rate):
-                    self._refused(client, limited, arrived)
-                reply = limited or await self._answer(connection, session, message, arrived, client)
-                await self._send(connection, reply)
+                    answered = Answered(limited, limited, None, {"total": 0.0})
+                else:
+                    alive = functools.partial(_alive, connection)
+                    answered = await self._answering.answer(
+                        session, message, owner=connection, arrived=arrived, alive=alive
+                    )
+                self._tell(client, answered)
+                sending = time.monotonic()
+                await self._send(connection, answered.reply)
+                self.metrics.sent(time.monotonic() - sending)
                 self._open[connection] = False
             await connection.close(GOING_AWAY, "the server is closing")
         except ConnectionClosed as e:
@@ -284,48 +291,24 @@ class PolicyServer:
         wait = rate.take() if rate is not None else 0.0
         return f"limit: more requests than this client may send; wait {1e3 * wait:.0f} ms" if wait else None
 
-    def _refused(self, client: Client, said: str, arrived: float) -> None:
-        self._listeners.refused(client, said)
-        self.metrics.replied(client.policy, said.partition(":")[0], {"total": time.monotonic() - arrived})
+    def _tell(self, client: Client, answered: Answered) -> None:
+        begun, answer = answered.begun, answered.answer
+        if isinstance(begun, Reset):
+            self._listeners.began_anew(client, begun.success)
+            return
+        if isinstance(begun, str):
+            self._listeners.refused(client, begun)
+        elif answer is not None:
+            self._listeners.answered(client, begun, answer, answered.seconds)
+        self.metrics.replied(client.policy, answered.code, answered.seconds)
 
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(self._limits.send_s):
             await connection.send(message)
 
-    async def _answer(
-        self, connection: ServerConnection, session: Session, message: str | bytes, arrived: float, client: Client
-    ) -> str | bytes:
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer] = loop.create_future()
 
-        def done(answer: Answer) -> None:
-            loop.call_soon_threadsafe(lambda: answered.done() or answered.set_result(answer))
-
-        def begin() -> Ask | Reset | str:
-            ask = session.receive(message, arrived)
-            if isinstance(ask, Ask):
-                alive = lambda: connection.state is State.OPEN  # noqa: E731
-                try:
-                    lane = ask.request.lane
-                    self._batcher.submit(Job(ask.policy, ask.request, connection, done, ask.due, alive, lane))
-                except Exception as e:
-                    return failure(e)
-            return ask
-
-        begun = await loop.run_in_executor(self._threads, begin)
-        if isinstance(begun, str):
-            self._refused(client, begun, arrived)
-            return begun
-        if isinstance(begun, Reset):
-            self._listeners.began_anew(client, begun.success)
-            return begun.reply
-        answer = await answered
-        reply = session.answer(begun, answer)
-        seconds = {"prepare": begun.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
-        seconds["total"] = time.monotonic() - arrived
-        self._listeners.answered(client, begun, answer, seconds)
-        self.metrics.replied(client.policy, reply.partition(":")[0] if isinstance(reply, str) else "ok", seconds)
-        return reply
+def _alive(connection: ServerConnection) -> bool:
+    return connection.state is State.OPEN
 
 
 def run(server: PolicyServer, *, port_file: Path | None = None, on_hangup: Callable[[], None] = lambda: None) -> None:

@@ -1,4 +1,4 @@
-"""Sessions of a server as recordings: what robots sent and what they were answered, for `serve/record.py` to make RLDS of."""
+"""Sessions of a server as recordings: what robots sent and were answered; `serve/record.py` makes RLDS of them."""
 
 import logging
 import threading
