@@ -20,6 +20,7 @@ from openpi_like.job import Job
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/studies/chunking.py"
 TASKS = ("button-press", "drawer-open", "window-close")
+RTC = "--real-time-chunking"
 POLICIES = {"whole": (), "delayed": ("model.max_delay=10",)}
 
 
@@ -55,8 +56,10 @@ def main(args: Args, console: Console) -> None:
         port = ["--port-file", f"{run}/{name}.port"]
         drive = ["serve/delays.py", "--robot", "sawyer", "--label", name, "--out", f"{run}/delays.jsonl", *tasks]
         drive += ["--delays", *map(str, args.delays), "--episodes", str(args.episodes), *port]
-        server = ["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port, "--max-batch", "2"]
-        job.step(f"drive with {name}", [*drive, "--workers", str(args.workers)], server=[*server, "--real-time-chunking"])
+        server = ["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port, "--max-batch", "2", RTC]
+        job.step(
+            f"drive with {name}", [*drive, "--workers", str(args.workers)], server=[*server, "--real-time-chunking"]
+        )
 
 
 if __name__ == "__main__":

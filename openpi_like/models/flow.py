@@ -253,7 +253,7 @@ class FlowPolicy(Model):
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """As `loss`, at R given draws; one by one in less memory."""
         prefix, other = self.training_prefix(batch)
-        at = lambda draw: self._flow_errors(prefix, batch, *draw, given_BA)  # noqa: E731
+        at = lambda draw: self._flow_errors(prefix, batch, draw[0], draw[1], given_BA)  # noqa: E731
         errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
         total, mask = counts or {}, self.loss_mask(batch)
         if given_BA is not None:

@@ -53,8 +53,12 @@ class Answering:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer] = loop.create_future()
 
+        def set_result(answer: Answer) -> None:
+            if not answered.done():  # the connection may be gone, and with it who waited
+                answered.set_result(answer)
+
         def done(answer: Answer) -> None:
-            loop.call_soon_threadsafe(lambda: answered.done() or answered.set_result(answer))
+            loop.call_soon_threadsafe(set_result, answer)
 
         def begin() -> Ask | Reset | str:
             ask = session.receive(message, since)

@@ -184,7 +184,7 @@ class Batcher:
 
     def _take(self) -> tuple[Sampler, list[Job], list[Job]]:
         """Returns a batch of the sampler whose turn it is, and jobs that are late or of clients that are gone."""
-        now, jobs, dropped = time.monotonic(), [], []
+        now, jobs, dropped = time.monotonic(), list[Job](), list[Job]()
         key, (sampler, lane) = self._lanes.popitem(last=False)
         while lane.sessions and len(jobs) < sampler.sizes[-1]:
             job = lane.take()

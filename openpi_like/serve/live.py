@@ -58,8 +58,8 @@ class Live(Listener):
         for number in gone:
             del self._seen[number]
         if len(self._seen) >= _KEPT:  # the oldest that is gone, if any
-            number = next((n for n, s in self._seen.items() if s.gone is not None), None)
-            self._seen.pop(number, None)  # type: ignore[arg-type]
+            oldest = next((n for n, s in self._seen.items() if s.gone is not None), 0)
+            self._seen.pop(oldest, None)
         self._seen[client.number] = _Seen(client)
         self._changes += 1
 

@@ -1,5 +1,6 @@
 """What a server tells Prometheus."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,12 +17,12 @@ class Metrics:
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]] | None = None) -> None:
         """gauges: name -> (help, what tells its value), read when Prometheus asks."""
         self._registry = CollectorRegistry()
-        names = {"registry": self._registry, "namespace": "policy_server"}
-        replies = Counter("replies", "Replies, by policy, and ok or the code of the error", ["policy", "code"], **names)
-        refused = Counter("refused_connections", "Connections that were refused, by reason", ["reason"], **names)
-        self._phases = Histogram("seconds", "Time of a request, by phase", ["phase"], buckets=_SECONDS, **names)
-        self._batch = Histogram("batch_size", "Requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), **names)
-        self._replies, self._refused = replies, refused
+        histogram = functools.partial(Histogram, registry=self._registry, namespace="policy_server")
+        counter = functools.partial(Counter, registry=self._registry, namespace="policy_server")
+        self._replies = counter("replies", "Replies, by policy, and ok or the code of the error", ["policy", "code"])
+        self._refused = counter("refused_connections", "Connections that were refused, by reason", ["reason"])
+        self._phases = histogram("seconds", "Time of a request, by phase", ["phase"], buckets=_SECONDS)
+        self._batch = histogram("batch_size", "Requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64))
         self._of_phase = {phase: self._phases.labels(phase) for phase in PHASES}
         self._registry.register(_Gauges(gauges or {}))
 

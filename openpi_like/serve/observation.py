@@ -90,6 +90,7 @@ def check_previous(
     if not isinstance(delay, int | np.integer) or isinstance(delay, bool) or not 0 <= delay <= most:
         why = ", as the policy was trained" if max_delay and most == max_delay else ""
         problems.append(f"delay: got {delay!r}, expected an integer in 0 .. {most}{why}")
+        raise ObservationError("\n  ".join(problems))
     if problems:
         raise ObservationError("\n  ".join(problems))
     return actions.astype(np.float32), int(delay)

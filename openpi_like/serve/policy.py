@@ -232,7 +232,7 @@ class Policy:
         normalization, unscaled = self._parts.normalizations[robot.name], robot.encode_state(state)
         warnings = check_state(robot, unscaled, normalization.state, self.ranges)
         encoded = normalization.apply_state(unscaled)
-        prompt = observation.get("prompt") or robot.default_prompt
+        prompt = observation.get("prompt") or robot.default_prompt or ""  # `check_observation` wants one of them
         before = check_previous(observation, robot, self.max_delay)
         own = observation.get("seed")
         words = (self.options.seed if seed is None else seed, 1 + number) if own is None else (int(own), 0)

@@ -108,7 +108,7 @@ class Watched:
                 sentences.append(f"camera {name!r} is all black")
             elif picture.min() == picture.max():
                 sentences.append(f"camera {name!r} shows one colour")
-            checksum = zlib.adler32(np.ascontiguousarray(picture))
+            checksum = zlib.adler32(np.ascontiguousarray(picture).data)
             before, times = self._seen.get(name, (None, 0))
             times = times + moved if checksum == before else 1
             self._seen[name] = (checksum, times)

@@ -123,9 +123,7 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
     if recording.success is None:
         notes.append("nobody said whether it was a success")
     expert = sum(map(bool, numbers["intervened"]))
-    return Looked(
-        recording, state, action, expert, chunks.total(), encodings, rate_hz, tuple(problems), tuple(notes)
-    )
+    return Looked(recording, state, action, expert, chunks.total(), encodings, rate_hz, tuple(problems), tuple(notes))
 
 
 def _chunk_shape(robot: Robot) -> tuple[int, int]:

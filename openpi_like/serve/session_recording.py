@@ -91,7 +91,11 @@ class SessionRecorder(Listener):
         if n in self._recorders and self._recorders[n].robot != robot:
             self._recorders.pop(n).close()
         if n not in self._recorders:
-            metadata = {"session": n, "policy_name": client.policy, "client": client.key or client.peer}
+            metadata: dict[str, str | int] = {
+                "session": n,
+                "policy_name": client.policy,
+                "client": client.key or client.peer,
+            }
             self._recorders[n] = Recorder(
                 self._directory, robot, policy=self._about[n], metadata=metadata, encoders=1, of_requests=True
             )

@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
@@ -105,7 +105,8 @@ class Replica:
 def build(args: Args) -> Application:
     """Returns the application that `serve run` and `main` deploy."""
     most = args.most or args.replicas
-    deployment = Replica.options(
+    deployment: Any = Replica  # what the decorators make of it
+    deployment = deployment.options(
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=max(100, int(4 * args.waiting)),  # a connection is one, for as long as it is open
         autoscaling_config={

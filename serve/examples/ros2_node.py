@@ -35,8 +35,8 @@ class PolicyNode(Node):
     def on_image(self, message: Image) -> None:
         if message.encoding not in ("rgb8", "bgr8"):
             raise ValueError(f"encoding {message.encoding!r}, expected rgb8 or bgr8")
-        image = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
-        image = image[:, : 3 * message.width].reshape(message.height, message.width, 3)
+        rows = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
+        image = rows[:, : 3 * message.width].reshape(message.height, message.width, 3)
         self.image = image if message.encoding == "rgb8" else image[..., ::-1]
 
     def on_joints(self, message: JointState) -> None:

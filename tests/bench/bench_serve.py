@@ -64,8 +64,11 @@ def serve(args: Args) -> None:
         tell(policy)
         run(PolicyServer(Policies({"default": policy}), port=0), port_file=Path(os.environ["PORT_FILE"]))
         return
+    assert args.openpi is not None
     path = args.openpi / "src/openpi/serving/websocket_policy_server.py"
     spec = importlib.util.spec_from_file_location("openpi_server", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     policy = Policy.load(args.checkpoint)

@@ -31,15 +31,15 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rng, answers, again = random.Random(args.seed), collections.Counter(), 0
+    rng, answers, again = random.Random(args.seed), collections.Counter[str](), 0
     connection = connect(f"ws://127.0.0.1:{args.port}", compression=None, max_size=None)
-    robots = unpack(connection.recv())["robots"]
+    robots = unpack(connection.recv(decode=False))["robots"]
     name, about = next(iter(robots.items()))
     images = {c: np.full((*(size or (64, 64)), 3), 100, np.uint8) for c, size in about["cameras"].items()}
     state = np.zeros(sum(size for _, size, _ in about["state"]), np.float32)
     sound = pack({"images": images, "state": state, "prompt": "go", "robot": name, "seed": 1})
     connection.send(sound)
-    expected = unpack(connection.recv())["actions"]
+    expected = unpack(connection.recv(decode=False))["actions"]
     small = pack({"images": {}, "state": state, "prompt": "go", "robot": name, "id": 1, "deadline_ms": 100})
     started = time.monotonic()
     for i in range(args.messages):
@@ -53,7 +53,7 @@ def main(args: Args) -> None:
             connection.recv()
         if i % args.check_every == 0:
             connection.send(sound)
-            np.testing.assert_array_equal(unpack(connection.recv())["actions"], expected)
+            np.testing.assert_array_equal(unpack(connection.recv(decode=False))["actions"], expected)
     print(f"{args.messages} messages in {time.monotonic() - started:.0f} s: {dict(answers)}, {again} connections lost")
 
 

@@ -100,7 +100,7 @@ def test_guidance_is_that_of_the_formula(steps: int, horizon: int, limit: float,
     for i in range(steps):
         x = x - velocity(x, jnp.full(4, 1 - i / steps)) / steps
     for row in range(4):
-        expected = _formula(field, noise[row], old[row], weights[row], limit, steps)
+        expected = _formula(field, np.asarray(noise[row]), old[row], weights[row], limit, steps)
         np.testing.assert_allclose(x[row], expected, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_a_policy_is_guided_through_its_network(policy: Pi0, seen: Any, tiny_bat
         one = jax.tree.map(lambda x, row=row: jnp.asarray(x[row : row + 1]), seen)
         velocity = policy.sampler(one)
         field = lambda x, t, v=velocity: v(jnp.float32(x)[None], jnp.full(1, t, jnp.float32))[0]  # noqa: E731
-        expected = _formula(field, noise[row], old[row], weights[row], 5.0, steps)
+        expected = _formula(field, np.asarray(noise[row]), old[row], weights[row], 5.0, steps)
         np.testing.assert_allclose(got[row], expected, atol=2e-4 * np.abs(expected).max())
         assert np.abs(got[row] - plain[row]).max() > 1e-2
     for row in (0, 5):  # with no weight at all

@@ -34,7 +34,8 @@ class Stub:
 
     def __init__(self, infer: Callable[[Any], Any], metadata: dict[str, Any] | None = None, max_batch: int = 4) -> None:
         self._infer, self._metadata = infer, {"robots": {"r": {}}} if metadata is None else metadata
-        self.sizes, self.batches, self.ranges = (max_batch,), [], Ranges()
+        self.batches: list[int] = []
+        self.sizes, self.ranges = (max_batch,), Ranges()
 
     def metadata(self) -> dict[str, Any]:
         return self._metadata

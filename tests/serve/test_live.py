@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 from openpi_like.serve.client import PolicyClient, ServerError
@@ -109,8 +110,8 @@ def test_pages_of_others_cannot_use_the_server():
         for path in ("/", "/live"):
             url = f"ws://127.0.0.1:{server.port}{path}"
             with pytest.raises(InvalidStatus, match="403"):
-                connect(url, origin="http://elsewhere.example")
-            connect(url, origin=own).close()
+                connect(url, origin=Origin("http://elsewhere.example"))
+            connect(url, origin=Origin(own)).close()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A checkpoint as a policy: every fault of an observation is named, and actions come back in the robot's own units."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,9 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observa
         scale = np.abs(expected).max()
         np.testing.assert_allclose(got, expected, atol=2e-6 * scale)
         assert np.abs(got - alone[5]).max() > 1e-3 * scale
-    for wrong in ([], requests[:5]):
+    for count in (0, 5):
         with pytest.raises(ValueError, match="expected 1 to 4"):
-            batched.sample(wrong)
+            batched.sample(requests[:count])
 
 
 def test_actions_that_are_not_finite_fail_their_own_request_alone(batched, observation):
@@ -207,7 +208,7 @@ def test_a_chunk_goes_on_from_the_one_before(chunking, batched, observation):
 
 
 OLD = np.zeros((2, 3), np.float32)
-SIZES = {"state_dim": 3, "action_dim": 3, "action_horizon": 4, "prompt_len": 8, "vocab_size": 3000}
+SIZES: dict[str, Any] = {"state_dim": 3, "action_dim": 3, "action_horizon": 4, "prompt_len": 8, "vocab_size": 3000}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def client(server):
     client.close()
 
 
-OBSERVATION = {"state": np.array([10.0, 20.0], np.float32), "prompt": "go"}
+OBSERVATION: dict[str, Any] = {"state": np.array([10.0, 20.0], np.float32), "prompt": "go"}
 ACTIONS = np.array([[10, 21], [12, 23], [14, 25], [16, 27]], np.float32)
 
 
@@ -135,6 +136,11 @@ def _asking(client, observation):
     thread = threading.Thread(target=ask)
     thread.start()
     return thread, got
+
+
+def _connection(client):
+    assert client._connection is not None
+    return client._connection
 
 
 def _until(condition):
@@ -275,7 +281,7 @@ def test_what_was_asked_is_answered_before_the_server_closes():
             servers.append(server)
             stop.wait(10)
 
-    servers = []
+    servers: list[Any] = []
     thread = threading.Thread(target=run)
     thread.start()
     _until(lambda: servers)
@@ -285,7 +291,7 @@ def test_what_was_asked_is_answered_before_the_server_closes():
     assert gate.started.wait(10)
     stop.set()
     with pytest.raises(Exception, match="1001"):
-        idle._connection.recv(timeout=10)
+        _connection(idle).recv(timeout=10)
     with pytest.raises(ConnectionError):
         PolicyClient(port=port, reconnect_s=0.1)
     gate.go_on.set()
@@ -343,7 +349,7 @@ def test_limits_of_connections_and_time():
         with pytest.raises(InvalidStatus, match="503"):
             PolicyClient(port=server.port)
         with pytest.raises(Exception, match="1008"):
-            clients[0]._connection.recv(timeout=10)
+            _connection(clients[0]).recv(timeout=10)
         _until(lambda: _connected(server) == 0)
         np.testing.assert_array_equal(clients[1].infer(OBSERVATION)["actions"], ACTIONS)  # connects again
         for client in clients:

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -99,7 +100,7 @@ def test_messages_that_say_they_are_large_cost_nothing(session, caplog):
     caplog.set_level(logging.ERROR)
     for data in (b"\xdf\xff\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff"):
         assert session.receive(data).startswith("invalid: not a msgpack message")
-    deep = {"x": []}
+    deep: dict[str, Any] = {"x": []}
     for _ in range(MAX_DEPTH):
         deep = {"x": deep}
     assert session.receive(msgpack.packb(deep)) == f"invalid: lists and dicts nested deeper than {MAX_DEPTH}"

@@ -80,9 +80,10 @@ def test_other_weights_are_served_without_compiling_again(tmp_path: Path, chatti
     before = served.infer(observation)["actions"]
     renewed, fresh = served.renewed(tmp_path / "4"), Policy.load(tmp_path / "4")
     shutil.rmtree(tmp_path / "4")
-    traces = served._function.compiled._cache_size()
+    compiled: Any = served._function.compiled
+    traces = compiled._cache_size()
     np.testing.assert_array_equal(renewed.infer(observation)["actions"], fresh.infer(observation)["actions"])
-    assert served._function.compiled._cache_size() == traces
+    assert compiled._cache_size() == traces
     np.testing.assert_array_equal(served.infer(observation)["actions"], before)
     assert np.abs(renewed.infer(observation)["actions"] - before).max() > 1e-3
     with pytest.raises(CheckpointError):
