@@ -74,7 +74,7 @@ class PolicyClient:
                 break
             except ssl.SSLError as e:
                 raise ConnectionError(f"{self._uri}: {e}; is the server's certificate, or this client's, wrong?") from e
-            except (OSError, TimeoutError, InvalidMessage) as e:
+            except (OSError, TimeoutError, InvalidMessage, ConnectionClosed) as e:
                 if time.monotonic() + pause > give_up:
                     raise ConnectionError(f"no policy server at {self._uri} within {self._reconnect_s} s: {e}") from e
                 time.sleep(pause)

@@ -207,6 +207,8 @@ class Runtime:
                 stopped = f"no action for {self._stop_s} s"
                 break
         hold()
+        if (asking := self._asking) is not None:
+            asking.join()  # no longer than the client waits; then nobody uses it any more
         if self._fault is not None:
             raise self._fault
         return self._report(begins, held, stopped)
@@ -240,6 +242,8 @@ class Runtime:
             with self._lock:
                 self._chunks.failed()
                 self._counts["lost"] += 1
+        except Exception as e:  # of a client that is broken: a thread's own would be seen by nobody
+            self._fault = e
         else:
             with self._lock:
                 self._chunks.arrived(actions)

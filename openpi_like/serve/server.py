@@ -203,7 +203,8 @@ class PolicyServer:
         if page:
             response = connection.respond(http.HTTPStatus.OK, PAGE.decode())
             for name, value in HEADERS.items():
-                del response.headers[name]
+                if name in response.headers:  # or there would be two of them
+                    del response.headers[name]
                 response.headers[name] = value
             return response
         if self._live.viewers >= _VIEWERS:

@@ -95,6 +95,8 @@ class Session:
             content = unpack(message)
             if not isinstance(content, dict):
                 raise ProtocolError(f"got a {type(content).__name__}, expected a dict with images, state and prompt")
+            if wrong := [k for k in content if not isinstance(k, str)]:
+                raise ProtocolError(f"got a dict with the key {wrong[0]!r}, expected texts")
             if "reset" in content:
                 return self._reset(content)
             asked = {k: content.pop(k, None) for k in ("id", "deadline_ms", "traceparent")}
@@ -103,11 +105,11 @@ class Session:
                 raise ProtocolError(f"traceparent: got a {type(parent).__name__}, expected a text")
             policy = self._policy()
             request = policy.prepare(content, number=self._number, seed=self._seed)
+            self._number += 1
+            self._watched = self._watched or Watched(policy.ranges.frozen)
+            warnings = self._watched.look(request.pictures, request.state)
         except Exception as e:
             return failure(e)
-        self._number += 1
-        self._watched = self._watched or Watched(policy.ranges.frozen)
-        warnings = self._watched.look(request.pictures, request.state)
         took = time.monotonic() - since
         return Ask(policy, request, content, due, asked["id"], parent, took, tuple(warnings))
 

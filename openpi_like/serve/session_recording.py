@@ -72,8 +72,13 @@ class SessionRecorder(Listener):
     # ---- In the thread that writes -----------------------------------------------------------------------------------
 
     def _write(self, client: Client, ask: Ask, reply: Any) -> None:
-        with self._lock:
-            self._waiting -= 1
+        try:
+            self._write_step(client, ask, reply)
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def _write_step(self, client: Client, ask: Ask, reply: Any) -> None:
         n, robot = client.number, ask.request.robot
         prompt = ask.observation.get("prompt") or robot.default_prompt
         if self._open.get(n) not in (None, (robot.name, prompt)):

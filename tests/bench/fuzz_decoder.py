@@ -17,27 +17,12 @@ with atheris.instrument_imports(include=["openpi_like.serve", "openpi_like.data.
     import cv2
     import numpy as np
 
-    from openpi_like.serve.observation import check_observation, check_previous, robot_of
     from openpi_like.serve.protocol import pack
     from openpi_like.serve.session import Ask, Reset, Session
-    from tests.serve.running import Row, Stub
-    from tests.serve.test_live import ROBOT, observation
+    from tests.serve.running import Arm, arm_observation
 
 
-class Checking(Stub):
-    """Checks observations as a policy does, and infers nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda request: None)
-
-    def prepare(self, observation, *, number, seed):
-        robot = robot_of(observation, {ROBOT.name: ROBOT})
-        pictures = check_observation(observation, robot, {c.name: c for c in robot.cameras})
-        check_previous(observation, robot, 3)
-        return Row(observation, pictures=pictures, robot=robot)
-
-
-POLICY = Checking()
+POLICY = Arm()
 
 
 def one(data: bytes) -> None:
@@ -50,15 +35,15 @@ def one(data: bytes) -> None:
 
 
 def encoded(extension: str) -> dict:
-    o = observation(1.0)
+    o = arm_observation(1.0)
     return {**o, "images": {k: cv2.imencode(extension, x)[1].tobytes() for k, x in o["images"].items()}}
 
 
 SOUND = [
-    pack({**observation(1.0), "id": 3, "deadline_ms": 5.0, "seed": 1}),
+    pack({**arm_observation(1.0), "id": 3, "deadline_ms": 5.0, "seed": 1}),
     pack(encoded(".jpg")),
     pack(encoded(".png")),
-    pack({**observation(1.0), "previous": np.zeros((3, 3), np.float32), "delay": 2}),
+    pack({**arm_observation(1.0), "previous": np.zeros((3, 3), np.float32), "delay": 2}),
     pack({"reset": True, "seed": 3, "success": False}),
 ]
 

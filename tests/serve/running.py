@@ -9,6 +9,10 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
+from openpi_like.serve.observation import check_observation, check_previous, robot_of
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.policy import Reply
 from openpi_like.serve.ranges import Ranges
@@ -46,6 +50,43 @@ class Stub:
     def sample(self, requests: Sequence[Any]) -> list[Any]:
         self.batches.append(len(requests))
         return [Reply(self._infer(request.observation)) for request in requests]
+
+
+ARM = Robot(
+    name="arm",
+    cameras=(Camera("base", "image", 24, 32), Camera("wrist", "wrist", 24, 32)),
+    state=(StateField("joints", "state", 2, unit="rad"), StateField("gripper", "state", 1, start=2)),
+    action=(ActionField("joints", "action", 2, unit="rad"), ActionField("gripper", "action", 1, start=2)),
+    control_hz=10.0,
+    action_horizon=4,
+    execute_steps=2,
+)
+
+
+def arm_observation(value: float, prompt: str = "push", **more: Any) -> dict[str, Any]:
+    """Returns an observation of `ARM` whose state begins with a value."""
+    colour = np.full((24, 32, 3), (200, 40, 40), np.uint8)
+    state = np.array([value, 0.5, 1.0], np.float32)
+    return {"images": {"base": colour, "wrist": colour[..., ::-1]}, "state": state, "prompt": prompt, **more}
+
+
+class Arm(Stub):
+    """A policy of `ARM` that checks observations as others do; its chunks count up from the state."""
+
+    def __init__(self) -> None:
+        fields = {name: [[f.name, f.size, f.unit] for f in getattr(ARM, name)] for name in ("state", "action")}
+        about = {"cameras": {c.name: [c.height, c.width] for c in ARM.cameras}, **fields}
+        super().__init__(lambda observation: None, {"robots": {"arm": about}})
+
+    def prepare(self, observation: Any, *, number: int, seed: int | None) -> Any:
+        robot = robot_of(observation, {ARM.name: ARM})
+        pictures = check_observation(observation, robot, {c.name: c for c in robot.cameras})
+        check_previous(observation, robot, 3)
+        return Row(observation, pictures=pictures, robot=robot)
+
+    def sample(self, requests: Sequence[Any]) -> list[Any]:
+        rows = np.linspace(0, 1, 4, dtype=np.float32)[:, None]
+        return [Reply(rows + r.state, ("actions were cut",)) for r in requests]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The live page: what it is told, to whom it is shown, and what a real browser makes of it."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,47 +9,14 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 from openpi_like.serve.client import PolicyClient, ServerError
 from openpi_like.serve.keys import Key, Keys, hash_of
-from openpi_like.serve.observation import ObservationError
-from openpi_like.serve.policy import Reply
 from tests.serve.browser import browsing
-from tests.serve.running import Row, Stub, get, serving
+from tests.serve.running import Arm, arm_observation, get, serving
 
-ROBOT = Robot(
-    name="arm",
-    cameras=(Camera("base", "image", 24, 32), Camera("wrist", "wrist", 24, 32)),
-    state=(StateField("joints", "state", 2, unit="rad"), StateField("gripper", "state", 1, start=2)),
-    action=(ActionField("joints", "action", 2, unit="rad"), ActionField("gripper", "action", 1, start=2)),
-    control_hz=10.0,
-    action_horizon=4,
-    execute_steps=2,
-)
 # What a robot says is a text, whatever is in it.
 PROMPT = "push <img src=x onerror='document.title=1'>"
-
-
-class Arm(Stub):
-    """Counts up from the state. A prompt "refuse" is refused."""
-
-    def __init__(self):
-        super().__init__(lambda observation: None, {"robots": {"arm": {}}})
-
-    def prepare(self, observation, *, number, seed):
-        if observation["prompt"] == "refuse":
-            raise ObservationError("state: not what it should be")
-        return Row(observation, pictures=observation["images"], robot=ROBOT)
-
-    def sample(self, requests):
-        rows = np.linspace(0, 1, 4, dtype=np.float32)[:, None]
-        return [Reply(rows + r.state, ("actions were cut",)) for r in requests]
-
-
-def observation(value, prompt=PROMPT):
-    colour = np.full((24, 32, 3), (200, 40, 40), np.uint8)
-    state = np.array([value, 0.5, 1.0], np.float32)
-    return {"images": {"base": colour, "wrist": colour[..., ::-1]}, "state": state, "prompt": prompt}
+observation = functools.partial(arm_observation, prompt=PROMPT)
 
 
 def test_a_page_is_told_what_sessions_do():
@@ -60,7 +28,7 @@ def test_a_page_is_told_what_sessions_do():
             one.infer(observation(value))
         other.infer(observation(7.0))
         with pytest.raises(ServerError):
-            other.infer(observation(7.0, prompt="refuse"))
+            other.infer({**observation(7.0), "state": np.zeros(2, np.float32)})
         one.infer({"reset": True, "success": True})
         other.close()
         page.send("1")

@@ -59,9 +59,9 @@ def test_actions_beyond_limits_are_cut_and_said_or_refused():
     actions = np.array([[0.5, 9.0], [1.2, -3.0], [-1.1, 0.0]], np.float32)
     inside, (sentence,) = check_actions(ROBOT, actions, Ranges())
     np.testing.assert_array_equal(inside, np.array([[0.5, 9.0], [1.0, -1.0], [-1.0, 0.0]], np.float32))
-    assert sentence == "actions were cut at the robot's limits in joint.0 (by 0.2), joint.1 (by 2)"
+    assert sentence == "actions were cut at the robot's limits in joint_0 [1] (by 0.2), joint_1 [1] (by 2)"
     with pytest.raises(
-        RangeError, match=r"robot 'arm': actions beyond its limits in joint.0 \(by 0.2\), joint.1 \(by 2\)"
+        RangeError, match=r"robot 'arm': actions beyond its limits in joint_0 \[1\] \(by 0.2\), joint_1 \[1\] \(by 2\)"
     ):
         check_actions(ROBOT, actions, Ranges(beyond_limits="refuse"))
     same, nothing = check_actions(ROBOT, inside, Ranges(beyond_limits="refuse"))

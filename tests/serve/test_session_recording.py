@@ -19,8 +19,7 @@ from openpi_like.serve.session import Ask
 from openpi_like.serve.session_recording import SessionRecorder
 from openpi_like.serve.spool import open_spool
 from tests.conftest import REPOSITORY
-from tests.serve.running import Row, serving
-from tests.serve.test_live import ROBOT, Arm, observation
+from tests.serve.running import ARM, Arm, Row, arm_observation, serving
 
 
 def test_sessions_become_episodes_and_rlds(tmp_path):
@@ -29,11 +28,11 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
     with serving(Arm(), listeners=[SessionRecorder(spool)]) as server:
         one, other = PolicyClient(port=server.port), PolicyClient(port=server.port)
         for value in range(3):
-            one.infer(observation(float(value), "push"))
-            other.infer(observation(10.0 + value, "pull"))
+            one.infer(arm_observation(float(value), "push"))
+            other.infer(arm_observation(10.0 + value, "pull"))
         one.infer({"reset": True, "success": True})
-        one.infer(observation(5.0, "push"))
-        one.infer(observation(6.0, "lift"))  # another instruction, another episode
+        one.infer(arm_observation(5.0, "push"))
+        one.infer(arm_observation(6.0, "lift"))  # another instruction, another episode
         one.infer({"reset": True, "success": False})
         one.close()
         other.close()
@@ -44,7 +43,7 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
     first = next(r for r in recordings if r.success)
     assert first.head["metadata"]["policy_name"] == "default"
     for value, step in enumerate(first.read()):
-        sent = observation(float(value))
+        sent = arm_observation(float(value))
         np.testing.assert_array_equal(step["state"], sent["state"])
         np.testing.assert_array_equal(decode(step["images"]["wrist"]), sent["images"]["wrist"])
         np.testing.assert_array_equal(step["chunk"], sent["state"] + np.linspace(0, 1, 4, dtype=np.float32)[:, None])
@@ -52,7 +51,7 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
 
     program = runpy.run_path(str(REPOSITORY / "serve" / "record.py"), run_name="record")
     robot_file = tmp_path / "arm.py"
-    robot_file.write_text("from tests.serve.test_live import ROBOT as robot\n")
+    robot_file.write_text("from tests.serve.running import ARM as robot\n")
     args = program["Args"](spool, out=tmp_path / "out", robot=str(robot_file))
     said = io.StringIO()
     console = Console(file=said, width=200)
@@ -70,7 +69,7 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
     with Recorder(spool, "arm") as recorder:  # of control steps, which are another thing
         recorder.begin("push")
         for value in range(3):
-            recorder.step(observation(float(value)), np.zeros(3), time_s=value / 10)
+            recorder.step(arm_observation(float(value)), np.zeros(3), time_s=value / 10)
         recorder.end()
     args = dataclasses.replace(args, name="both")
     with pytest.raises(ValueError, match="not for one dataset, leave one kind out"):
@@ -78,8 +77,8 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
 
 
 def _asked(value, prompt="push"):
-    sent = observation(value, prompt)
-    return Ask(None, Row(sent, robot=ROBOT), sent, None, None, None, 0.0)
+    sent = arm_observation(value, prompt)
+    return Ask(None, Row(sent, robot=ARM), sent, None, None, None, 0.0)
 
 
 def _answer(actions):
@@ -132,6 +131,6 @@ def test_a_disk_that_cannot_be_written_costs_no_reply(tmp_path):
     with serving(Arm(), listeners=[recorder]) as server:
         client = PolicyClient(port=server.port)
         for value in range(3):
-            np.testing.assert_array_equal(client.infer(observation(float(value)))["actions"][0, 0], value)
+            np.testing.assert_array_equal(client.infer(arm_observation(float(value)))["actions"][0, 0], value)
         client.close()
     assert recorder.failures == 1

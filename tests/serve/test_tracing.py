@@ -3,8 +3,7 @@
 import pytest
 
 from openpi_like.serve.client import PolicyClient, ServerError
-from tests.serve.running import Stub, serving
-from tests.serve.test_live import Arm, observation
+from tests.serve.running import Arm, Stub, arm_observation, serving
 
 pytest.importorskip("opentelemetry.sdk")
 
@@ -26,11 +25,11 @@ def test_every_request_is_a_span_with_its_phases():
     parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     with serving(Failing(), listeners=[Tracing(exporter)]) as server:
         client = PolicyClient(port=server.port)
-        client.infer({**observation(1.0), "traceparent": parent})
+        client.infer({**arm_observation(1.0), "traceparent": parent})
         with pytest.raises(ServerError, match="internal"):
-            client.infer(observation(1.0, "crash"))
+            client.infer(arm_observation(1.0, "crash"))
         with pytest.raises(ServerError, match="traceparent: got a int, expected a text"):
-            client.infer({**observation(1.0), "traceparent": 5})
+            client.infer({**arm_observation(1.0), "traceparent": 5})
         client.close()
     found = exporter.get_finished_spans()  # all were sent when the server closed
     requests = [s for s in found if s.name == "request"]
@@ -56,6 +55,6 @@ def test_without_tracing_a_listener_that_fails_costs_no_reply(caplog):
 
     with serving(Stub(lambda o: o["state"][None]), listeners=[Broken()]) as server:
         client = PolicyClient(port=server.port)
-        assert client.infer(observation(3.0))["actions"][0, 0] == 3.0
+        assert client.infer(arm_observation(3.0))["actions"][0, 0] == 3.0
         client.close()
     assert "Broken failed at answered; the session goes on" in caplog.text
