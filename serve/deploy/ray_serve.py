@@ -1,6 +1,6 @@
 """The policy server's core on Ray Serve: replicas on many machines behind one address, more of them under load.
 
-    pip install 'openpi-like[train]' 'ray[serve]'
+    make ray
     python serve/deploy/ray_serve.py runs/my_robot --replicas 2 --port 8000
 
 On a cluster: `serve run serve.deploy.ray_serve:build checkpoint=/data/my_robot replicas=2 most=8`, from the root of the
@@ -10,6 +10,7 @@ messages have at most 16 MiB, and a connection that is not taken is answered wit
 
 import asyncio
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,13 +58,14 @@ class Args:
 class Replica:
     """One policy in one process, with its batches."""
 
-    def __init__(self, args: Args) -> None:
+    # Ray copies what this class refers to by value, and with it classes of this file: dataclasses do not survive that.
+    def __init__(self, checkpoint: Path, keys: Path | None, max_batch: int, stuck_s: float) -> None:
         use_compile_cache(None)
-        self._policy = Policy.load(args.checkpoint, PolicyOptions(max_batch=args.max_batch))
+        self._policy = Policy.load(checkpoint, PolicyOptions(max_batch=max_batch))
         self._policy.warm_up()
-        self._keys = read_keys(args.keys) if args.keys is not None else Keys()
+        self._keys = read_keys(keys) if keys is not None else Keys()
         self._answering = Answering(Batcher())
-        self._stuck_s = args.stuck_s
+        self._stuck_s = stuck_s
         self._name = serve.get_replica_context().replica_tag
 
     @api.websocket("/")
@@ -72,7 +74,7 @@ class Replica:
             await socket.close()
             return
         await socket.accept()
-        session = Session(lambda: self._policy, about={"replica": self._name})
+        session = Session(lambda: self._policy, about={"replica": self._name, "pid": os.getpid()})
         try:
             await socket.send_bytes(session.hello())
             while True:
@@ -117,7 +119,7 @@ def build(args: Args) -> Application:
         },
         graceful_shutdown_timeout_s=30,
     )
-    return deployment.bind(args)
+    return deployment.bind(args.checkpoint, args.keys, args.max_batch, args.stuck_s)
 
 
 def main(args: Args) -> None:
