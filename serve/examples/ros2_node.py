@@ -1,7 +1,7 @@
 """A ROS 2 node around a remote policy: joint states and a camera in, joint commands out. Needs a ROS installation.
 
     pip install openpi-like
-    python ros2_node.py --ros-args -p host:=gpu-machine -p robot:=my_robot -p prompt:="press the button"
+    python3 ros2_node.py --ros-args -p host:=gpu-machine -p robot:=my_robot -p prompt:="press the button"
 
 Joints are taken in the order of `joints`, which must be that of the robot's state and action.
 """
