@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # The newest tested interpreter that is there; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := train,sim,rlds,beam,formats,trackers,dev
+EXTRAS := train,sim,rlds,beam,formats,trackers,tracing,dev
 # These five declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
 # needs a display, gym-aloha wants dm_control (only its model files are used), gymnasium-robotics takes MuJoCo 4, on which
 # Fetch fails, openpi-client wants numpy<2, apache-beam wants older numpy, protobuf, pyarrow and pillow (whose resizing
@@ -19,7 +19,7 @@ import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extra
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup arms demo compare transfer test lint constraints clean
+.PHONY: setup arms ray demo compare transfer chunking test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -39,6 +39,12 @@ arms: setup
 	$(PY) -c '$(LIST_REQUIREMENTS)' > $(VENV)/requirements-arms.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements-arms.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps $(ARMS_NO_DEPS)
+
+# Ray Serve, for serve/deploy/ray_serve.py and its test.
+ray: private EXTRAS := ray
+ray: setup
+	$(PY) -c '$(LIST_REQUIREMENTS)' > $(VENV)/requirements-ray.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements-ray.txt
 
 # The main job, end to end: demonstrations, statistics, pretraining, fine-tuning, serving, closed loop, report.
 # It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
@@ -67,6 +73,10 @@ transfer: arms
 	test -f $(TRANSFER)/text.model || \
 	  $(PY) data/fit_text.py --data $(ARMS:%=$(TRANSFER)/data/%_sim/1.0.0) --out $(TRANSFER)/text.model
 	$(PY) train/study.py configs/studies/transfer.py --run $(TRANSFER)
+
+# What answers that come late do, and real-time chunking, see train/chunking.py.
+chunking: setup
+	$(PY) train/chunking.py --run $(STUDIES)/chunking
 
 test: setup lint
 	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -27,7 +27,16 @@ from openpi_like.data.prepare import Prepare
 from openpi_like.data.schema import DatasetError
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.robot import Robot
-from openpi_like.serve.recorded import Limits, Looked, encoding_problems, look, metadata_kinds, plan, write
+from openpi_like.serve.recorded import (
+    Limits,
+    Looked,
+    encoding_problems,
+    kind_problems,
+    look,
+    metadata_kinds,
+    plan,
+    write,
+)
 from openpi_like.serve.spool import Recording, RecordingError, conclude, drop, open_spool
 
 _ANY_SIZE = 1 << 20  # px, of a box that shrinks nothing
@@ -125,6 +134,7 @@ def report(looked: Sequence[Looked], console: Console, *, kept: bool) -> None:
     _, said, wrong = metadata_kinds(looked)
     for note in said:
         console.print(note, markup=False)
+    wrong += kind_problems(looked)
     wrong += encoding_problems(looked) if kept else []
     wrong += [f"{x.recording.path}: {problem}" for x in looked for problem in x.problems]
     if wrong:

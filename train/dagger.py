@@ -87,7 +87,11 @@ def drive(job: Job, args: Args, name: str, checkpoint: str, *more: str) -> None:
     out = ["--out", str(args.run / f"{name}.jsonl"), "--workers", str(args.workers)]
     tasks = ["--tasks", *args.tasks] if args.tasks else []
     command = ["serve/rollout.py", "--robot", args.robot, *out, *port, *more, *tasks]
-    job.step(name, command, server=["serve/policy_server.py", checkpoint, "--robot", args.robot, "--port", "0", *port])
+    job.step(
+        name,
+        command,
+        server=["serve/policy_server.py", checkpoint, "--robot", args.robot, "--port", "0", *port, "--max-batch", "2"],
+    )
 
 
 def train(job: Job, args: Args, name: str, of: Round) -> None:

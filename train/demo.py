@@ -160,7 +160,7 @@ def main(args: Args) -> None:
         demo.step(
             f"drive {' and '.join(driven)} with {checkpoint}",
             *(rollout(robot, policy, *port, *frames) for robot in driven),
-            server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port],
+            server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port, "--max-batch", "2"],
         )
 
     drive("trained", "pretrain", *(robot for robot in PRETRAINED if robot not in finetuned))

@@ -116,7 +116,7 @@ def run_arm(job: Job, args: Args, study: Study, part: str, name: str, config: Tr
     drive = ["serve/rollout.py", "--robot", study.robot, "--policy", "trained"]
     drive += ["--episodes", str(args.episodes or study.episodes), "--tasks", *study.tasks]
     drive += ["--out", str(folder / f"{slug(name)}.jsonl"), "--workers", str(args.workers)]
-    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port]
+    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port, "--max-batch", "2"]
     server += ["--step", "best"] if config.keep.best else []
     job.step(f"{of}drive {study.robot} with {name}", [*drive, *port], server=server)
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
-from openpi_like.draws import row_keys
+from openpi_like.draws import RowKeys, row_keys
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import KVCache, LanguageModel
 from openpi_like.partition import pin
@@ -441,7 +441,7 @@ def _last(positions: Int[Array, "*axes B S"]) -> Int[Array, "B"]:
 
 
 def choose_token(
-    key: Key[Array, ""], step: Int[Array, ""], logits_BV: Float[Array, "B V"], temperature: float
+    key: RowKeys, step: Int[Array, ""], logits_BV: Float[Array, "B V"], temperature: float
 ) -> Int[Array, "B"]:
     """Returns the likeliest token per row at temperature 0, else row i's draw with `fold_in(fold_in(key, i), step)`."""
     if temperature == 0:

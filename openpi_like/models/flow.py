@@ -3,6 +3,9 @@
 Flow time is t = 1 at noise and t = 0 at data, as in the published weights (the papers count the other way):
 x_t = t * noise + (1 - t) * actions, velocity = noise - actions, sampling goes from t = 1 down to t = 0.
 
+A policy that is asked again while its last chunk is still being executed can be told what is left of that
+(`openpi_like.models.chunking`): the new chunk goes on where the old one is when it arrives.
+
 Letters: B batch, S prefix tokens, A action horizon, J action dims, T suffix tokens, R draws per sample.
 """
 
@@ -17,13 +20,16 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
-from openpi_like.draws import named_key, row_keys, sample_keys
+from openpi_like.draws import RowKeys, named_key, row_keys, sample_keys
 from openpi_like.models.backbone import masked_means
+from openpi_like.models.chunking import Previous, draw_delay, guided
 from openpi_like.models.policy import Model, PolicyConfig
 
 # Flow times of validation.
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
+# Of a sample, or of each of its actions.
+FlowTime = Float[Array, "B"] | Float[Array, "B A"]
 # From x_t and flow time to velocity.
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -36,48 +42,60 @@ class FlowConfig(PolicyConfig):
     flow_draws: pairs of noise and flow time drawn per sample in the loss. The prefix is computed once for all of them,
         so a few more draws make the gradient less noisy at less than the cost of as many more samples.
     train_on_padding: count padded entries of actions in the loss, as openpi's released weights were trained.
+    max_delay: of training-time real-time chunking (Black et al. 2025, arXiv 2512.05964): the first d actions of a
+        chunk, d drawn from 0 .. max_delay for every sample, are given as they are, at flow time 0, and only the others
+        are learned. The policy can then go on from d actions that are already committed; 0 trains on whole chunks.
     """
 
     sample_steps: int = 10
     train_on_padding: bool = False
     flow_draws: int = 1
+    max_delay: int = 0
+
+    @property
+    def takes_previous(self) -> bool:
+        """Whether `sample_actions` takes what is left of the chunk before: it does."""
+        return True
 
     def _problems(self) -> list[str]:
-        return super()._problems() + [
+        problems = super()._problems() + [
             f"{name}={getattr(self, name)}, expected at least 1"
             for name in ("sample_steps", "flow_draws")
             if getattr(self, name) < 1
         ]
+        if not 0 <= self.max_delay < self.action_horizon:
+            problems.append(f"max_delay={self.max_delay}, expected 0 to action_horizon - 1 = {self.action_horizon - 1}")
+        return problems
 
 
 # ---- Flow time -------------------------------------------------------------------------------------------------------
 
 
 def time_embedding(
-    time_B: Float[Array, "B"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
-) -> Float[Array, "B dim"]:
+    time: Float[Array, "*rows"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "*rows dim"]:
     """Returns sines, then cosines, of flow time at dim / 2 periods spaced geometrically, both ends included.
 
     The phase reaches 1571 rad, where float32 resolves 1e-4: it stays float32, with openpi's order of operations.
     """
     fraction = jnp.linspace(0.0, 1.0, dim // 2)
     period = min_period * (max_period / min_period) ** fraction
-    phase = time_B[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
+    phase = time[..., None] * (1.0 / period * 2 * jnp.pi)
     return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
 
 def exact_time_embedding(
-    time_B: Float[Array, "B"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
-) -> Float[Array, "B dim"]:
+    time: Float[Array, "*rows"], dim: int, *, min_period: float = 4e-3, max_period: float = 4.0
+) -> Float[Array, "*rows dim"]:
     """Returns `time_embedding` to 1e-6, as LeRobot gets it from float64, for flow times in [0, 1].
 
     Whole turns are left out before the sine: the product that has them is of so few bits that it is exact.
     """
     turns = 1.0 / (min_period * (max_period / min_period) ** np.linspace(0.0, 1.0, dim // 2))
     coarse = np.round(turns * 8) / 8  # 11 bits
-    coarse_time = jnp.round(time_B * 4096)[:, None] / 4096  # 13 bits
+    coarse_time = jnp.round(time * 4096)[..., None] / 4096  # 13 bits
     exact = coarse_time * np.float32(coarse)
-    rest = coarse_time * np.float32(turns - coarse) + (time_B[:, None] - coarse_time) * np.float32(turns)
+    rest = coarse_time * np.float32(turns - coarse) + (time[..., None] - coarse_time) * np.float32(turns)
     phase = 2 * jnp.pi * ((exact - jnp.floor(exact)) + rest)
     return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
@@ -132,7 +150,7 @@ class FlowPolicy(Model):
         raise NotImplementedError
 
     def velocity(
-        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time: FlowTime
     ) -> Float[Array, "B A J"]:
         """Returns the predicted velocity (noise - actions) at x_t."""
         raise NotImplementedError
@@ -145,7 +163,7 @@ class FlowPolicy(Model):
         """Returns the velocity as it is sampled with, many times for one observation."""
         prefix = self.prefix(observation, differentiable=False)
         policy = self.packed()
-        return lambda x_BAJ, time_B: policy.velocity(prefix, observation, x_BAJ, time_B)
+        return lambda x_BAJ, time: policy.velocity(prefix, observation, x_BAJ, time)
 
     def sampling_times(self, steps: int) -> Float32[np.ndarray, "steps"]:
         """Returns the flow times of Euler steps."""
@@ -165,13 +183,20 @@ class FlowPolicy(Model):
         return self._flow_errors(self.training_prefix(batch)[0], batch, noise_BAJ, time_B)
 
     def _flow_errors(
-        self, prefix: Prefix, batch: Batch, noise_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+        self,
+        prefix: Prefix,
+        batch: Batch,
+        noise_BAJ: Float[Array, "B A J"],
+        time_B: Float[Array, "B"],
+        given_BA: Bool[Array, "B A"] | None = None,
     ) -> Float[Array, "B A J"]:
-        t = time_B[:, None, None]
+        """given_BA: actions that are not to be found, see `FlowConfig.max_delay`; their errors mean nothing."""
+        time = time_B if given_BA is None else jnp.where(given_BA, 0.0, time_B[:, None])
+        t = time[..., None] if time.ndim == 2 else time[:, None, None]
         # Padded entries are zero by contract; whatever they hold must not reach the network.
         actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
         x_t = t * noise_BAJ + (1 - t) * actions
-        velocity = self.velocity(prefix, batch, x_t, time_B)
+        velocity = self.velocity(prefix, batch, x_t, time)
         with jax.named_scope("flow_loss"):
             return jnp.square(velocity - (noise_BAJ - actions))
 
@@ -194,7 +219,10 @@ class FlowPolicy(Model):
             return draw_noise(keys, shape), draw_time(keys)
 
         keys = [key, *(named_key(key, f"draw {i}") for i in range(1, self.config.flow_draws))]
-        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)), counts=counts)
+        given = None
+        if self.config.max_delay:
+            given = draw_delay(sample_keys(key, batch["position"]), self.loss_mask(batch), self.config.max_delay)
+        return self._losses(batch, *jax.vmap(draw)(jnp.stack(keys)), given_BA=given, counts=counts)
 
     def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
@@ -219,15 +247,18 @@ class FlowPolicy(Model):
         noise_RBAJ: Float[Array, "R B A J"],
         time_RB: Float[Array, "R B"],
         *,
+        given_BA: Bool[Array, "B A"] | None = None,
         one_by_one: bool = False,
         counts: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """As `loss`, at R given draws; one by one in less memory."""
         prefix, other = self.training_prefix(batch)
-        at = lambda draw: self._flow_errors(prefix, batch, *draw)  # noqa: E731
+        at = lambda draw: self._flow_errors(prefix, batch, draw[0], draw[1], given_BA)  # noqa: E731
         errors = (jax.lax.map if one_by_one else _vmap)(at, (noise_RBAJ, time_RB))
-        total = counts or {}
-        flow, per_flow = masked_means(errors.mean(0), self.loss_mask(batch), total.get("flow"))
+        total, mask = counts or {}, self.loss_mask(batch)
+        if given_BA is not None:
+            mask &= ~given_BA[..., None]
+        flow, per_flow = masked_means(errors.mean(0), mask, total.get("flow"))
         return self._with_other_losses(flow, per_flow, other, batch, total)
 
     def _with_other_losses(
@@ -257,19 +288,22 @@ class FlowPolicy(Model):
 
     def sample_actions(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         num_steps: int | None = None,
         noise: Float[Array, "B A J"] | None = None,
         action_mask: Bool[Array, "B A J"] | None = None,
+        previous: Previous | None = None,
     ) -> Float[Array, "B A J"]:
         """Returns normalised actions: Euler steps from noise (t = 1) to data (t = 0); the prefix is computed once.
 
-        key: draws the noise, row i from `fold_in(key, i)`; not used when `noise` is given.
+        key: draws the noise, row i from its own of `row_keys(key, B)`; not used when `noise` is given.
         num_steps: None takes `config.sample_steps`.
         action_mask: which entries of the chunk this robot has (None: all). Dims that it lacks follow the path they had
             in training, that of padding, x_t = t * noise, whatever the network says about them; so they end at zero.
+        previous: what is left of the chunk before. A policy that was trained for it (`config.max_delay`) takes its
+            first actions as they are; of another one the velocities are led there, see `guided`.
 
         Raises:
             ValueError: the observation does not fit the config; lists everything that does not.
@@ -283,11 +317,19 @@ class FlowPolicy(Model):
         dt = jnp.float32(-1.0 / steps)
         dims_B1J = None if action_mask is None else action_mask.any(axis=1, keepdims=True)
 
+        known = previous if self.config.max_delay else None
+        if previous is not None and known is None:
+            velocity = guided(velocity, previous, action_mask)
+
         def step(i: jax.Array, x: jax.Array) -> jax.Array:
-            x = x + dt * velocity(x, jnp.full((B,), times[i]))
+            time = jnp.full((B,), times[i])
+            if known is not None:
+                x, time = known.put(x), jnp.where(known.given(shape[0]), 0.0, time[:, None])
+            x = x + dt * velocity(x, time)
             return x if dims_B1J is None else jnp.where(dims_B1J, x, (1 - (i + 1) / steps) * start)
 
-        return jax.lax.fori_loop(0, steps, step, start)
+        x = jax.lax.fori_loop(0, steps, step, start)
+        return x if known is None else known.put(x)
 
 
 def _vmap(function: Any, xs: Any) -> Any:

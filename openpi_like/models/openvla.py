@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
+from openpi_like.draws import RowKeys
 from openpi_like.models.backbone import Embedded, masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
@@ -153,7 +154,7 @@ class OpenVla(Model):
 
     def sample_actions(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         action_mask: Bool[Array, "B A J"] | None = None,

@@ -25,7 +25,7 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
-from openpi_like.models.flow import FlowConfig, FlowPolicy, Prefix, Velocity, time_embedding
+from openpi_like.models.flow import FlowConfig, FlowPolicy, FlowTime, Prefix, Velocity, time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemmaConfig
@@ -139,10 +139,10 @@ class Pi0(FlowPolicy):
     # ---- Tokens ------------------------------------------------------------------------------------------------------
 
     def embed_suffix(
-        self, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B 1 D"] | None]:
+        self, observation: Observation, x_BAJ: Float[Array, "B A J"], time: FlowTime
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B #T D"] | None]:
         """Returns the expert's tokens (state first, then actions; pi0.5: actions only) and its condition (pi0.5)."""
-        actions, cond = self.embed_actions(x_BAJ, time_B)
+        actions, cond = self.embed_actions(x_BAJ, time)
         if self.config.pi05:
             return actions, cond
         return jnp.concatenate([self.embed_state(observation), actions], axis=1), None
@@ -154,14 +154,14 @@ class Pi0(FlowPolicy):
 
     @jax.named_scope("expert")
     def embed_actions(
-        self, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
-    ) -> tuple[Float[Array, "B A D"], Float[Array, "B 1 D"] | None]:
+        self, x_BAJ: Float[Array, "B A J"], time: FlowTime
+    ) -> tuple[Float[Array, "B A D"], Float[Array, "B #A D"] | None]:
         """Returns the action tokens and the expert's condition (pi0.5, else None)."""
         actions = self.action_in(x_BAJ)
-        time_B1D = time_embedding(time_B, self.config.expert.width)[:, None, :]
+        time_BAD = time_embedding(time[:, None] if time.ndim == 1 else time, self.config.expert.width)
         if self.config.pi05:
-            return actions, jax.nn.swish(self.time_out(jax.nn.swish(self.time_in(time_B1D))))
-        both = jnp.concatenate([actions, jnp.broadcast_to(time_B1D, actions.shape)], axis=-1)
+            return actions, jax.nn.swish(self.time_out(jax.nn.swish(self.time_in(time_BAD))))
+        both = jnp.concatenate([actions, jnp.broadcast_to(time_BAD, actions.shape)], axis=-1)
         return self.action_time_out(jax.nn.swish(self.action_time_in(both))), None
 
     def masks(
@@ -212,7 +212,7 @@ class Pi0(FlowPolicy):
         self,
         prefix: Prefix,
         tokens_BTD: Float[Array, "B T D"],
-        cond_BSD: Float[Array, "B 1 D"] | None,
+        cond_BSD: Float[Array, "B #T D"] | None,
     ) -> Float[Array, "B T D"]:
         """Runs the expert's tokens against the prefix; returns them after the final norm."""
         with jax.named_scope("expert"):
@@ -224,20 +224,18 @@ class Pi0(FlowPolicy):
         prefix: Prefix,
         observation: Observation,
         x_BAJ: Float[Array, "B A J"],
-        time_B: Float[Array, "B"],
+        time: FlowTime,
     ) -> Float[Array, "B A J"]:
         """Returns the predicted velocity (noise - actions) at x_t."""
-        return self._velocity(self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time_B)))
+        return self._velocity(self.suffix(prefix, *self.embed_suffix(observation, x_BAJ, time)))
 
     @jax.named_scope("expert")
     def _velocity(self, out_BTD: Float[Array, "B T D"]) -> Float[Array, "B A J"]:
         return pin(self.action_out(out_BTD[:, -self.config.action_horizon :].astype(jnp.float32)), "batch", None, None)
 
-    def sampling_velocity(
-        self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
-    ) -> Float[Array, "B A J"]:
+    def sampling_velocity(self, prefix: Prefix, x_BAJ: Float[Array, "B A J"], time: FlowTime) -> Float[Array, "B A J"]:
         """Returns `velocity` against a prefix that holds the state token already, see `_with_state`."""
-        return self._velocity(self.suffix(prefix, *self.embed_actions(x_BAJ, time_B)))
+        return self._velocity(self.suffix(prefix, *self.embed_actions(x_BAJ, time)))
 
     def _with_state(self, prefix: Prefix, observation: Observation) -> Prefix:
         """Returns a prefix that holds the state token too: actions see it, and it sees none of them (pi0)."""
@@ -295,6 +293,6 @@ class Pi0(FlowPolicy):
         policy = self.packed()
         # A pass for one token reads as many weights as one for all: in a server that is a step more (1 ms on an H200).
         if self.config.pi05 or policy.expert.is_taken_apart:
-            return lambda x_BAJ, time_B: policy.velocity(prefix, observation, x_BAJ, time_B)
+            return lambda x_BAJ, time: policy.velocity(prefix, observation, x_BAJ, time)
         whole = policy._with_state(prefix, observation)
-        return lambda x_BAJ, time_B: policy.sampling_velocity(whole, x_BAJ, time_B)
+        return lambda x_BAJ, time: policy.sampling_velocity(whole, x_BAJ, time)

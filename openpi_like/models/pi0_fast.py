@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
 from openpi_like.data.prompts import FastPrompt, PromptFormat
+from openpi_like.draws import RowKeys
 from openpi_like.models.backbone import choose_token
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
@@ -194,7 +195,7 @@ class Pi0Fast(Model):
 
     def sample_actions(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         decoding: ActionDecoding,
@@ -219,7 +220,7 @@ class Pi0Fast(Model):
 
     def sample_tokens(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         decoding: ActionDecoding,

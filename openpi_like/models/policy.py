@@ -4,7 +4,7 @@ A model's config has the sizes of a batch and a `backbone`, itself a config. A p
 
     loss(key, batch, counts=None) -> (scalar, per-sample metrics)        loss_counts(batch) -> what it divides by
     validation_losses(key, batch) -> {name: scalar}                      packed() -> itself, for many small calls
-    sample_actions(key, observation, action_mask=None, **options) -> normalised actions
+    sample_actions(key, observation, action_mask=None, **options) -> normalised actions; key: one, or one of each row
     remember(key, batch) -> {name: what it keeps}, of weights that are not trained but written (`param.memory`)
 
 which is all that the trainer, the validator and the server know of it. A new policy is one file with its config and its
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Key
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.config import near_names
 from openpi_like.data.prompts import Pi0Prompt, PromptFormat
+from openpi_like.draws import RowKeys
 from openpi_like.models.backbone import Backbone
 from openpi_like.models.backbone_config import BackboneConfig
 from openpi_like.models.formats import Format
@@ -211,6 +212,11 @@ class PolicyConfig(VisionLanguageConfig):
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
         return {}
 
+    @property
+    def takes_previous(self) -> bool:
+        """Whether `sample_actions` takes what is left of the chunk before, see `openpi_like.models.chunking`."""
+        return False
+
     def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
         """Returns what `sample_actions` takes besides an observation, by name, made of a checkpoint's tokenizers.
 
@@ -300,7 +306,7 @@ class OnePassPolicy(Model):
 
     def sample_actions(
         self,
-        key: Key[Array, ""],
+        key: RowKeys,
         observation: Observation,
         *,
         action_mask: Bool[Array, "B A J"] | None = None,

@@ -24,7 +24,7 @@ from openpi_like.batch import Observation
 from openpi_like.data.prompts import PromptFormat, SmolVlaPrompt
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import Embedded
-from openpi_like.models.flow import FlowConfig, FlowPolicy, Prefix, exact_time_embedding
+from openpi_like.models.flow import FlowConfig, FlowPolicy, FlowTime, Prefix, exact_time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.param import Linear
@@ -122,11 +122,11 @@ class SmolVla(FlowPolicy):
         return Embedded(pin(jnp.concatenate([tokens, state], axis=1), "batch", None, None), valid)
 
     @jax.named_scope("expert")
-    def embed_actions(self, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]) -> Float[Array, "B A E"]:
+    def embed_actions(self, x_BAJ: Float[Array, "B A J"], time: FlowTime) -> Float[Array, "B A E"]:
         """Returns the action tokens."""
         actions = self.action_in(x_BAJ)
-        time_B1E = exact_time_embedding(time_B, self.config.expert.width)[:, None, :]
-        both = jnp.concatenate([actions, jnp.broadcast_to(time_B1E, actions.shape)], axis=-1)
+        time_BAE = exact_time_embedding(time[:, None] if time.ndim == 1 else time, self.config.expert.width)
+        both = jnp.concatenate([actions, jnp.broadcast_to(time_BAE, actions.shape)], axis=-1)
         return self.action_time_out(jax.nn.swish(self.action_time_in(both)))
 
     def masks(
@@ -161,10 +161,10 @@ class SmolVla(FlowPolicy):
             return Prefix(self.expert.read(cache), mask[:, S:], rope[:, :, S:])
 
     def velocity(
-        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time_B: Float[Array, "B"]
+        self, prefix: Prefix, observation: Observation, x_BAJ: Float[Array, "B A J"], time: FlowTime
     ) -> Float[Array, "B A J"]:
         """Returns the predicted velocity (noise - actions) at x_t."""
-        tokens = self.embed_actions(x_BAJ, time_B)
+        tokens = self.embed_actions(x_BAJ, time)
         cross_rope = self.backbone.vlm.rope(jnp.broadcast_to(jnp.arange(x_BAJ.shape[1]), x_BAJ.shape[:2]))
         with jax.named_scope("expert"):
             out, _ = self.expert(tokens, prefix.mask, prefix.rope, past=prefix.cache, cross_rope=cross_rope)

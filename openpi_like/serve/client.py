@@ -5,10 +5,11 @@ reconnects.
 """
 
 import contextlib
+import ssl
 import time
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidMessage
 from websockets.sync.client import ClientConnection, connect
 
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, pack, unpack
@@ -33,16 +34,23 @@ class PolicyClient:
         host: str = "127.0.0.1",
         port: int = 8000,
         *,
+        policy: str = "",
         api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
         timeout_s: float = 10.0,
         reconnect_s: float = 30.0,
     ) -> None:
-        """timeout_s: longest wait for an answer. reconnect_s: longest time spent on (re)connecting.
+        """Connects.
+
+        policy: name of one that the server has; its first by default. tls: encrypts, with a certificate of this client
+        where it has one (`ssl.create_default_context(cafile=...)` and its `load_cert_chain`). timeout_s: longest wait
+        for an answer. reconnect_s: longest time spent on (re)connecting.
 
         Raises:
             ConnectionError: no server could be reached in `reconnect_s`.
         """
-        self._uri, self._api_key = f"ws://{host}:{port}", api_key
+        self._uri, self._api_key = f"{'ws' if tls is None else 'wss'}://{host}:{port}/{policy}", api_key
+        self._tls = tls
         self._timeout_s, self._reconnect_s = timeout_s, reconnect_s
         self._connection: ClientConnection | None = None
         self._open = contextlib.ExitStack()  # holds the connection's context
@@ -60,10 +68,13 @@ class PolicyClient:
                     compression=None,  # images do not compress, and it costs milliseconds
                     max_size=MAX_MESSAGE_BYTES,
                     open_timeout=self._timeout_s,
+                    ssl=self._tls,
                 )
                 connection = self._open.enter_context(context)
                 break
-            except (OSError, TimeoutError) as e:
+            except ssl.SSLError as e:
+                raise ConnectionError(f"{self._uri}: {e}; is the server's certificate, or this client's, wrong?") from e
+            except (OSError, TimeoutError, InvalidMessage, ConnectionClosed) as e:
                 if time.monotonic() + pause > give_up:
                     raise ConnectionError(f"no policy server at {self._uri} within {self._reconnect_s} s: {e}") from e
                 time.sleep(pause)

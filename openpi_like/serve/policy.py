@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +15,150 @@ from openpi_like.batch import Observation
 from openpi_like.config import near_names
 from openpi_like.data.images import fit
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
-from openpi_like.models.quantize import QUANTIZED
+from openpi_like.models.chunking import Previous, previous_row
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
+from openpi_like.serve.observation import ObservationError, check_observation, check_previous, robot_of
+from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.protocol import PROTOCOL
-from openpi_like.train.checkpoints.checkpoint import Step
+from openpi_like.serve.ranges import RangeError, beyond, check_actions, check_state, said
+from openpi_like.train.checkpoints.checkpoint import Step, find_step
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
 from openpi_like.train.fastest import fastest_attention
 from openpi_like.train.sharding import MeshConfig
 
 
-class ObservationError(ValueError):
-    """An observation does not fit the robot; the text says everything that is wrong with it."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An observation that fits, as one row of a batch.
+
+    state: raw, in the robot's own units. row: an `Observation` without its batch axis. mask: (A, J), the entries of the
+    chunk that the robot has. words: uint32 (2,), seed and number of the request, which give its noise. previous: what
+    is left of the chunk before, if it was sent. warnings: what is to be said of the observation.
+    """
+
+    robot: Robot
+    state: np.ndarray
+    row: dict[str, Any]
+    mask: np.ndarray
+    words: np.ndarray
+    previous: Previous | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The pictures that there are, as the policy sees them."""
+        return {name: image for name, image in self.row["images"].items() if self.row["image_mask"][name]}
+
+    @property
+    def lane(self) -> Hashable:
+        """Requests of different lanes are not answered together: they are computed in different ways."""
+        return self.previous is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """actions: float32 (A, Js) in robot space, A the robot's horizon. warnings: what is to be said of them."""
+
+    actions: np.ndarray
+    warnings: tuple[str, ...] = ()
+
+
+class _Function:
+    """What is compiled of a policy: from weights and a batch to actions. attention: what computes that, by sizes."""
+
+    def __init__(self, graph: Any, structure: Any, drawn: dict[str, float]) -> None:
+        self._graph, self._structure, self._drawn = graph, structure, drawn
+        self.attention: Mapping[Sizes, str] | str = "einsum"
+        self.compiled = jax.jit(self.__call__)
+
+    def __call__(
+        self,
+        weights: Any,
+        words_B2: jax.Array,
+        observation: Observation,
+        mask: jax.Array,
+        tables: dict[str, Any],
+        previous: dict[str, Previous],
+    ) -> jax.Array:
+        keys = jax.vmap(lambda words: jax.random.fold_in(jax.random.key(words[0]), words[1]))(words_B2)
+        with computed_by(self.attention):
+            model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+            return model.sample_actions(keys, observation, action_mask=mask, **tables, **self._drawn, **previous)
 
 
 class Policy:
-    """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own."""
+    """Answers observations of one or more robots; each robot is checked, normalised and unnormalised on its own.
 
-    def __init__(
-        self,
-        parts: PolicyParts,
-        *,
-        robot: str | None = None,
-        seed: int = 0,
-        temperature: float | None = None,
-        quantize: str | None = None,
-    ) -> None:
+    Of several requests one batch is made, filled up to the next of the sizes that were compiled. A request's noise, and
+    so its answer, depends on its own seed and number; what else is in the batch changes at most how sums are rounded.
+    """
+
+    def __init__(self, parts: PolicyParts, options: PolicyOptions | None = None) -> None:
         """
         Args:
             parts: of a checkpoint, see `load_policy_parts`.
-            robot: serve this one only; None serves all robots of the checkpoint.
-            seed: of the sampling noise.
-            temperature: of the tokens that pi0-FAST writes; None takes the likeliest ones.
-            quantize: hold linear maps in fewer bits, see `openpi_like.models.quantize.QUANTIZED`.
 
         Raises:
-            ValueError: the checkpoint was not trained for `robot`; a temperature for a policy that writes no tokens; or
-                no such `quantize`.
+            ValueError: the checkpoint was not trained for the robot of the options, or writes no tokens and has a
+                temperature, or knows no flow matching and is to go on from chunks.
         """
-        robots = {r.name: r for r in parts.robots}
-        if robot is not None and robot not in robots:
+        self.options = o = options or PolicyOptions()
+        robots, kind = {r.name: r for r in parts.robots}, type(parts.model).__name__
+        if o.robot is not None and o.robot not in robots:
             raise ValueError(
-                f"the checkpoint was trained for {', '.join(robots)}, not for robot {robot!r}; "
-                f"{near_names(robot, list(robots))}"
+                f"the checkpoint was trained for {', '.join(robots)}, not for robot {o.robot!r}; "
+                f"{near_names(o.robot, list(robots))}"
             )
-        self.robots = robots if robot is None else {robot: robots[robot]}
-        if temperature is not None and not (parts.sampling_options and temperature >= 0):
+        if o.temperature is not None and not parts.sampling_options:
             raise ValueError(
-                f"temperature={temperature}, expected a number of at least 0 for a policy that writes action tokens, "
-                f"and none for others; this one is a {type(parts.model).__name__}"
+                f"temperature={o.temperature}, expected a number for a policy that writes action tokens, and none for "
+                f"others; this is a {kind}"
             )
-        drawn = {} if temperature is None else {"temperature": temperature}
+        if o.real_time_chunking and not parts.model.config.takes_previous:
+            raise ValueError(f"a {kind} cannot go on from a chunk, only policies of flow matching can")
+        self.robots = robots if o.robot is None else {o.robot: robots[o.robot]}
+        seen = parts.model.config.cameras  # others were left out of training with drop_cameras
+        self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
+        self.sizes, self.ranges = o.sizes, o.ranges
         # Once, instead of in every request; the weights this replaces are not kept.
-        self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=quantize))
-        self._seed, self._requests, self._config = seed, 0, parts.model.config
+        self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=o.quantize))
+        self._requests, self._config = 0, parts.model.config
         graph, state = nnx.split(self._parts.model)
         # A plain list: jax looks at every array in every request.
         self._weights, structure = jax.tree.flatten(state)
-
         # Tables for decoding are arguments, not constants of the compiled function, which they would only slow down.
-        self._options = jax.device_put(parts.sampling_options)
-
-        def sample(
-            weights: Any, key: jax.Array, observation: Observation, mask: jax.Array, options: dict[str, Any]
-        ) -> jax.Array:
-            with computed_by(self._attention):
-                model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
-                return model.sample_actions(key, observation, action_mask=mask, **options, **drawn)
-
-        self._attention: Mapping[Sizes, str] | str = "einsum"
-        self._compute, self._sample = sample, jax.jit(sample)
+        self._tables = jax.device_put(parts.sampling_options)
+        self._function = _Function(graph, structure, {} if o.temperature is None else {"temperature": o.temperature})
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: str | Path,
-        *,
-        step: Step = None,
-        robot: str | None = None,
-        seed: int = 0,
-        dtype: str | None = None,
-        temperature: float | None = None,
-    ) -> "Policy":
-        """Loads a checkpoint directory; see `load_policy_parts` and `Policy`.
+    def load(cls, checkpoint: str | Path, options: PolicyOptions | None = None, *, step: Step = None) -> "Policy":
+        """Loads a checkpoint directory; see `load_policy_parts` and `Policy`."""
+        o = options or PolicyOptions()
+        # What is held in fewer bits is read in bfloat16 first.
+        return cls(load_policy_parts(checkpoint, step, dtype="bfloat16" if o.quantize else o.dtype), o)
 
-        dtype: of the weights in memory, None as stored; for one of `QUANTIZED` they are read in bfloat16 first.
+    def is_step(self, checkpoint: str | Path, step: Step = None) -> bool:
+        """Returns whether `renewed` would load what this is already.
+
+        Raises:
+            CheckpointError: there is no such step.
         """
-        quantize = dtype if dtype in QUANTIZED else None
-        parts = load_policy_parts(checkpoint, step, dtype="bfloat16" if quantize else dtype)
-        return cls(parts, robot=robot, seed=seed, temperature=temperature, quantize=quantize)
+        return find_step(checkpoint, step) == self._parts.source
+
+    def renewed(self, checkpoint: str | Path, *, step: Step = None) -> "Policy":
+        """Loads another step, or run, that is served in the same way; it is compiled anew only where that is needed.
+
+        The new one is warm; this one goes on meanwhile, and both are in memory. Raises what `load` does.
+        """
+        other = Policy.load(checkpoint, self.options, step=step)
+        same = other._parts.contract_hash == self._parts.contract_hash
+        of = lambda policy: [(w.shape, w.dtype) for w in jax.tree.leaves(policy._weights)]  # noqa: E731
+        if same and of(other) == of(self):
+            other._function = self._function
+        else:
+            other.warm_up()
+        return other
 
     def metadata(self) -> dict[str, Any]:
         """Returns the handshake: what a robot needs to know, and can check itself against."""
@@ -113,9 +168,15 @@ class Policy:
 
         robots = {
             r.name: {
-                "cameras": {c.name: None if c.height is None else [c.height, c.width] for c in self._cameras(r)},
+                "cameras": {
+                    name: None if c.height is None else [c.height, c.width] for name, c in self._cameras[r.name].items()
+                },
                 "state": fields(r.state),
                 "action": fields(r.action),
+                "limits": {
+                    **dataclasses.asdict(r.action_limits),
+                    "command": [f.command for f in r.action for _ in range(f.size)],
+                },
                 "control_hz": r.control_hz,
                 "action_horizon": r.action_horizon,
                 "execute_steps": r.execute_steps,
@@ -124,162 +185,164 @@ class Policy:
             for r in self.robots.values()
         }
         package = importlib.metadata.version("openpi-like")
+        chunking = {"real_time_chunking": self.max_delay is not None, "max_delay": self.max_delay or 0}
         contract = {"contract": self._parts.contract_hash, "step": self._parts.step}
-        return {"protocol": PROTOCOL, "package": package, **contract, "robots": robots}
-
-    def _cameras(self, robot: Robot) -> list[Any]:
-        """The robot's cameras that the policy sees; others were left out of training with drop_cameras."""
-        return [c for c in robot.cameras if c.name in self._config.cameras]
+        return {"protocol": PROTOCOL, "package": package, **contract, **chunking, "robots": robots}
 
     def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Compiles, by sampling once for every robot from the middle of its training data; before the first request.
+        """Compiles, by sampling once in every batch size, before the first request.
 
         What computes attention fastest is measured before; say: is called with the choices.
         """
-        calls = []
-        for robot in self.robots.values():
-            images = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in self._cameras(robot)}
-            state = np.zeros(robot.state_size, np.float32)
-            calls.append(self._call(robot, images, state, self._tokens("", state), jax.random.key(0)))
-        # All robots are one size to the network.
-        sizes, mesh = sizes_in(self._compute, *calls[0]), MeshConfig().create(jax.local_devices()[:1])
+        middle = [self._in_the_middle(robot) for robot in self.robots.values()]
+        if self.options.real_time_chunking:
+            middle = [*middle, *(dataclasses.replace(r, previous=self._previous(r, r.mask[:1], 0)) for r in middle)]
+        lanes = {r.lane: [other for other in middle if other.lane == r.lane] for r in middle}
+        calls = [self._batch((lane * size)[:size]) for lane in lanes.values() for size in self.sizes]
+        mesh = MeshConfig().create(jax.local_devices()[:1])
+        sizes = {found for call in calls for found in sizes_in(self._function, *call)}
         choices = fastest_attention(sizes, mesh, gradient=False)
-        self._attention = {choice.sizes: choice.name for choice in choices}
+        self._function.attention = {choice.sizes: choice.name for choice in choices}
         for choice in choices:
             say(str(choice))
         for call in calls:
-            jax.block_until_ready(self._sample(*call))
+            jax.block_until_ready(self._function.compiled(*call))
+
+    def _in_the_middle(self, robot: Robot) -> Request:
+        cameras = self._cameras[robot.name].values()
+        pictures = {c.name: np.zeros((c.height or 64, c.width or 64, 3), np.uint8) for c in cameras}
+        state = np.zeros(robot.state_size, np.float32)
+        return self._request(robot, pictures, np.zeros(robot.robot_state_size), state, "", (0, 0))
+
+    # ---- Requests ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, observation: Any, *, number: int = 0, seed: int | None = None) -> Request:
+        """Checks an observation, and makes it a row of a batch. Threads may call it at the same time.
+
+        observation: see `openpi_like.serve.protocol`. One with a "seed" has the noise of that, whatever its number.
+        number, seed: of the request in its session, and of the session (None: that of the policy).
+
+        Raises:
+            ObservationError: everything that is wrong with the observation; the policy stays usable.
+            RangeError: the state is too far from those of training.
+        """
+        robot = robot_of(observation, self.robots)
+        pictures = check_observation(observation, robot, self._cameras[robot.name])
+        state = np.asarray(observation["state"], np.float32)
+        normalization, unscaled = self._parts.normalizations[robot.name], robot.encode_state(state)
+        warnings = check_state(robot, unscaled, normalization.state, self.ranges)
+        encoded = normalization.apply_state(unscaled)
+        prompt = observation.get("prompt") or robot.default_prompt or ""  # `check_observation` wants one of them
+        before = check_previous(observation, robot, self.max_delay)
+        own = observation.get("seed")
+        words = (self.options.seed if seed is None else seed, 1 + number) if own is None else (int(own), 0)
+        try:
+            request = self._request(robot, pictures, state, encoded, prompt, words)
+        except ValueError as e:
+            raise ObservationError(f"prompt: {e}") from e
+        request = dataclasses.replace(request, warnings=tuple(warnings))
+        if before is None:
+            return request
+        old = normalization.apply_actions(robot.encode_actions(before[0], state))
+        return dataclasses.replace(request, previous=self._previous(request, old, before[1]))
+
+    @property
+    def max_delay(self) -> int | None:
+        """Delay that the policy was trained for; 0 where it is guided instead, None where it takes no chunk before."""
+        return self._config.max_delay if self.options.real_time_chunking else None
+
+    def _previous(self, request: Request, old: np.ndarray, delay: int) -> Previous:
+        return previous_row(np.asarray(old, np.float32), delay, request.mask.shape, self.options.guidance)
+
+    def _request(
+        self,
+        robot: Robot,
+        pictures: dict[str, np.ndarray],
+        state: np.ndarray,
+        encoded: np.ndarray,
+        prompt: str,
+        words: tuple[int, int],
+    ) -> Request:
+        """encoded: the state, normalised (De,).
+
+        Raises:
+            ValueError: the prompt is too long.
+        """
+        c = self._config
+        ids, prompt_mask = self._parts.tokenizer.encode(prompt, encoded)
+        images = {name: np.zeros((*c.image_size, 3), np.uint8) for name in c.cameras}
+        for name, camera in self._cameras[robot.name].items():
+            if name in pictures:
+                fit(pictures[name], images[name], resize=c.resize, fit=camera.fit)
+        padded = np.zeros(c.state_dim, np.float32)
+        padded[: robot.state_size] = encoded
+        row = {
+            "images": images,
+            "image_mask": {name: np.bool_(name in pictures) for name in c.cameras},
+            "state": padded,
+            "state_mask": np.arange(c.state_dim) < robot.state_size,
+            "prompt": ids,
+            "prompt_mask": prompt_mask,
+        }
+        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
+        return Request(robot, state, row, mask, np.array(words, np.uint32))
+
+    # ---- Answers -----------------------------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Request]) -> list[Reply | FloatingPointError | RangeError]:
+        """Returns a reply to each request, or an error: actions that are not finite are never sent, nor are those that
+        are refused. One thread at a time.
+
+        Raises:
+            ValueError: more requests than `max_batch`, none, or of different lanes.
+        """
+        if not 1 <= len(requests) <= self.sizes[-1]:
+            raise ValueError(f"got {len(requests)} requests, expected 1 to {self.sizes[-1]}")
+        if len({r.lane for r in requests}) > 1:
+            raise ValueError("some requests have a chunk before and others have not; sample them one after the other")
+        size = next(n for n in self.sizes if n >= len(requests))
+        filled = [*requests, *[requests[-1]] * (size - len(requests))]
+        sampled = np.asarray(self._function.compiled(*self._batch(filled)))
+        return [self._reply(request, row) for request, row in zip(requests, sampled, strict=False)]
 
     def infer(self, observation: Any) -> dict[str, Any]:
-        """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}; A is the robot's horizon.
+        """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}, for one robot alone.
 
         observation: see `openpi_like.serve.protocol`. Without "seed", each request draws other noise.
 
         Raises:
             ObservationError: everything that is wrong with the observation; the policy stays usable.
+            RangeError: the state is too far from those of training, or actions beyond the limits are refused.
             FloatingPointError: the network produced NaN or infinity, which is never sent.
         """
         started = time.perf_counter()
-        robot = self._robot(observation)
-        problems = self._problems(robot, observation)
-        if problems:
-            raise ObservationError(f"observation does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
-        seed = observation.get("seed")
-        key = jax.random.key(self._seed if seed is None else int(seed))
-        if seed is None:
-            key = jax.random.fold_in(key, self._requests)
-            self._requests += 1
-        prompt = observation.get("prompt", robot.default_prompt)
-        state, normalization = np.asarray(observation["state"], np.float32), self._parts.normalizations[robot.name]
-        encoded = normalization.apply_state(robot.encode_state(state))
-        try:
-            tokens = self._tokens(prompt, encoded)
-        except ValueError as e:
-            raise ObservationError(f"prompt: {e}") from e
-        padded = np.asarray(self._sample(*self._call(robot, observation["images"], encoded, tokens, key)))[0]
+        (reply,) = self.sample([self.prepare(observation, number=self._requests)])
+        self._requests += 1
+        if isinstance(reply, Exception):
+            raise reply
+        return {"actions": reply.actions, "timing_ms": {"infer": 1e3 * (time.perf_counter() - started)}}
+
+    def _batch(self, requests: Sequence[Request]) -> tuple[Any, ...]:
+        """Returns what is sampled from."""
+        inputs = jax.tree.map(lambda *rows: np.stack(rows), *(r.row for r in requests))
+        words, masks = (np.stack([getattr(r, name) for r in requests]) for name in ("words", "mask"))
+        rows = [r.previous for r in requests if r.previous is not None]
+        previous = {"previous": jax.tree.map(lambda *parts: np.stack(parts), *rows)} if rows else {}
+        return self._weights, words, inputs, masks, self._tables, previous
+
+    def _reply(self, request: Request, padded: np.ndarray) -> Reply | FloatingPointError | RangeError:
+        """Returns a row of a sample in robot space, within the robot's limits."""
+        robot = request.robot
         sampled = padded[: robot.action_horizon, : robot.action_size]
-        actions = robot.decode_actions(normalization.invert_actions(sampled), state)
+        normalization = self._parts.normalizations[robot.name]
+        unscaled = normalization.invert_actions(sampled)
+        actions = robot.decode_actions(unscaled, request.state)
         if not np.isfinite(actions).all():
-            raise FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
-        return {"actions": actions, "timing_ms": {"infer": 1e3 * (time.perf_counter() - started)}}
-
-    def _robot(self, observation: Any) -> Robot:
-        if not isinstance(observation, dict):
-            raise ObservationError(f"got a {type(observation).__name__}, expected a dict with images, state and prompt")
-        name = observation.get("robot")
-        if name is None and len(self.robots) == 1:
-            return next(iter(self.robots.values()))
-        known = list(self.robots)
-        if name is None:
-            raise ObservationError(f"robot: missing, and this server has several; add one of {', '.join(known)}")
-        if name not in self.robots:
-            raise ObservationError(
-                f"robot: got {name!r}, this checkpoint has not seen it; {near_names(str(name), known)}"
-            )
-        return self.robots[name]
-
-    def _problems(self, robot: Robot, observation: dict[str, Any]) -> list[str]:
-        """Returns everything that is wrong with an observation."""
-        known = ("images", "state", "prompt", "robot", "seed")
-        problems = [
-            f"{k}: not part of an observation; {near_names(str(k), known)}" for k in observation if k not in known
-        ]
-        images, cameras = observation.get("images"), {c.name: c for c in self._cameras(robot)}
-        if not isinstance(images, dict):
-            problems.append(f"images: got {type(images).__name__}, expected a dict with cameras {', '.join(cameras)}")
-            images = None
-        for name in images or {}:
-            if name not in cameras:
-                problems.append(
-                    f"images[{name!r}]: the robot has no such camera; {near_names(str(name), list(cameras))}"
-                )
-        for name, camera in cameras.items() if images is not None else ():
-            assert images is not None
-            if name not in images:
-                if camera.steps_back:
-                    continue  # as at the start of an episode
-                problems.append(f"images[{name!r}]: missing; got {', '.join(map(repr, images)) or 'no images'}")
-                continue
-            image, size = images[name], (camera.height or "any", camera.width or "any")
-            if not isinstance(image, np.ndarray):
-                problems.append(f"images[{name!r}]: got {type(image).__name__}, expected a uint8 array {(*size, 3)}")
-                continue
-            if image.dtype != np.uint8:
-                problems.append(f"images[{name!r}]: got dtype {image.dtype}, expected uint8 in 0 .. 255, RGB")
-            fits = image.ndim == 3 and image.shape[2] == 3 and min(image.shape) > 0
-            if not fits or (camera.height is not None and image.shape[:2] != (camera.height, camera.width)):
-                problems.append(f"images[{name!r}]: got shape {image.shape}, expected {(*size, 3)}")
-        problems += self._state_problems(robot, observation.get("state"))
-        prompt, seed = observation.get("prompt"), observation.get("seed")
-        if prompt is None and robot.default_prompt is None:
-            problems.append("prompt: missing, and the robot has no default; say what to do")
-        elif prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
-            problems.append(f"prompt: got {prompt!r}, expected a text that is not empty")
-        if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
-            problems.append(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
-        return problems
-
-    @staticmethod
-    def _state_problems(robot: Robot, state: Any) -> list[str]:
-        size, names = robot.robot_state_size, ", ".join(f"{f.name}:{f.size} [{f.unit}]" for f in robot.state)
-        if not isinstance(state, np.ndarray):
-            return [f"state: got {type(state).__name__}, expected a float array ({size},): {names}"]
-        problems = []
-        if state.dtype.kind != "f":
-            problems.append(f"state: got dtype {state.dtype}, expected float32")
-        if state.shape != (size,):
-            problems.append(f"state: got shape {state.shape}, expected ({size},): {names}")
-        elif state.dtype.kind == "f" and not np.isfinite(state).all():
-            problems.append(f"state: not finite at {np.flatnonzero(~np.isfinite(state)).tolist()} of ({names})")
-        return problems
-
-    def _tokens(self, prompt: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns ids and mask, (1, S), of an instruction and a normalised state (De,)."""
-        return self._parts.tokenizer.batch([prompt], [state])
-
-    def _call(
-        self,
-        robot: Robot,
-        images: dict[str, np.ndarray],
-        state: np.ndarray,
-        tokens: tuple[np.ndarray, np.ndarray],
-        key: jax.Array,
-    ) -> tuple[Any, ...]:
-        """Returns what is sampled from, for a normalised state (De,)."""
-        c = self._config
-        pixels = {name: np.zeros((1, *c.image_size, 3), np.uint8) for name in c.cameras}
-        for camera in self._cameras(robot):
-            if camera.name in images:
-                fit(images[camera.name], pixels[camera.name][0], resize=c.resize, fit=camera.fit)
-        padded = np.zeros((1, c.state_dim), np.float32)
-        padded[0, : robot.state_size] = state
-        inputs: Observation = {
-            "images": pixels,
-            "image_mask": {name: np.array([name in images]) for name in c.cameras},
-            "state": padded,
-            "state_mask": np.arange(c.state_dim)[None] < robot.state_size,
-            "prompt": tokens[0],
-            "prompt_mask": tokens[1],
-        }
-        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
-        return self._weights, key, inputs, mask[None], self._options
+            return FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
+        try:
+            inside, cut = check_actions(robot, actions, self.ranges)
+        except RangeError as e:
+            return e
+        stats = normalization.action
+        far = said("actions", beyond(unscaled, stats), stats, self.ranges.warn)
+        return Reply(inside, (*request.warnings, *far, *cut))

@@ -18,10 +18,15 @@ from typing import Any
 import msgpack
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
-_KINDS = "biuf"  # bool, integers, floats: what an observation is made of; never objects, which would need pickle
+# What an observation is made of; never objects, which would need pickle.
+_NUMBERS = ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")
+_DTYPES = {
+    name: np.dtype(name) for name in ("|b1", "|i1", "|u1", *(order + name for order in "<>" for name in _NUMBERS))
+}
+MAX_DEPTH, MAX_DIMS = 16, 8
 
 
 class ProtocolError(ValueError):
@@ -43,7 +48,7 @@ def pack(message: Any) -> bytes:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in _KINDS:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.str not in _DTYPES:
         raise ProtocolError(f"array of dtype {value.dtype}, expected booleans, integers or floats; convert it first")
     if isinstance(value, np.ndarray):
         return {_ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
@@ -55,35 +60,51 @@ def _encode(value: Any) -> Any:
 def unpack(data: bytes) -> Any:
     """Inverse of `pack`. Arrays are read-only views of `data`.
 
+    Nothing is allocated for what a message only says that it holds; it is compared with what is there before.
+
     Raises:
-        ProtocolError: not msgpack, too large, or an array whose dtype, shape and size do not agree.
+        ProtocolError: not msgpack, too large or too deep, or an array whose dtype, shape and size do not agree.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}; send smaller images")
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
+        message = msgpack.unpackb(data, object_hook=_decode, max_ext_len=0)
     except ProtocolError:
         raise
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
         raise ProtocolError(f"not a msgpack message ({len(data)} bytes): {type(e).__name__} {e}") from e
+    _check_depth(message, MAX_DEPTH)
+    return message
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if isinstance(value, dict | list):
+        if left == 0:
+            raise ProtocolError(f"lists and dicts nested deeper than {MAX_DEPTH}")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, left - 1)
 
 
 def _decode(value: dict) -> Any:
     if _ARRAY not in value and _SCALAR not in value:
         return value
-    try:
-        dtype = np.dtype(value[b"dtype"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise ProtocolError(f"array with dtype {value.get(b'dtype')!r}, expected a numpy type string") from e
-    if dtype.kind not in _KINDS:
-        raise ProtocolError(f"array of dtype {dtype}, expected booleans, integers or floats")
+    name = value.get(b"dtype")
+    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ProtocolError(
+            f"array of dtype {name!r}, expected booleans, integers or floats, one of {', '.join(_DTYPES)}"
+        )
     if _SCALAR in value:
-        return dtype.type(value.get(b"data"))
+        number = value.get(b"data")
+        if not isinstance(number, bool | int | float):
+            raise ProtocolError(f"number of dtype {name} that is a {type(number).__name__}")
+        return dtype.type(number)
     shape, data = value.get(b"shape"), value.get(b"data")
-    if not isinstance(data, bytes) or not isinstance(shape, list | tuple):
+    if not isinstance(data, bytes) or not isinstance(shape, list):
         raise ProtocolError("array without data or shape")
-    if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
+    sizes = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n <= MAX_MESSAGE_BYTES for n in shape)
+    if not sizes or math.prod(shape) * dtype.itemsize != len(data):
         raise ProtocolError(
             f"array of shape {tuple(shape)} and dtype {dtype} with {len(data)} bytes, which do not agree"
         )
-    return np.frombuffer(data, dtype).reshape(tuple(shape))
+    return np.frombuffer(data, dtype).reshape(shape)

@@ -37,6 +37,8 @@ _FROZEN_S = 1.0  # a picture that stays the same for so long is worth a note
 
 PROPOSED = "proposed_action"
 """Key of an RLDS step: what the policy wanted (NaN where none was asked)."""
+CHUNK = "proposed_chunk"
+"""Key of an RLDS step: all that the policy answered, where a recording has that (NaN where it was not asked)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Limits:
 class Looked:
     """What an episode is. state (T, Ds), action (T, J): as recorded. expert: steps at which an expert acted.
 
+    chunks: how many steps have the whole answer of the policy.
     encodings: "png", "jpeg" or "jpeg and png", by camera of the robot, as they are kept.
     """
 
@@ -58,6 +61,7 @@ class Looked:
     state: np.ndarray
     action: np.ndarray
     expert: int
+    chunks: int
     encodings: Mapping[str, str]
     rate_hz: float
     problems: tuple[str, ...]
@@ -75,10 +79,13 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
     sizes: dict[str, collections.Counter] = {}
     shown: dict[str, list[int]] = {}  # camera -> a hash of each picture
     found: dict[str, set] = {}  # camera -> encodings
+    chunks = collections.Counter[tuple[int, ...]]()  # by shape
     try:
         for step in recording.read():
             for key, values in numbers.items():
                 values.append(step[key])
+            if "chunk" in step:
+                chunks[step["chunk"].shape] += 1
             for camera, data in step["images"].items():
                 sizes.setdefault(camera, collections.Counter())[image_size(data)] += 1
                 shown.setdefault(camera, []).append(hash(data))
@@ -92,6 +99,11 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
             problems.append(f"its {what} has {x.shape[1]} values, robot {robot.name!r} has {size}")
         if len(bad := np.flatnonzero(~np.isfinite(x).all(axis=1))):
             problems.append(f"{what} is not finite at {_places(bad)}")
+    problems += [
+        f"{count} of its chunks have shape {shape}, those of robot {robot.name!r} {_chunk_shape(robot)}"
+        for shape, count in chunks.items()
+        if shape != _chunk_shape(robot)
+    ]
     problems += _camera_problems(robot, sizes, recording.steps)
     turned = {c.name: c.upside_down or c.channel_order == "bgr" for c in stored_cameras(robot)}
     encodings = {c: "png" if turned[c] else " and ".join(sorted(found[c])) for c in turned if c in found}
@@ -100,13 +112,22 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
         longest, at = _longest_run(hashes)
         if longest > _FROZEN_S * robot.control_hz * robot.stride:
             notes.append(f"camera {camera!r} shows the same picture for {longest} steps from step {at} on")
-    rate_hz, said, unfit = _look_at_times(np.array(numbers["time_s"], np.float64), robot, limits)
-    notes += said
-    problems += unfit
+    times = np.array(numbers["time_s"], np.float64)
+    if recording.of_requests:
+        rate_hz = float(1 / np.median(np.diff(times))) if len(times) > 1 else float("nan")
+        notes.append("its steps are requests to a server")
+    else:
+        rate_hz, said, unfit = _look_at_times(times, robot, limits)
+        notes += said
+        problems += unfit
     if recording.success is None:
         notes.append("nobody said whether it was a success")
     expert = sum(map(bool, numbers["intervened"]))
-    return Looked(recording, state, action, expert, encodings, rate_hz, tuple(problems), tuple(notes))
+    return Looked(recording, state, action, expert, chunks.total(), encodings, rate_hz, tuple(problems), tuple(notes))
+
+
+def _chunk_shape(robot: Robot) -> tuple[int, int]:
+    return robot.action_horizon, robot.robot_action_size
 
 
 def _names(robot: Robot) -> list[str]:
@@ -207,6 +228,15 @@ def metadata_kinds(looked: Sequence[Looked]) -> tuple[dict[str, type], list[str]
     return kinds, notes, problems
 
 
+def kind_problems(looked: Sequence[Looked]) -> list[str]:
+    """Returns whether some episodes are of requests, and others of control steps."""
+    by = {kind: [x.recording.name for x in looked if x.recording.of_requests is kind] for kind in (True, False)}
+    if not (by[True] and by[False]):
+        return []
+    steps = f"the steps of {_some(by[True])} are requests to a server, those of {_some(by[False])} control steps"
+    return [f"{steps}: they are not for one dataset, leave one kind out"]
+
+
 def encoding_problems(looked: Sequence[Looked]) -> list[str]:
     """Returns which cameras would be stored as PNG and as JPEG."""
     problems = []
@@ -229,10 +259,12 @@ def _some(names: Sequence[str]) -> str:
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def to_episode(recording: Recording, robot: Robot, images: Prepare | None, kinds: Mapping[str, type]) -> Episode:
+def to_episode(
+    recording: Recording, robot: Robot, images: Prepare | None, kinds: Mapping[str, type], *, chunks: bool = False
+) -> Episode:
     """Returns a recording as an episode of RLDS.
 
-    kinds: of metadata that users added, see `metadata_kinds`.
+    kinds: of metadata that users added, see `metadata_kinds`. chunks: with the policy's whole answers.
     images: how to encode them; None keeps them as they were recorded, encoded or not compressed. A camera of the robot
     whose stored pictures have swapped channels, or are upside down, gets such ones (as PNG unless `images` says else).
     """
@@ -240,6 +272,10 @@ def to_episode(recording: Recording, robot: Robot, images: Prepare | None, kinds
     cameras = stored_cameras(robot)
     size = robot.robot_action_size
     proposed = np.stack([s.get("proposed", np.full(size, np.nan, np.float32)) for s in steps])
+    whole = {}
+    if chunks:
+        none = np.full(_chunk_shape(robot), np.nan, np.float32)
+        whole[CHUNK] = np.stack([s.get("chunk", none) for s in steps])
     times = np.array([s["time_s"] for s in steps], np.float64)
     policy, own = recording.head["policy"], recording.head["metadata"]
     return Episode(
@@ -260,6 +296,7 @@ def to_episode(recording: Recording, robot: Robot, images: Prepare | None, kinds
         steps={
             INTERVENED: np.array([s["intervened"] for s in steps], np.bool_),
             PROPOSED: proposed.astype(np.float32),
+            **whole,
             "timestamp": (times - times[0]).astype(np.float32),
             "wall_time_ms": np.array([round(1e3 * s["wall_s"]) for s in steps], np.int64),  # more than a float holds
         },
@@ -351,17 +388,23 @@ def write(
         ValueError: as `write_rlds`.
     """
     found, kinds = {x.recording.name: x for x in looked}, metadata_kinds(looked)[0]
+    chunks, of_requests = any(x.chunks for x in looked), any(x.recording.of_requests for x in looked)
+    what = "what it asked a server, a step for each request" if of_requests else "what it did"
 
     def episodes(split: str) -> Iterator[Episode]:
-        return (to_episode(found[n].recording, robot, images, kinds) for n in plan.splits[split])
+        return (to_episode(found[n].recording, robot, images, kinds, chunks=chunks) for n in plan.splits[split])
 
     directory = write_rlds(
         root,
         name,
         robot,
         {split: episodes(split) for split in plan.splits},
-        description=f"What robot {robot.name} did: {len(found)} recorded episodes.",
-        metadata={"robot": robot.name, "recorded": {split: list(of) for split, of in plan.splits.items()}},
+        description=f"{len(found)} recorded episodes of robot {robot.name}: {what}.",
+        metadata={
+            "robot": robot.name,
+            "recorded": {split: list(of) for split, of in plan.splits.items()},
+            "of_requests": of_requests,
+        },
         version=plan.version,
         file_format=file_format,
         on_episode=on_episode,

@@ -52,6 +52,7 @@ class Recorder:
         longest_wait_s: float = 1.0,
         encoders: int = 3,
         compress: bool = True,
+        of_requests: bool = False,
     ) -> None:
         """
         Args:
@@ -65,6 +66,7 @@ class Recorder:
             encoders: threads that encode frames.
             compress: False keeps frames as they are, which takes a third of the processor's time and two to three times
                 the disk's: three cameras of 640 x 480 at 50 Hz are 138 MB/s.
+            of_requests: a step is a request to a policy, not a control step: there is none in between.
 
         Raises:
             ValueError: the server does not serve this robot.
@@ -76,7 +78,7 @@ class Recorder:
         self.directory, self.robot, self.waited_s = Path(directory), robot, 0.0
         self.directory.mkdir(parents=True, exist_ok=True)
         self._metadata, self._limit, self._longest_wait_s = dict(metadata or {}), buffer_mib << 20, longest_wait_s
-        self._compress = compress
+        self._compress, self._of_requests = compress, of_requests
         self._policy = {} if policy is None else {k: policy[k] for k in ("contract", "step") if k in policy}
         self._about = None if served is None else served[robot]
         # Pools finish what was given to them even if the program ends without `close`.
@@ -128,6 +130,7 @@ class Recorder:
             "started": now.isoformat(timespec="milliseconds"),
             "policy": self._policy,
             "metadata": own,
+            "of_requests": self._of_requests,
         }
         try:
             self._file = EpisodeWriter(self.directory / f"{name}{SUFFIX}", head)
@@ -142,6 +145,7 @@ class Recorder:
         action: Any,
         *,
         proposed: Any = None,
+        chunk: Any = None,
         intervened: bool = False,
         time_s: float | None = None,
     ) -> None:
@@ -151,6 +155,7 @@ class Recorder:
             policy sees, and encoded ones (PNG or JPEG, as bytes) beside arrays. "prompt" is that of the step; without
             one, or with None, it is the one that the episode began with.
         action: (J,), what the robot was told in the end, after all limits. proposed: what the policy wanted, if any.
+        chunk: (A, J), all that it answered, where it was asked at this step.
         intervened: an expert chose the action, not the policy.
         time_s: monotonic seconds of the observation, default now.
 
@@ -161,7 +166,7 @@ class Recorder:
         """
         times = {"time_s": time.monotonic() if time_s is None else float(time_s), "wall_s": time.time()}
         file = self._open()
-        images, numbers = self._check(observation, action, proposed)
+        images, numbers = self._check(observation, action, proposed, chunk)
         copies = {name: x if isinstance(x, bytes) else x.copy() for name, x in images.items()}
         said = {"intervened": bool(intervened), "prompt": self._prompt_of(observation), **times}
         size = sum(len(x) if isinstance(x, bytes) else x.nbytes for x in copies.values())
@@ -255,7 +260,7 @@ class Recorder:
         self._raise_failure()
 
     def _check(
-        self, observation: Mapping[str, Any], action: Any, proposed: Any
+        self, observation: Mapping[str, Any], action: Any, proposed: Any, chunk: Any
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Returns images and numbers of a step that fit the robot and the steps before."""
         problems: list[str] = []
@@ -279,17 +284,21 @@ class Recorder:
         if proposed is not None:
             numbers["proposed"] = np.array(proposed, np.float32)
         problems += [f"{k}: got shape {x.shape}, expected one axis" for k, x in numbers.items() if x.ndim != 1]
+        if chunk is not None:
+            numbers["chunk"] = np.array(chunk, np.float32)
         problems += [
-            f"{k}: not finite in dims {np.flatnonzero(~np.isfinite(x)).tolist()}"
+            f"{k}: not finite in dims {np.flatnonzero(~np.isfinite(x).reshape(-1, x.shape[-1]).all(0)).tolist()}"
             for k, x in numbers.items()
-            if x.ndim == 1 and not np.isfinite(x).all()
+            if x.ndim and not np.isfinite(x).all()
         ]
         if not problems:
             layout = {f"images[{k!r}]": x.shape for k, x in images.items() if not isinstance(x, bytes)}
             layout |= {f"images[{k!r}]": "encoded" for k, x in images.items() if isinstance(x, bytes)}
-            layout |= {k: x.shape for k, x in numbers.items() if k != "proposed"}
+            layout |= {k: x.shape for k, x in numbers.items() if k not in ("proposed", "chunk")}
             if "proposed" in numbers and numbers["proposed"].shape != numbers["action"].shape:
                 problems.append(f"proposed: got shape {numbers['proposed'].shape}, the action has {layout['action']}")
+            if "chunk" in numbers and numbers["chunk"].shape[1:] != numbers["action"].shape:
+                problems.append(f"chunk: got shape {numbers['chunk'].shape}, the action has {layout['action']}")
             if not self._layout:
                 problems += self._server_problems(images, numbers)
             for k in sorted({*layout, *self._layout} if self._layout else ()):

@@ -82,7 +82,7 @@ def pack_step(
 ) -> bytes:
     """Returns one step as the message that `EpisodeWriter.append` takes.
 
-    images: encoded, by camera. numbers: arrays "state", "action", and "proposed" where a policy proposed one.
+    images: encoded, by camera. numbers: arrays "state", "action", and where a policy was asked, "proposed", "chunk".
     """
     times = {"time_s": time_s, "wall_s": wall_s}
     message = pack({"step": {"images": images, **numbers, "intervened": intervened, "prompt": prompt, **times}})
@@ -113,8 +113,14 @@ class Recording:
     def name(self) -> str:
         return self.path.name.removesuffix(SUFFIX)
 
+    @property
+    def of_requests(self) -> bool:
+        """Whether a step is a request to a server, and not a control step."""
+        return bool(self.head.get("of_requests", False))
+
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yields the steps: images (encoded, by camera), state, action, proposed (or none), intervened, prompt, times.
+        """Yields the steps: images (encoded, by camera), state, action, intervened, prompt, times; proposed and chunk
+        where there are any.
 
         Raises:
             RecordingError: a record is damaged; says which.

@@ -1,6 +1,7 @@
 """A checkpoint as a policy: every fault of an observation is named, and actions come back in the robot's own units."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from openpi_like.batch import ActionTokens
+from openpi_like.data.images import encode
 from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
+from openpi_like.draws import row_keys
+from openpi_like.models.chunking import Guidance, soft_mask
+from openpi_like.models.flow import draw_noise
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
-from openpi_like.serve.policy import ObservationError, Policy
+from openpi_like.robots.limits import Limits
+from openpi_like.serve.observation import MAX_PIXELS, ObservationError
+from openpi_like.serve.options import PolicyOptions
+from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.load import PolicyParts
 
 ARM = Robot(
@@ -20,8 +30,8 @@ ARM = Robot(
     cameras=(Camera("base", "image", 24, 32), Camera("wrist_right", "wrist")),
     state=(StateField("hand", "state", 2, unit="mm"), StateField("gripper", "state", 1, gripper=Gripper(0.0, 80.0))),
     action=(
-        ActionField("hand", "action", 2, unit="mm", relative_to="hand"),
-        ActionField("gripper", "action", 1, gripper=Gripper(open=-1.0, closed=1.0)),
+        ActionField("hand", "action", 2, unit="mm", relative_to="hand", limits=Limits(velocity=100.0)),
+        ActionField("gripper", "action", 1, gripper=Gripper(open=-1.0, closed=1.0), limits=Limits(lower=-1.0)),
     ),
     control_hz=10.0,
     action_horizon=3,
@@ -45,13 +55,13 @@ class Constant(nnx.Module):
         return self
 
     def sample_actions(self, key, observation, *, action_mask):
-        noise = 1e-3 * jax.random.normal(key, action_mask.shape)
+        noise = 1e-3 * draw_noise(row_keys(key, len(action_mask)), action_mask.shape[1:])
         return jnp.where(action_mask, self.value, 0.0) + noise + 0 * observation["state"].sum()
 
 
-def _policy(tiny_policy, value=1.0, robots=(ARM, CART), **options):
+def _policy(tiny_policy, value=1.0, robots=(ARM, CART), model=None, **options):
     parts = PolicyParts(
-        model=Constant(tiny_policy, value),
+        model=Constant(tiny_policy, value) if model is None else model,
         robots=robots,
         normalizations={
             r.name: Normalization(r.name, "zscore", _stats(r.state_names), _stats(r.action_names)) for r in robots
@@ -61,7 +71,7 @@ def _policy(tiny_policy, value=1.0, robots=(ARM, CART), **options):
         step=7,
         renderer={r.name: "egl" if r is CART else None for r in robots},
     )
-    return Policy(parts, **options)
+    return Policy(parts, PolicyOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +96,18 @@ def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypat
         policy = _policy(tiny_policy, robots=(dataclasses.replace(ARM, cameras=cameras),))
         seen: dict[str, np.ndarray] = {}
 
-        def sample(weights, key, inputs, mask, options, seen=seen):
+        def sample(weights, words, inputs, mask, options, previous, seen=seen):
             seen.update(inputs["images"])
             return np.zeros(mask.shape, np.float32)
 
-        monkeypatch.setattr(policy, "_sample", sample)
+        monkeypatch.setattr(policy._function, "compiled", sample)
         policy.infer(observation)
         for name in ("base", "wrist_right"):
             np.testing.assert_array_equal(seen[name][0], sent)
 
 
 def test_a_temperature_is_for_policies_that_write_tokens(tiny_policy):
-    with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this one is a Constant"):
+    with pytest.raises(ValueError, match=r"temperature=0.5, expected .* for others; this is a Constant"):
         _policy(tiny_policy, temperature=0.5)
 
 
@@ -116,6 +126,139 @@ def test_requests_draw_different_noise_unless_they_bring_a_seed(policy, observat
     np.testing.assert_array_equal(*seeded)
 
 
+@pytest.fixture(scope="module")
+def batched(tiny_policy):
+    """A real policy, of random weights, that answers up to four requests together."""
+    with jax.default_matmul_precision("highest"):
+        policy = _policy(tiny_policy, max_batch=4, model=tiny_policy.create(jax.random.key(0)))
+        policy.warm_up()
+    return policy
+
+
+def _actions(policy, requests):
+    """Answers, or errors."""
+    return [getattr(reply, "actions", reply) for reply in policy.sample(requests)]
+
+
+def _requests(policy, observation, n):
+    """Requests of different robots, pictures and states."""
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(n):
+        robot = ("arm", "cart")[i % 2]
+        images = {name: rng.integers(0, 256, image.shape, np.uint8) for name, image in observation["images"].items()}
+        images = images if robot == "arm" else {"base": images["base"]}
+        state = rng.uniform(0, 80, 3).astype(np.float32)
+        requests.append(policy.prepare({**observation, "robot": robot, "images": images, "state": state}, number=i))
+    return requests
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observation):
+    """Bit for bit in a batch of the same size, wherever it stands in it; to rounding where the size is another."""
+    requests = _requests(batched, observation, 6)
+    assert batched.sizes == (1, 2, 4)
+    alone = [_actions(batched, [request])[0] for request in requests]
+    first = _actions(batched, requests[:4])
+    other = _actions(batched, [requests[4], requests[1], requests[5], requests[0]])
+    np.testing.assert_array_equal(other[1], first[1])
+    np.testing.assert_array_equal(other[3], first[0])
+    np.testing.assert_array_equal(_actions(batched, requests[:3])[1], first[1])  # filled up to four
+    for got, expected in zip(first, alone, strict=False):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=2e-6 * scale)
+        assert np.abs(got - alone[5]).max() > 1e-3 * scale
+    for count in (0, 5):
+        with pytest.raises(ValueError, match="expected 1 to 4"):
+            batched.sample(requests[:count])
+
+
+def test_actions_that_are_not_finite_fail_their_own_request_alone(batched, observation):
+    requests = _requests(batched, observation, 2)
+    broken = dataclasses.replace(requests[0], row={**requests[0].row, "state": np.full(4, np.nan, np.float32)})
+    sound, failed = _actions(batched, [requests[1], broken])
+    assert isinstance(failed, FloatingPointError)
+    np.testing.assert_array_equal(sound, _actions(batched, requests[::-1])[0])
+
+
+@pytest.fixture(scope="module")
+def chunking(tiny_policy):
+    """A real policy that goes on from the chunk before."""
+    return _policy(tiny_policy, max_batch=2, model=tiny_policy.create(jax.random.key(0)), real_time_chunking=True)
+
+
+def test_a_chunk_goes_on_from_the_one_before(chunking, batched, observation):
+    """The old chunk is in the robot's units, and relative to where it is now."""
+    plain = chunking.prepare(observation)
+    np.testing.assert_allclose(_actions(chunking, [plain])[0], _actions(batched, [plain])[0], rtol=1e-5)
+    old = _actions(chunking, [chunking.prepare({**observation, "seed": 9})])[0]
+    request = chunking.prepare({**observation, "previous": old[1:], "delay": 1})
+    normalization = chunking._parts.normalizations["arm"]
+    expected = normalization.apply_actions(ARM.encode_actions(old[1:], observation["state"]))
+    np.testing.assert_array_equal(request.previous.actions[:2, :3], expected)
+    np.testing.assert_array_equal(request.previous.weights, [*soft_mask(1, 2, 4)])
+    np.testing.assert_array_equal(request.previous.actions[2:], 0)
+    got = _actions(chunking, [request, request])
+    np.testing.assert_array_equal(got[0], got[1])
+    near = lambda actions: np.abs(actions[:2] - old[1:])[0, :2].mean()  # noqa: E731
+    assert near(got[0]) < 0.7 * near(_actions(chunking, [plain])[0])
+    assert {plain.lane, request.lane} == {False, True}
+    with pytest.raises(ValueError, match="one after the other"):
+        _actions(chunking, [plain, request])
+    assert (chunking.metadata()["real_time_chunking"], chunking.metadata()["max_delay"]) == (True, 0)
+
+
+OLD = np.zeros((2, 3), np.float32)
+SIZES: dict[str, Any] = {"state_dim": 3, "action_dim": 3, "action_horizon": 4, "prompt_len": 8, "vocab_size": 3000}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"previous": OLD, "delay": 3}, r"delay: got 3, expected an integer in 0 \.\. 2"),
+        ({"previous": OLD, "delay": -1}, r"delay: got -1, expected an integer in 0 \.\. 2"),
+        ({"previous": OLD}, "delay: got None"),
+        ({"delay": 1}, r"previous: got NoneType, expected a float array \(n, 3\)"),
+        ({"previous": OLD[:, :2], "delay": 1}, r"previous: got shape \(2, 2\), expected \(n, 3\), n from 1 to 3"),
+        ({"previous": np.zeros((4, 3)), "delay": 1}, r"previous: got shape \(4, 3\)"),
+        ({"previous": OLD.astype(int), "delay": 1}, "previous: got ndarray int64"),
+        ({"previous": OLD * np.nan, "delay": 1}, "previous: not finite"),
+    ],
+)
+def test_a_chunk_before_that_is_none_is_refused(chunking, observation, change, message):
+    with pytest.raises(ObservationError, match=message):
+        chunking.prepare({**observation, **change})
+
+
+def test_a_chunk_before_is_refused_where_nothing_takes_it(tiny_policy, policy, observation):
+    with pytest.raises(ObservationError, match="started without --real-time-chunking"):
+        policy.prepare({**observation, "previous": OLD, "delay": 1})
+    other = Constant(Pi0FastConfig.tiny(cameras=("base",), action_tokens=ActionTokens(8), **SIZES), 1.0)
+    with pytest.raises(ValueError, match="a Constant cannot go on from a chunk"):
+        _policy(tiny_policy, model=other, real_time_chunking=True)
+    trained = dataclasses.replace(tiny_policy, max_delay=1).create(jax.random.key(0))
+    delayed = _policy(tiny_policy, model=trained, real_time_chunking=True)
+    assert delayed.metadata()["max_delay"] == 1
+    with pytest.raises(
+        ObservationError, match=r"delay: got 2, expected an integer in 0 \.\. 1, as the policy was trained"
+    ):
+        delayed.prepare({**observation, "previous": OLD, "delay": 2})
+    old = np.array([[110.0, 190, 1], [120, 180, -1]], np.float32)
+    got = _actions(delayed, [delayed.prepare({**observation, "previous": old, "delay": 1})])[0]
+    np.testing.assert_allclose(got[0], old[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="schedule='exq'"):
+        Guidance(schedule="exq")
+
+
+def test_pictures_may_be_encoded(policy, observation):
+    """PNG is the same picture; JPEG is nearly that."""
+    image = np.linspace(0, 255, 24 * 32 * 3).reshape(24, 32, 3).astype(np.uint8)
+    observation["images"]["base"] = image
+    expected = policy.prepare(observation).row["images"]["base"]
+    for form, atol in (("png", 0), ("jpeg", 12)):
+        got = policy.prepare({**observation, "images": {**observation["images"], "base": encode(image, form)}})
+        np.testing.assert_allclose(got.row["images"]["base"].astype(int), expected.astype(int), atol=atol)
+
+
 def test_metadata_tells_a_robot_what_to_send(policy):
     metadata = policy.metadata()
     assert (metadata["contract"], metadata["step"]) == ("abc", 7)
@@ -123,12 +266,26 @@ def test_metadata_tells_a_robot_what_to_send(policy):
         "cameras": {"base": [24, 32], "wrist_right": None},
         "state": [["hand", 2, "mm"], ["gripper", 1, "1"]],
         "action": [["hand", 2, "mm"], ["gripper", 1, "1"]],
+        "limits": {
+            "lower": (None, None, -1.0),
+            "upper": (None,) * 3,
+            "velocity": (100.0, 100.0, None),
+            "acceleration": (None,) * 3,
+            "command": ["absolute"] * 3,
+        },
         "control_hz": 10.0,
         "action_horizon": 3,
         "execute_steps": 2,
         "renderer": None,
     }
     assert metadata["robots"]["cart"]["renderer"] == "egl"
+
+
+def _huge_png():
+    """A few bytes that say they are a picture of 12 GiB."""
+    data = bytearray(encode(np.zeros((8, 8, 3), np.uint8), "png"))
+    data[16:24] = (65535).to_bytes(4) * 2
+    return bytes(data)
 
 
 def _without(d, key):
@@ -162,6 +319,22 @@ def _without(d, key):
         (
             lambda o: {**o, "images": {**o["images"], "base": "png"}},
             ["images['base']: got str, expected a uint8 array"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": b"GIF89a" + bytes(30)}},
+            ["images['base']: not a picture, expected JPEG or PNG: 36 bytes that begin with b'GIF8'"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": encode(o["images"]["base"], "jpeg")[:60]}},
+            ["images['base']: not a picture, expected JPEG or PNG"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": encode(np.zeros((8, 8, 3), np.uint8), "png")}},
+            ["images['base']: got shape (8, 8, 3), expected (24, 32, 3)"],
+        ),
+        (
+            lambda o: {**o, "images": {**o["images"], "base": _huge_png()}},
+            ["images['base']: not a picture", f"png of 65535 x 65535, expected at most {MAX_PIXELS} pixels"],
         ),
         (lambda o: _without(o, "state"), ["state: got NoneType", "hand:2 [mm], gripper:1 [1]"]),
         (lambda o: {**o, "state": np.zeros(4, np.float32)}, ["state: got shape (4,), expected (3,): hand:2 [mm]"]),

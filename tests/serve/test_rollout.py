@@ -15,9 +15,10 @@ from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.sims import make_sim
 from openpi_like.serve.evaluation import read_episodes
+from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.spool import open_spool
 from openpi_like.serve.takeover import TakeOver
-from tests.serve.running import WrongObservationError, serving
+from tests.serve.running import Stub, serving
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "serve" / "rollout.py")
 ROLLOUT = runpy.run_path(PROGRAM, run_name="rollout")
@@ -29,7 +30,7 @@ def _metadata(renderer):
 
 def _hold(observation):
     """Answers: stay where you are."""
-    return {"actions": np.repeat(observation["state"][None], PUSHT.action_horizon, 0)}
+    return np.repeat(observation["state"][None], PUSHT.action_horizon, 0)
 
 
 def _args(tmp_path, **changes):
@@ -44,7 +45,7 @@ def test_an_episode_is_driven_and_films_are_kept(tmp_path):
         asked.append(observation)
         return _hold(observation)
 
-    with serving(infer, _metadata("pygame")) as server:
+    with serving(Stub(infer, _metadata("pygame"))) as server:
         args = _args(tmp_path, port=server.port, frames_dir=tmp_path / "frames", first_seed=10_007)
         ROLLOUT["start_worker"](args, server.port)
         episode = ROLLOUT["drive"]("push-t", 10_007)
@@ -79,7 +80,7 @@ def test_finished_episodes_are_not_driven_again(tmp_path):
     ],
 )
 def test_a_server_that_does_not_fit_is_refused(tmp_path, metadata, message):
-    with serving(_hold, metadata) as server, pytest.raises(SystemExit, match=message):
+    with serving(Stub(_hold, metadata)) as server, pytest.raises(SystemExit, match=message):
         ROLLOUT["check_server"](_args(tmp_path), server.port, SimpleNamespace(renderer="pygame"))
 
 
@@ -92,9 +93,9 @@ def test_unknown_robots_and_tasks_are_named(tmp_path):
 
 def test_an_error_of_the_server_reaches_the_driver(tmp_path):
     def refuse(observation):
-        raise WrongObservationError("state: got shape (3,)")
+        raise ObservationError("state: got shape (3,)")
 
-    with serving(refuse, _metadata("pygame")) as server:
+    with serving(Stub(refuse, _metadata("pygame"))) as server:
         ROLLOUT["start_worker"](_args(tmp_path), server.port)
         with pytest.raises(RuntimeError, match="got shape"):
             ROLLOUT["drive"]("push-t", 10_000)
@@ -107,7 +108,7 @@ def test_corrections_are_recorded_as_they_were_executed(tmp_path):
 
     def hold(observation):
         asked.append(observation)
-        return {"actions": np.zeros((SAWYER.action_horizon, 4), np.float32)}
+        return np.zeros((SAWYER.action_horizon, 4), np.float32)
 
     about = {
         "cameras": {"base": [64, 64]},
@@ -116,7 +117,7 @@ def test_corrections_are_recorded_as_they_were_executed(tmp_path):
         **{"renderer": "raycast", "execute_steps": 2},
     }
     rule = TakeOver(share=0.5, segment=3, late=0.2)
-    with serving(hold, {"contract": "abc", "step": 7, "robots": {"sawyer": about}}) as server:
+    with serving(Stub(hold, {"contract": "abc", "step": 7, "robots": {"sawyer": about}})) as server:
         changes = {"first_seed": 31, "record": tmp_path / "spool", "takeover": rule}
         args = _args(tmp_path, robot="sawyer", policy="corrected", port=server.port, **changes)
         ROLLOUT["start_worker"](args, server.port)
@@ -160,7 +161,7 @@ def test_a_stopped_rollout_keeps_what_ended_and_records_no_episode_twice(tmp_pat
         if not np.array_equal(observation["state"], unlucky):
             others.append(observation)
         elif failing[0] and others:  # both are on their way
-            raise WrongObservationError("no more")
+            raise ObservationError("no more")
         return _hold(observation)
 
     about = {
@@ -169,7 +170,7 @@ def test_a_stopped_rollout_keeps_what_ended_and_records_no_episode_twice(tmp_pat
         "action": [[f.name, f.size, f.unit] for f in PUSHT.action],
         **{"renderer": "pygame", "execute_steps": PUSHT.execute_steps},
     }
-    with serving(infer, {"robots": {"pusht": about}}) as server:
+    with serving(Stub(infer, {"robots": {"pusht": about}})) as server:
         out, spool = tmp_path / "out.jsonl", tmp_path / "spool"
         job = ["--robot", "pusht", "--policy", "trained", "--port", str(server.port), "--first-seed", "41"]
         job = [sys.executable, PROGRAM, *job, "--episodes", "2", "--out", str(out), "--record", str(spool)]

@@ -17,6 +17,7 @@ from openpi_like.models.policy import Model, PolicyConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.client import PolicyClient
+from openpi_like.serve.policies import Policies
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.checkpoint import Checkpointer
 from openpi_like.train.checkpoints.load import load_policy_parts
@@ -140,7 +141,7 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     }
     expected = served.infer(observation)["actions"]
     assert expected.shape == (SAWYER.action_horizon, SAWYER.action_size)
-    with serving(served.infer, served.metadata()) as server:
+    with serving(Policies({"toy": served})) as server:
         client = PolicyClient(port=server.port)
         np.testing.assert_array_equal(client.infer(observation)["actions"], expected)
         client.close()

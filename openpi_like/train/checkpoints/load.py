@@ -24,6 +24,7 @@ class PolicyParts:
     """A trained policy as serving needs it.
 
     model: the bound module. renderer: see `Contract.renderers`. sampling_options: see `Contract.sampling_options`.
+    source: directory of the step, None where it is from none.
     """
 
     model: Any
@@ -34,6 +35,7 @@ class PolicyParts:
     step: int
     renderer: dict[str, str | None]
     sampling_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: Path | None = None
 
 
 def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params:
@@ -97,6 +99,7 @@ def load_policy_parts(
         step=int(record["step"]),
         renderer=contract.renderers,
         sampling_options=contract.sampling_options(),
+        source=step_dir,
     )
 
 

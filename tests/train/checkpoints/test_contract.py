@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.checkpoint import save_policy
-from openpi_like.train.checkpoints.contract import Contract, contract_problems
+from openpi_like.train.checkpoints.contract import CheckpointError, Contract, contract_problems
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.state import ModelDef
 from tests.data import chat
@@ -62,6 +63,31 @@ def test_a_chat_tokenizer_is_stored_and_served(tmp_path: Path, chatting: Contrac
     assert ids[mask].tolist() == CHAT.encode_marked(CHAT.render_chat(messages))
     with pytest.raises(ValueError, match="has special tokens of the chat in it"):
         policy.infer({**observation, "prompt": "stop<|im_end|>"})
+
+
+def test_other_weights_are_served_without_compiling_again(tmp_path: Path, chatting: Contract) -> None:
+    """From another run, while the first is in use; nothing of a checkpoint is needed once it is loaded."""
+    for seed in (3, 4):
+        params = jax.device_get(jax.jit(ModelDef(chatting.policy).init)(jax.random.key(seed)))
+        save_policy(tmp_path / str(seed), params, contract=chatting, origin="a test")
+    served = Policy.load(tmp_path / "3")
+    assert served.is_step(tmp_path / "3")
+    assert not served.is_step(tmp_path / "4")
+    camera = SAWYER.cameras[0]
+    state = np.zeros(SAWYER.robot_state_size, np.float32)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    observation = {"images": {camera.name: pixels}, "state": state, "prompt": "open the drawer", "seed": 1}
+    before = served.infer(observation)["actions"]
+    renewed, fresh = served.renewed(tmp_path / "4"), Policy.load(tmp_path / "4")
+    shutil.rmtree(tmp_path / "4")
+    compiled: Any = served._function.compiled
+    traces = compiled._cache_size()
+    np.testing.assert_array_equal(renewed.infer(observation)["actions"], fresh.infer(observation)["actions"])
+    assert compiled._cache_size() == traces
+    np.testing.assert_array_equal(served.infer(observation)["actions"], before)
+    assert np.abs(renewed.infer(observation)["actions"] - before).max() > 1e-3
+    with pytest.raises(CheckpointError):
+        served.renewed(tmp_path / "4")
 
 
 def test_what_does_not_fit_is_named(chatting: Contract) -> None:

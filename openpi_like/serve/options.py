@@ -1,0 +1,45 @@
+"""How a policy is served, whatever its checkpoint."""
+
+import dataclasses
+from typing import Literal
+
+from openpi_like.models.chunking import Guidance
+from openpi_like.models.quantize import QUANTIZED
+from openpi_like.serve.ranges import Ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyOptions:
+    """How a policy is served.
+
+    robot: serve this one only. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
+    bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
+    linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
+    the likeliest ones. max_batch: requests that are answered together at most. real_time_chunking: take what is left of
+    the chunk before. guidance: how policies that were not trained for that are led to it. ranges: what is said, and
+    what is refused, of states and actions that training has not seen.
+    """
+
+    robot: str | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "int8", "int4", "float8_e4m3fn"] | None = None
+    temperature: float | None = None
+    max_batch: int = 1
+    real_time_chunking: bool = False
+    guidance: Guidance = Guidance()
+    ranges: Ranges = Ranges()
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or (self.temperature is not None and not self.temperature >= 0):
+            got = f"max_batch={self.max_batch}, temperature={self.temperature}"
+            raise ValueError(f"PolicyOptions: {got}, expected at least 1, and 0 or more, or none")
+
+    @property
+    def quantize(self) -> str | None:
+        """What the linear maps are held in, of `QUANTIZED`, or None."""
+        return self.dtype if self.dtype in QUANTIZED else None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of batches that are compiled: powers of two, and the largest."""
+        return (*(2**i for i in range((self.max_batch - 1).bit_length())), self.max_batch)

@@ -1,0 +1,267 @@
+"""Runs a remote policy on a robot at its control rate, whatever the network does. Needs what the client needs.
+
+    client = PolicyClient("gpu-machine")
+    runtime = Runtime(client, "my_robot", merge=RealTime())
+    report = runtime.run(observe=robot.observe, act=robot.command, hold=robot.hold, steps=2000)
+
+One thread keeps the rate; another one asks, ahead of time. When there is no action any more, because the server is slow
+or gone, the robot holds, and after `stop_s` the run ends; what happened is in the report, in numbers.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from openpi_like.serve.chunks import Chunks, Merge, Newest
+from openpi_like.serve.client import ServerError
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Client(Protocol):
+    """What the runtime asks: `openpi_like.serve.client.PolicyClient`."""
+
+    metadata: dict[str, Any]
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """Returns the server's reply."""
+
+
+class SpeedLimiter:
+    """Keeps commands within a robot's limits: bounds, speed, and change of speed; what it changes it counts.
+
+    The limits are those of the server's handshake, per dim; infinite where there is none. command: per dim, "absolute"
+    (a target), "delta" (a change per step) or "velocity".
+    """
+
+    def __init__(self, about: Mapping[str, Any], hz: float) -> None:
+        limits = about["limits"]
+        signs = {"lower": -np.inf, "upper": np.inf, "velocity": np.inf, "acceleration": np.inf}
+        self._bounds = {
+            name: np.array([none if x is None else x for x in limits[name]], np.float64) for name, none in signs.items()
+        }
+        commands = np.array(limits["command"])
+        self._absolute, self._delta, self._hz = commands == "absolute", commands == "delta", hz
+        self.limited = dict.fromkeys(signs, 0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was commanded last."""
+        self._last: np.ndarray | None = None
+        self._speed: np.ndarray | None = None
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """Returns the nearest command within the limits."""
+        wanted = np.asarray(action, np.float64)
+        command = self._clip("lower", wanted, np.maximum(wanted, self._bounds["lower"]))
+        command = self._clip("upper", command, np.minimum(command, self._bounds["upper"]))
+        if self._last is not None:
+            speed = self._speed_of(command)
+            most = self._bounds["velocity"]
+            slower = self._clip("velocity", speed, np.clip(speed, -most, most))
+            if self._speed is not None:
+                change = self._bounds["acceleration"] / self._hz
+                steady = np.clip(slower, self._speed - change, self._speed + change)
+                slower = self._clip("acceleration", slower, steady)
+            changed = slower != speed
+            command = np.where(changed, self._command_of(slower), command)
+            self._speed = self._speed_of(command)
+        self._last = command
+        return command.astype(action.dtype)
+
+    def _clip(self, name: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        self.limited[name] += int(np.sum(np.abs(after - before) > 1e-6 * (1 + np.abs(before))))
+        return after
+
+    def _speed_of(self, command: np.ndarray) -> np.ndarray:
+        assert self._last is not None
+        by_step = np.where(self._absolute, (command - self._last) * self._hz, command)
+        return np.where(self._delta, command * self._hz, by_step)
+
+    def _command_of(self, speed: np.ndarray) -> np.ndarray:
+        assert self._last is not None
+        by_step = np.where(self._absolute, self._last + speed / self._hz, speed)
+        return np.where(self._delta, speed / self._hz, by_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What happened in a run.
+
+    steps: executed. held: of them without an action. asked, refused, lost: requests, those that the server refused, and
+    those without an answer. delay_steps: greatest delay of an answer. jitter_ms: standard deviation of the time from
+    one step to the next; late: steps that began more than half a period after their time. jump_mean, jump_max: between
+    chunks, see `Seams`. limited: commands that were changed, by limit. stopped: why it ended, or "" at its end.
+    """
+
+    steps: int
+    held: int
+    asked: int
+    refused: int
+    lost: int
+    delay_steps: int
+    jitter_ms: float
+    late: int
+    jump_mean: float
+    jump_max: float
+    limited: dict[str, int]
+    stopped: str
+
+
+class Runtime:
+    """Runs one robot; see above."""
+
+    def __init__(
+        self,
+        client: Client,
+        robot: str,
+        *,
+        merge: Merge | None = None,
+        every: int | None = None,
+        hz: float | None = None,
+        stop_s: float = 2.0,
+        limit: bool = True,
+    ) -> None:
+        """
+        Args:
+            robot: of the server's robots.
+            merge: what becomes of chunks that overlap, `Newest` by default.
+            every: steps from one request to the next, default the server's `execute_steps`.
+            hz: control rate, default that of the training data.
+            stop_s: without an action for so long, the run ends.
+            limit: keep commands within the limits of the handshake.
+
+        Raises:
+            ValueError: the server has no such robot.
+        """
+        robots = client.metadata["robots"]
+        if robot not in robots:
+            raise ValueError(f"the server has no robot {robot!r}, it has {', '.join(robots)}")
+        about = robots[robot]
+        self._client, self._robot, self._stop_s = client, robot, stop_s
+        self._hz = float(hz or about["control_hz"])
+        trained = client.metadata.get("max_delay") or None
+        self._chunks = Chunks(merge or Newest(), every=every or about["execute_steps"], max_delay=trained)
+        self._limiter = SpeedLimiter(about, self._hz) if limit and "limits" in about else None
+        self._lock = threading.Lock()
+        self._asking: threading.Thread | None = None
+        self._counts = dict.fromkeys(("asked", "refused", "lost"), 0)
+        self._fault: Exception | None = None
+
+    def run(
+        self,
+        *,
+        observe: Callable[[], dict[str, Any]],
+        act: Callable[[np.ndarray], None],
+        hold: Callable[[], None],
+        steps: int,
+        done: Callable[[], bool] = lambda: False,
+    ) -> Report:
+        """Runs until `done`, for `steps` control steps at most. The first action is waited for, for `stop_s` too.
+
+        observe: returns an observation of the wire, without "robot"; is called from this thread. act: executes an
+        action. hold: is called instead of it where there is none.
+
+        Raises:
+            ServerError: the server refused an observation; the robot was told to hold before.
+        """
+        self._chunks.reset()
+        self._counts = dict.fromkeys(self._counts, 0)
+        if self._limiter is not None:
+            self._limiter.reset()
+        self._ask(observe())
+        begun, held, stopped, begins = time.monotonic(), 0, "", []
+        while not self._ready() and self._fault is None:
+            if time.monotonic() - begun > self._stop_s:
+                stopped = f"no first action within {self._stop_s} s"
+                break
+            hold()
+            time.sleep(1 / self._hz)
+            if self._asking is None:
+                self._ask(observe())
+        start = last_action = time.monotonic()
+        for step in range(0 if stopped else steps):
+            time.sleep(max(0.0, start + step / self._hz - time.monotonic()))
+            begins.append(time.monotonic() - start)
+            if self._fault is not None or done():
+                break
+            with self._lock:
+                due = self._chunks.due() and self._asking is None
+            if due:
+                self._ask(observe())
+            with self._lock:
+                action = self._chunks.next()
+            if action is not None:
+                act(action if self._limiter is None else self._limiter(action))
+                last_action = time.monotonic()
+                continue
+            hold()
+            held += 1
+            if time.monotonic() - last_action > self._stop_s:
+                stopped = f"no action for {self._stop_s} s"
+                break
+        hold()
+        if (asking := self._asking) is not None:
+            asking.join()  # no longer than the client waits; then nobody uses it any more
+        if self._fault is not None:
+            raise self._fault
+        return self._report(begins, held, stopped)
+
+    # ---- Asking ------------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        with self._lock:
+            return self._chunks.ready()
+
+    def _ask(self, observation: dict[str, Any]) -> None:
+        with self._lock:
+            more = self._chunks.ask()
+            self._counts["asked"] += 1
+        request = {**observation, "robot": self._robot, **more}
+        self._asking = threading.Thread(target=self._wait_for, args=(request,), daemon=True)
+        self._asking.start()
+
+    def _wait_for(self, request: dict[str, Any]) -> None:
+        try:
+            actions = self._client.infer(request)["actions"]
+        except ServerError as e:
+            refused = str(e).partition(":")[0] in ("late", "busy", "limit", "closing", "internal")
+            with self._lock:
+                self._chunks.failed()
+                self._counts["refused"] += 1
+                if not refused:  # the observation is wrong, and the next one will be, too
+                    self._fault = e
+        except (ConnectionError, TimeoutError, OSError) as e:
+            log.warning("no answer: %s", e)
+            with self._lock:
+                self._chunks.failed()
+                self._counts["lost"] += 1
+        except Exception as e:  # of a client that is broken: a thread's own would be seen by nobody
+            self._fault = e
+        else:
+            with self._lock:
+                self._chunks.arrived(actions)
+        self._asking = None
+
+    def _report(self, begins: list[float], held: int, stopped: str) -> Report:
+        periods = 1e3 * np.diff(begins) if len(begins) > 2 else np.zeros(1)
+        ideal = np.arange(len(begins)) / self._hz
+        seams = self._chunks.seams
+        return Report(
+            steps=len(begins),
+            held=held,
+            **self._counts,
+            delay_steps=max(seams.delays, default=0),
+            jitter_ms=float(np.std(periods)),
+            late=int(np.sum(np.array(begins) - ideal > 0.5 / self._hz)),
+            jump_mean=float(np.mean(seams.jumps)) if seams.jumps else 0.0,
+            jump_max=max(seams.jumps, default=0.0),
+            limited={} if self._limiter is None else dict(self._limiter.limited),
+            stopped=stopped,
+        )

@@ -1,0 +1,181 @@
+"""Our policy server beside openpi's, around the same policy, with the unmodified openpi-client; clients are processes.
+
+    git clone https://github.com/Physical-Intelligence/openpi
+    python tests/bench/bench_serve.py runs/demo/pretrain --openpi openpi
+
+For each server and number of clients: requests per second, latency of a request (median, 95 and 99 %), and beside them
+what sampling alone takes in the same process. Servers take turns, so that what else the machine does hits both.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """checkpoint: run to serve. openpi: checkout of openpi; without it, ours alone is measured. clients: at a time.
+
+    seconds: of each measurement. hz: requests per second of each client; None asks again at once. max_batch: of ours.
+    rounds: how often servers take turns.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    openpi: Path | None = None
+    clients: tuple[int, ...] = (1, 4, 16, 64)
+    seconds: float = 10.0
+    hz: float | None = None
+    max_batch: int = 16
+    rounds: int = 1
+    serve: str | None = None  # of this program itself: it is the server
+
+
+def observation_of(robots: dict[str, Any]) -> dict[str, Any]:
+    name, robot = next(iter(robots.items()))
+    rng = np.random.default_rng(0)
+    images = {c: rng.integers(0, 256, (*(size or (224, 224)), 3), np.uint8) for c, size in robot["cameras"].items()}
+    state = np.zeros(sum(size for _, size, _ in robot["state"]), np.float32)
+    return {"images": images, "state": state, "prompt": "press the button", "robot": name}
+
+
+def serve(args: Args) -> None:
+    """Serves on the port it prints."""
+    from openpi_like.serve.options import PolicyOptions
+    from openpi_like.serve.policy import Policy
+
+    if args.serve == "ours":
+        from openpi_like.serve.policies import Policies
+        from openpi_like.serve.server import PolicyServer, run
+
+        policy = Policy.load(args.checkpoint, PolicyOptions(max_batch=args.max_batch))
+        policy.warm_up()
+        tell(policy)
+        run(PolicyServer(Policies({"default": policy}), port=0), port_file=Path(os.environ["PORT_FILE"]))
+        return
+    assert args.openpi is not None
+    path = args.openpi / "src/openpi/serving/websocket_policy_server.py"
+    spec = importlib.util.spec_from_file_location("openpi_server", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    policy = Policy.load(args.checkpoint)
+    policy.warm_up()
+    tell(policy)
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = Path(os.environ["PORT_FILE"] + ".tmp")
+    temporary.write_text(str(port))
+    temporary.rename(os.environ["PORT_FILE"])
+    module.WebsocketPolicyServer(policy, host="127.0.0.1", port=port, metadata=policy.metadata()).serve_forever()
+
+
+def tell(policy: Any) -> None:
+    """Says what sampling alone takes, for each size of batch."""
+    request = policy.prepare(observation_of(policy.metadata()["robots"]))
+    for size in policy.sizes:
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            policy.sample([request] * size)
+            times.append(1e3 * (time.perf_counter() - started))
+        print(f"sampling alone, {size} at a time: {np.median(times):.2f} ms", flush=True)
+
+
+def ask(port: int, seconds: float, hz: float | None, start: Any, results: Any) -> None:
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    client = WebsocketClientPolicy("127.0.0.1", port)
+    observation = observation_of(client.get_server_metadata()["robots"])
+    for _ in range(3):
+        client.infer(observation)
+    start.wait()
+    latencies, begun = [], time.perf_counter()
+    next_at = begun
+    while time.perf_counter() < begun + seconds:
+        if hz is not None:
+            time.sleep(max(0.0, next_at - time.perf_counter()))
+            next_at += 1 / hz
+        asked = time.perf_counter()
+        client.infer(observation)
+        latencies.append(1e3 * (time.perf_counter() - asked))
+    results.put((latencies, time.perf_counter() - begun))
+
+
+def measure(port: int, clients: int, args: Args) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(clients), context.Queue()
+    processes = [
+        context.Process(target=ask, args=(port, args.seconds, args.hz, start, results)) for _ in range(clients)
+    ]
+    for process in processes:
+        process.start()
+    every = [results.get(timeout=120 + args.seconds) for _ in processes]
+    for process in processes:
+        process.join()
+    latencies = np.concatenate([latency for latency, _ in every])
+    rate = sum(len(latency) / seconds for latency, seconds in every)
+    p50, p95, p99 = np.percentile(latencies, (50, 95, 99))
+    return {"requests_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+
+
+def main(args: Args) -> None:
+    if args.serve is not None:
+        serve(args)
+        return
+    servers = ["ours"] if args.openpi is None else ["ours", "openpi"]
+    with tempfile.TemporaryDirectory() as directory:
+        running, ports = {}, {}
+        for name in servers:
+            port_file = Path(directory) / name
+            environment = {**os.environ, "PORT_FILE": str(port_file)}
+            command = [sys.executable, __file__, str(args.checkpoint), "--serve", name]
+            command += ["--max-batch", str(args.max_batch)]
+            command += [] if args.openpi is None else ["--openpi", str(args.openpi)]
+            print(name, flush=True)
+            running[name] = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            while not port_file.exists():
+                assert running[name].poll() is None, f"{name} ended"
+                time.sleep(0.1)
+            ports[name] = int(port_file.read_text())
+        try:
+            for clients in args.clients:
+                for _ in range(args.rounds):
+                    for name in servers:
+                        row = measure(ports[name], clients, args)
+                        rss = (
+                            int(
+                                next(
+                                    x
+                                    for x in Path(f"/proc/{running[name].pid}/status").read_text().splitlines()
+                                    if x.startswith("VmRSS")
+                                ).split()[1]
+                            )
+                            / 1024
+                        )
+                        numbers = {k: round(v, 2) for k, v in row.items()} | {"rss_mb": round(rss)}
+                        print(json.dumps({"server": name, "clients": clients, **numbers}), flush=True)
+        finally:
+            for process in running.values():
+                process.send_signal(signal.SIGTERM)
+            for process in running.values():
+                process.wait()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

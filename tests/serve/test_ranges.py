@@ -1,0 +1,92 @@
+"""What is far from the training data is said, or refused; what is beyond a robot's limits is never sent."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openpi_like.data.normalize import FieldStats
+from openpi_like.robots import ActionField, Camera, Robot, StateField
+from openpi_like.robots.limits import Limits
+from openpi_like.serve.ranges import RangeError, Ranges, Watched, beyond, check_actions, check_state, said
+
+STATS = FieldStats(
+    ("x", "y", "z"), (0.0,) * 3, (1.0,) * 3, (-1.0,) * 3, (1.0,) * 3, (-2.0, 0.0, 5.0), (2.0, 1.0, 5.0), 9
+)
+ROBOT = Robot(
+    name="arm",
+    cameras=(Camera("base", "image"),),
+    state=(StateField("hand", "state", 3),),
+    action=(ActionField("joint", "action", 2, limits=Limits(lower=-1.0, upper=(1.0, None))),),
+    control_hz=10.0,
+    action_horizon=4,
+    execute_steps=2,
+)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=3, max_size=3))
+def test_distances_are_in_units_of_what_was_seen(values):
+    got = beyond(np.array(values), STATS)
+    low, high, unit = (-2.0, 0.0, 5.0), (2.0, 1.0, 5.0), (4.0, 1.0, 5.0)  # z never moved: its own size is the unit
+    expected = [max(v - h, lo - v, 0) / u for v, lo, h, u in zip(values, low, high, unit, strict=True)]
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_the_farthest_of_a_chunk_counts():
+    chunk = np.array([[0, 0.5, 5], [6, 0.5, 5], [-4, 1.5, 5]])
+    np.testing.assert_allclose(beyond(chunk, STATS), [1.0, 0.5, 0.0])
+
+
+def test_what_is_far_is_said_and_what_is_farther_refused():
+    ranges = Ranges(warn=0.1, refuse=5.0)
+    assert check_state(ROBOT, np.array([2.3, 0.5, 5.0]), STATS, ranges) == []
+    (sentence,) = check_state(ROBOT, np.array([4.0, -1.0, 5.0]), STATS, ranges)
+    assert (
+        sentence == "state is beyond the training data in 2 of 3 dims: y (1 times its range), x (0.5 times its range)"
+    )
+    with pytest.raises(
+        RangeError, match=r"robot 'arm': state is beyond .* y \(1e\+06 times its range\); refused beyond 5"
+    ):
+        check_state(ROBOT, np.array([0.0, 1e6, 5.0]), STATS, ranges)
+    (sentence,) = check_state(ROBOT, np.array([0.0, 1e6, 5.0]), STATS, dataclasses.replace(ranges, refuse=None))
+    assert "y (1e+06 times its range)" in sentence
+    assert said("actions", np.zeros(3), STATS, 0.0) == []
+
+
+def test_actions_beyond_limits_are_cut_and_said_or_refused():
+    actions = np.array([[0.5, 9.0], [1.2, -3.0], [-1.1, 0.0]], np.float32)
+    inside, (sentence,) = check_actions(ROBOT, actions, Ranges())
+    np.testing.assert_array_equal(inside, np.array([[0.5, 9.0], [1.0, -1.0], [-1.0, 0.0]], np.float32))
+    assert sentence == "actions were cut at the robot's limits in joint_0 [1] (by 0.2), joint_1 [1] (by 2)"
+    with pytest.raises(
+        RangeError, match=r"robot 'arm': actions beyond its limits in joint_0 \[1\] \(by 0.2\), joint_1 \[1\] \(by 2\)"
+    ):
+        check_actions(ROBOT, actions, Ranges(beyond_limits="refuse"))
+    same, nothing = check_actions(ROBOT, inside, Ranges(beyond_limits="refuse"))
+    assert same is inside
+    assert nothing == []
+
+
+def test_pictures_that_show_nothing_or_never_change_are_said():
+    rng, watched = np.random.default_rng(0), Watched(frozen=3)
+    picture = lambda: rng.integers(0, 256, (8, 8, 3), np.uint8)  # noqa: E731
+    still, moving = picture(), np.arange(20, dtype=np.float32)
+    said_of = [watched.look({"base": picture(), "wrist": still}, moving[i : i + 1]) for i in range(4)]
+    assert said_of[:2] == [[], []]
+    assert said_of[2] == ["camera 'wrist' has not changed in 3 requests, while the state did"]
+    assert watched.look({"base": picture(), "wrist": picture()}, moving[9:10]) == []
+    resting = Watched(frozen=3)  # nothing moves: nothing need change
+    assert [resting.look({"base": still}, moving[:1]) for _ in range(9)] == [[]] * 9
+    black, grey = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 128, np.uint8)
+    assert watched.look({"base": black, "wrist": grey}, moving[:1]) == [
+        "camera 'base' is all black",
+        "camera 'wrist' shows one colour",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"warn": -0.1}, {"warn": 2.0, "refuse": 1.0}, {"frozen": 1}])
+def test_ranges_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Ranges(**wrong)

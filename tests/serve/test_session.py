@@ -1,0 +1,116 @@
+"""The conversation without sockets: whatever a client sends, there is a reply, and nothing else happens."""
+
+import logging
+import random
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openpi_like.serve.batching import Answer, BusyError, LateError, StuckError
+from openpi_like.serve.observation import ObservationError
+from openpi_like.serve.policy import Reply
+from openpi_like.serve.protocol import MAX_DEPTH, ProtocolError, pack, unpack
+from openpi_like.serve.ranges import RangeError
+from openpi_like.serve.session import FEATURES, Ask, Reset, Session, failure
+from tests.serve.fuzzing import mutated
+from tests.serve.running import Arm, Stub, arm_observation
+
+OBSERVATION = {
+    "images": {"base": np.zeros((4, 4, 3), np.uint8)},
+    "state": np.array([1.0, 2.0], np.float32),
+    "prompt": "go",
+    "id": 7,
+    "deadline_ms": 50,
+}
+SOUND = [
+    pack(arm_observation(1.0, id=7, deadline_ms=50)),
+    pack(arm_observation(1.0, previous=np.zeros((3, 3), np.float32), delay=2)),
+    pack({"reset": True, "seed": 3, "success": False}),
+    pack({"x": np.float32(1.5)}),
+]
+CODES = ("invalid", "range", "late", "busy", "closing", "internal")
+
+
+@pytest.fixture
+def session():
+    return Session(lambda: Stub(lambda observation: observation["state"][None]), about={"policy": "p"})
+
+
+def test_the_handshake_says_what_there_is(session):
+    hello = unpack(session.hello())
+    assert hello["features"] == list(FEATURES)
+    assert (hello["policy"], hello["robots"]) == ("p", {"r": {}})
+
+
+def test_a_request_is_asked_and_answered(session):
+    ask = session.receive(pack(OBSERVATION), arrived=100.0)
+    assert isinstance(ask, Ask)
+    assert (ask.due, ask.id) == (100.05, 7)
+    assert "id" not in ask.request.observation  # what is of the conversation does not reach the policy
+    actions = np.ones((3, 2), np.float32)
+    reply = unpack(session.answer(ask, Answer(Reply(actions, ("far",)), 0.25, 0.5, 3)))
+    np.testing.assert_array_equal(reply["actions"], actions)
+    assert (reply["id"], reply["warnings"]) == (7, ["far"])
+    assert (reply["timing_ms"]["queue"], reply["timing_ms"]["infer"], reply["timing_ms"]["batch"]) == (250, 500, 3)
+    assert session.answer(ask, Answer(LateError("waited 60 ms"), 0.06, 0.0, 0)) == "late: waited 60 ms"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ObservationError("a"), "invalid"),
+        (ProtocolError("a"), "invalid"),
+        (RangeError("a"), "range"),
+        (LateError("a"), "late"),
+        (BusyError("a"), "busy"),
+        (StuckError("a"), "closing"),
+    ],
+)
+def test_errors_are_a_code_and_a_sentence(error, code):
+    assert failure(error) == f"{code}: a"
+
+
+def test_errors_that_nobody_foresaw_are_in_the_log_alone(caplog):
+    said = failure(KeyError("secret"))
+    assert said.startswith("internal: internal error, incident ")
+    assert "secret" not in said
+    assert said.split()[4].rstrip(";") in caplog.text
+    assert "secret" in caplog.text
+
+
+def _has_a_reply(message):
+    session = Session(Arm)
+    reply = session.receive(message)
+    assert isinstance(reply, str | Ask | Reset)
+    assert not isinstance(reply, str) or reply.partition(":")[0] in CODES[:-1]
+    assert isinstance(session.receive(SOUND[0]), Ask)  # whatever came before
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=200) | st.text(max_size=50))
+def test_any_message_has_a_reply(message):
+    _has_a_reply(message)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(SOUND), st.integers(0, 2**32 - 1))
+def test_any_message_that_is_nearly_right_has_a_reply(message, seed):
+    """Bytes changed, cut, repeated and inserted; tests/bench/fuzz_server.py tries 100,000 of them."""
+    _has_a_reply(mutated(message, random.Random(seed)))
+
+
+def test_messages_that_say_they_are_large_cost_nothing(session, caplog):
+    """Headers of maps, lists and bytes of gigabytes; and depth."""
+    caplog.set_level(logging.ERROR)
+    for data in (b"\xdf\xff\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff"):
+        assert session.receive(data).startswith("invalid: not a msgpack message")
+    deep: dict[str, Any] = {"x": []}
+    for _ in range(MAX_DEPTH):
+        deep = {"x": deep}
+    assert session.receive(msgpack.packb(deep)) == f"invalid: lists and dicts nested deeper than {MAX_DEPTH}"
+    assert session.receive(msgpack.packb(msgpack.ExtType(4, b"x"))).startswith("invalid: not a msgpack message")
+    assert not caplog.records  # none of it is a fault of the server
