@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCALES: dict[str, dict[str, int]] = {
     "demo": {
         "tasks": 11,
-        "sawyer": 60,
-        "pusht": 30,
+        "sawyer": 48,
+        "pusht": 20,
         "metaworld_fetch": 8,
         "val": 4,
         "pretrain": 2_500,
@@ -149,7 +149,7 @@ def main(args: Args) -> None:
     # ---- 5. Serving, and driving the simulators from another process -------------------------------------------------
     def rollout(robot: str, policy: str, *more: str) -> list[str]:
         # An untrained policy never succeeds early, and a few episodes show that it does not.
-        driven = n["episodes"] if policy != "untrained" else max(1, n["episodes"] // 4)
+        driven = n["episodes"] if policy != "untrained" else max(1, n["episodes"] // 10)
         out = ["--out", f"{run}/rollouts/{robot}_{policy}.jsonl"]
         episodes = ["--episodes", str(driven), *workers, *tasks.get(robot, [])]
         return ["serve/rollout.py", "--robot", robot, "--policy", policy, *episodes, *out, *more]
