@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -247,7 +248,8 @@ class PolicyServer:
         address = connection.remote_address
         peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address)
         client = Client(self._sessions, peer, key.name if key else None, served.name)
-        session = Session(served.begin(), about={"policy": served.name, "policies": [s.name for s in self._policies]})
+        about = {"policy": served.name, "policies": [s.name for s in self._policies], "server": self._said_limits(key)}
+        session = Session(served.begin(), about=about)
         rate = self._rate(connection, key)
         log.info("connected: %s", client)
         self._listeners.connected(client, session.metadata())
@@ -281,9 +283,17 @@ class PolicyServer:
             del self._open[connection]
             self._by_key[key.name if key else ""] -= 1
 
+    def _per_s(self, key: Key | None) -> float | None:
+        return self._limits.requests_per_s if key is None or key.requests_per_s is None else key.requests_per_s
+
+    def _said_limits(self, key: Key | None) -> dict[str, Any]:
+        """Returns what a client is told of the limits that it may meet."""
+        limits = {name: getattr(self._limits, name) for name in ("message_bytes", "idle_s")}
+        return {**limits, "requests_per_s": self._per_s(key)}
+
     def _rate(self, connection: ServerConnection, key: Key | None) -> RateLimit | None:
         """Returns the limit of a client: of its key, which all of its connections share, or of this connection."""
-        per_s = self._limits.requests_per_s if key is None or key.requests_per_s is None else key.requests_per_s
+        per_s = self._per_s(key)
         if per_s is None:
             return None
         return RateLimit(per_s) if key is None else self._rates.setdefault(key.name, RateLimit(per_s))

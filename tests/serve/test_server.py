@@ -418,6 +418,7 @@ def test_policies_have_names_and_can_be_replaced_and_tried_out():
         default, old = PolicyClient(port=server.port), PolicyClient(port=server.port, policy="old")
         asked = lambda client: client.infer(OBSERVATION)["actions"].item()  # noqa: E731
         assert (default.metadata["policy"], old.metadata["policies"]) == ("new", ["new", "old"])
+        assert default.metadata["server"]["message_bytes"] == MAX_MESSAGE_BYTES
         assert [asked(default), asked(old)] == [1, 2]
         with pytest.raises(InvalidStatus, match="404"):
             PolicyClient(port=server.port, policy="odl")
