@@ -1,6 +1,6 @@
 """Makes an untrained pi0 of the "small" size of bench_models.py, to measure a server with:
 
-    python tests/bench/make_policy.py /tmp/small
+python tests/bench/make_policy.py /tmp/small
 """
 
 import dataclasses
