@@ -45,15 +45,16 @@ def main(args: Args) -> None:
         vocab_size=size["vocab"],
         unroll=True,
     )
-    seen = {names: len(names) for names in (SAWYER.state_names, SAWYER.action_names)}
-    stats = [
-        FieldStats(names, (0.0,) * n, (1.0,) * n, (-2.0,) * n, (2.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
-        for names, n in seen.items()
-    ]
+
+    def stats(names: tuple[str, ...]) -> FieldStats:
+        n = len(names)
+        return FieldStats(names, (0.0,) * n, (1.0,) * n, (-2.0,) * n, (2.0,) * n, (-3.0,) * n, (3.0,) * n, 10)
+
+    normalization = Normalization(SAWYER.name, "zscore", stats(SAWYER.state_names), stats(SAWYER.action_names))
     contract = Contract(
         policy=config,
         robots=(SAWYER,),
-        normalizations={SAWYER.name: Normalization(SAWYER.name, "zscore", *stats)},
+        normalizations={SAWYER.name: normalization},
         tokenizer=fit_text_tokenizer(["press the button"], 280),
         renderers={SAWYER.name: None},
     )
