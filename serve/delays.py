@@ -104,8 +104,12 @@ def drive(method: str, delay: int, task: str, seed: int) -> Late:
 
 
 def read(path: Path) -> list[Late]:
-    """Returns the episodes of a file, none where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    """Returns the episodes of a file, none where there is none. A line that a kill cut off is taken out of it."""
+    text = path.read_text() if path.exists() else ""
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+        lines = lines[:-1]
     return [Late(**{**values, "jumps": tuple(values["jumps"])}) for values in map(json.loads, lines)]
 
 

@@ -38,7 +38,8 @@ class Args:
     connection. host: 0.0.0.0 to be reachable from other machines. port: 0 takes a free one. port_file: written with the
     port once it listens. keys: file of serve/api_keys.py; clients must send one of its keys. cert, cert_key: for TLS.
     client_ca: clients must have a certificate that this one signed. wait_ms: how long a request waits for others to
-    share a batch with; by default it is begun as soon as the device is free. record: directory of a spool, where
+    share a batch with; by default it is begun as soon as the device is free. metrics_port: for /metrics alone, without
+    keys, where Prometheus has none; not by default. record: directory of a spool, where
     sessions are kept for serve/record.py. tracing: sends spans of OpenTelemetry to where its variables say.
     """
 
@@ -55,6 +56,7 @@ class Args:
     cert_key: Path | None = None
     client_ca: Path | None = None
     wait_ms: float = 0.0
+    metrics_port: int | None = None
     record: Path | None = None
     tracing: bool = False
     options: Annotated[PolicyOptions, tyro.conf.arg(name="")] = PolicyOptions(max_batch=16)
@@ -115,7 +117,10 @@ def load(args: Args) -> Policies:
 
 
 def renew(policies: Policies, args: Args) -> None:
-    """Serves newer steps where there are any. What cannot be served is said, and what was served before stays."""
+    """Serves newer steps where there are any. What cannot be served is said, and what was served before stays.
+
+    Whatever fails is said: nobody waits for what this returns.
+    """
     for name, checkpoint in {"default": args.checkpoint, **args.more}.items():
         served = policies[name]
         try:
@@ -124,10 +129,17 @@ def renew(policies: Policies, args: Args) -> None:
                 continue
             served.replace(served.policy.renewed(checkpoint, step=args.step))
             log.info("policy %r: now step %d of %s", name, served.policy.metadata()["step"], checkpoint)
-            if args.canary is not None and name == "default":
-                served.try_out(served.policy.renewed(args.canary), args.canary_share)
         except (CheckpointError, ValueError) as e:
             log.error("policy %r stays as it is: %s", name, e)
+            continue
+        except Exception:  # memory is out, a disk is gone
+            log.exception("policy %r stays as it is", name)
+            continue
+        if args.canary is not None and name == "default":
+            try:
+                served.try_out(served.policy.renewed(args.canary), args.canary_share)
+            except Exception:
+                log.exception("policy %r is new, and has no canary any more", name)
 
 
 def main(args: Args) -> None:
@@ -151,6 +163,8 @@ def main(args: Args) -> None:
         wait_s=args.wait_ms / 1e3,
         listeners=listeners,
     )
+    if args.metrics_port is not None:
+        server.metrics.serve(args.metrics_port, args.host)
     run(server, port_file=args.port_file, on_hangup=lambda: renew(policies, args))
 
 

@@ -168,10 +168,10 @@ class Batcher:
                 sampler, jobs, dropped = self._take()
                 self._at_work = jobs
                 self.busy_since = time.monotonic() if jobs else None
-            for job in dropped:
-                self._drop(job)
+            self._drop(dropped)
             if jobs:
                 self._answer(sampler, jobs)
+            del sampler, jobs, dropped  # a policy may be replaced while nobody asks
 
     def _fill_up(self) -> None:
         """Waits for more jobs where `wait_s` allows it. With the lock held, which it gives away meanwhile."""
@@ -195,9 +195,10 @@ class Batcher:
         self.waiting -= len(jobs) + len(dropped)
         return sampler, jobs, dropped
 
-    def _drop(self, job: Job) -> None:
-        waited = time.monotonic() - job.since
-        job.done(Answer(LateError(f"waited {1e3 * waited:.0f} ms, longer than the request allows"), waited, 0.0, 0))
+    def _drop(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            waited = time.monotonic() - job.since
+            job.done(Answer(LateError(f"waited {1e3 * waited:.0f} ms, longer than the request allows"), waited, 0.0, 0))
 
     def _answer(self, sampler: Sampler, jobs: list[Job]) -> None:
         started = time.monotonic()

@@ -5,14 +5,19 @@ reconnects.
 """
 
 import contextlib
+import socket
 import ssl
+import struct
+import sys
 import time
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidMessage
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, pack, unpack
+
+_TRANSIENT = (429, 500, 502, 503, 504)  # a server that is full or starts, or a proxy before one
 
 
 class ServerError(RuntimeError):
@@ -47,7 +52,8 @@ class PolicyClient:
         for an answer. reconnect_s: longest time spent on (re)connecting.
 
         Raises:
-            ConnectionError: no server could be reached in `reconnect_s`.
+            ConnectionError: no server could be reached in `reconnect_s`, or it is full, or does not know the key or the
+                policy; says which.
         """
         self._uri, self._api_key = f"{'ws' if tls is None else 'wss'}://{host}:{port}/{policy}", api_key
         self._tls = tls
@@ -68,18 +74,27 @@ class PolicyClient:
                     compression=None,  # images do not compress, and it costs milliseconds
                     max_size=MAX_MESSAGE_BYTES,
                     open_timeout=self._timeout_s,
+                    close_timeout=1.0,  # a network that is gone does not answer
                     ssl=self._tls,
                 )
                 connection = self._open.enter_context(context)
+                _limit_sends(connection.socket, self._timeout_s)
+                metadata = connection.recv(timeout=self._timeout_s)
                 break
+            except InvalidStatus as e:
+                status, why = e.response.status_code, (e.response.body or b"").decode(errors="replace").strip()
+                if status not in _TRANSIENT or time.monotonic() + pause > give_up:
+                    raise ConnectionError(f"{self._uri} refused the connection: HTTP {status} {why}") from e
+                time.sleep(pause)
+                pause = min(2 * pause, 2.0)
             except ssl.SSLError as e:
                 raise ConnectionError(f"{self._uri}: {e}; is the server's certificate, or this client's, wrong?") from e
             except (OSError, TimeoutError, InvalidMessage, ConnectionClosed) as e:
+                self.close()
                 if time.monotonic() + pause > give_up:
                     raise ConnectionError(f"no policy server at {self._uri} within {self._reconnect_s} s: {e}") from e
                 time.sleep(pause)
                 pause = min(2 * pause, 2.0)
-        metadata = connection.recv(timeout=self._timeout_s)
         if isinstance(metadata, str):
             self.close()
             raise ServerError(metadata)
@@ -107,7 +122,7 @@ class PolicyClient:
                 raise DeadlineError(f"no answer from {self._uri} within {self._timeout_s} s") from e
             except ConnectionClosed as e:
                 self.close()
-                if attempt:
+                if attempt or time.monotonic() > deadline:
                     raise ConnectionError(f"{self._uri} closed the connection: {e}") from e
                 continue
             if isinstance(reply, str):
@@ -119,3 +134,10 @@ class PolicyClient:
         """Closes the connection; the next request makes a new one."""
         self._connection = None
         self._open.close()
+
+
+def _limit_sends(s: socket.socket, seconds: float) -> None:
+    """Ends a send after so long: into a network that is gone it would block for a quarter of an hour."""
+    if sys.platform != "win32":
+        time_val = struct.pack("@ll", int(seconds), int(1e6 * (seconds % 1)))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, time_val)

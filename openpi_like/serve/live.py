@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import simplejpeg
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from openpi_like.robots import Robot
 from openpi_like.serve.batching import Answer
 from openpi_like.serve.listeners import Client, Listener
 from openpi_like.serve.session import Ask
@@ -30,13 +32,28 @@ _EVERY_S = 0.2
 _KEPT_S, _KEPT = 60.0, 256  # sessions that are gone are still shown for so long, and never more than so many
 
 
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """What is shown of a request: no more of it is kept, and nothing of its policy, which may be replaced."""
+
+    robot: Robot
+    prompt: str
+    state: np.ndarray
+    pictures: Mapping[str, np.ndarray]
+    actions: np.ndarray | None
+    names: tuple[str, ...]
+    warnings: tuple[str, ...]
+    batch: int
+    seconds: Mapping[str, float]
+
+
 class _Seen:
     """What is known of a session: its last request and answer, and counts."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.since = client, time.monotonic()
         self.requests = self.errors = self.episodes = 0
-        self.last: tuple[Ask, Answer, Mapping[str, float]] | None = None
+        self.last: _Last | None = None
         self.at = self.since
         self.error = ""
         self.gone: float | None = None
@@ -64,11 +81,16 @@ class Live(Listener):
         self._changes += 1
 
     def answered(self, client: Client, ask: Ask, answer: Answer, seconds: Mapping[str, float]) -> None:
-        seen = self._seen[client.number]
-        seen.last, seen.at = (ask, answer, seconds), time.monotonic()
-        seen.requests += 1
+        seen, request, robot = self._seen[client.number], ask.request, ask.request.robot
+        actions, warnings = None, ask.warnings
         if isinstance(answer.reply, Exception):
             seen.errors, seen.error = seen.errors + 1, str(answer.reply)
+        else:
+            actions, warnings = answer.reply.actions, (*warnings, *answer.reply.warnings)
+        prompt = ask.observation.get("prompt") or robot.default_prompt
+        shown = (robot, prompt, request.state, request.pictures, actions, robot.robot_action_names, warnings)
+        seen.last, seen.at = _Last(*shown, answer.batch, seconds), time.monotonic()
+        seen.requests += 1
         self._changes += 1
 
     def refused(self, client: Client, said: str) -> None:
@@ -96,9 +118,8 @@ class Live(Listener):
         line = {"number": c.number, "peer": c.peer, "key": c.key, "policy": c.policy, "gone": s.gone is not None}
         line |= {"requests": s.requests, "errors": s.errors, "episodes": s.episodes, "age_s": now - s.at}
         if s.last is not None:
-            ask, answer, seconds = s.last
-            line |= {"robot": ask.request.robot.name, "batch": answer.batch}
-            line["ms"] = {phase: 1e3 * value for phase, value in seconds.items()}
+            line |= {"robot": s.last.robot.name, "batch": s.last.batch}
+            line["ms"] = {phase: 1e3 * value for phase, value in s.last.seconds.items()}
         return line
 
     def detail(self, number: int) -> dict[str, Any] | None:
@@ -109,23 +130,21 @@ class Live(Listener):
         seen = self._seen.get(number)
         if seen is None or seen.last is None:
             return None
-        ask, answer, _ = seen.last
-        request, robot, reply = ask.request, ask.request.robot, answer.reply
+        last, robot = seen.last, seen.last.robot
         names = [f.name if f.size == 1 else f"{f.name}[{i}]" for f in robot.state for i in range(f.size)]
         detail: dict[str, Any] = {
             "number": number,
             "requests": seen.requests,
-            "prompt": ask.observation.get("prompt") or robot.default_prompt,
+            "prompt": last.prompt,
             "control_hz": robot.control_hz,
-            "state": [[name, float(x)] for name, x in zip(names, request.state, strict=True)],
-            "cameras": {name: _jpeg(picture) for name, picture in request.pictures.items()},
-            "warnings": [*ask.warnings],
+            "state": [[name, float(x)] for name, x in zip(names, last.state, strict=True)],
+            "cameras": {name: _jpeg(picture) for name, picture in last.pictures.items()},
+            "warnings": list(last.warnings),
             "error": seen.error,
         }
-        if not isinstance(reply, Exception):
-            detail["warnings"] += reply.warnings
-            detail["actions"] = np.round(reply.actions, 5).tolist()
-            detail["action_names"] = list(robot.robot_action_names)
+        if last.actions is not None:
+            detail["actions"] = np.round(last.actions, 5).tolist()
+            detail["action_names"] = list(last.names)
         return detail
 
     async def show(self, connection: ServerConnection) -> None:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -43,6 +43,10 @@ class Metrics:
     def batch(self, size: int) -> None:
         """Counts a batch."""
         self._batch.observe(size)
+
+    def serve(self, port: int, host: str) -> None:
+        """Answers /metrics on a port of its own, from a thread of its own."""
+        start_http_server(port, host, self._registry)
 
     def text(self) -> bytes:
         """Returns everything in the text format of Prometheus."""

@@ -1,6 +1,7 @@
 """What a client sends: everything that is wrong with it is said, and the rest becomes arrays."""
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from openpi_like.robots import Camera, Robot
 FIELDS = ("images", "state", "prompt", "robot", "seed", "previous", "delay")
 MAX_PIXELS = 4096 * 4096
 """Of an encoded picture, which is small on the wire whatever it becomes."""
+_NAMED, _SHOWN = 5, 80  # unknown names that are said, and characters of each
 
 
 class ObservationError(ValueError):
@@ -34,7 +36,8 @@ def robot_of(observation: Any, robots: Mapping[str, Robot]) -> Robot:
     if name is None:
         raise ObservationError(f"robot: missing, and this server has several; add one of {', '.join(known)}")
     if not isinstance(name, str) or name not in robots:
-        raise ObservationError(f"robot: got {name!r}, this checkpoint has not seen it; {near_names(str(name), known)}")
+        near = near_names(str(name)[:_SHOWN], known)
+        raise ObservationError(f"robot: got {reprlib.repr(name)}, this checkpoint has not seen it; {near}")
     return robots[name]
 
 
@@ -49,15 +52,16 @@ def check_observation(
         ObservationError: lists everything that does not fit.
     """
     pictures, problems = _pictures(observation.get("images"), cameras)
-    unknown = [f"{k}: not part of an observation; {near_names(str(k), FIELDS)}" for k in observation if k not in FIELDS]
-    problems = unknown + problems + state_problems(robot, observation.get("state"))
+    unknown = [k for k in observation if k not in FIELDS]
+    said = [f"{k[:_SHOWN]}: not part of an observation; {near_names(k[:_SHOWN], FIELDS)}" for k in unknown[:_NAMED]]
+    problems = said + _more(unknown) + problems + state_problems(robot, observation.get("state"))
     prompt, seed = observation.get("prompt"), observation.get("seed")
     if prompt is None and robot.default_prompt is None:
         problems.append("prompt: missing, and the robot has no default; say what to do")
     elif prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
-        problems.append(f"prompt: got {prompt!r}, expected a text that is not empty")
+        problems.append(f"prompt: got {reprlib.repr(prompt)}, expected a text that is not empty")
     if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
-        problems.append(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
+        problems.append(f"seed: got {reprlib.repr(seed)}, expected an integer in 0 .. 2^32 - 1")
     if problems:
         raise ObservationError(f"observation does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
     return pictures
@@ -84,16 +88,21 @@ def check_previous(
         raise ObservationError("\n  ".join([*problems, f"previous: got {got}, expected a float array (n, {size})"]))
     if actions.ndim != 2 or actions.shape[1] != size or not 1 <= len(actions) <= horizon:
         problems.append(f"previous: got shape {actions.shape}, expected (n, {size}), n from 1 to {horizon}")
-    elif not np.isfinite(actions).all():
-        problems.append("previous: not finite")
+    elif not np.isfinite(_float32(actions)).all():
+        problems.append("previous: not finite, or too large for float32")
     most = min(len(actions), max_delay or horizon) if actions.ndim else 0
     if not isinstance(delay, int | np.integer) or isinstance(delay, bool) or not 0 <= delay <= most:
         why = ", as the policy was trained" if max_delay and most == max_delay else ""
-        problems.append(f"delay: got {delay!r}, expected an integer in 0 .. {most}{why}")
+        problems.append(f"delay: got {reprlib.repr(delay)}, expected an integer in 0 .. {most}{why}")
         raise ObservationError("\n  ".join(problems))
     if problems:
         raise ObservationError("\n  ".join(problems))
-    return actions.astype(np.float32), int(delay)
+    return _float32(actions), int(delay)
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused
+        return values.astype(np.float32)
 
 
 def state_problems(robot: Robot, state: Any) -> list[str]:
@@ -106,8 +115,8 @@ def state_problems(robot: Robot, state: Any) -> list[str]:
         problems.append(f"state: got dtype {state.dtype}, expected float32")
     if state.shape != (size,):
         problems.append(f"state: got shape {state.shape}, expected ({size},): {names}")
-    elif state.dtype.kind == "f" and not np.isfinite(state).all():
-        problems.append(f"state: not finite at {np.flatnonzero(~np.isfinite(state)).tolist()} of ({names})")
+    elif state.dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(_float32(state)))):
+        problems.append(f"state: not finite, or too large for float32, at {bad.tolist()} of ({names})")
     return problems
 
 
@@ -115,11 +124,12 @@ def _pictures(images: Any, cameras: Mapping[str, Camera]) -> tuple[dict[str, np.
     """Returns pictures by camera, and what is wrong with them."""
     if not isinstance(images, dict):
         return {}, [f"images: got {type(images).__name__}, expected a dict with cameras {', '.join(cameras)}"]
+    unknown = [name for name in images if name not in cameras]
     problems = [
-        f"images[{name!r}]: the robot has no such camera; {near_names(str(name), list(cameras))}"
-        for name in images
-        if name not in cameras
+        f"images[{reprlib.repr(name)}]: the robot has no such camera; {near_names(str(name)[:_SHOWN], list(cameras))}"
+        for name in unknown[:_NAMED]
     ]
+    problems += _more(unknown)
     pictures = {}
     for name, camera in cameras.items():
         if name in images:
@@ -128,8 +138,13 @@ def _pictures(images: Any, cameras: Mapping[str, Camera]) -> tuple[dict[str, np.
             except ObservationError as e:
                 problems.append(f"images[{name!r}]: {e}")
         elif not camera.steps_back:  # as at the start of an episode
-            problems.append(f"images[{name!r}]: missing; got {', '.join(map(repr, images)) or 'no images'}")
+            got = ", ".join(map(reprlib.repr, list(images)[:_NAMED]))
+            problems.append(f"images[{name!r}]: missing; got {got or 'no images'}")
     return pictures, problems
+
+
+def _more(unknown: Sequence[Any]) -> list[str]:
+    return [f"and {len(unknown) - _NAMED} more that are unknown"] if len(unknown) > _NAMED else []
 
 
 def _picture(image: Any, camera: Camera) -> np.ndarray:

@@ -34,7 +34,7 @@ class Served:
         Raises:
             ValueError: it does not serve the same robots, with the same fields; lists every difference.
         """
-        _check_replaces(self.name, self._policy.metadata()["robots"], policy.metadata()["robots"])
+        _check_replaces(self.name, self._policy.metadata(), policy.metadata())
         with self._lock:
             self._policy, self._canary, self._share = policy, None, 0.0
 
@@ -47,7 +47,7 @@ class Served:
         if not 0 <= share <= 1:
             raise ValueError(f"share={share}, expected a number in [0, 1]")
         if canary is not None:
-            _check_replaces(self.name, self._policy.metadata()["robots"], canary.metadata()["robots"])
+            _check_replaces(self.name, self._policy.metadata(), canary.metadata())
         with self._lock:
             self._canary, self._share, self._sessions = canary, share, 0
 
@@ -93,13 +93,19 @@ class Policies:
 
 
 def _check_replaces(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    problems = [f"it does not serve robot {robot!r}" for robot in old if robot not in new]
-    for robot in old.keys() & new.keys():
+    robots, others = old["robots"], new["robots"]
+    problems = [f"it does not serve robot {robot!r}" for robot in robots if robot not in others]
+    for robot in robots.keys() & others.keys():
         problems += [
-            f"{robot}.{field} is {new[robot].get(field)}, that of now {value}"
-            for field, value in old[robot].items()
-            if new[robot].get(field) != value
+            f"{robot}.{field} is {others[robot].get(field)}, that of now {value}"
+            for field, value in robots[robot].items()
+            if others[robot].get(field) != value
         ]
+    problems += [
+        f"{field} is {new.get(field)}, that of now {old.get(field)}"
+        for field in ("real_time_chunking", "max_delay")
+        if new.get(field) != old.get(field)
+    ]
     if problems:
         raise ValueError(
             f"cannot take the place of policy {name!r}: {'; '.join(problems)}; serve it under another name"

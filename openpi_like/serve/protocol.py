@@ -27,6 +27,7 @@ _DTYPES = {
     name: np.dtype(name) for name in ("|b1", "|i1", "|u1", *(order + name for order in "<>" for name in _NUMBERS))
 }
 MAX_DEPTH, MAX_DIMS = 16, 8
+MAX_ENTRIES = 1000  # of one list or dict
 
 
 class ProtocolError(ValueError):
@@ -57,24 +58,47 @@ def _encode(value: Any) -> Any:
     raise ProtocolError(f"object of type {type(value).__name__}, expected dict, list, string, number or numpy array")
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes, *, containers: int = 100_000) -> Any:
     """Inverse of `pack`. Arrays are read-only views of `data`.
 
     Nothing is allocated for what a message only says that it holds; it is compared with what is there before.
+    containers: lists, dicts and arrays that there may be: what is made of a byte each costs time and memory.
 
     Raises:
-        ProtocolError: not msgpack, too large or too deep, or an array whose dtype, shape and size do not agree.
+        ProtocolError: not msgpack, too large, too deep or of too many parts, or an array whose dtype, shape and size do
+            not agree.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"message of {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}; send smaller images")
+    left = containers
+
+    def count(value: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ProtocolError(f"more than {containers} lists and dicts in one message")
+        return _decode(value) if isinstance(value, dict) else value
+
     try:
-        message = msgpack.unpackb(data, object_hook=_decode, max_ext_len=0)
+        message = msgpack.unpackb(
+            data,
+            object_hook=count,
+            list_hook=count,
+            ext_hook=_refuse_extension,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
+            max_ext_len=0,
+        )
     except ProtocolError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as e:
         raise ProtocolError(f"not a msgpack message ({len(data)} bytes): {type(e).__name__} {e}") from e
     _check_depth(message, MAX_DEPTH)
     return message
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ProtocolError(f"extension type {code}, expected none")
 
 
 def _check_depth(value: Any, left: int) -> None:

@@ -84,7 +84,7 @@ def check_actions(robot: Robot, actions: np.ndarray, ranges: Ranges) -> tuple[np
     by = np.abs(actions - inside).max(0)
     far = np.flatnonzero(by > 1e-4 * np.maximum(1.0, np.abs(inside).max(0)))
     if not len(far):
-        return actions, []
+        return inside, []
     dims = ", ".join(f"{robot.robot_action_names[i]} (by {by[i]:.3g})" for i in far)
     if ranges.beyond_limits == "refuse":
         raise RangeError(f"robot {robot.name!r}: actions beyond its limits in {dims}")

@@ -37,7 +37,7 @@ class SpeedLimiter:
     """Keeps commands within a robot's limits: bounds, speed, and change of speed; what it changes it counts.
 
     The limits are those of the server's handshake, per dim; infinite where there is none. command: per dim, "absolute"
-    (a target), "delta" (a change per step) or "velocity".
+    (a target), "delta" (a change per step) or "velocity". Targets brake in time to stop at a bound.
     """
 
     def __init__(self, about: Mapping[str, Any], hz: float) -> None:
@@ -51,10 +51,15 @@ class SpeedLimiter:
         self.limited = dict.fromkeys(signs, 0)
         self.reset()
 
-    def reset(self) -> None:
-        """Forgets what was commanded last."""
-        self._last: np.ndarray | None = None
-        self._speed: np.ndarray | None = None
+    def reset(self, start: np.ndarray | None = None) -> None:
+        """Forgets what was commanded last. start: where the robot stands, as a command; without it, the first command
+        is kept within the bounds alone."""
+        self._last = None if start is None else np.asarray(start, np.float64)
+        self.stand()
+
+    def stand(self) -> None:
+        """Notes that the robot stands still where it was commanded last."""
+        self._speed = None if self._last is None else np.zeros_like(self._last)
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
         """Returns the nearest command within the limits."""
@@ -62,18 +67,34 @@ class SpeedLimiter:
         command = self._clip("lower", wanted, np.maximum(wanted, self._bounds["lower"]))
         command = self._clip("upper", command, np.minimum(command, self._bounds["upper"]))
         if self._last is not None:
+            assert self._speed is not None
             speed = self._speed_of(command)
-            most = self._bounds["velocity"]
+            most, change = self._bounds["velocity"], self._bounds["acceleration"] / self._hz
             slower = self._clip("velocity", speed, np.clip(speed, -most, most))
-            if self._speed is not None:
-                change = self._bounds["acceleration"] / self._hz
-                steady = np.clip(slower, self._speed - change, self._speed + change)
-                slower = self._clip("acceleration", slower, steady)
-            changed = slower != speed
-            command = np.where(changed, self._command_of(slower), command)
+            down, up = (self._braking(abs(self._bounds[side] - self._last)) for side in ("lower", "upper"))
+            steady = np.where(self._absolute, np.clip(slower, -down, up), slower)
+            steady = np.clip(steady, self._speed - change, self._speed + change)
+            slower = self._clip("acceleration", slower, steady)
+            command = np.where(slower != speed, self._command_of(slower), command)
+            # A start beyond them, or rounding.
+            command = np.clip(command, self._bounds["lower"], self._bounds["upper"])
             self._speed = self._speed_of(command)
+        elif self._speed is None:
+            self._speed = np.zeros_like(command)
         self._last = command
         return command.astype(action.dtype)
+
+    def _braking(self, distance: np.ndarray) -> np.ndarray:
+        """Returns the greatest speed from which a target stops within a distance, losing no more a step than it may.
+
+        From k steps' worth of change, it moves k (k + 1) / 2 of them, and up to 1/8 more between whole numbers.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = self._bounds["acceleration"] / self._hz
+            steps = np.maximum(np.sqrt(2 * distance * self._hz / change) - 0.5, 0.0)
+            at_once = np.minimum(distance * self._hz, change)  # to the bound, and there it stands
+            speed = np.maximum(steps * change, at_once)
+        return np.where(np.isfinite(speed), speed, np.inf)
 
     def _clip(self, name: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         self.limited[name] += int(np.sum(np.abs(after - before) > 1e-6 * (1 + np.abs(before))))
@@ -162,21 +183,45 @@ class Runtime:
         hold: Callable[[], None],
         steps: int,
         done: Callable[[], bool] = lambda: False,
+        start: np.ndarray | None = None,
     ) -> Report:
         """Runs until `done`, for `steps` control steps at most. The first action is waited for, for `stop_s` too.
 
         observe: returns an observation of the wire, without "robot"; is called from this thread. act: executes an
-        action. hold: is called instead of it where there is none.
+        action. hold: is called instead of it where there is none, and at the end, however it comes. start: where the
+        robot stands, as a command, so that the first action is within its limits of speed too.
 
         Raises:
             ServerError: the server refused an observation; the robot was told to hold before.
         """
         self._chunks.reset()
         self._counts = dict.fromkeys(self._counts, 0)
+        self._fault = None
         if self._limiter is not None:
-            self._limiter.reset()
+            self._limiter.reset(start)
+        try:
+            begins, held, stopped = self._loop(observe, act, hold, steps, done)
+        finally:
+            try:
+                hold()
+            finally:
+                if (asking := self._asking) is not None:
+                    asking.join()  # no longer than the client waits; then nobody uses it any more
+        if self._fault is not None:
+            raise self._fault
+        return self._report(begins, held, stopped)
+
+    def _loop(
+        self,
+        observe: Callable[[], dict[str, Any]],
+        act: Callable[[np.ndarray], None],
+        hold: Callable[[], None],
+        steps: int,
+        done: Callable[[], bool],
+    ) -> tuple[list[float], int, str]:
+        """Returns when the steps began, how many had no action, and why it ended before its time, if it did."""
         self._ask(observe())
-        begun, held, stopped, begins = time.monotonic(), 0, "", []
+        begun, held, stopped, begins = time.monotonic(), 0, "", list[float]()
         while not self._ready() and self._fault is None:
             if time.monotonic() - begun > self._stop_s:
                 stopped = f"no first action within {self._stop_s} s"
@@ -203,15 +248,12 @@ class Runtime:
                 continue
             hold()
             held += 1
+            if self._limiter is not None:
+                self._limiter.stand()
             if time.monotonic() - last_action > self._stop_s:
                 stopped = f"no action for {self._stop_s} s"
                 break
-        hold()
-        if (asking := self._asking) is not None:
-            asking.join()  # no longer than the client waits; then nobody uses it any more
-        if self._fault is not None:
-            raise self._fault
-        return self._report(begins, held, stopped)
+        return begins, held, stopped
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 

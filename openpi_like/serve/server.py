@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import functools
 import http
+import ipaddress
 import logging
 import signal
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class PolicyServer:
 
         grace_s: how long what was asked may take.
         """
-        self._draining = True
+        self._draining, hangs = True, self._stuck
         if self._server is not None:
             self._server.close(close_connections=False)
             idle = [connection for connection, at_work in self._open.items() if not at_work]
@@ -140,13 +141,14 @@ class PolicyServer:
                     while self._open:
                         await asyncio.sleep(0.01)
             if self._open:
+                hangs = True  # or is very slow: its thread is not waited for
                 self._batcher.give_up("the server is closing; connect again later")
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in list(self._open)))
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in self._server.connections))
             await self._server.wait_closed()
         if self._watcher is not None:
             self._watcher.cancel()
-        await asyncio.to_thread(self._answering.close, wait=not self._stuck)
+        await asyncio.to_thread(self._answering.close, wait=not hangs)
         await asyncio.to_thread(self._listeners.close)
 
     async def _watch(self) -> None:
@@ -182,32 +184,29 @@ class PolicyServer:
         if origin is not None and urlsplit(origin).netloc != host:  # a page of somebody else in a browser
             self.metrics.refused("origin")
             return connection.respond(http.HTTPStatus.FORBIDDEN, f"a page of {origin} may not use this server\n")
+        if not self._keys and self._host in LOCAL and not _is_this_machine(host):
+            self.metrics.refused("host")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, f"this server is not {host}, ask for 127.0.0.1\n")
         page = path == "/" and "Upgrade" not in request.headers
         if page or path == "/live":
-            return self._looking(connection, key, host, page)
+            return self._looking(connection, key, page)
         if path == "/metrics":
             response = connection.respond(http.HTTPStatus.OK, self.metrics.text().decode())
-            response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
-            return response
+            return _with_headers(response, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         return self._refusal(connection, path, key)
 
-    def _looking(self, connection: ServerConnection, key: Key | None, host: str, page: bool) -> Response | None:
+    def _looking(self, connection: ServerConnection, key: Key | None, page: bool) -> Response | None:
         """Returns the live page, or why it is not shown; None where what it is told may begin.
 
         It shows what robots see: to keys that may look, or where there are none, to this machine alone.
         """
         if key is not None and not key.looks:
             return connection.respond(http.HTTPStatus.FORBIDDEN, "this key may not look; add one with --looks\n")
-        if key is None and not (self._host in LOCAL and (urlsplit(f"//{host}").hostname or "") in LOCAL):
+        if key is None and self._host not in LOCAL:
             text = "the live page is for this machine alone, unless the server has keys\n"
             return connection.respond(http.HTTPStatus.FORBIDDEN, text)
         if page:
-            response = connection.respond(http.HTTPStatus.OK, PAGE.decode())
-            for name, value in HEADERS.items():
-                if name in response.headers:  # or there would be two of them
-                    del response.headers[name]
-                response.headers[name] = value
-            return response
+            return _with_headers(connection.respond(http.HTTPStatus.OK, PAGE.decode()), HEADERS)
         if self._live.viewers >= _VIEWERS:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{_VIEWERS} pages look already\n")
         connection.looks = True  # type: ignore[attr-defined]
@@ -272,6 +271,7 @@ class PolicyServer:
                 await self._send(connection, answered.reply)
                 self.metrics.sent(time.monotonic() - sending)
                 self._open[connection] = False
+                del message, answered  # and with them the policy, which may be replaced while this client is idle
             await connection.close(GOING_AWAY, "the server is closing")
         except ConnectionClosed as e:
             log.info("disconnected: %s: %s", client, e)
@@ -316,6 +316,22 @@ class PolicyServer:
     async def _send(self, connection: ServerConnection, message: str | bytes) -> None:
         async with asyncio.timeout(self._limits.send_s):
             await connection.send(message)
+
+
+def _with_headers(response: Response, headers: Mapping[str, str]) -> Response:
+    for name, value in headers.items():
+        if name in response.headers:  # or there would be two of them
+            del response.headers[name]
+        response.headers[name] = value
+    return response
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a header Host names this machine: not so where somebody's name was made to lead here (DNS rebinding)."""
+    name = urlsplit(f"//{host}").hostname or ""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name in LOCAL
 
 
 def _alive(connection: ServerConnection) -> bool:

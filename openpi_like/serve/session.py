@@ -5,6 +5,7 @@ Another transport than websockets needs no more than `hello`, `receive` and `ans
 
 import dataclasses
 import logging
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed", "success", "traceparent")
 """What a client may use beyond the protocol of openpi-client."""
+_CONTAINERS = 1000  # in a message of a client
+_SHOWN = 80  # characters of what a client sent
 # Errors to a client are one of these codes and a sentence.
 INVALID, RANGE, LATE, BUSY, CLOSING, INTERNAL = "invalid", "range", "late", "busy", "closing", "internal"
 _CODES: tuple[tuple[type[Exception], str], ...] = (
@@ -92,11 +95,11 @@ class Session:
         try:
             if isinstance(message, str):
                 raise ProtocolError("got a text message, expected a binary one with an observation as msgpack")
-            content = unpack(message)
+            content = unpack(message, containers=_CONTAINERS)
             if not isinstance(content, dict):
                 raise ProtocolError(f"got a {type(content).__name__}, expected a dict with images, state and prompt")
             if wrong := [k for k in content if not isinstance(k, str)]:
-                raise ProtocolError(f"got a dict with the key {wrong[0]!r}, expected texts")
+                raise ProtocolError(f"got a dict with the key {reprlib.repr(wrong[0])}, expected texts")
             if "reset" in content:
                 return self._reset(content)
             asked = {k: content.pop(k, None) for k in ("id", "deadline_ms", "traceparent")}
@@ -130,11 +133,12 @@ class Session:
         unknown = [k for k in content if k not in ("reset", *known)]
         seed, success = (content.get(k) for k in known)
         if unknown:
-            raise ProtocolError(f"reset: {unknown[0]!r} is not part of it; {near_names(str(unknown[0]), known)}")
+            first = unknown[0][:_SHOWN]
+            raise ProtocolError(f"reset: {first!r} is not part of it; {near_names(first, known)}")
         if not isinstance(success, bool | None):
-            raise ProtocolError(f"success: got {success!r}, expected true, false or nothing")
+            raise ProtocolError(f"success: got {reprlib.repr(success)}, expected true, false or nothing")
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
-            raise ProtocolError(f"seed: got {seed!r}, expected an integer in 0 .. 2^32 - 1")
+            raise ProtocolError(f"seed: got {reprlib.repr(seed)}, expected an integer in 0 .. 2^32 - 1")
         self._seed, self._number, self._watched = None if seed is None else int(seed), 0, None
         return Reset(pack({"reset": True}), success)
 
@@ -153,5 +157,5 @@ def _due(deadline_ms: Any, since: float) -> float | None:
     if deadline_ms is None:
         return None
     if not isinstance(deadline_ms, int | float | np.number) or not 0 < deadline_ms < 1e9:
-        raise ProtocolError(f"deadline_ms: got {deadline_ms!r}, expected milliseconds above 0")
+        raise ProtocolError(f"deadline_ms: got {reprlib.repr(deadline_ms)}, expected milliseconds above 0")
     return since + float(deadline_ms) / 1e3

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,73 @@ from openpi_like.serve.spool import RecordingError
 
 log = logging.getLogger(__name__)
 
+_THREADS = 4  # each has its own sessions
+_BUFFER_MIB = 32  # of each session
+
+
+class _Episodes:
+    """The recording of one session, in one thread."""
+
+    def __init__(self, directory: Path, client: Client) -> None:
+        self._directory, self._client = directory, client
+        self._recorder: Recorder | None = None
+        self._of: tuple[Any, ...] | None = None  # robot, prompt, contract and step of the episode that is open
+        self.spoiled = False  # the episode lacks a request
+
+    def write(self, ask: Ask, reply: Any, time_s: float) -> None:
+        robot, policy = ask.request.robot, ask.policy.metadata()
+        prompt = ask.observation.get("prompt") or robot.default_prompt
+        of = (robot.name, prompt, policy.get("contract"), policy.get("step"))
+        if self._of not in (None, of):
+            self.end(None)
+        if self.spoiled:
+            return
+        if self._of is None:
+            self._begin(of)
+        assert self._recorder is not None
+        # Pictures of the past are in the steps before, and the first steps lack them.
+        past = {c.name for c in robot.cameras if c.steps_back}
+        images = {name: image for name, image in ask.observation["images"].items() if name not in past}
+        observation = {**ask.observation, "images": images}
+        self._recorder.step(observation, reply.actions[0], chunk=reply.actions, time_s=time_s)
+
+    def _begin(self, of: tuple[Any, ...]) -> None:
+        robot, prompt, contract, step = of
+        self.leave()
+        metadata: dict[str, str | int] = {"session": self._client.number, "policy_name": self._client.policy}
+        metadata["client"] = self._client.key or self._client.peer
+        policy = None if contract is None else {"contract": contract, "step": step, "robots": None}
+        self._recorder = Recorder(
+            self._directory,
+            robot,
+            policy=policy,
+            metadata=metadata,
+            encoders=1,
+            buffer_mib=_BUFFER_MIB,
+            longest_wait_s=0.0,
+            of_requests=True,
+        )
+        self._recorder.begin(prompt)
+        self._of = of
+
+    def end(self, success: bool | None) -> None:
+        """Ends the episode, if one is open; one that lacks a request stays unfinished."""
+        try:
+            if self._of is not None and self._recorder is not None and not self.spoiled:
+                self._recorder.end(success)
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Closes all as it is."""
+        recorder, self._recorder, self._of, self.spoiled = self._recorder, None, None, False
+        if recorder is not None:
+            recorder.close()
+
 
 class SessionRecorder(Listener):
-    """Writes each session's episodes to a spool: one ends where the client begins anew, leaves, or says another prompt.
+    """Writes each session's episodes to a spool: one ends where the client begins anew, leaves, says another prompt, or
+    another policy answers.
 
     A step is a request, with the whole chunk that was its answer; what the robot did with that, only the robot knows
     (`openpi_like.serve.recorder`). Requests that had no answer are not in it. failures: requests that could not be
@@ -25,112 +90,71 @@ class SessionRecorder(Listener):
     """
 
     def __init__(self, directory: Path, *, most_waiting: int = 64) -> None:
-        """most_waiting: requests that wait to be written; one more is a failure, and its episode stays unfinished."""
+        """most_waiting: requests of one thread's sessions that wait to be written; one more is a failure, and its
+        episode stays unfinished."""
         self._directory, self._most = directory, most_waiting
-        self._about: dict[int, Mapping[str, Any]] = {}
-        self._recorders: dict[int, Recorder] = {}
-        self._open: dict[int, tuple[str, str]] = {}  # robot and prompt of the episode
-        self._spoiled: set[int] = set()  # sessions whose episode lacks a request
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="record sessions")
-        self._waiting, self._lock = 0, threading.Lock()
+        self._episodes: dict[int, _Episodes] = {}
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="record sessions") for _ in range(_THREADS)]
+        self._waiting, self._lock = [0] * _THREADS, threading.Lock()
         self.failures = 0
 
     # ---- In the event loop -------------------------------------------------------------------------------------------
 
     def connected(self, client: Client, about: Mapping[str, Any]) -> None:
-        self._about[client.number] = about
+        self._episodes[client.number] = _Episodes(self._directory, client)
 
     def answered(self, client: Client, ask: Ask, answer: Answer, seconds: Mapping[str, float]) -> None:
         if isinstance(answer.reply, Exception):
             return
+        episodes, thread, time_s = self._episodes[client.number], client.number % _THREADS, time.monotonic()
         with self._lock:
-            fits = self._waiting < self._most
-            self._waiting += fits
-        if fits:
-            self._submit(client, self._write, ask, answer.reply)
-        else:
-            self._submit(client, self._fail, f"{self._most} requests wait to be written; the disk is too slow")
+            fits = self._waiting[thread] < self._most
+            self._waiting[thread] += fits
+        if not fits:
+            why = f"{self._most} requests wait to be written; the disk is too slow"
+            self._submit(client, lambda: self._fail(client, episodes, why))
+            return
+
+        def write() -> None:
+            try:
+                episodes.write(ask, answer.reply, time_s)
+            finally:
+                with self._lock:
+                    self._waiting[thread] -= 1
+
+        self._submit(client, write)
 
     def began_anew(self, client: Client, success: bool | None) -> None:
-        self._submit(client, self._end, success)
+        episodes = self._episodes[client.number]
+        self._submit(client, lambda: episodes.end(success))
 
     def disconnected(self, client: Client) -> None:
-        self._submit(client, self._leave)
+        episodes = self._episodes[client.number]
+        self._submit(client, lambda: episodes.end(None))
+        del self._episodes[client.number]
 
     def close(self) -> None:
-        self._thread.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
 
-    def _submit(self, client: Client, method: Callable[..., None], *args: Any) -> None:
+    # ---- In the threads that write -----------------------------------------------------------------------------------
+
+    def _submit(self, client: Client, work: Callable[[], None]) -> None:
+        episodes = self._episodes[client.number]
+
         def run() -> None:
             try:
-                method(client, *args)
-            except Exception as e:  # of the disk mostly; a thread's own would be seen by nobody
-                self._fail(client, repr(e))
+                work()
+            except (ValueError, OSError, RecordingError) as e:
+                self._fail(client, episodes, str(e))
+            except Exception as e:  # a thread's own would be seen by nobody
+                self._fail(client, episodes, repr(e))
 
-        self._thread.submit(run)
+        self._threads[client.number % _THREADS].submit(run)
 
-    # ---- In the thread that writes -----------------------------------------------------------------------------------
-
-    def _write(self, client: Client, ask: Ask, reply: Any) -> None:
-        try:
-            self._write_step(client, ask, reply)
-        finally:
-            with self._lock:
-                self._waiting -= 1
-
-    def _write_step(self, client: Client, ask: Ask, reply: Any) -> None:
-        n, robot = client.number, ask.request.robot
-        prompt = ask.observation.get("prompt") or robot.default_prompt
-        if self._open.get(n) not in (None, (robot.name, prompt)):
-            self._end(client, None)
-        if n in self._spoiled:
-            return
-        if n not in self._open:
-            recorder = self._recorder(client, robot.name)
-            recorder.begin(prompt)
-            self._open[n] = (robot.name, prompt)
-        self._recorders[n].step(ask.observation, reply.actions[0], chunk=reply.actions)
-
-    def _recorder(self, client: Client, robot: str) -> Recorder:
-        n = client.number
-        if n in self._recorders and self._recorders[n].robot != robot:
-            self._recorders.pop(n).close()
-        if n not in self._recorders:
-            metadata: dict[str, str | int] = {
-                "session": n,
-                "policy_name": client.policy,
-                "client": client.key or client.peer,
-            }
-            self._recorders[n] = Recorder(
-                self._directory, robot, policy=self._about[n], metadata=metadata, encoders=1, of_requests=True
-            )
-        return self._recorders[n]
-
-    def _fail(self, client: Client, why: str) -> None:
-        self.failures += 1
-        if client.number not in self._spoiled:
-            log.error("recording of session %d stops until it begins anew: %s", client.number, why)
-        self._spoiled.add(client.number)
-
-    def _end(self, client: Client, success: bool | None) -> None:
-        n = client.number
-        if n in self._open:
-            recorder = self._recorders[n]
-            try:
-                if n in self._spoiled:
-                    recorder.leave()
-                else:
-                    recorder.end(success)
-            except RecordingError as e:
-                self.failures += 1
-                log.error("an episode of session %d stays unfinished: %s", n, e)
-                recorder.leave()
-        self._open.pop(n, None)
-        self._spoiled.discard(n)
-
-    def _leave(self, client: Client) -> None:
-        self._end(client, None)
-        self._about.pop(client.number, None)
-        recorder = self._recorders.pop(client.number, None)
-        if recorder is not None:
-            recorder.close()
+    def _fail(self, client: Client, episodes: _Episodes, why: str) -> None:
+        with self._lock:
+            self.failures += 1
+        if not episodes.spoiled:
+            log.error("an episode of session %d stays unfinished, until it begins anew: %s", client.number, why)
+        episodes.spoiled = True

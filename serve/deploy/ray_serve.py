@@ -5,16 +5,19 @@
 
 On a cluster: `serve run serve.deploy.ray_serve:build checkpoint=/data/my_robot replicas=2 most=8`, from the root of the
 repository. A connection stays with its replica, and so does its session. The wire is that of docs/wire.md, except that
-messages have at most 16 MiB, and a connection that is not taken is answered with 403 whatever the reason.
+messages have at most 16 MiB, and a connection that is not taken is answered with 403 whatever the reason. Rates and
+connections of keys are counted by each replica for itself; /metrics are Ray's.
 """
 
 import asyncio
-import dataclasses
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import pydantic
 import tyro
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from ray import serve
@@ -22,17 +25,17 @@ from ray.serve import Application
 
 from openpi_like.serve.answering import Answering
 from openpi_like.serve.batching import Batcher
-from openpi_like.serve.keys import Keys, read_keys
+from openpi_like.serve.keys import Key, Keys, read_keys
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policy import Policy
+from openpi_like.serve.server_limits import RateLimit
 from openpi_like.serve.session import Session
 from openpi_like.train.compile_cache import use_compile_cache
 
 api = FastAPI()
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+class Args(pydantic.BaseModel, frozen=True):
     """Serves a checkpoint on Ray.
 
     checkpoint: must be readable on every machine. replicas: at least; most: under load, one per `waiting` open
@@ -58,7 +61,6 @@ class Args:
 class Replica:
     """One policy in one process, with its batches."""
 
-    # Ray copies what this class refers to by value, and with it classes of this file: dataclasses do not survive that.
     def __init__(self, checkpoint: Path, keys: Path | None, max_batch: int, stuck_s: float) -> None:
         use_compile_cache(None)
         self._policy = Policy.load(checkpoint, PolicyOptions(max_batch=max_batch))
@@ -67,13 +69,31 @@ class Replica:
         self._answering = Answering(Batcher())
         self._stuck_s = stuck_s
         self._name = serve.get_replica_context().replica_tag
+        self._by_key, self._rates = Counter[str](), dict[str, RateLimit]()
 
     @api.websocket("/")
     async def converse(self, socket: WebSocket) -> None:
-        if self._keys and self._keys.find(socket.headers.get("Authorization", "")) is None:
+        key = self._keys.find(socket.headers.get("Authorization", "")) if self._keys else None
+        origin = socket.headers.get("Origin")
+        ours = origin is None or urlsplit(origin).netloc == socket.headers.get("Host")
+        full = key is not None and key.connections is not None and self._by_key[key.name] >= key.connections
+        if (self._keys and key is None) or not ours or full:
             await socket.close()
             return
         await socket.accept()
+        name = key.name if key is not None else ""
+        self._by_key[name] += 1
+        try:
+            await self._answer_all(socket, self._rate(key))
+        finally:
+            self._by_key[name] -= 1
+
+    def _rate(self, key: Key | None) -> RateLimit | None:
+        if key is None or key.requests_per_s is None:
+            return None
+        return self._rates.setdefault(key.name, RateLimit(key.requests_per_s))
+
+    async def _answer_all(self, socket: WebSocket, rate: RateLimit | None) -> None:
         session = Session(lambda: self._policy, about={"replica": self._name, "pid": os.getpid()})
         try:
             await socket.send_bytes(session.hello())
@@ -81,6 +101,9 @@ class Replica:
                 received = await socket.receive()
                 if received["type"] == "websocket.disconnect":
                     return
+                if rate is not None and (wait := rate.take()):
+                    await socket.send_text(f"limit: more requests than this key may send; wait {1e3 * wait:.0f} ms")
+                    continue
                 message = received.get("bytes") or received.get("text") or b""
                 answered = await self._answering.answer(session, message, owner=socket)
                 if isinstance(answered.reply, str):

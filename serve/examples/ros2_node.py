@@ -7,6 +7,7 @@ Joints are taken in the order of `joints`, which must be that of the robot's sta
 """
 
 import threading
+import time
 
 import numpy as np
 import rclpy
@@ -18,6 +19,8 @@ from openpi_like.serve.chunks import RealTime
 from openpi_like.serve.client import PolicyClient
 from openpi_like.serve.runtime import Runtime
 
+STALE_S = 0.5
+
 
 class PolicyNode(Node):
     """Keeps the newest camera frame and joint state, and publishes commands at the control rate."""
@@ -27,7 +30,9 @@ class PolicyNode(Node):
         defaults = {"host": "127.0.0.1", "port": 8000, "robot": "my_robot", "prompt": "", "joints": ["joint1"]}
         self.options = {name: self.declare_parameter(name, value).value for name, value in defaults.items()}
         self.image: np.ndarray | None = None
-        self.joints: np.ndarray | None = None
+        self.position: dict[str, float] = {}
+        self.seen = {"image": 0.0, "joints": 0.0}  # when, on time.monotonic
+        self.pose: np.ndarray | None = None  # that is held
         self.create_subscription(Image, "camera/image_raw", self.on_image, 1)
         self.create_subscription(JointState, "joint_states", self.on_joints, 1)
         self.commands = self.create_publisher(Float64MultiArray, "position_controller/commands", 1)
@@ -38,20 +43,35 @@ class PolicyNode(Node):
         rows = np.frombuffer(message.data, np.uint8).reshape(message.height, message.step)
         image = rows[:, : 3 * message.width].reshape(message.height, message.width, 3)
         self.image = image if message.encoding == "rgb8" else image[..., ::-1]
+        self.seen["image"] = time.monotonic()
 
     def on_joints(self, message: JointState) -> None:
-        position = dict(zip(message.name, message.position, strict=True))
-        self.joints = np.array([position[name] for name in self.options["joints"]], np.float32)
+        # Some publishers send the arm and the gripper one after the other.
+        self.position |= dict(zip(message.name, message.position, strict=True))
+        self.seen["joints"] = time.monotonic()
+
+    @property
+    def joints(self) -> np.ndarray | None:
+        names = self.options["joints"]
+        if not all(name in self.position for name in names):
+            return None
+        return np.array([self.position[name] for name in names], np.float32)
 
     def observe(self) -> dict:
+        for what, at in self.seen.items():
+            if time.monotonic() - at > STALE_S:
+                raise RuntimeError(f"no new {what} for {STALE_S} s")  # the runtime holds, and ends
         return {"images": {"base": self.image}, "state": self.joints, "prompt": self.options["prompt"]}
 
     def act(self, action: np.ndarray) -> None:
+        self.pose = action
         self.commands.publish(Float64MultiArray(data=action.astype(float).tolist()))
 
     def hold(self) -> None:
-        if self.joints is not None:
-            self.act(self.joints)
+        """Commands what was commanded last: a measured pose, over and over, would creep."""
+        pose = self.joints if self.pose is None else self.pose
+        if pose is not None:
+            self.act(pose)
 
 
 def main() -> None:
@@ -65,7 +85,7 @@ def main() -> None:
     runtime = Runtime(
         client, node.options["robot"], merge=RealTime() if client.metadata["real_time_chunking"] else None
     )
-    report = runtime.run(observe=node.observe, act=node.act, hold=node.hold, steps=10_000)
+    report = runtime.run(observe=node.observe, act=node.act, hold=node.hold, steps=10_000, start=node.joints)
     node.get_logger().info(str(report))
     rclpy.shutdown()
 

@@ -74,6 +74,8 @@ def test_it_is_shown_to_this_machine_or_to_keys_that_may_look():
 def test_pages_of_others_cannot_use_the_server():
     """A browser runs what any page says, and reaches this machine."""
     with serving(Arm()) as server:
+        assert get(server, "/metrics", Host="rebound.example:8000")[0] == 403
+        assert get(server, "/healthz", Host="rebound.example:8000")[0] == 200
         own = f"http://127.0.0.1:{server.port}"
         for path in ("/", "/live"):
             url = f"ws://127.0.0.1:{server.port}{path}"
@@ -95,6 +97,7 @@ def test_a_browser_shows_sessions_cameras_and_chunks(tmp_path):
         page.until("[...document.querySelectorAll('#cameras img')].filter((i) => i.naturalWidth === 32).length === 2")
         assert page.run("document.title") == "policy server"
         assert page.run("document.querySelectorAll('#prompt img').length") == 0
+        page.until("document.querySelector('#state td:nth-child(2)').textContent === '4.0000'")
         shown = page.run("[...document.querySelectorAll('#state td')].map((e) => e.textContent)")
         assert shown == ["joints[0]", "4.0000", "joints[1]", "0.50000", "gripper", "1.0000"]
         drawn = (

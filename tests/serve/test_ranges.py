@@ -65,7 +65,7 @@ def test_actions_beyond_limits_are_cut_and_said_or_refused():
     ):
         check_actions(ROBOT, actions, Ranges(beyond_limits="refuse"))
     same, nothing = check_actions(ROBOT, inside, Ranges(beyond_limits="refuse"))
-    assert same is inside
+    np.testing.assert_array_equal(same, inside)
     assert nothing == []
 
 

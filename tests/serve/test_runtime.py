@@ -118,15 +118,29 @@ def _about(**limits):
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-1, 1)), min_size=2, max_size=20))
 def test_commands_stay_within_limits_and_changes_are_counted(wanted):
     hz = 10.0
-    about = _about(lower=[-2.0, None], upper=[3.0, None], velocity=[8.0, 4.0], acceleration=[200.0, 100.0])
+    about = _about(lower=[-2.0, None], upper=[3.0, None], velocity=[8.0, 4.0], acceleration=[20.0, 30.0])
     limiter = SpeedLimiter(about, hz)
+    limiter.reset(np.array([0.5, 0.0]))
     sent = np.array([limiter(np.array(action)) for action in wanted])
-    assert ((sent[:, 0] >= -2 - 1e-9) & (sent[:, 0] <= 3 + 1e-9)).all()
-    speed = np.stack([np.diff(sent[:, 0]) * hz, sent[1:, 1] * hz], axis=1)
+    assert ((sent[:, 0] >= -2) & (sent[:, 0] <= 3)).all()
+    speed = np.stack([np.diff(sent[:, 0], prepend=0.5) * hz, sent[:, 1] * hz], axis=1)
     assert (np.abs(speed) <= np.array([8.0, 4.0]) + 1e-6).all()
-    assert (np.abs(np.diff(speed, axis=0)) * hz <= np.array([200.0, 100.0]) + 1e-6).all()
+    assert (np.abs(np.diff(speed, axis=0, prepend=[[0.0, 0.0]])) * hz <= np.array([20.0, 30.0]) + 1e-6).all()
     changed = np.abs(sent - np.array(wanted)).max() > 1e-5
-    assert changed <= (sum(limiter.limited.values()) > 0)
+    assert changed == (sum(limiter.limited.values()) > 0)
+
+
+def test_a_target_at_a_bound_is_reached_without_passing_it():
+    """Joint 1 of a Panda, at its limits of acceleration."""
+    limiter = SpeedLimiter(_about(upper=[2.8973, None], acceleration=[15.0, None]), 15.0)
+    limiter.reset(np.array([2.0, 0.0]))
+    sent = np.array([limiter(np.array([2.8973, 0.0]))[0] for _ in range(40)])
+    assert (sent <= 2.8973).all()
+    assert sent[-1] == pytest.approx(2.8973, abs=1e-9)
+    assert (np.diff(sent) >= -1e-12).all()
+    limiter.stand()
+    again = limiter(np.array([-2.0, 0.0]))[0]
+    assert again == pytest.approx(2.8973 - 15.0 / 15**2)
 
 
 def test_commands_within_limits_are_not_changed():

@@ -112,5 +112,17 @@ def test_messages_that_say_they_are_large_cost_nothing(session, caplog):
     for _ in range(MAX_DEPTH):
         deep = {"x": deep}
     assert session.receive(msgpack.packb(deep)) == f"invalid: lists and dicts nested deeper than {MAX_DEPTH}"
-    assert session.receive(msgpack.packb(msgpack.ExtType(4, b"x"))).startswith("invalid: not a msgpack message")
+    for data in (b"x", b""):
+        assert session.receive(msgpack.packb(msgpack.ExtType(4, data))).startswith("invalid: ")
+    # A byte each, which would become objects of a hundred: 20 MB of them take no longer than the first thousand.
+    for byte in (b"\x80", b"\x90"):
+        many = b"".join(b"\xdc\x03\xe8" + byte * 1000 for _ in range(1000))
+        assert session.receive(b"\xdc\x03\xe8" + many) == "invalid: more than 1000 lists and dicts in one message"
+        assert session.receive(b"\xdd\x01\x00\x00\x00" + byte * 2**24).startswith("invalid: not a msgpack message")
+    unknown = session.receive(pack({f"key{i}" + "x" * 1000: 1 for i in range(900)} | OBSERVATION))
+    assert isinstance(unknown, Ask)  # this policy takes anything
+    said = Session(Arm).receive(pack({f"key{i}" + "x" * 1000: 1 for i in range(900)} | OBSERVATION))
+    assert isinstance(said, str)
+    assert "and 895 more that are unknown" in said
+    assert len(said) < 3000
     assert not caplog.records  # none of it is a fault of the server

@@ -76,9 +76,9 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
         program["main"](args, console)
 
 
-def _asked(value, prompt="push"):
+def _asked(value, prompt="push", policy=Arm()):  # noqa: B008
     sent = arm_observation(value, prompt)
-    return Ask(None, Row(sent, robot=ARM), sent, None, None, None, 0.0)
+    return Ask(policy, Row(sent, robot=ARM), sent, None, None, None, 0.0)
 
 
 def _answer(actions):
@@ -91,7 +91,7 @@ CHUNK = np.zeros((4, 3), np.float32)
 
 def test_a_request_that_does_not_fit_the_episode_ends_its_recording_alone(tmp_path, caplog):
     recorder = SessionRecorder(tmp_path)
-    recorder.connected(CLIENT, Arm().metadata() | {"robots": None})
+    recorder.connected(CLIENT, {})
     for actions in (CHUNK, CHUNK[:, :2], CHUNK):  # the second has another size
         recorder.answered(CLIENT, _asked(1.0), _answer(actions), {})
     recorder.began_anew(CLIENT, True)
@@ -99,7 +99,7 @@ def test_a_request_that_does_not_fit_the_episode_ends_its_recording_alone(tmp_pa
     recorder.disconnected(CLIENT)
     recorder.close()
     assert recorder.failures == 1
-    assert "recording of session 1 stops until it begins anew" in caplog.text
+    assert "an episode of session 1 stays unfinished, until it begins anew: step of robot 'arm'" in caplog.text
     assert [(r.steps, r.finished) for r in open_spool(tmp_path)] == [(1, False), (1, True)]
 
 
@@ -114,7 +114,7 @@ def test_recording_never_holds_up_a_reply(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Recorder, "begin", slow)
     recorder = SessionRecorder(tmp_path, most_waiting=2)
-    recorder.connected(CLIENT, {"robots": None})
+    recorder.connected(CLIENT, {})
     for value in range(4):
         recorder.answered(CLIENT, _asked(float(value)), _answer(CHUNK), {})
     recorder.disconnected(CLIENT)
@@ -134,3 +134,25 @@ def test_a_disk_that_cannot_be_written_costs_no_reply(tmp_path):
             np.testing.assert_array_equal(client.infer(arm_observation(float(value)))["actions"][0, 0], value)
         client.close()
     assert recorder.failures == 1
+
+
+def test_an_episode_says_which_policy_answered(tmp_path):
+    """Also where another one takes its place in the middle of it."""
+
+    class Step(Arm):
+        def __init__(self, step):
+            super().__init__()
+            self.step = step
+
+        def metadata(self):
+            return {**super().metadata(), "contract": "c", "step": self.step}
+
+    recorder = SessionRecorder(tmp_path)
+    recorder.connected(CLIENT, {})
+    for policy in (Step(1), Step(1), Step(2)):
+        recorder.answered(CLIENT, _asked(1.0, policy=policy), _answer(CHUNK), {})
+    recorder.disconnected(CLIENT)
+    recorder.close()
+    found = sorted((r.head["policy"]["step"], r.steps, r.finished) for r in open_spool(tmp_path))
+    assert found == [(1, 2, True), (2, 1, True)]
+    assert recorder.failures == 0
