@@ -1,7 +1,9 @@
 """What a server tells Prometheus."""
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, start_http_server
 from prometheus_client.core import GaugeMetricFamily
@@ -17,6 +19,8 @@ class Metrics:
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]] | None = None) -> None:
         """gauges: name -> (help, what tells its value), read when Prometheus asks."""
         self._registry = CollectorRegistry()
+        self._http: WSGIServer | None = None
+        self._thread: threading.Thread | None = None
         histogram = functools.partial(Histogram, registry=self._registry, namespace="policy_server")
         counter = functools.partial(Counter, registry=self._registry, namespace="policy_server")
         self._replies = counter("replies", "Replies, by policy, and ok or the code of the error", ["policy", "code"])
@@ -44,9 +48,17 @@ class Metrics:
         """Counts a batch."""
         self._batch.observe(size)
 
-    def serve(self, port: int, host: str) -> None:
-        """Answers /metrics on a port of its own, from a thread of its own."""
-        start_http_server(port, host, self._registry)
+    def serve(self, port: int, host: str) -> int:
+        """Answers /metrics on a port of its own (0: a free one), from a thread of its own, and returns the port."""
+        self._http, self._thread = start_http_server(port, host, self._registry)
+        return self._http.server_port
+
+    def close(self) -> None:
+        """Ends what `serve` has begun."""
+        if self._http is not None and self._thread is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._thread.join()
 
     def text(self) -> bytes:
         """Returns everything in the text format of Prometheus."""

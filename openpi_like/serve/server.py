@@ -136,13 +136,11 @@ class PolicyServer:
             self._server.close(close_connections=False)
             idle = [connection for connection, at_work in self._open.items() if not at_work]
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in idle))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
-                    while self._open:
-                        await asyncio.sleep(0.01)
+            await self._until_all_left(grace_s)
             if self._open:
                 hangs = True  # or is very slow: its thread is not waited for
                 self._batcher.give_up("the server is closing; connect again later")
+                await self._until_all_left(1.0)  # they are told
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in list(self._open)))
             await asyncio.gather(*(c.close(GOING_AWAY, "the server is closing") for c in self._server.connections))
             await self._server.wait_closed()
@@ -150,6 +148,13 @@ class PolicyServer:
             self._watcher.cancel()
         await asyncio.to_thread(self._answering.close, wait=not hangs)
         await asyncio.to_thread(self._listeners.close)
+        await asyncio.to_thread(self.metrics.close)
+
+    async def _until_all_left(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._open:
+                    await asyncio.sleep(0.01)
 
     async def _watch(self) -> None:
         while not self._stuck:

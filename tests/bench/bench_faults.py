@@ -119,7 +119,7 @@ def raw(port: int, *parts: bytes) -> socket.socket:
     """Returns a connection past its handshake, to which these bytes were sent."""
     s = socket.create_connection(("127.0.0.1", port))
     s.sendall(
-        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     s.recv(4096)

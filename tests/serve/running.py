@@ -45,7 +45,7 @@ class Stub:
         return self._metadata
 
     def prepare(self, observation: Any, *, number: int, seed: int | None) -> Any:
-        return Row(observation)
+        return Row(observation, robot=ARM)
 
     def sample(self, requests: Sequence[Any]) -> list[Any]:
         self.batches.append(len(requests))
@@ -90,8 +90,10 @@ class Arm(Stub):
 
 
 @contextlib.contextmanager
-def serving(policy: Callable[[Any], Any] | Stub | Policies, **options: Any) -> Iterator[PolicyServer]:
-    """Runs a server on a free port, its event loop in a thread."""
+def serving(
+    policy: Callable[[Any], Any] | Stub | Policies, *, grace_s: float = 5.0, **options: Any
+) -> Iterator[PolicyServer]:
+    """Runs a server on a free port, its event loop in a thread. grace_s: of its closing."""
     if not isinstance(policy, Stub | Policies):
         policy = Stub(policy)
     policies = policy if isinstance(policy, Policies) else Policies({"default": policy})
@@ -103,7 +105,7 @@ def serving(policy: Callable[[Any], Any] | Stub | Policies, **options: Any) -> I
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(server.close(grace_s=5), loop).result(20)
+        asyncio.run_coroutine_threadsafe(server.close(grace_s), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

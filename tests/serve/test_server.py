@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from websockets.sync.client import connect
 
 from openpi_like.serve.client import DeadlineError, PolicyClient, ServerError
 from openpi_like.serve.keys import read_keys
+from openpi_like.serve.listeners import Listener
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.protocol import MAX_MESSAGE_BYTES, unpack
 from openpi_like.serve.server_limits import ServerLimits
 from tests.conftest import REPOSITORY
-from tests.serve.running import Row, Stub, get, serving
+from tests.serve.running import ARM, Row, Stub, get, serving
 
 
 def _echo(observation):
@@ -318,10 +320,30 @@ def test_a_device_that_hangs_is_said_and_nobody_waits_for_it():
             client.close()
 
 
+def test_a_server_that_closes_does_not_wait_for_a_device_that_hangs():
+    """Whoever waits is told, and recordings and spans are written."""
+    gate, closed = Gate(), threading.Event()
+
+    class Last(Listener):
+        def close(self):
+            closed.set()
+
+    with serving(gate, listeners=[Last()], grace_s=0.1) as server:
+        client = PolicyClient(port=server.port)
+        thread, got = _asking(client, OBSERVATION)
+        assert gate.started.wait(10)
+    assert closed.is_set()
+    assert not gate.go_on.is_set()
+    thread.join(10)
+    assert str(got[0]).startswith("closing: the server is closing")
+    gate.go_on.set()
+    client.close()
+
+
 def test_a_session_begins_anew_with_its_own_seed():
     class Numbered(Stub):
         def prepare(self, observation, *, number, seed):
-            return Row({"state": np.array([number, -1 if seed is None else seed], np.float32)})
+            return Row({"state": np.array([number, -1 if seed is None else seed], np.float32)}, robot=ARM)
 
     with serving(Numbered(lambda request: request["state"][None])) as server:
         one, other = PolicyClient(port=server.port), PolicyClient(port=server.port)
@@ -387,6 +409,9 @@ def test_keys_are_checked_and_have_limits_of_their_own(tmp_path):
         status, text = get(server, "/metrics", Authorization=f"Bearer {other}")
         assert status == 200
         assert 'refused_connections_total{reason="key"} 4.0' in text
+        open_to_prometheus = server.metrics.serve(0, "127.0.0.1")
+        with urllib.request.urlopen(f"http://127.0.0.1:{open_to_prometheus}/metrics", timeout=5) as response:
+            assert b"policy_server_waiting" in response.read()
 
 
 @pytest.mark.parametrize(
