@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from openpi_like.serve.keys import Keys, read_keys
@@ -144,6 +145,7 @@ def renew(policies: Policies, args: Args) -> None:
 
 def main(args: Args) -> None:
     log_to_stderr()
+    jax.config.update("jax_num_cpu_devices", args.options.devices)  # which is 1 otherwise; others count themselves
     use_compile_cache(None)
     try:
         tls, listeners = tls_of(args), listeners_of(args)

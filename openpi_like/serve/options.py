@@ -15,9 +15,10 @@ class PolicyOptions:
     robot: serve this one only. seed: of the sampling noise. dtype: of the weights in memory, default as stored;
     bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
     linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
-    the likeliest ones. max_batch: requests that are answered together at most. real_time_chunking: take what is left of
-    the chunk before. guidance: how policies that were not trained for that are led to it. ranges: what is said, and
-    what is refused, of states and actions that training has not seen.
+    the likeliest ones. max_batch: requests that are answered together at most. devices: of this machine, which share
+    the rows of each batch (max_batch is rounded up to a multiple); each has all weights. real_time_chunking: take what
+    is left of the chunk before. guidance: how policies that were not trained for that are led to it. ranges: what is
+    said, and what is refused, of states and actions that training has not seen.
     """
 
     robot: str | None = None
@@ -25,14 +26,21 @@ class PolicyOptions:
     dtype: Literal["float32", "bfloat16", "int8", "int4", "float8_e4m3fn"] | None = None
     temperature: float | None = None
     max_batch: int = 1
+    devices: int = 1
     real_time_chunking: bool = False
     guidance: Guidance = Guidance()
     ranges: Ranges = Ranges()
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1 or (self.temperature is not None and not self.temperature >= 0):
-            got = f"max_batch={self.max_batch}, temperature={self.temperature}"
-            raise ValueError(f"PolicyOptions: {got}, expected at least 1, and 0 or more, or none")
+        problems = [
+            f"{name}={getattr(self, name)}, expected at least 1"
+            for name in ("max_batch", "devices")
+            if getattr(self, name) < 1
+        ]
+        if self.temperature is not None and not self.temperature >= 0:
+            problems.append(f"temperature={self.temperature}, expected 0 or more, or none")
+        if problems:
+            raise ValueError("PolicyOptions: " + "; ".join(problems))
 
     @property
     def quantize(self) -> str | None:
@@ -41,5 +49,6 @@ class PolicyOptions:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sizes of batches that are compiled: powers of two, and the largest."""
-        return (*(2**i for i in range((self.max_batch - 1).bit_length())), self.max_batch)
+        """Sizes of batches that are compiled: on each device powers of two, and the largest."""
+        most = -(-self.max_batch // self.devices)
+        return tuple(self.devices * n for n in (*(2**i for i in range((most - 1).bit_length())), most))

@@ -64,13 +64,23 @@ class Reply:
     warnings: tuple[str, ...] = ()
 
 
-class _Function:
-    """What is compiled of a policy: from weights and a batch to actions. attention: what computes that, by sizes."""
+_WHOLE, _ROWS = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows")
 
-    def __init__(self, graph: Any, structure: Any, drawn: dict[str, float]) -> None:
+
+class _Function:
+    """What is compiled of a policy: from weights and a batch to actions. attention: what computes that, by sizes.
+
+    split: it for a batch whose rows are shared by the devices of a mesh, none of which needs to know of the others.
+    """
+
+    def __init__(self, graph: Any, structure: Any, drawn: dict[str, float], mesh: jax.sharding.Mesh) -> None:
         self._graph, self._structure, self._drawn = graph, structure, drawn
         self.attention: Mapping[Sizes, str] | str = "einsum"
-        self.compiled = jax.jit(self.__call__)
+        self.split: Callable[..., Any] = self.__call__
+        if mesh.size > 1:
+            specs = (_WHOLE, _ROWS, _ROWS, _ROWS, _WHOLE, _ROWS)
+            self.split = jax.shard_map(self.__call__, mesh=mesh, in_specs=specs, out_specs=_ROWS, check_vma=False)
+        self.compiled = jax.jit(self.split)
 
     def __call__(
         self,
@@ -101,7 +111,7 @@ class Policy:
 
         Raises:
             ValueError: the checkpoint was not trained for the robot of the options, or writes no tokens and has a
-                temperature, or knows no flow matching and is to go on from chunks.
+                temperature, or knows no flow matching and is to go on from chunks; or there are not so many devices.
         """
         self.options = o = options or PolicyOptions()
         robots, kind = {r.name: r for r in parts.robots}, type(parts.model).__name__
@@ -117,6 +127,8 @@ class Policy:
             )
         if o.real_time_chunking and not parts.model.config.takes_previous:
             raise ValueError(f"a {kind} cannot go on from a chunk, only policies of flow matching can")
+        if o.devices > jax.local_device_count():
+            raise ValueError(f"devices={o.devices}, this machine has {jax.local_device_count()}")
         self.robots = robots if o.robot is None else {o.robot: robots[o.robot]}
         seen = parts.model.config.cameras  # others were left out of training with drop_cameras
         self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
@@ -129,7 +141,12 @@ class Policy:
         self._weights, structure = jax.tree.flatten(state)
         # Tables for decoding are arguments, not constants of the compiled function, which they would only slow down.
         self._tables = jax.device_put(parts.sampling_options)
-        self._function = _Function(graph, structure, {} if o.temperature is None else {"temperature": o.temperature})
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: o.devices]), ("rows",))
+        if o.devices > 1:
+            whole = jax.sharding.NamedSharding(mesh, _WHOLE)
+            self._weights, self._tables = jax.device_put((self._weights, self._tables), whole)
+        drawn = {} if o.temperature is None else {"temperature": o.temperature}
+        self._function = _Function(graph, structure, drawn, mesh)
 
     @classmethod
     def load(cls, checkpoint: str | Path, options: PolicyOptions | None = None, *, step: Step = None) -> "Policy":
@@ -200,7 +217,7 @@ class Policy:
         lanes = {r.lane: [other for other in middle if other.lane == r.lane] for r in middle}
         calls = [self._batch((lane * size)[:size]) for lane in lanes.values() for size in self.sizes]
         mesh = MeshConfig().create(jax.local_devices()[:1])
-        sizes = {found for call in calls for found in sizes_in(self._function, *call)}
+        sizes = {found for call in calls for found in sizes_in(self._function.split, *call)}
         choices = fastest_attention(sizes, mesh, gradient=False)
         self._function.attention = {choice.sizes: choice.name for choice in choices}
         for choice in choices:

@@ -29,7 +29,7 @@ class Args:
     """checkpoint: run to serve. openpi: checkout of openpi; without it, ours alone is measured. clients: at a time.
 
     seconds: of each measurement. hz: requests per second of each client; None asks again at once. max_batch: of ours.
-    rounds: how often servers take turns.
+    devices: that share a batch of ours. rounds: how often servers take turns.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
@@ -38,6 +38,7 @@ class Args:
     seconds: float = 10.0
     hz: float | None = None
     max_batch: int = 16
+    devices: int = 1
     rounds: int = 1
     serve: str | None = None  # of this program itself: it is the server
 
@@ -52,6 +53,8 @@ def observation_of(robots: dict[str, Any]) -> dict[str, Any]:
 
 def serve(args: Args) -> None:
     """Serves on the port it prints."""
+    import jax
+
     from openpi_like.serve.options import PolicyOptions
     from openpi_like.serve.policy import Policy
 
@@ -59,7 +62,8 @@ def serve(args: Args) -> None:
         from openpi_like.serve.policies import Policies
         from openpi_like.serve.server import PolicyServer, run
 
-        policy = Policy.load(args.checkpoint, PolicyOptions(max_batch=args.max_batch))
+        jax.config.update("jax_num_cpu_devices", args.devices)
+        policy = Policy.load(args.checkpoint, PolicyOptions(max_batch=args.max_batch, devices=args.devices))
         policy.warm_up()
         tell(policy)
         run(PolicyServer(Policies({"default": policy}), port=0), port_file=Path(os.environ["PORT_FILE"]))
@@ -145,7 +149,7 @@ def main(args: Args) -> None:
             port_file = Path(directory) / name
             environment = {**os.environ, "PORT_FILE": str(port_file)}
             command = [sys.executable, __file__, str(args.checkpoint), "--serve", name]
-            command += ["--max-batch", str(args.max_batch)]
+            command += ["--max-batch", str(args.max_batch), "--devices", str(args.devices)]
             command += [] if args.openpi is None else ["--openpi", str(args.openpi)]
             print(name, flush=True)
             running[name] = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

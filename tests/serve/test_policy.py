@@ -172,6 +172,22 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observa
             batched.sample(requests[:count])
 
 
+def test_devices_share_the_rows_of_a_batch(batched, tiny_policy, observation):
+    """Each computes what one device alone would of its rows, bit for bit."""
+    with jax.default_matmul_precision("highest"):
+        model = tiny_policy.create(jax.random.key(0))
+        shared = _policy(tiny_policy, max_batch=7, devices=4, model=model)
+        shared.warm_up()
+    assert shared.sizes == (4, 8)
+    requests = _requests(batched, observation, 8)
+    expected = [action for i in range(0, 8, 2) for action in _actions(batched, requests[i : i + 2])]
+    np.testing.assert_array_equal(_actions(shared, requests), expected)
+    np.testing.assert_array_equal(_actions(shared, requests[:1])[0], _actions(batched, requests[:1])[0])
+    for wrong in (0, 1000):
+        with pytest.raises(ValueError, match=f"devices={wrong}, "):
+            _policy(tiny_policy, devices=wrong)
+
+
 def test_actions_that_are_not_finite_fail_their_own_request_alone(batched, observation):
     requests = _requests(batched, observation, 2)
     broken = dataclasses.replace(requests[0], row={**requests[0].row, "state": np.full(4, np.nan, np.float32)})
@@ -339,7 +355,10 @@ def _without(d, key):
         (lambda o: _without(o, "state"), ["state: got NoneType", "hand:2 [mm], gripper:1 [1]"]),
         (lambda o: {**o, "state": np.zeros(4, np.float32)}, ["state: got shape (4,), expected (3,): hand:2 [mm]"]),
         (lambda o: {**o, "state": np.zeros(3, np.int64)}, ["state: got dtype int64, expected float32"]),
-        (lambda o: {**o, "state": np.array([0, np.nan, np.inf], np.float32)}, ["state: not finite at [1, 2]"]),
+        (
+            lambda o: {**o, "state": np.array([0, np.nan, np.inf], np.float32)},
+            ["state: not finite, or too large for float32, at [1, 2]"],
+        ),
         (lambda o: _without(o, "prompt"), ["prompt: missing, and the robot has no default"]),
         (lambda o: {**o, "prompt": "  "}, ["prompt: got '  ', expected a text that is not empty"]),
         (lambda o: {**o, "prompt": "lift " * 50}, ["prompt: prompt 'lift lift", "expected at most prompt_len=8"]),
