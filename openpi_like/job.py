@@ -18,6 +18,10 @@ from rich.console import Console
 
 from openpi_like.child import ended_by_sigterm, run_program
 
+# How a policy is served to simulators: the requests of two of their processes in one batch; and no state is refused,
+# lest an episode that a policy drives astray ends the evaluation.
+SIMULATED = ("--max-batch", "2", "--ranges.refuse", "None")
+
 
 class Job:
     """Runs steps in order and remembers, in `<run>/<name>.json`, which are done and how long they took."""

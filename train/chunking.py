@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from openpi_like.job import Job
+from openpi_like.job import SIMULATED, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/studies/chunking.py"
@@ -56,7 +56,7 @@ def main(args: Args, console: Console) -> None:
         port = ["--port-file", f"{run}/{name}.port"]
         drive = ["serve/delays.py", "--robot", "sawyer", "--label", name, "--out", f"{run}/delays.jsonl", *tasks]
         drive += ["--delays", *map(str, args.delays), "--episodes", str(args.episodes), *port]
-        server = ["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port, "--max-batch", "2", RTC]
+        server = ["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port, *SIMULATED, RTC]
         job.step(
             f"drive with {name}", [*drive, "--workers", str(args.workers)], server=[*server, "--real-time-chunking"]
         )

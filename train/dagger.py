@@ -27,7 +27,7 @@ from rich.table import Table
 
 from openpi_like.config import load_run, override
 from openpi_like.data.rlds_writer import dataset_directory
-from openpi_like.job import Job
+from openpi_like.job import SIMULATED, Job
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.serve.takeover import TakeOver
@@ -90,7 +90,7 @@ def drive(job: Job, args: Args, name: str, checkpoint: str, *more: str) -> None:
     job.step(
         name,
         command,
-        server=["serve/policy_server.py", checkpoint, "--robot", args.robot, "--port", "0", *port, "--max-batch", "2"],
+        server=["serve/policy_server.py", checkpoint, "--robot", args.robot, "--port", "0", *port, *SIMULATED],
     )
 
 

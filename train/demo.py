@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from openpi_like.job import Job
+from openpi_like.job import SIMULATED, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tasks of a robot; episodes per task and robot for training, and for validation; training steps; and episodes per task
@@ -160,7 +160,7 @@ def main(args: Args) -> None:
         demo.step(
             f"drive {' and '.join(driven)} with {checkpoint}",
             *(rollout(robot, policy, *port, *frames) for robot in driven),
-            server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port, "--max-batch", "2"],
+            server=["serve/policy_server.py", f"{run}/{checkpoint}", "--port", "0", *port, *SIMULATED],
         )
 
     drive("trained", "pretrain", *(robot for robot in PRETRAINED if robot not in finetuned))

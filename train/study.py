@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openpi_like.config import load_run, near_names, override
-from openpi_like.job import Job
+from openpi_like.job import SIMULATED, Job
 from openpi_like.models.weights import weight_shapes
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.train.checkpoints.checkpoint import find_step, stored_scores
@@ -116,7 +116,7 @@ def run_arm(job: Job, args: Args, study: Study, part: str, name: str, config: Tr
     drive = ["serve/rollout.py", "--robot", study.robot, "--policy", "trained"]
     drive += ["--episodes", str(args.episodes or study.episodes), "--tasks", *study.tasks]
     drive += ["--out", str(folder / f"{slug(name)}.jsonl"), "--workers", str(args.workers)]
-    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port, "--max-batch", "2"]
+    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port, *SIMULATED]
     server += ["--step", "best"] if config.keep.best else []
     job.step(f"{of}drive {study.robot} with {name}", [*drive, *port], server=server)
 
