@@ -1,6 +1,7 @@
 """What a client sends: everything that is wrong with it is said, and the rest becomes arrays."""
 
 import reprlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -167,8 +168,8 @@ def _decoded(data: bytes) -> np.ndarray:
     try:
         if form == "jpeg":
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        elif form == "png" and len(data) >= 24:
-            width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+        elif form == "png":
+            height, width = _png_size(data)
         else:
             raise ValueError(f"{len(data)} bytes that begin with {data[:4]!r}")
         if not 0 < height * width <= MAX_PIXELS:
@@ -176,3 +177,28 @@ def _decoded(data: bytes) -> np.ndarray:
         return decode(data)
     except ValueError as e:
         raise ObservationError(f"not a picture, expected JPEG or PNG: {e}") from e
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Returns height and width of a PNG whose parts are whole.
+
+    Decoders allocate what a part says of its own length, and what a second header says of the size.
+
+    Raises:
+        ValueError: it has parts that are cut off or damaged, more than one header, or is animated.
+    """
+    at, kinds = 8, list[bytes]()
+    while kinds[-1:] != [b"IEND"]:
+        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            raise ValueError(f"png of {len(data)} bytes, of which those from {at} on are damaged or cut off")
+        if (
+            (kind == b"IHDR") != (not kinds)
+            or (kind == b"IHDR" and length != 13)
+            or kind in (b"acTL", b"fcTL", b"fdAT")
+        ):
+            raise ValueError(f"png with a part {kind!r} at {at}, expected one header and one picture")
+        kinds.append(kind)
+        at = end
+    return int.from_bytes(data[20:24]), int.from_bytes(data[16:20])

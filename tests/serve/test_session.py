@@ -2,8 +2,10 @@
 
 import logging
 import random
+import zlib
 from typing import Any
 
+import cv2
 import msgpack
 import numpy as np
 import pytest
@@ -126,3 +128,32 @@ def test_messages_that_say_they_are_large_cost_nothing(session, caplog):
     assert "and 895 more that are unknown" in said
     assert len(said) < 3000
     assert not caplog.records  # none of it is a fault of the server
+
+
+def test_a_png_allocates_no_more_than_it_holds(session):
+    """A part that says it has gigabytes, a second header, an animation: found by tests/bench/fuzz_decoder.py."""
+
+    def part(kind, content, length=None):
+        size = (len(content) if length is None else length).to_bytes(4)
+        return size + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    def answered(data):
+        o = arm_observation(1.0)
+        return Session(Arm).receive(pack({**o, "images": {**o["images"], "wrist": data}}))
+
+    whole = cv2.imencode(".png", np.zeros((24, 32, 3), np.uint8))[1].tobytes()
+    assert isinstance(answered(whole), Ask)
+    header, rest = whole[:33], whole[33:]
+    huge = part(b"IHDR", (60_000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0]))
+    for data in (
+        header + part(b"tEXt", b"x", 2**31 - 1) + rest,
+        header + huge + rest,
+        whole[:8] + huge + rest,
+        header + part(b"acTL", (2).to_bytes(4) + bytes(4)) + rest,
+        whole[:-1],
+        whole[:40] + b"x" + whole[41:],
+        whole[:20],
+    ):
+        said = answered(data)
+        assert isinstance(said, str)
+        assert "images['wrist']: not a picture, expected JPEG or PNG: png" in said
