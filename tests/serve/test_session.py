@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_like.serve.batching import Answer, BusyError, LateError, StuckError
-from openpi_like.serve.observation import ObservationError
+from openpi_like.serve.observation import MAX_PIXELS, ObservationError
 from openpi_like.serve.policy import Reply
 from openpi_like.serve.protocol import MAX_DEPTH, ProtocolError, pack, unpack
 from openpi_like.serve.ranges import RangeError
@@ -157,3 +157,4 @@ def test_a_png_allocates_no_more_than_it_holds(session):
         said = answered(data)
         assert isinstance(said, str)
         assert "images['wrist']: not a picture, expected JPEG or PNG: png" in said
+    assert f"png of 60000 x 60000, expected at most {MAX_PIXELS} pixels" in answered(whole[:8] + huge + rest)
