@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -186,7 +185,7 @@ def _argument_problems(root: Path, path: str, words: list[str]) -> Iterator[str]
     except ValueError as e:
         yield str(e)
         return
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
+    given = vars(args)
     sets = given.get("set") or given.get("overrides") or ()
     if given.get("config"):
         yield from _config_problems(root, str(given["config"]), sets)
