@@ -145,7 +145,8 @@ def renew(policies: Policies, args: Args) -> None:
 
 def main(args: Args) -> None:
     log_to_stderr()
-    jax.config.update("jax_num_cpu_devices", args.options.devices)  # which is 1 otherwise; others count themselves
+    if args.options.devices > 1:  # of processors there is one otherwise; accelerators are as many as there are
+        jax.config.update("jax_num_cpu_devices", args.options.devices)
     use_compile_cache(None)
     try:
         tls, listeners = tls_of(args), listeners_of(args)
