@@ -57,9 +57,7 @@ def main(args: Args, console: Console) -> None:
         drive = ["serve/delays.py", "--robot", "sawyer", "--label", name, "--out", f"{run}/delays.jsonl", *tasks]
         drive += ["--delays", *map(str, args.delays), "--episodes", str(args.episodes), *port]
         server = ["serve/policy_server.py", f"{run}/{name}", "--port", "0", *port, *SIMULATED, RTC]
-        job.step(
-            f"drive with {name}", [*drive, "--workers", str(args.workers)], server=[*server, "--real-time-chunking"]
-        )
+        job.step(f"drive with {name}", [*drive, "--workers", str(args.workers)], server=server)
 
 
 if __name__ == "__main__":
