@@ -35,13 +35,15 @@ from openpi_like.train.compile_cache import use_compile_cache
 api = FastAPI()
 
 
-class Args(pydantic.BaseModel, frozen=True):
+class Args(pydantic.BaseModel):
     """Serves a checkpoint on Ray.
 
     checkpoint: must be readable on every machine. replicas: at least; most: under load, one per `waiting` open
     connections. gpus: of each replica. keys: as for serve/policy_server.py, to be readable on every machine too.
     stuck_s: a replica whose device is at one batch for longer is replaced.
     """
+
+    model_config = pydantic.ConfigDict(frozen=True)
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     replicas: int = 1
