@@ -47,11 +47,9 @@ SCALES: dict[str, dict[str, int]] = {
         "sawyer": 1,
         "pusht": 1,
         "metaworld_fetch": 1,
-        "aloha": 1,
         "val": 1,
         "pretrain": 2,
         "finetune_metaworld_fetch": 2,
-        "finetune_aloha": 2,
         "episodes": 1,
     },
 }
