@@ -1,13 +1,19 @@
 """From a message of a session to its reply, without blocking an event loop, whatever the transport."""
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
+import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 
 from openpi_like.serve.batching import Answer, Batcher, Job
 from openpi_like.serve.session import Ask, Reset, Session, failure
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +35,18 @@ class Answered:
 
 
 class Answering:
-    """Threads that check what clients send and make rows of it, before a batcher, which has the device."""
+    """Threads that check what clients send, make rows of it, and are in turn at a batcher's device.
 
-    def __init__(self, batcher: Batcher, threads: int = 2) -> None:
+    They do not keep the process alive, as one of them may hang with the device.
+    """
+
+    def __init__(self, batcher: Batcher, threads: int = 3) -> None:
+        """threads: of which one may be at the device, while the others prepare what comes next."""
         self.batcher = batcher
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        self._tasks = queue.SimpleQueue[Callable[[], None] | None]()
+        self._threads = [threading.Thread(target=self._run, name=f"policy {i}", daemon=True) for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     async def answer(
         self,
@@ -51,28 +64,31 @@ class Answering:
         """
         since = time.monotonic() if arrived is None else arrived
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer] = loop.create_future()
+        ended: asyncio.Future[tuple[Ask | Reset | str, Answer | None]] = loop.create_future()
 
-        def set_result(answer: Answer) -> None:
-            if not answered.done():  # the connection may be gone, and with it who waited
-                answered.set_result(answer)
+        def set_result(begun: Ask | Reset | str, answer: Answer | None) -> None:
+            if not ended.done():  # the connection may be gone, and with it who waited
+                ended.set_result((begun, answer))
 
-        def done(answer: Answer) -> None:
-            loop.call_soon_threadsafe(set_result, answer)
+        def done(begun: Ask | Reset | str, answer: Answer | None = None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it who waited
+                loop.call_soon_threadsafe(set_result, begun, answer)
 
-        def begin() -> Ask | Reset | str:
-            ask = session.receive(message, since)
-            if isinstance(ask, Ask):
-                try:
-                    self.batcher.submit(Job(ask.policy, ask.request, owner, done, ask.due, alive, ask.request.lane))
-                except Exception as e:
-                    return failure(e)
-            return ask
+        def begin() -> None:
+            begun = session.receive(message, since)
+            if not isinstance(begun, Ask):
+                return done(begun)
+            told = functools.partial(done, begun)
+            try:
+                self.batcher.submit(Job(begun.policy, begun.request, owner, told, begun.due, alive, begun.request.lane))
+            except Exception as e:
+                done(failure(e))
 
-        begun = await loop.run_in_executor(self._threads, begin)
-        answer, seconds = None, {}
+        self._tasks.put(begin)
+        begun, answer = await ended
+        seconds = {}
         if isinstance(begun, Ask):
-            answer = await answered
+            assert answer is not None
             reply = session.answer(begun, answer)
             seconds = {"prepare": begun.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
         else:
@@ -80,8 +96,20 @@ class Answering:
         seconds["total"] = time.monotonic() - since
         return Answered(reply, begun, answer, seconds)
 
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+                del task  # and with it a policy, which may be replaced while nobody asks
+                self.batcher.work()
+            except Exception:
+                log.exception("a thread of the server met what nobody foresaw; it goes on")
+
     def close(self, *, wait: bool = True) -> None:
-        """Ends the threads, and the batcher, which answers what waits. wait: for both, unless the device hangs."""
-        self._threads.shutdown(wait=wait)
+        """Takes no more, and ends the threads once what came is answered. wait: for that, unless the device hangs."""
+        for _ in self._threads:
+            self._tasks.put(None)
         if wait:
-            self.batcher.close()
+            for thread in self._threads:
+                thread.join()
+        self.batcher.close()

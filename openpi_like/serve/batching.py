@@ -1,7 +1,8 @@
-"""Requests of many robots, answered together by one thread; no sockets, no jax.
+"""Requests of many robots, answered together, one batch at a time; no sockets, no threads of its own, no jax.
 
-The thread takes what waits when it becomes free, one request of each session in turn, as many as fit: nobody waits for
-a batch to fill up unless `wait_s` says so, and a session that asks often does not push others aside.
+Whoever has brought a request answers what waits, his own and those of others, unless somebody is at it already: a
+request that comes alone is handed to no other thread. One of each session in turn, as many as fit: nobody waits for a
+batch to fill up unless `wait_s` says so, and a session that asks often does not push others aside.
 """
 
 import collections
@@ -96,7 +97,7 @@ class _Lane:
 
 
 class Batcher:
-    """One thread that answers jobs; `submit` may be called from any thread.
+    """Answers jobs; `submit` and then `work` may be called from any thread.
 
     waiting: how many jobs wait. busy_since: when the batch at work was begun, on `time.monotonic`, or None.
     """
@@ -116,11 +117,10 @@ class Batcher:
         self.busy_since: float | None = None
         self._changed, self._closing = threading.Condition(), False
         self._at_work: list[Job] = []
-        self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
-        self._thread.start()
+        self._led = False  # whether a thread is in `work`
 
     def submit(self, job: Job) -> None:
-        """Adds a job; its `done` is called from the batcher's thread, once.
+        """Adds a job; its `done` is called once, from a thread that works.
 
         Raises:
             BusyError: too many wait.
@@ -137,14 +137,13 @@ class Batcher:
             self._changed.notify()
 
     def close(self) -> None:
-        """Answers what waits, and ends the thread. Takes as long as that."""
+        """Takes no more jobs. What waits is answered by who is at work."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
 
     def give_up(self, why: str) -> None:
-        """Answers all that waits or is at work with an error, without waiting for the thread; it takes no more."""
+        """Answers all that waits or is at work with an error, without waiting for who is at work; takes no more."""
         with self._changed:
             self._closing = True
             jobs = self._at_work + [job for _, lane in self._lanes.values() for job in lane]
@@ -155,23 +154,36 @@ class Batcher:
         for job in jobs:
             job.done(Answer(StuckError(why), now - job.since, 0.0, 0))
 
-    # ---- The thread --------------------------------------------------------------------------------------------------
+    # ---- Who is at work ----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.waiting or self._closing)
-                if self.waiting:
-                    self._fill_up()
-                if not self.waiting:  # closed, or given up
-                    return
-                sampler, jobs, dropped = self._take()
-                self._at_work = jobs
-                self.busy_since = time.monotonic() if jobs else None
-            self._drop(dropped)
-            if jobs:
-                self._answer(sampler, jobs)
-            del sampler, jobs, dropped  # a policy may be replaced while nobody asks
+    def work(self) -> None:
+        """Answers what waits until nothing does, unless another thread is at it."""
+        with self._changed:
+            if self._led:
+                return
+            self._led = True
+        try:
+            while self._work():
+                pass
+        except BaseException:
+            self._led = False
+            raise
+
+    def _work(self) -> bool:
+        """Answers a batch. Returns False where nothing waits, and the next to come is to be at work."""
+        with self._changed:
+            if self.waiting:
+                self._fill_up()
+            if not self.waiting:  # or given up meanwhile
+                self._led = False
+                return False
+            sampler, jobs, dropped = self._take()
+            self._at_work = jobs
+            self.busy_since = time.monotonic() if jobs else None
+        self._drop(dropped)
+        if jobs:
+            self._answer(sampler, jobs)
+        return True
 
     def _fill_up(self) -> None:
         """Waits for more jobs where `wait_s` allows it. With the lock held, which it gives away meanwhile."""

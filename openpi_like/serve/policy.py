@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from openpi_like.robots import Robot
 from openpi_like.serve.observation import ObservationError, check_observation, check_previous, robot_of
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.protocol import PROTOCOL
-from openpi_like.serve.ranges import RangeError, beyond, check_actions, check_state, said
+from openpi_like.serve.ranges import RangeError, RobotRanges
 from openpi_like.train.checkpoints.checkpoint import Step, find_step
 from openpi_like.train.checkpoints.load import PolicyParts, load_policy_parts
 from openpi_like.train.fastest import fastest_attention
@@ -133,9 +133,13 @@ class Policy:
         seen = parts.model.config.cameras  # others were left out of training with drop_cameras
         self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
         self.sizes, self.ranges = o.sizes, o.ranges
+        self._ranges = {name: RobotRanges(r, parts.normalizations[name], o.ranges) for name, r in self.robots.items()}
         # Once, instead of in every request; the weights this replaces are not kept.
         self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=o.quantize))
         self._requests, self._config = 0, parts.model.config
+        self._masks = {
+            name: self._config.chunk_mask(r.action_horizon, r.action_size) for name, r in self.robots.items()
+        }
         graph, state = nnx.split(self._parts.model)
         # A plain list: jax looks at every array in every request.
         self._weights, structure = jax.tree.flatten(state)
@@ -247,17 +251,16 @@ class Policy:
         pictures = check_observation(observation, robot, self._cameras[robot.name])
         state = np.asarray(observation["state"], np.float32)
         normalization, unscaled = self._parts.normalizations[robot.name], robot.encode_state(state)
-        warnings = check_state(robot, unscaled, normalization.state, self.ranges)
+        warnings = self._ranges[robot.name].check_state(unscaled)
         encoded = normalization.apply_state(unscaled)
         prompt = observation.get("prompt") or robot.default_prompt or ""  # `check_observation` wants one of them
         before = check_previous(observation, robot, self.max_delay)
         own = observation.get("seed")
         words = (self.options.seed if seed is None else seed, 1 + number) if own is None else (int(own), 0)
         try:
-            request = self._request(robot, pictures, state, encoded, prompt, words)
+            request = self._request(robot, pictures, state, encoded, prompt, words, tuple(warnings))
         except ValueError as e:
             raise ObservationError(f"prompt: {e}") from e
-        request = dataclasses.replace(request, warnings=tuple(warnings))
         if before is None:
             return request
         old = normalization.apply_actions(robot.encode_actions(before[0], state))
@@ -279,6 +282,7 @@ class Policy:
         encoded: np.ndarray,
         prompt: str,
         words: tuple[int, int],
+        warnings: tuple[str, ...] = (),
     ) -> Request:
         """encoded: the state, normalised (De,).
 
@@ -301,8 +305,8 @@ class Policy:
             "prompt": ids,
             "prompt_mask": prompt_mask,
         }
-        mask = c.chunk_mask(robot.action_horizon, robot.action_size)
-        return Request(robot, state, row, mask, np.array(words, np.uint32))
+        mask = self._masks[robot.name]
+        return Request(robot, state, row, mask, np.array(words, np.uint32), warnings=warnings)
 
     # ---- Answers -----------------------------------------------------------------------------------------------------
 
@@ -320,7 +324,15 @@ class Policy:
         size = next(n for n in self.sizes if n >= len(requests))
         filled = [*requests, *[requests[-1]] * (size - len(requests))]
         sampled = np.asarray(self._function.compiled(*self._batch(filled)))
-        return [self._reply(request, row) for request, row in zip(requests, sampled, strict=False)]
+        rows: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            rows.setdefault(request.robot.name, []).append(i)
+        replies = {
+            i: reply
+            for name, of in rows.items()
+            for i, reply in zip(of, self._replies(name, [requests[i] for i in of], sampled[of]), strict=True)
+        }
+        return [replies[i] for i in range(len(requests))]
 
     def infer(self, observation: Any) -> dict[str, Any]:
         """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}, for one robot alone.
@@ -341,25 +353,30 @@ class Policy:
 
     def _batch(self, requests: Sequence[Request]) -> tuple[Any, ...]:
         """Returns what is sampled from."""
-        inputs = jax.tree.map(lambda *rows: np.stack(rows), *(r.row for r in requests))
-        words, masks = (np.stack([getattr(r, name) for r in requests]) for name in ("words", "mask"))
+        stack = lambda *rows: np.stack(rows) if len(rows) > 1 else rows[0][None]  # noqa: E731
+        inputs = jax.tree.map(stack, *(r.row for r in requests))
+        words, masks = (stack(*(getattr(r, name) for r in requests)) for name in ("words", "mask"))
         rows = [r.previous for r in requests if r.previous is not None]
-        previous = {"previous": jax.tree.map(lambda *parts: np.stack(parts), *rows)} if rows else {}
+        previous = {"previous": jax.tree.map(stack, *rows)} if rows else {}
         return self._weights, words, inputs, masks, self._tables, previous
 
-    def _reply(self, request: Request, padded: np.ndarray) -> Reply | FloatingPointError | RangeError:
-        """Returns a row of a sample in robot space, within the robot's limits."""
-        robot = request.robot
-        sampled = padded[: robot.action_horizon, : robot.action_size]
-        normalization = self._parts.normalizations[robot.name]
+    def _replies(
+        self, name: str, requests: Sequence[Request], padded: np.ndarray
+    ) -> Iterator[Reply | FloatingPointError | RangeError]:
+        """Yields rows of a sample, all of one robot, in robot space and within the robot's limits."""
+        robot, normalization = self.robots[name], self._parts.normalizations[name]
+        sampled = padded[:, : robot.action_horizon, : robot.action_size]
         unscaled = normalization.invert_actions(sampled)
-        actions = robot.decode_actions(unscaled, request.state)
-        if not np.isfinite(actions).all():
-            return FloatingPointError(f"the policy produced actions that are not finite for robot {robot.name!r}")
-        try:
-            inside, cut = check_actions(robot, actions, self.ranges)
-        except RangeError as e:
-            return e
-        stats = normalization.action
-        far = said("actions", beyond(unscaled, stats), stats, self.ranges.warn)
-        return Reply(inside, (*request.warnings, *far, *cut))
+        finite = np.isfinite(unscaled).all((1, 2))
+        unscaled[~finite] = 0.0  # they are not sent
+        actions = robot.decode_actions(unscaled, np.stack([r.state for r in requests]))
+        finite &= np.isfinite(actions).all((1, 2))
+        checked = self._ranges[name].check_actions(unscaled, actions)
+        for request, sound, found in zip(requests, finite, checked, strict=True):
+            if not sound:
+                yield FloatingPointError(f"the policy produced actions that are not finite for robot {name!r}")
+            elif isinstance(found, RangeError):
+                yield found
+            else:
+                inside, sentences = found
+                yield Reply(inside, (*request.warnings, *sentences))

@@ -122,7 +122,11 @@ def _decode(value: dict) -> Any:
         number = value.get(b"data")
         if not isinstance(number, bool | int | float):
             raise ProtocolError(f"number of dtype {name} that is a {type(number).__name__}")
-        return dtype.type(number)
+        with np.errstate(over="ignore"):
+            held = dtype.type(number)
+        if isinstance(number, float) and math.isfinite(number) and not np.isfinite(held):
+            raise ProtocolError(f"number {number:g} that does not fit {name}")
+        return held
     shape, data = value.get(b"shape"), value.get(b"data")
     if not isinstance(data, bytes) or not isinstance(shape, list):
         raise ProtocolError("array without data or shape")

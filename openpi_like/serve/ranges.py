@@ -5,8 +5,9 @@ import zlib
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
-from openpi_like.data.normalize import FieldStats
+from openpi_like.data.normalize import FieldStats, Normalization
 from openpi_like.robots import Robot
 
 
@@ -39,56 +40,76 @@ class Ranges:
             raise ValueError("Ranges: " + "; ".join(problems))
 
 
-def beyond(values: np.ndarray, stats: FieldStats) -> np.ndarray:
-    """Returns how far values (..., D) in model space are beyond what was seen, in units of its range, per dim (D,).
+class Span:
+    """What was seen of a field in training, and how far numbers are beyond it."""
 
-    Where nothing varied in training, the unit is the size of the number itself, or 1 where that is less.
-    """
-    low, high = np.array(stats.min), np.array(stats.max)
-    width = np.where(high - low > 1e-6, high - low, np.maximum(1.0, np.abs(high)))
-    distance = np.maximum(values - high, low - values) / width
-    return np.maximum(distance, 0).reshape(-1, len(low)).max(0)
+    def __init__(self, stats: FieldStats) -> None:
+        """Where nothing varied, the unit is the size of the number itself, or 1 where that is less."""
+        self._names, self._low, self._high = stats.names, np.array(stats.min), np.array(stats.max)
+        width = self._high - self._low
+        self._unit = np.where(width > 1e-6, width, np.maximum(1.0, np.abs(self._high)))
 
+    def beyond(self, values: Float[np.ndarray, "*batch T D"]) -> Float[np.ndarray, "*batch D"]:
+        """Returns how far steps in model space are beyond what was seen, in units of its range: the farthest of T."""
+        distance = np.maximum(values - self._high, self._low - values).max(-2)
+        return np.maximum(distance, 0.0) / self._unit
 
-def said(what: str, distance: np.ndarray, stats: FieldStats, warn: float) -> list[str]:
-    """Returns a sentence about the dims that are farther than `warn`, or none."""
-    far = np.flatnonzero(distance > warn)
-    if not len(far):
-        return []
-    worst = sorted(far, key=lambda i: -distance[i])[:5]
-    dims = ", ".join(f"{stats.names[i]} ({distance[i]:.2g} times its range)" for i in worst)
-    return [f"{what} is beyond the training data in {len(far)} of {len(distance)} dims: {dims}"]
-
-
-def check_state(robot: Robot, encoded: np.ndarray, stats: FieldStats, ranges: Ranges) -> list[str]:
-    """Returns what is to be said of a state (De,) in model space.
-
-    Raises:
-        RangeError: it is farther than `ranges.refuse`.
-    """
-    distance = beyond(encoded, stats)
-    if ranges.refuse is not None and distance.max(initial=0.0) > ranges.refuse:
-        (sentence,) = said("state", distance, stats, ranges.refuse)
-        raise RangeError(f"robot {robot.name!r}: {sentence}; refused beyond {ranges.refuse:g}, check units and order")
-    return said("state", distance, stats, ranges.warn)
+    def said(self, what: str, distance: Float[np.ndarray, " D"], warn: float) -> list[str]:
+        """Returns a sentence about the dims that are farther than `warn`, or none."""
+        if not (distance > warn).any():
+            return []
+        far = np.flatnonzero(distance > warn)
+        worst = sorted(far, key=lambda i: -distance[i])[:5]
+        dims = ", ".join(f"{self._names[i]} ({distance[i]:.2g} times its range)" for i in worst)
+        return [f"{what} is beyond the training data in {len(far)} of {len(distance)} dims: {dims}"]
 
 
-def check_actions(robot: Robot, actions: np.ndarray, ranges: Ranges) -> tuple[np.ndarray, list[str]]:
-    """Returns actions (A, Js) in robot space within the robot's lower and upper limits, and what is to be said of them.
+class RobotRanges:
+    """What a robot's states and actions are held against, worked out once."""
 
-    Raises:
-        RangeError: they are beyond them, and that is to be refused.
-    """
-    lower, upper, *_ = robot.action_limits.arrays(actions.shape[1])
-    inside = np.clip(actions, lower, upper).astype(np.float32)
-    by = np.abs(actions - inside).max(0)
-    far = np.flatnonzero(by > 1e-4 * np.maximum(1.0, np.abs(inside).max(0)))
-    if not len(far):
-        return inside, []
-    dims = ", ".join(f"{robot.robot_action_names[i]} (by {by[i]:.3g})" for i in far)
-    if ranges.beyond_limits == "refuse":
-        raise RangeError(f"robot {robot.name!r}: actions beyond its limits in {dims}")
-    return inside, [f"actions were cut at the robot's limits in {dims}"]
+    def __init__(self, robot: Robot, normalization: Normalization, ranges: Ranges) -> None:
+        self._robot, self._ranges = robot, ranges
+        self._state, self._action = Span(normalization.state), Span(normalization.action)
+        self._lower, self._upper, *_ = robot.action_limits.arrays(robot.robot_action_size)
+
+    def check_state(self, encoded: Float[np.ndarray, " De"]) -> list[str]:
+        """Returns what is to be said of a state in model space.
+
+        Raises:
+            RangeError: it is farther than `ranges.refuse`.
+        """
+        distance, refuse = self._state.beyond(encoded[None]), self._ranges.refuse
+        if refuse is not None and distance.max(initial=0.0) > refuse:
+            (sentence,) = self._state.said("state", distance, refuse)
+            raise RangeError(
+                f"robot {self._robot.name!r}: {sentence}; refused beyond {refuse:g}, check units and order"
+            )
+        return self._state.said("state", distance, self._ranges.warn)
+
+    def check_actions(
+        self, encoded: Float[np.ndarray, "B A J"], actions: Float[np.ndarray, "B A Js"]
+    ) -> list[tuple[np.ndarray, list[str]] | RangeError]:
+        """Returns each chunk within the robot's lower and upper limits, and what is to be said of it; or the error that
+        it is beyond them, where that is to be refused.
+
+        encoded: the same chunks in model space. actions: in robot space.
+        """
+        inside = np.clip(actions, self._lower, self._upper).astype(np.float32)
+        cut = np.abs(actions - inside).max(1)
+        far = cut > 1e-4 * np.maximum(1.0, np.abs(inside).max(1))
+        distances = self._action.beyond(encoded)
+        return [self._said(*row) for row in zip(inside, cut, far, distances, strict=True)]
+
+    def _said(
+        self, inside: np.ndarray, cut: np.ndarray, far: np.ndarray, distance: np.ndarray
+    ) -> tuple[np.ndarray, list[str]] | RangeError:
+        sentences = self._action.said("actions", distance, self._ranges.warn)
+        if not far.any():
+            return inside, sentences
+        dims = ", ".join(f"{self._robot.robot_action_names[i]} (by {cut[i]:.3g})" for i in np.flatnonzero(far))
+        if self._ranges.beyond_limits == "refuse":
+            return RangeError(f"robot {self._robot.name!r}: actions beyond its limits in {dims}")
+        return inside, [*sentences, f"actions were cut at the robot's limits in {dims}"]
 
 
 class Watched:
@@ -104,10 +125,9 @@ class Watched:
         moved, self._state = state.tobytes() != self._state, state.tobytes()
         sentences = []
         for name, picture in pictures.items():
-            if not picture.any():
-                sentences.append(f"camera {name!r} is all black")
-            elif picture.min() == picture.max():
-                sentences.append(f"camera {name!r} shows one colour")
+            if picture.min() == (most := picture.max()):
+                shows = "shows one colour" if most else "is all black"
+                sentences.append(f"camera {name!r} {shows}")
             checksum = zlib.adler32(np.ascontiguousarray(picture).data)
             before, times = self._seen.get(name, (None, 0))
             times = times + moved if checksum == before else 1

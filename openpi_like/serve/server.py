@@ -1,7 +1,7 @@
 """Policies behind websockets: the sockets around `openpi_like.serve.session`.
 
 The event loop moves bytes and nothing else. What clients send is checked and made into rows of batches by a few
-threads, and one thread has the device (`openpi_like.serve.batching`).
+threads, one of which at a time has the device (`openpi_like.serve.answering`).
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class PolicyServer:
         limits: ServerLimits | None = None,
         tls: ssl.SSLContext | None = None,
         wait_s: float = 0.0,
-        threads: int = 2,
+        threads: int = 3,
         stuck_s: float = 60.0,
         listeners: Iterable[Listener] = (),
     ) -> None:
@@ -68,7 +68,7 @@ class PolicyServer:
             port: 0 takes a free one, see `port` after `start`.
             keys: clients must send one of them as `Authorization: Api-Key KEY`; none by default.
             wait_s: see `Batcher`.
-            threads: that prepare requests.
+            threads: see `Answering`.
             stuck_s: a batch that takes longer is given up, and with it the server: /healthz says so from then on.
             listeners: what else learns of the sessions, besides the live page.
         """
@@ -271,10 +271,12 @@ class PolicyServer:
                     answered = await self._answering.answer(
                         session, message, owner=connection, arrived=arrived, alive=alive
                     )
-                self._tell(client, answered)
                 sending = time.monotonic()
-                await self._send(connection, answered.reply)
-                self.metrics.sent(time.monotonic() - sending)
+                try:
+                    await self._send(connection, answered.reply)
+                    self.metrics.sent(time.monotonic() - sending)
+                finally:
+                    self._tell(client, answered)
                 self._open[connection] = False
                 del message, answered  # and with them the policy, which may be replaced while this client is idle
             await connection.close(GOING_AWAY, "the server is closing")
