@@ -16,9 +16,9 @@ class PolicyOptions:
     bfloat16 halves them, and is what a model of the released size is served with; int8, int4 and float8_e4m3fn hold the
     linear maps in fewer bits, at the cost of some accuracy. temperature: of the tokens that pi0-FAST writes, default
     the likeliest ones. max_batch: requests that are answered together at most. devices: of this machine, which share
-    the rows of each batch (max_batch is rounded up to a multiple); each has all weights. real_time_chunking: take what
-    is left of the chunk before. guidance: how policies that were not trained for that are led to it. ranges: what is
-    said, and what is refused, of states and actions that training has not seen.
+    the rows of each batch (max_batch is rounded up to a multiple), but for a request that comes alone; each has all
+    weights. real_time_chunking: take what is left of the chunk before. guidance: how policies that were not trained
+    for that are led to it. ranges: what is said, and what is refused, of states and actions that training has not seen.
     """
 
     robot: str | None = None
@@ -49,6 +49,7 @@ class PolicyOptions:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sizes of batches that are compiled: on each device powers of two, and the largest."""
+        """Sizes of batches that are compiled: one alone, and on each device powers of two and the largest."""
         most = -(-self.max_batch // self.devices)
-        return tuple(self.devices * n for n in (*(2**i for i in range((most - 1).bit_length())), most))
+        shared = (self.devices * n for n in (*(2**i for i in range((most - 1).bit_length())), most))
+        return (*((1,) if self.devices > 1 else ()), *shared)

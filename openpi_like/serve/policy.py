@@ -70,17 +70,26 @@ _WHOLE, _ROWS = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows")
 class _Function:
     """What is compiled of a policy: from weights and a batch to actions. attention: what computes that, by sizes.
 
-    split: it for a batch whose rows are shared by the devices of a mesh, none of which needs to know of the others.
+    The devices of a mesh share the rows of a batch, none needs to know of the others; fewer rows are left to one.
     """
 
     def __init__(self, graph: Any, structure: Any, drawn: dict[str, float], mesh: jax.sharding.Mesh) -> None:
         self._graph, self._structure, self._drawn = graph, structure, drawn
         self.attention: Mapping[Sizes, str] | str = "einsum"
-        self.split: Callable[..., Any] = self.__call__
+        self._devices, self._compiled = mesh.size, jax.jit(self.__call__)
+        self._split: Callable[..., Any] = self.__call__
         if mesh.size > 1:
             specs = (_WHOLE, _ROWS, _ROWS, _ROWS, _WHOLE, _ROWS)
-            self.split = jax.shard_map(self.__call__, mesh=mesh, in_specs=specs, out_specs=_ROWS, check_vma=False)
-        self.compiled = jax.jit(self.split)
+            self._split = jax.shard_map(self.__call__, mesh=mesh, in_specs=specs, out_specs=_ROWS, check_vma=False)
+        self._compiled_split = jax.jit(self._split)
+
+    def written(self, rows: int) -> Callable[..., Any]:
+        """Returns what is compiled for so many rows."""
+        return self if rows < self._devices else self._split
+
+    def compiled(self, rows: int) -> Callable[..., Any]:
+        """Returns it, compiled."""
+        return self._compiled if rows < self._devices else self._compiled_split
 
     def __call__(
         self,
@@ -142,13 +151,13 @@ class Policy:
         }
         graph, state = nnx.split(self._parts.model)
         # A plain list: jax looks at every array in every request.
-        self._weights, structure = jax.tree.flatten(state)
+        weights, structure = jax.tree.flatten(state)
         # Tables for decoding are arguments, not constants of the compiled function, which they would only slow down.
-        self._tables = jax.device_put(parts.sampling_options)
+        self._held = self._held_alone = weights, jax.device_put(parts.sampling_options)
         mesh = jax.sharding.Mesh(np.array(jax.local_devices()[: o.devices]), ("rows",))
         if o.devices > 1:
-            whole = jax.sharding.NamedSharding(mesh, _WHOLE)
-            self._weights, self._tables = jax.device_put((self._weights, self._tables), whole)
+            self._held = jax.device_put(self._held, jax.sharding.NamedSharding(mesh, _WHOLE))
+            self._held_alone = jax.tree.map(lambda x: x.addressable_shards[0].data, self._held)
         drawn = {} if o.temperature is None else {"temperature": o.temperature}
         self._function = _Function(graph, structure, drawn, mesh)
 
@@ -174,7 +183,7 @@ class Policy:
         """
         other = Policy.load(checkpoint, self.options, step=step)
         same = other._parts.contract_hash == self._parts.contract_hash
-        of = lambda policy: [(w.shape, w.dtype) for w in jax.tree.leaves(policy._weights)]  # noqa: E731
+        of = lambda policy: [(w.shape, w.dtype) for w in jax.tree.leaves(policy._held)]  # noqa: E731
         if same and of(other) == of(self):
             other._function = self._function
         else:
@@ -219,15 +228,15 @@ class Policy:
         if self.options.real_time_chunking:
             middle = [*middle, *(dataclasses.replace(r, previous=self._previous(r, r.mask[:1], 0)) for r in middle)]
         lanes = {r.lane: [other for other in middle if other.lane == r.lane] for r in middle}
-        calls = [self._batch((lane * size)[:size]) for lane in lanes.values() for size in self.sizes]
+        calls = [(size, self._batch((lane * size)[:size])) for lane in lanes.values() for size in self.sizes]
         mesh = MeshConfig().create(jax.local_devices()[:1])
-        sizes = {found for call in calls for found in sizes_in(self._function.split, *call)}
+        sizes = {found for n, call in calls for found in sizes_in(self._function.written(n), *call)}
         choices = fastest_attention(sizes, mesh, gradient=False)
         self._function.attention = {choice.sizes: choice.name for choice in choices}
         for choice in choices:
             say(str(choice))
-        for call in calls:
-            jax.block_until_ready(self._function.compiled(*call))
+        for n, call in calls:
+            jax.block_until_ready(self._function.compiled(n)(*call))
 
     def _in_the_middle(self, robot: Robot) -> Request:
         cameras = self._cameras[robot.name].values()
@@ -323,7 +332,7 @@ class Policy:
             raise ValueError("some requests have a chunk before and others have not; sample them one after the other")
         size = next(n for n in self.sizes if n >= len(requests))
         filled = [*requests, *[requests[-1]] * (size - len(requests))]
-        sampled = np.asarray(self._function.compiled(*self._batch(filled)))
+        sampled = np.asarray(self._function.compiled(size)(*self._batch(filled)))
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             rows.setdefault(request.robot.name, []).append(i)
@@ -358,7 +367,8 @@ class Policy:
         words, masks = (stack(*(getattr(r, name) for r in requests)) for name in ("words", "mask"))
         rows = [r.previous for r in requests if r.previous is not None]
         previous = {"previous": jax.tree.map(stack, *rows)} if rows else {}
-        return self._weights, words, inputs, masks, self._tables, previous
+        weights, tables = self._held if len(requests) >= self.options.devices else self._held_alone
+        return weights, words, inputs, masks, tables, previous
 
     def _replies(
         self, name: str, requests: Sequence[Request], padded: np.ndarray

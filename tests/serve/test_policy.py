@@ -100,7 +100,7 @@ def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypat
             seen.update(inputs["images"])
             return np.zeros(mask.shape, np.float32)
 
-        monkeypatch.setattr(policy._function, "compiled", sample)
+        monkeypatch.setattr(policy._function, "compiled", lambda rows, sample=sample: sample)
         policy.infer(observation)
         for name in ("base", "wrist_right"):
             np.testing.assert_array_equal(seen[name][0], sent)
@@ -178,11 +178,12 @@ def test_devices_share_the_rows_of_a_batch(batched, tiny_policy, observation):
         model = tiny_policy.create(jax.random.key(0))
         shared = _policy(tiny_policy, max_batch=7, devices=4, model=model)
         shared.warm_up()
-    assert shared.sizes == (4, 8)
+    assert shared.sizes == (1, 4, 8)
     requests = _requests(batched, observation, 8)
     expected = [action for i in range(0, 8, 2) for action in _actions(batched, requests[i : i + 2])]
     np.testing.assert_array_equal(_actions(shared, requests), expected)
-    np.testing.assert_array_equal(_actions(shared, requests[:1])[0], _actions(batched, requests[:1])[0])
+    np.testing.assert_array_equal(_actions(shared, requests[:1])[0], _actions(batched, requests[:1])[0])  # on one alone
+    np.testing.assert_array_equal(_actions(shared, requests[:2])[1], _actions(batched, requests[1:2])[0])  # a row each
     for wrong in (0, 1000):
         with pytest.raises(ValueError, match=f"devices={wrong}, "):
             _policy(tiny_policy, devices=wrong)
