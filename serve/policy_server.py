@@ -17,9 +17,10 @@ import tyro
 from openpi_like.serve.keys import Keys, read_keys
 from openpi_like.serve.listeners import Listener
 from openpi_like.serve.options import PolicyOptions
+from openpi_like.serve.origins import LOCAL
 from openpi_like.serve.policies import Policies
 from openpi_like.serve.policy import Policy
-from openpi_like.serve.server import LOCAL, PolicyServer, run
+from openpi_like.serve.server import PolicyServer, run
 from openpi_like.serve.server_limits import ServerLimits
 from openpi_like.serve.session_recording import SessionRecorder
 from openpi_like.train.checkpoints.checkpoint import Step
@@ -89,7 +90,7 @@ def listeners_of(args: Args) -> list[Listener]:
     """Returns what else learns of the sessions."""
     listeners: list[Listener] = []
     if args.record is not None:
-        listeners.append(SessionRecorder(args.record))
+        listeners.append(SessionRecorder(args.record, sessions=args.limits.connections))
     if args.tracing:
         try:
             from openpi_like.serve.tracing import Tracing

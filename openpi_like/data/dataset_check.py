@@ -68,6 +68,11 @@ def check_dataset(
         problems += [f"{what}: {no_field(index, key, known)}" for what, key in keys if key not in known]
     problems += _selection_problems(index, robot, selection)
     problems += _rate_problems(index, robot)
+    if index.split.of_requests and robot.action_horizon > 1:
+        problems.append(
+            "its steps are requests to a policy server, so what follows a step is not what the robot did next: no "
+            "chunk to learn from; record the robot's own steps, with openpi_like.serve.recorder on the client"
+        )
     if not selection.skip_not_finite:
         for what, field in usable:
             problems += describe_not_finite(index, [field], not_finite(index, part, [field]), f"{what} field ")

@@ -71,6 +71,7 @@ class Split:
     storage: how records are read. stats: None where the file is missing, if that is tolerated.
     companions: a digest of all other files that the records need (videos, tables of episodes), or "".
     rate: steps in a second, in Hz, where the dataset says it. robot_type: which robot, as LeRobot calls it.
+    of_requests: a step is a request to a policy server, and what the robot did until the next is not in it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Split:
     companions: str = ""
     rate: float | None = None
     robot_type: str | None = None
+    of_requests: bool = False
 
     def __str__(self) -> str:
         return f"{self.dataset}/{self.version} split {self.name!r}"

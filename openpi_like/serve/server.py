@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import functools
 import http
-import ipaddress
 import logging
 import signal
 import ssl
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -31,6 +30,7 @@ from openpi_like.serve.keys import Key, Keys
 from openpi_like.serve.listeners import Client, Listener, Listeners
 from openpi_like.serve.live import HEADERS, PAGE, Live
 from openpi_like.serve.metrics import Metrics
+from openpi_like.serve.origins import LOCAL, foreign
 from openpi_like.serve.policies import Policies, UnknownPolicyError
 from openpi_like.serve.server_limits import RateLimit, ServerLimits
 from openpi_like.serve.session import Reset, Session
@@ -38,7 +38,6 @@ from openpi_like.serve.session import Reset, Session
 log = logging.getLogger(__name__)
 
 GOING_AWAY, POLICY_VIOLATION = 1001, 1008
-LOCAL = ("127.0.0.1", "::1", "localhost")
 _VIEWERS = 16  # pages that look at once
 
 
@@ -186,12 +185,9 @@ class PolicyServer:
                 response.headers["WWW-Authenticate"] = 'Basic realm="policy server: any name, and a key as password"'
                 return response
         origin, host = request.headers.get("Origin"), request.headers.get("Host", "")
-        if origin is not None and urlsplit(origin).netloc != host:  # a page of somebody else in a browser
-            self.metrics.refused("origin")
-            return connection.respond(http.HTTPStatus.FORBIDDEN, f"a page of {origin} may not use this server\n")
-        if not self._keys and self._host in LOCAL and not _is_this_machine(host):
-            self.metrics.refused("host")
-            return connection.respond(http.HTTPStatus.FORBIDDEN, f"this server is not {host}, ask for 127.0.0.1\n")
+        if why := foreign(origin, host, listens=self._host, keys=bool(self._keys)):
+            self.metrics.refused(why[0])
+            return connection.respond(http.HTTPStatus.FORBIDDEN, f"{why[1]}\n")
         page = path == "/" and "Upgrade" not in request.headers
         if page or path == "/live":
             return self._looking(connection, key, page)
@@ -331,14 +327,6 @@ def _with_headers(response: Response, headers: Mapping[str, str]) -> Response:
             del response.headers[name]
         response.headers[name] = value
     return response
-
-
-def _is_this_machine(host: str) -> bool:
-    """Whether a header Host names this machine: not so where somebody's name was made to lead here (DNS rebinding)."""
-    name = urlsplit(f"//{host}").hostname or ""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return name in LOCAL
 
 
 def _alive(connection: ServerConnection) -> bool:

@@ -17,14 +17,14 @@ from openpi_like.serve.spool import RecordingError
 log = logging.getLogger(__name__)
 
 _THREADS = 4  # each has its own sessions
-_BUFFER_MIB = 32  # of each session
+_LEAST_MIB, _MOST_MIB = 4, 32  # in memory, of a session: some seconds of pictures
 
 
 class _Episodes:
     """The recording of one session, in one thread."""
 
-    def __init__(self, directory: Path, client: Client) -> None:
-        self._directory, self._client = directory, client
+    def __init__(self, directory: Path, client: Client, buffer_mib: int) -> None:
+        self._directory, self._client, self._buffer_mib = directory, client, buffer_mib
         self._recorder: Recorder | None = None
         self._of: tuple[Any, ...] | None = None  # robot, prompt, contract and step of the episode that is open
         self.spoiled = False  # the episode lacks a request
@@ -58,7 +58,7 @@ class _Episodes:
             policy=policy,
             metadata=metadata,
             encoders=1,
-            buffer_mib=_BUFFER_MIB,
+            buffer_mib=self._buffer_mib,
             longest_wait_s=0.0,
             of_requests=True,
         )
@@ -89,29 +89,37 @@ class SessionRecorder(Listener):
     written: recording never holds up a reply.
     """
 
-    def __init__(self, directory: Path, *, most_waiting: int = 64) -> None:
-        """most_waiting: requests of one thread's sessions that wait to be written; one more is a failure, and its
-        episode stays unfinished."""
-        self._directory, self._most = directory, most_waiting
+    def __init__(self, directory: Path, *, sessions: int = 1, memory_mib: float = 1024) -> None:
+        """
+        Args:
+            sessions: as there may be at a time.
+            memory_mib: half of it for what waits to be encoded. The sessions share the other half, for what waits to be
+                written, though each has 4 MiB at least and 32 MiB at most. A request that finds no room is a failure,
+                and its episode stays unfinished.
+        """
+        self._directory, self._most_bytes = directory, int(memory_mib * 2**19)
+        self._buffer_mib = min(max(int(memory_mib / 2) // sessions, _LEAST_MIB), _MOST_MIB)
         self._episodes: dict[int, _Episodes] = {}
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="record sessions") for _ in range(_THREADS)]
-        self._waiting, self._lock = [0] * _THREADS, threading.Lock()
+        self._waiting, self._lock = 0, threading.Lock()  # bytes
         self.failures = 0
 
     # ---- In the event loop -------------------------------------------------------------------------------------------
 
     def connected(self, client: Client, about: Mapping[str, Any]) -> None:
-        self._episodes[client.number] = _Episodes(self._directory, client)
+        self._episodes[client.number] = _Episodes(self._directory, client, self._buffer_mib)
 
     def answered(self, client: Client, ask: Ask, answer: Answer, seconds: Mapping[str, float]) -> None:
         if isinstance(answer.reply, Exception):
             return
-        episodes, thread, time_s = self._episodes[client.number], client.number % _THREADS, time.monotonic()
+        episodes, time_s = self._episodes[client.number], time.monotonic()
+        pictures = ask.observation["images"].values()
+        size = answer.reply.actions.nbytes + sum(len(x) if isinstance(x, bytes) else x.nbytes for x in pictures)
         with self._lock:
-            fits = self._waiting[thread] < self._most
-            self._waiting[thread] += fits
+            fits = self._waiting + size <= self._most_bytes
+            self._waiting += size if fits else 0
         if not fits:
-            why = f"{self._most} requests wait to be written; the disk is too slow"
+            why = f"{self._most_bytes / 2**20:.3g} MiB wait to be written; the disk is too slow"
             self._submit(client, lambda: self._fail(client, episodes, why))
             return
 
@@ -120,7 +128,7 @@ class SessionRecorder(Listener):
                 episodes.write(ask, answer.reply, time_s)
             finally:
                 with self._lock:
-                    self._waiting[thread] -= 1
+                    self._waiting -= size
 
         self._submit(client, write)
 

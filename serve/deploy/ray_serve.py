@@ -3,10 +3,13 @@
     make ray
     python serve/deploy/ray_serve.py runs/my_robot --replicas 2 --port 8000
 
-On a cluster: `serve run serve.deploy.ray_serve:build checkpoint=/data/my_robot replicas=2 most=8`, from the root of the
-repository. A connection stays with its replica, and so does its session. The wire is that of docs/wire.md, except that
-messages have at most 16 MiB, and a connection that is not taken is answered with 403 whatever the reason. Rates and
-connections of keys are counted by each replica for itself; /metrics are Ray's.
+On a cluster, from the root of the repository:
+
+    serve run serve.deploy.ray_serve:build checkpoint=/data/my_robot replicas=2 most=8 host=0.0.0.0
+
+A connection stays with its replica, and so does its session. The wire is that of docs/wire.md, except that messages
+have at most 16 MiB, and a connection that is not taken is answered with 403 whatever the reason. Rates and connections
+of keys are counted by each replica for itself; /metrics are Ray's.
 """
 
 import asyncio
@@ -15,7 +18,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import pydantic
 import tyro
@@ -27,6 +29,7 @@ from openpi_like.serve.answering import Answering
 from openpi_like.serve.batching import Batcher
 from openpi_like.serve.keys import Key, Keys, read_keys
 from openpi_like.serve.options import PolicyOptions
+from openpi_like.serve.origins import foreign
 from openpi_like.serve.policy import Policy
 from openpi_like.serve.server_limits import RateLimit
 from openpi_like.serve.session import Session
@@ -40,7 +43,8 @@ class Args(pydantic.BaseModel):
 
     checkpoint: must be readable on every machine. replicas: at least; most: under load, one per `waiting` open
     connections. gpus: of each replica. keys: as for serve/policy_server.py, to be readable on every machine too.
-    stuck_s: a replica whose device is at one batch for longer is replaced.
+    stuck_s: a replica whose device is at one batch for longer is replaced. host: that Ray's proxies listen on; without
+    keys, 127.0.0.1 takes no request that a browser believes to be for another machine.
     """
 
     model_config = pydantic.ConfigDict(frozen=True)
@@ -63,23 +67,23 @@ class Args(pydantic.BaseModel):
 class Replica:
     """One policy in one process, with its batches."""
 
-    def __init__(self, checkpoint: Path, keys: Path | None, max_batch: int, stuck_s: float) -> None:
+    def __init__(self, checkpoint: Path, keys: Path | None, max_batch: int, stuck_s: float, host: str) -> None:
         use_compile_cache(None)
         self._policy = Policy.load(checkpoint, PolicyOptions(max_batch=max_batch))
         self._policy.warm_up()
         self._keys = read_keys(keys) if keys is not None else Keys()
         self._answering = Answering(Batcher())
-        self._stuck_s = stuck_s
+        self._stuck_s, self._host = stuck_s, host
         self._name = serve.get_replica_context().replica_tag
         self._by_key, self._rates = Counter[str](), dict[str, RateLimit]()
 
     @api.websocket("/")
     async def converse(self, socket: WebSocket) -> None:
         key = self._keys.find(socket.headers.get("Authorization", "")) if self._keys else None
-        origin = socket.headers.get("Origin")
-        ours = origin is None or urlsplit(origin).netloc == socket.headers.get("Host")
+        origin, host = socket.headers.get("Origin"), socket.headers.get("Host", "")
+        refused = foreign(origin, host, listens=self._host, keys=bool(self._keys))
         full = key is not None and key.connections is not None and self._by_key[key.name] >= key.connections
-        if (self._keys and key is None) or not ours or full:
+        if (self._keys and key is None) or refused or full:
             await socket.close()
             return
         await socket.accept()
@@ -144,7 +148,7 @@ def build(args: Args) -> Application:
         },
         graceful_shutdown_timeout_s=30,
     )
-    return deployment.bind(args.checkpoint, args.keys, args.max_batch, args.stuck_s)
+    return deployment.bind(args.checkpoint, args.keys, args.max_batch, args.stuck_s, args.host)
 
 
 def main(args: Args) -> None:

@@ -203,8 +203,8 @@ def chunking(tiny_policy):
     return _policy(tiny_policy, max_batch=2, model=tiny_policy.create(jax.random.key(0)), real_time_chunking=True)
 
 
-def test_a_chunk_goes_on_from_the_one_before(chunking, batched, observation):
-    """The old chunk is in the robot's units, and relative to where it is now."""
+def test_a_chunk_goes_on_from_the_one_before(tiny_policy, chunking, batched, observation):
+    """The old chunk is in the robot's units, and relative to where it is now. On one device, and a row on each."""
     plain = chunking.prepare(observation)
     np.testing.assert_allclose(_actions(chunking, [plain])[0], _actions(batched, [plain])[0], rtol=1e-5)
     old = _actions(chunking, [chunking.prepare({**observation, "seed": 9})])[0]
@@ -218,6 +218,9 @@ def test_a_chunk_goes_on_from_the_one_before(chunking, batched, observation):
     np.testing.assert_array_equal(got[0], got[1])
     near = lambda actions: np.abs(actions[:2] - old[1:])[0, :2].mean()  # noqa: E731
     assert near(got[0]) < 0.7 * near(_actions(chunking, [plain])[0])
+    model = tiny_policy.create(jax.random.key(0))
+    shared = _policy(tiny_policy, max_batch=2, devices=2, model=model, real_time_chunking=True)
+    np.testing.assert_allclose(_actions(shared, [request] * 2), _actions(chunking, [request]) * 2, rtol=2e-5)
     assert {plain.lane, request.lane} == {False, True}
     with pytest.raises(ValueError, match="one after the other"):
         _actions(chunking, [plain, request])

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from openpi_like.data.dataset import open_dataset
 from openpi_like.data.images import decode
+from openpi_like.data.schema import DatasetError
 from openpi_like.serve.batching import Answer
 from openpi_like.serve.client import PolicyClient
 from openpi_like.serve.listeners import Client
@@ -66,6 +68,9 @@ def test_sessions_become_episodes_and_rlds(tmp_path):
     for s in steps:
         np.testing.assert_array_equal(s["proposed_chunk"][0], s["action"])
 
+    with pytest.raises(DatasetError, match="its steps are requests to a policy server"):  # they make no chunks
+        open_dataset(tmp_path / "out" / "arm_recorded" / "1.0.0", ARM, "train")
+
     with Recorder(spool, "arm") as recorder:  # of control steps, which are another thing
         recorder.begin("push")
         for value in range(3):
@@ -113,15 +118,17 @@ def test_recording_never_holds_up_a_reply(tmp_path, monkeypatch, caplog):
         return begin(self, *args, **more)
 
     monkeypatch.setattr(Recorder, "begin", slow)
-    recorder = SessionRecorder(tmp_path, most_waiting=2)
+    asked = [_asked(float(value)) for value in range(4)]
+    bytes_of_one = CHUNK.nbytes + sum(x.nbytes for x in asked[0].observation["images"].values())
+    recorder = SessionRecorder(tmp_path, memory_mib=2 * 2.5 * bytes_of_one / 2**20)
     recorder.connected(CLIENT, {})
-    for value in range(4):
-        recorder.answered(CLIENT, _asked(float(value)), _answer(CHUNK), {})
+    for ask in asked:
+        recorder.answered(CLIENT, ask, _answer(CHUNK), {})
     recorder.disconnected(CLIENT)
     go_on.set()
     recorder.close()
     assert recorder.failures == 2
-    assert "2 requests wait to be written; the disk is too slow" in caplog.text
+    assert "MiB wait to be written; the disk is too slow" in caplog.text
     assert [(r.steps, r.finished) for r in open_spool(tmp_path)] == [(2, False)]
 
 

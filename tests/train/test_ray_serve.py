@@ -1,6 +1,7 @@
 """Replicas on Ray Serve: a checkpoint behind one address, each connection with one replica, and one that dies."""
 
 import contextlib
+import http.client
 import importlib.util
 import os
 import signal
@@ -65,6 +66,16 @@ def _connected(port: int, process: subprocess.Popen, log: Path) -> PolicyClient:
             time.sleep(0.5)
 
 
+def _status(port: int, host: str) -> int:
+    """What a browser is answered that believes to talk to `host`, when it wants a websocket."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    connection.request("GET", "/", headers={"Host": host, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", **upgrade})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
 @pytest.mark.slow
 def test_two_replicas_answer_alike_and_one_that_dies_is_replaced(
     tmp_path: Path, policy: Pi0Config, contract_of: Callable[[Any], Contract]
@@ -80,6 +91,7 @@ def test_two_replicas_answer_alike_and_one_that_dies_is_replaced(
             clients.append(_connected(port, process, log))
         for client in clients:
             np.testing.assert_allclose(client.infer(OBSERVATION)["actions"], expected, rtol=0, atol=1e-6)
+        assert [_status(port, host) for host in (f"127.0.0.1:{port}", "elsewhere.example")] == [101, 403]
         with pytest.raises(ServerError, match="invalid: observation does not fit"):
             clients[0].infer({**OBSERVATION, "state": np.zeros(1, np.float32)})
         first = clients[0].metadata

@@ -17,7 +17,7 @@ from openpi_like.data.schema import DatasetError, Feature, Schema, Split, Storag
 CODE_POINT_WORDS = ("instruction", "language")
 CODE_POINT_LENGTH = 64
 # What the writer of a dataset wants to say, see `to_rlds`: "fps" is the rate of its steps, "robot_type" and "names" (by
-# field of a step) are those of LeRobot.
+# field of a step) are those of LeRobot, "of_requests" is that of `Split`.
 METADATA = "metadata.json"
 
 STORAGES: dict[str, Storage] = {storage.name: storage for storage in (TfRecords(), ArrayRecords())}
@@ -177,6 +177,7 @@ def read_split(directory: Location, split: str, *, allow_missing: bool = False) 
         stats=tuple(there.get(name) for name in names),
         rate=float(rate) if isinstance(rate, int | float) and 0 < rate < math.inf else None,
         robot_type=robot if isinstance(robot, str) else None,
+        of_requests=told.get("of_requests") is True,
     )
 
 
