@@ -271,6 +271,7 @@ def test_a_camera_that_is_not_there_changes_nothing(case: Case) -> None:
     close(np.asarray(run(case.model("two").backbone, batch))[there], expected, 2e-5)
 
 
+@pytest.mark.parametrize("case", ["paligemma2", "prismatic_film", "qwen3_vl"], indirect=True)  # every part is in one
 def test_it_trains_on_several_devices(case: Case) -> None:
     """An overlay on all maps of the backbone, its weights over two devices and over two more."""
     batch = jax.tree.map(lambda x: np.concatenate([x, x]), case.batch("two"))

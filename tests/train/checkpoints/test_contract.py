@@ -80,7 +80,7 @@ def test_other_weights_are_served_without_compiling_again(tmp_path: Path, chatti
     before = served.infer(observation)["actions"]
     renewed, fresh = served.renewed(tmp_path / "4"), Policy.load(tmp_path / "4")
     shutil.rmtree(tmp_path / "4")
-    compiled: Any = served._function.compiled
+    compiled: Any = served._function.compiled(1)
     traces = compiled._cache_size()
     np.testing.assert_array_equal(renewed.infer(observation)["actions"], fresh.infer(observation)["actions"])
     assert compiled._cache_size() == traces
