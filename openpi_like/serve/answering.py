@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 
-from openpi_like.serve.batching import Answer, Batcher, Job
+from openpi_like.serve.batching import Answer, Batcher, Job, StuckError
 from openpi_like.serve.session import Ask, Reset, Session, failure
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Answering:
         """threads: of which one may be at the device, while the others prepare what comes next."""
         self.batcher = batcher
         self._tasks = queue.SimpleQueue[Callable[[], None] | None]()
+        self._closed, self._lock = False, threading.Lock()  # nothing is put behind what ends the threads
         self._threads = [threading.Thread(target=self._run, name=f"policy {i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -84,7 +85,12 @@ class Answering:
             except Exception as e:
                 done(failure(e))
 
-        self._tasks.put(begin)
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._tasks.put(begin)
+        if closed:  # nobody would take it
+            done(failure(StuckError("the server is closing; connect again later")))
         begun, answer = await ended
         seconds = {}
         if isinstance(begun, Ask):
@@ -107,8 +113,10 @@ class Answering:
 
     def close(self, *, wait: bool = True) -> None:
         """Takes no more, and ends the threads once what came is answered. wait: for that, unless the device hangs."""
-        for _ in self._threads:
-            self._tasks.put(None)
+        with self._lock:
+            self._closed = True
+            for _ in self._threads:
+                self._tasks.put(None)
         if wait:
             for thread in self._threads:
                 thread.join()

@@ -1,5 +1,6 @@
 """The conversation without sockets: whatever a client sends, there is a reply, and nothing else happens."""
 
+import asyncio
 import logging
 import random
 import zlib
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openpi_like.serve.batching import Answer, BusyError, LateError, StuckError
+from openpi_like.serve.answering import Answered, Answering
+from openpi_like.serve.batching import Answer, Batcher, BusyError, LateError, StuckError
 from openpi_like.serve.observation import MAX_PIXELS, ObservationError
 from openpi_like.serve.policy import Reply
 from openpi_like.serve.protocol import MAX_DEPTH, ProtocolError, pack, unpack
@@ -158,3 +160,20 @@ def test_a_png_allocates_no_more_than_it_holds(session):
         assert isinstance(said, str)
         assert "images['wrist']: not a picture, expected JPEG or PNG: png" in said
     assert f"png of 60000 x 60000, expected at most {MAX_PIXELS} pixels" in answered(whole[:8] + huge + rest)
+
+
+def test_what_came_before_the_end_is_answered_and_what_comes_after_is_told() -> None:
+    answering, arm = Answering(Batcher()), Arm()
+
+    def ask(value: float) -> Any:
+        return answering.answer(Session(lambda: arm), pack(arm_observation(value)), owner=value)
+
+    async def converse() -> tuple[list[Answered], Answered]:
+        under_way = [asyncio.create_task(ask(float(i))) for i in range(3)]
+        await asyncio.sleep(0)  # each has handed in its message
+        await asyncio.to_thread(answering.close)
+        return await asyncio.gather(*under_way), await asyncio.wait_for(ask(3.0), timeout=10)
+
+    before, after = asyncio.run(converse())
+    assert [answered.code for answered in before] == ["ok"] * 3
+    assert after.reply == "closing: the server is closing; connect again later"
