@@ -13,10 +13,11 @@ from numpy.testing import assert_allclose
 from openpi_like.models.lora import Lora, LoraRule
 from openpi_like.models.param import MapDims
 from openpi_like.models.weights import flatten
-from openpi_like.partition import ShardingRules, by_element, placed
+from openpi_like.partition import WHOLE, ShardingRules, by_element, placed
 from openpi_like.train.moments import BFloat16Moments
 from openpi_like.train.muon import MuonConfig
 from openpi_like.train.optimizer import OptimizerConfig
+from openpi_like.train.planning.hlo_cost import read_program
 from openpi_like.train.sharding import MeshConfig, put_batch
 from openpi_like.train.state import ModelDef, Trainable, Trainer
 
@@ -120,7 +121,10 @@ def test_heads_that_have_overlays_of_their_own_are_maps_of_their_own(tiny_policy
 @pytest.mark.parametrize(("sizes", "splits"), [((4, 1, 1), 0), ((2, 2, 1), 1), ((1, 2, 2), 2), ((1, 4, 1), 1)])
 @pytest.mark.parametrize("stack", [(3, 2), (5, 1)])
 def test_elements_of_a_stack_come_whole_to_a_device_and_back(sizes, splits, stack):
-    """What a function does to whole elements, on meshes that split them along no, one or two axes, in odd numbers."""
+    """What a function does to whole elements, on meshes that split them along no, one or two axes, in odd numbers.
+
+    No more is moved than a device's own part, filled up to as many elements as devices, there and back along each axis.
+    """
     mesh, rules = MeshConfig(*sizes).create(), ShardingRules()
     axes = ("layers", "embed", "stack", "mlp")
     w = jnp.asarray(np.random.default_rng(0).normal(size=(stack[0], 8, stack[1], 12)), jnp.float32)
@@ -133,9 +137,17 @@ def test_elements_of_a_stack_come_whole_to_a_device_and_back(sizes, splits, stac
     expected = jax.vmap(lambda x: jax.vmap(lambda y: function(y[None])[0], 1, 1)(x))(w)
     with placed(mesh, rules):
         of = jax.jit(lambda w: by_element(function, w, axes))
-        got = of(jax.device_put(w, NamedSharding(mesh, spec)))
+        there = jax.device_put(w, NamedSharding(mesh, spec))
+        compiled = of.lower(there).compile()
+        got = compiled(there)
     assert got.sharding.spec == spec
     assert_allclose(got, expected, rtol=1e-6)
+    split = [mesh.shape[part] for part in spec if part is not None]
+    devices = int(np.prod(split))
+    part = -(-stack[0] * stack[1] // devices) * 8 * 12 * w.itemsize
+    moved = read_program(compiled.as_text(), mesh.shape).collectives
+    assert {c.kind for c in moved} <= {"all-to-all"}
+    assert sum(c.total for c in moved) == pytest.approx(sum(2 * part * (n - 1) / n for n in split))
 
 
 def test_it_lies_on_the_mesh_like_its_weights_and_makes_the_same_step(tiny_policy, tiny_batch):
@@ -167,3 +179,28 @@ def test_it_lies_on_the_mesh_like_its_weights_and_makes_the_same_step(tiny_polic
         after.append(flatten(jax.device_get(state.params)))
     for name in split.model.maps:
         assert_allclose(after[1][name], after[0][name], atol=2e-4, err_msg=name)
+    _moves_parts_of_maps_alone(split)
+
+
+def _moves_parts_of_maps_alone(trainer: Trainer) -> None:
+    """The optimizer's update moves each map's parts there and back, sums of norms, and nothing of other weights."""
+    model, mesh = trainer.model, trainer.mesh
+    held = lambda shapes, of: jax.tree.map(  # noqa: E731
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, of
+    )
+    abstract = jax.eval_shape(trainer.init)
+    params = held(abstract.params, trainer.shardings.params)
+    state = held(abstract.opt_state, trainer.shardings.opt_state)
+    with placed(mesh, trainer.rules):
+        compiled = jax.jit(trainer.optimizer.update).lower(params, state, params).compile()
+    bound = 0.0
+    for name, of in model.maps.items():
+        split = [mesh.shape[axis] for axis in trainer.placement[name].spec if axis is not None]
+        stack = [n for n, axis in zip(flatten(model.shapes)[name].shape, of.axes, strict=True) if axis in WHOLE]
+        size, elements, devices = flatten(model.shapes)[name].size, int(np.prod(stack)), int(np.prod(split))
+        part = -(-elements // devices) * (size // elements) * 4
+        bound += sum(2 * part * (n - 1) / n for n in split)
+    moved = read_program(compiled.as_text(), mesh.shape).collectives
+    assert {c.kind for c in moved} == {"all-to-all", "all-reduce"}
+    assert sum(c.total for c in moved if c.kind == "all-to-all") == pytest.approx(bound)
+    assert sum(c.total for c in moved if c.kind == "all-reduce") < 1024  # norms
