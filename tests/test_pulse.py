@@ -135,7 +135,7 @@ def test_a_finished_demo_is_not_done_again(demo):
 
 def _train(demo: Path, name: str, *, config: str = "configs/demo_pretrain.py") -> list[str]:
     paths = [f"data.entries.{i}.path={demo}/data/{robot}_sim/1.0.0" for i, robot in enumerate(("sawyer", "pusht"))]
-    often = ["steps=60", "batch_size=8", "log_every=1", "save_every=5", "validate_every=100", "validation_batches=1"]
+    often = ["steps=30", "batch_size=8", "log_every=1", "save_every=5", "validate_every=100", "validation_batches=1"]
     files = [f"run_dir={demo}/{name}", f"stats={demo}/stats", f"tokenizer={demo}/text.model"]
     return ["train/train.py", config, *files, *paths, *often, "validation_batch_size=8"]
 
@@ -186,18 +186,18 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
             process.wait(timeout=0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (checkpoints / "60").exists()
+    assert not (checkpoints / "30").exists()
 
     resumed = _program(*_train(demo, "killed", config=str(config)))
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-2000:]
     assert "resumed at step" in resumed.stdout
-    expected, got = (_arrays(demo / name / "checkpoints" / "60") for name in ("whole", "killed"))
+    expected, got = (_arrays(demo / name / "checkpoints" / "30") for name in ("whole", "killed"))
     assert len(expected) > 100
     assert expected.keys() == got.keys()
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
     steps = [line["step"] for line in read_metrics(metrics) if line["split"] == "train"]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
 
     # In groups of three episodes a position stands for another sample.
     changed = _program(*_train(demo, "killed", config=str(config)), "data.group_episodes=3")
@@ -211,7 +211,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
 
 
 def _watched(run: Path, said: str) -> None:
-    """What a run of 60 steps tells of itself."""
+    """What a run of 30 steps tells of itself."""
     with Image.open(run / "first_batch.png") as picture:
         assert picture.size[0] > 500
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
