@@ -48,6 +48,7 @@ class ShardingRules:
     action: str | None = None
     norm: str | None = None
     rank: str | None = None
+    memory: str | None = "fsdp"  # rows of what a policy keeps
 
     def __post_init__(self) -> None:
         problems = [
@@ -165,6 +166,27 @@ def on_each_device(function: Callable[..., jax.Array], axes: Sequence[Axes]) -> 
         return on_all(*args)
 
     return mapped
+
+
+def of_parts(function: Callable[..., Any], whole: Sequence[jax.Array], rows: Sequence[jax.Array], axis: str) -> Any:
+    """Returns function(first, *whole, *rows) of each device's part of the rows, on every device, one behind the other.
+
+    rows: arrays that lie like weights whose axis 0 is `axis`. first: the number of the first row of a part. What is
+    returned has a new axis 0, of the parts: 1 where the rows are not split.
+    """
+    place = _placement.get()
+    target = None if place is None else place.rules.target(axis)
+    if place is None or target is None or len(rows[0]) % _size(place.mesh, target):
+        return jax.tree.map(lambda x: x[None], function(jnp.int32(0), *whole, *rows))
+
+    def local(*args: jax.Array) -> Any:
+        first = jax.lax.axis_index(target) * len(args[len(whole)])
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, target), function(first, *args))
+
+    specs = (*[PartitionSpec()] * len(whole), *[PartitionSpec(target)] * len(rows))
+    return jax.shard_map(local, mesh=place.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(
+        *whole, *rows
+    )
 
 
 def by_element(function: Callable[[jax.Array], jax.Array], w: Shaped[Array, "..."], axes: Axes) -> Shaped[Array, "..."]:

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from openpi_like.models.llama import LlamaConfig
+from openpi_like.models.m2vla import M2VlaConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
+from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.siglip import SiglipConfig
+from openpi_like.models.skill_memory import SkillMemoryConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.smolvla_expert import ExpertConfig
 from openpi_like.models.smolvlm import SmolVlmConfig
+from openpi_like.models.vla_adapter import VlaAdapterConfig
 from openpi_like.models.vlm4vla import Vlm4VlaConfig
 
 KEY = jax.random.key(0)
@@ -23,10 +27,18 @@ SMOLVLM = SmolVlmConfig(
     LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_kv_heads=2, head_dim=8, tied=True),
     shuffle=2,
 )
+PRISMATIC = PrismaticConfig(
+    None,
+    SiglipConfig(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=8, select="second_to_last"),
+    LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_kv_heads=2, head_dim=8, tied=True),
+)
+SKILLS = SkillMemoryConfig(size=12, recalled=3, layers=(0, 2), written=0.5)
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
     "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
     "openvla_oft": (OpenVlaOftConfig, {"head_width": 16}),
+    "m2vla": (M2VlaConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "skills": SKILLS}),
+    "vla_adapter": (VlaAdapterConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2}),
     "smolvla": (SmolVlaConfig, {"backbone": SMOLVLM, "expert": ExpertConfig(width=16, mlp_dim=32)}),
 }
 
