@@ -24,7 +24,7 @@ from openpi_like.draws import named_key, sample_keys
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.layer_mixture import LayerBlock, LayerFeatures, LayerHead, SeparateBlock
 from openpi_like.models.param import Linear, weight, zeros
-from openpi_like.models.policy import OnePassPolicy, PolicyConfig
+from openpi_like.models.policy import Model, OnePassPolicy, PolicyConfig
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.skill_memory import SkillMemory, SkillMemoryConfig
 from openpi_like.models.vit import LayerNorm
@@ -100,12 +100,12 @@ class M2VlaConfig(PolicyConfig):
         }
         return cls(**{**fields, **options})
 
-    def create(self, key: Key[Array, ""]) -> "M2Vla":
+    def create(self, key: Key[Array, ""]) -> "LayerPolicy":
         """Returns a policy with fresh weights; every weight's draw depends on `key` and its own name only."""
         return M2Vla(self, key)
 
 
-class LayerPolicy(OnePassPolicy):
+class LayerPolicy(Model):
     """What policies share that read a backbone layer by layer: queries, state, memory."""
 
     config: M2VlaConfig
@@ -174,6 +174,10 @@ class LayerPolicy(OnePassPolicy):
         with jax.named_scope("skills"):
             return self.skill_in(self.skills.recall(keys_BK)).astype(self.config.dtype)
 
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
+        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
+
     # ---- Memory ------------------------------------------------------------------------------------------------------
 
     def remember(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, "..."]]:
@@ -194,8 +198,10 @@ class LayerPolicy(OnePassPolicy):
         return {f"skills/{name}": x for name, x in written.items()}
 
 
-class M2Vla(LayerPolicy):
+class M2Vla(LayerPolicy, OnePassPolicy):
     """The policy: `loss` to train it, `sample_actions` to use it."""
+
+    config: M2VlaConfig
 
     def __init__(self, config: M2VlaConfig, key: Key[Array, ""]) -> None:
         """Use `M2VlaConfig.create`."""
@@ -237,10 +243,6 @@ class M2Vla(LayerPolicy):
         said = self.predict(self.config.observation(batch), start_BAE)
         error = jnp.abs(said - jnp.where(mask, batch["actions"], 0.0))
         return masked_means(error, mask, None if counts is None else counts["actions"])
-
-    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss", of chunks that start from zeros."""

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from openpi_like.models.ddim import Ddim
 from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.m2vla import M2VlaConfig
+from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
 from openpi_like.models.prismatic import PrismaticConfig
@@ -38,6 +40,10 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
     "openvla_oft": (OpenVlaOftConfig, {"head_width": 16}),
     "m2vla": (M2VlaConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "skills": SKILLS}),
+    "m2vla_noise": (
+        M2VlaNoiseConfig,
+        {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "skills": SKILLS, "diffusion": Ddim(20, 4)},
+    ),
     "vla_adapter": (VlaAdapterConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2}),
     "smolvla": (SmolVlaConfig, {"backbone": SMOLVLM, "expert": ExpertConfig(width=16, mlp_dim=32)}),
 }
