@@ -69,6 +69,8 @@ class Batch(Observation):
     # By what all is drawn that is drawn for a sample: its index in the run; in validation, among the frames of its
     # dataset that are looked at. As words of 32 bits, because integers of 64 are off in jax.
     position: Array  # uint32 (B, 2), high word first
+    # Where the policy reads it: the episode of its dataset's split, counted from 0.
+    episode: NotRequired[Array]  # int32 (B,)
     # Where the policy writes action tokens, its prompt is longer by them, (B, S + T), and these say what is what:
     prompt_causal: NotRequired[Array]  # as in TextBatch
     prompt_loss: NotRequired[Array]

@@ -178,6 +178,7 @@ class Assembler:
         state_mask = np.zeros((size, policy.state_dim), bool)
         actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
         action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
+        episode = np.zeros(size, np.int32)
         # Per sample: the instruction, the state for the prompt, what is said, and the action tokens.
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
@@ -190,6 +191,7 @@ class Assembler:
             entry, robot = self.config.entries[i], dataset.robot
             normalization = self.normalizations[robot.name]
             states, chunks, mask = dataset.encoded(frames[rows])
+            episode[rows] = dataset.episodes_of(frames[rows])
             state[rows, : robot.state_size] = normalization.apply_state(states)
             for row in rows:
                 states_in_prompt[row] = state[row, : robot.state_size]
@@ -247,6 +249,7 @@ class Assembler:
             dataset_id=ids.astype(np.int32),
             position=np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32),
             **text,
+            **({"episode": episode} if policy.reads_episodes else {}),
         )
         return batch, saturated
 

@@ -136,6 +136,10 @@ class EpisodeDataset:
         """Returns the RLDS steps of frames, counted through all episodes of the split."""
         return self._frames.place(frames)[1]
 
+    def episodes_of(self, frames: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+        """Returns the episodes of frames, counted through all of the split."""
+        return self._frames.place(frames)[0]
+
     def frames_per_episode(self) -> Int[np.ndarray, "E"]:
         """Returns how many frames each episode of the split has, 0 for those left out."""
         return self._frames.per_episode(self.index.episodes)

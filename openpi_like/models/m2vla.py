@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.draws import named_key, sample_keys
 from openpi_like.models.backbone import masked_means
+from openpi_like.models.formats import Format, Table
 from openpi_like.models.layer_mixture import LayerBlock, LayerFeatures, LayerHead, SeparateBlock
+from openpi_like.models.m2vla_names import released_table
 from openpi_like.models.param import Linear, weight, zeros
 from openpi_like.models.policy import Model, OnePassPolicy, PolicyConfig
 from openpi_like.models.prismatic import PrismaticConfig
@@ -65,9 +67,26 @@ class M2VlaConfig(PolicyConfig):
             problems.append(f"as_released with image_slots={self.image_slots}, expected cameras behind a text token")
         return problems
 
+    @property
+    def reads_episodes(self) -> bool:
+        """Whether the memory leaves out a sample's own episode."""
+        return self.skills is not None and self.skills.apart
+
     def released_normalization(self) -> str:
         """Returns "quantile"."""
         return "quantile"
+
+    def formats(self) -> dict[str, Format]:
+        """Returns the published layouts of the backbone; in "openvla" also what this policy adds, see `m2vla_names`."""
+        formats = dict(super().formats())
+        if "openvla" in formats:
+            formats["openvla"] = formats["openvla"].with_rows(lambda names: self.table())
+        return formats
+
+    def table(self) -> Table:
+        """Returns the rows of what this policy adds to its backbone."""
+        language, gated = self.backbone.language, issubclass(self.block, SeparateBlock)
+        return released_table(language.depth, language.width, self.head_heads, self.skills, gated=gated)
 
     @classmethod
     def released(cls, **options: Any) -> "M2VlaConfig":
@@ -167,12 +186,20 @@ class LayerPolicy(Model):
             hidden = jax.nn.gelu(self.state_in(observation["state"]), approximate=False)
             return self.state_out(hidden)[:, None]
 
-    def recalled(self, keys_BK: Float[Array, "B K"]) -> Float[Array, "B R A D"] | None:
-        """Returns chunks that were done for similar images, as what the head makes of them."""
+    def recalled(
+        self, keys_BK: Float[Array, "B K"], episode_B2: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B R A D"] | None:
+        """Returns chunks that were done for similar images, as what the head makes of them. episode: not of these."""
         if self.skills is None:
             return None
         with jax.named_scope("skills"):
-            return self.skill_in(self.skills.recall(keys_BK)).astype(self.config.dtype)
+            return self.skill_in(self.skills.recall(keys_BK, episode_B2)).astype(self.config.dtype)
+
+    def episodes(self, batch: Batch) -> Int[Array, "B 2"] | None:
+        """Returns dataset and episode of each sample, where the memory leaves these out."""
+        if not self.config.reads_episodes:
+            return None
+        return jnp.stack([batch["dataset_id"], batch["episode"]], axis=1)
 
     def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
@@ -186,13 +213,14 @@ class LayerPolicy(Model):
             return {}
         skills, first = self.skills, batch["position"][:1]
         draw = jax.random.uniform(named_key(sample_keys(key, first)[0], "skills"))
-        have = {name: getattr(skills, name)[...] for name in ("keys", "values", "count", "next")}
+        kept = ("keys", "values", "count", *(("episodes",) if self.config.reads_episodes else ()))
+        have = {name: getattr(skills, name)[...] for name in kept}
 
         def write() -> dict[str, jax.Array]:
             mask = batch["action_mask"]
             values = jnp.where(mask, batch["actions"], 0.0).reshape(len(mask), -1)
             _, keys = self.features(self.config.observation(batch))
-            return skills.written(keys, values, mask.any((1, 2)))
+            return skills.written(keys, values, mask.any((1, 2)), self.episodes(batch))
 
         written = jax.lax.cond(draw < skills.config.written, write, lambda: have)
         return {f"skills/{name}": x for name, x in written.items()}
@@ -211,15 +239,21 @@ class M2Vla(LayerPolicy, OnePassPolicy):
         self.map_in = Linear(named_key(key, "map_in"), "BAE,ED->BAD", (J * D, D), ("mlp", "embed"))
 
     def predict(
-        self, observation: Observation, start_BAE: Float[Array, "B A E"] | None = None
+        self,
+        observation: Observation,
+        start_BAE: Float[Array, "B A E"] | None = None,
+        episode_B2: Int[Array, "B 2"] | None = None,
     ) -> Float[Array, "B A J"]:
-        """Returns normalised actions. start: what the chunk starts from, E = J D; zeros by default."""
+        """Returns normalised actions.
+
+        start: what the chunk starts from, E = J D; zeros by default. episode: see `recalled`.
+        """
         features, keys = self.features(observation)
         shape = (len(keys), self.config.action_horizon, self.map_in.kernel[...].shape[0])
         start = jnp.zeros(shape) if start_BAE is None else start_BAE
         with jax.named_scope("action_head"):
             x = jax.nn.relu(self.map_in(self.norm_in(start)))
-            return self.head(x, features, self.state_tokens(observation), self.recalled(keys))
+            return self.head(x, features, self.state_tokens(observation), self.recalled(keys, episode_B2))
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
@@ -233,17 +267,22 @@ class M2Vla(LayerPolicy, OnePassPolicy):
         keys, of = sample_keys(key, batch["position"]), self.map_in.kernel[...].shape[0]
         shape = (self.config.action_horizon, of)
         normal = jax.vmap(lambda key: jax.random.normal(named_key(key, "perturbation"), shape))(keys)
-        return self._errors(batch, self.config.perturbation * normal, counts)
+        start, episodes = self.config.perturbation * normal, self.episodes(batch)
+        return self._errors(batch, start, episodes, counts)
 
     def _errors(
-        self, batch: Batch, start_BAE: Float[Array, "B A E"] | None, counts: dict[str, Float[Array, ""]] | None = None
+        self,
+        batch: Batch,
+        start_BAE: Float[Array, "B A E"] | None = None,
+        episode_B2: Int[Array, "B 2"] | None = None,
+        counts: dict[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         self.config.check_inputs(batch, actions=True)
         mask = batch["action_mask"]
-        said = self.predict(self.config.observation(batch), start_BAE)
+        said = self.predict(self.config.observation(batch), start_BAE, episode_B2)
         error = jnp.abs(said - jnp.where(mask, batch["actions"], 0.0))
         return masked_means(error, mask, None if counts is None else counts["actions"])
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss", of chunks that start from zeros."""
-        return {"loss": self._errors(batch, None)[0]}
+        return {"loss": self._errors(batch)[0]}

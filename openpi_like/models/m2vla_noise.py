@@ -66,10 +66,12 @@ class M2VlaNoise(LayerPolicy):
             tokens = jnp.concatenate([state_B1D, self.step_out(hidden)[:, None]], axis=1)
             return self.head(start, features, tokens, recalled_BRAD)
 
-    def _given(self, observation: Observation) -> tuple[LayerFeatures, Any, Any]:
-        """Returns what does not change with the step."""
+    def _given(
+        self, observation: Observation, episode_B2: Int[Array, "B 2"] | None = None
+    ) -> tuple[LayerFeatures, Any, Any]:
+        """Returns what does not change with the step. episode: see `recalled`."""
         features, keys = self.features(observation)
-        return features, self.state_tokens(observation), self.recalled(keys)
+        return features, self.state_tokens(observation), self.recalled(keys, episode_B2)
 
     # ---- Training ----------------------------------------------------------------------------------------------------
 
@@ -94,7 +96,8 @@ class M2VlaNoise(LayerPolicy):
         self.config.check_inputs(batch, actions=True)
         keys = sample_keys(key, batch["position"])
         noise, step = draw_noise(keys, batch["actions"].shape[1:]), self.config.diffusion.draw_steps(keys)
-        errors = self._errors(batch, self._given(self.config.observation(batch)), noise, step)
+        given = self._given(self.config.observation(batch), self.episodes(batch))
+        errors = self._errors(batch, given, noise, step)
         return masked_means(errors, batch["action_mask"], None if counts is None else counts["actions"])
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:

@@ -199,6 +199,7 @@ class PolicyConfig(VisionLanguageConfig):
                 "actions": row("float32", *chunk),
                 "action_mask": row("bool", *chunk),
                 "position": row("uint32", 2),
+                **({"episode": row("int32")} if self.reads_episodes else {}),
             }
         if answers:
             shapes["prompt_action"] = row("bool", *shapes["prompt"].shape[1:])
@@ -207,6 +208,11 @@ class PolicyConfig(VisionLanguageConfig):
     def batch_shapes(self, B: int) -> dict[str, Any]:
         """Returns the shapes of a training batch, see `openpi_like.batch.Batch`."""
         return self.input_shapes(B, actions=True) | {"dataset_id": jax.ShapeDtypeStruct((B,), "int32")}
+
+    @property
+    def reads_episodes(self) -> bool:
+        """Whether its loss wants to know which samples are of one episode, see `Batch.episode`."""
+        return False
 
     def sampling_shapes(self) -> dict[str, Any]:
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""

@@ -24,13 +24,15 @@ _BLOCK = 512  # rows whose differences to a key are in memory at a time
 class SkillMemoryConfig:
     """size: M. recalled: R. layers: of the language model whose visual tokens are the key, 0 before the first.
 
-    written: part of the batches that are written, whole.
+    written: part of the batches that are written, whole. apart: in training, chunks of a sample's own episode are not
+        recalled: nearest of all are the frames beside it, whose chunks are nearly its own.
     """
 
     size: int = 10_000
     recalled: int = 4
     layers: tuple[int, ...] = (3, 11, 23)
     written: float = 0.2
+    apart: bool = False
 
     def problems(self, depth: int) -> list[str]:
         """Returns what is wrong, for a language model of so many layers."""
@@ -45,26 +47,50 @@ class SkillMemoryConfig:
 
 
 class SkillMemory(nnx.Module):
-    """The rows. count: how many are written. next: where the next goes."""
+    """The rows. count: how many were written; once all are, less as many as there are, again and again.
+
+    The next goes to row count % M, which has the oldest where all are written.
+    """
 
     def __init__(self, config: SkillMemoryConfig, key_size: int, value_size: int) -> None:
         self.config = config
         self.keys = memory((config.size, key_size), ("memory", None))
         self.values = memory((config.size, value_size), ("memory", None))
-        self.count, self.next = memory((), ()), memory((), ())
+        # Of each row, its dataset and its episode: -1 of no episode.
+        self.episodes = memory((config.size, 2), ("memory", None)) if config.apart else None
+        self.count = memory((), ())
 
-    def recall(self, keys_BK: Float[Array, "B K"]) -> Float[Array, "B R E"]:
-        """Returns the chunks whose keys are nearest by mean absolute difference, nearest first; zeros for none."""
+    def recall(
+        self, keys_BK: Float[Array, "B K"], episode_B2: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B R E"]:
+        """Returns the chunks whose keys are nearest by mean absolute difference, nearest first; zeros for none.
+
+        episode: dataset and episode of each, of which nothing is recalled; None recalls all.
+        """
         R = self.config.recalled
 
+        M = self.config.size
+        apart = episode_B2 is not None and self.episodes is not None
+        own = episode_B2.astype(jnp.float32) if apart else jnp.full((len(keys_BK), 2), -1.0)
+        theirs = self.episodes[...] if apart else jnp.zeros((M, 2))
+
         def near(
-            first: jax.Array, keys: jax.Array, count: jax.Array, rows: jax.Array, values: jax.Array
+            first: jax.Array,
+            keys: jax.Array,
+            own: jax.Array,
+            count: jax.Array,
+            rows: jax.Array,
+            values: jax.Array,
+            theirs: jax.Array,
         ) -> tuple[jax.Array, jax.Array]:
-            distance_BR, at_BR = nearest(keys, rows, first, count, R)
+            there_M = first + jnp.arange(len(rows)) < count
+            there_BM = there_M & (own[:, None] != theirs).any(-1)
+            distance_BR, at_BR = nearest(keys, rows, there_BM, R)
             return distance_BR, values[at_BR]
 
-        given = jax.lax.stop_gradient((keys_BK.astype(jnp.float32), self.count[...]))
-        distance_PBR, values_PBRE = of_parts(near, given, (self.keys[...], self.values[...]), "memory")
+        given = jax.lax.stop_gradient((keys_BK.astype(jnp.float32), own, self.count[...]))
+        parts = (self.keys[...], self.values[...], theirs)
+        distance_PBR, values_PBRE = of_parts(near, given, parts, "memory")
         P, B = distance_PBR.shape[:2]
         distance_BX = jnp.moveaxis(distance_PBR, 0, 1).reshape(B, P * R)
         values_BXE = jnp.moveaxis(values_PBRE, 0, 1).reshape(B, P * R, -1)
@@ -73,36 +99,40 @@ class SkillMemory(nnx.Module):
         return jnp.where(jnp.isfinite(negative_BR)[..., None], found_BRE, 0.0)
 
     def written(
-        self, keys_BK: Float[Array, "B K"], values_BE: Float[Array, "B E"], valid_B: Bool[Array, "B"]
+        self,
+        keys_BK: Float[Array, "B K"],
+        values_BE: Float[Array, "B E"],
+        valid_B: Bool[Array, "B"],
+        episode_B2: Int[Array, "B 2"] | None = None,
     ) -> dict[str, Float[Array, "..."]]:
-        """Returns the memory with more rows, the valid ones, in the place of the oldest; of many, the last M stay."""
+        """Returns the memory with more rows, the valid ones, in the place of the oldest; of many, the last M stay.
+
+        episode: as in `recall`; with `SkillMemoryConfig.apart`.
+        """
         M, new = self.config.size, valid_B.sum()
         order_B = jnp.cumsum(valid_B) - 1
         fits_B = valid_B & (order_B >= new - M)
-        at_B = jnp.where(fits_B, (self.next[...].astype(jnp.int32) + order_B) % M, M)  # M is nowhere
+        at_B = jnp.where(fits_B, (self.count[...].astype(jnp.int32) + order_B) % M, M)  # M is nowhere
         put = lambda old, rows: old[...].at[at_B].set(rows.astype(jnp.float32), mode="drop")  # noqa: E731
-        return {
-            "keys": put(self.keys, keys_BK),
-            "values": put(self.values, values_BE),
-            "count": jnp.minimum(self.count[...] + new, M),
-            "next": (self.next[...] + new) % M,
-        }
+        count = self.count[...] + new  # float32 counts to 16 million
+        count = jnp.where(count < 2 * M, count, M + count % M)
+        rows = {"keys": put(self.keys, keys_BK), "values": put(self.values, values_BE), "count": count}
+        return rows if self.episodes is None else {**rows, "episodes": put(self.episodes, episode_B2)}
 
 
 def nearest(
-    keys_BK: Float[Array, "B K"], rows_MK: Float[Array, "M K"], first: Int[Array, ""], count: Float[Array, ""], R: int
+    keys_BK: Float[Array, "B K"], rows_MK: Float[Array, "M K"], there_BM: Bool[Array, "B M"], R: int
 ) -> tuple[Float[Array, "B R"], Int[Array, "B R"]]:
     """Returns the least mean absolute differences to rows, and which rows; infinite where there are fewer than R.
 
-    first: number of the first of these rows in the memory, of whose rows the first `count` are written.
+    there: which rows count.
     """
     M, K = rows_MK.shape
     blocks = -(-M // _BLOCK)
     padded = jnp.pad(rows_MK, ((0, blocks * _BLOCK - M), (0, 0))).reshape(blocks, _BLOCK, K)
     distance = jax.lax.map(lambda block: jnp.abs(keys_BK[:, None] - block).mean(-1), padded)  # (blocks, B, rows)
     distance_BM = jnp.moveaxis(distance, 0, 1).reshape(len(keys_BK), -1)[:, :M]
-    there_M = first + jnp.arange(M) < count
-    distance_BM = jnp.where(there_M, distance_BM, jnp.inf)
+    distance_BM = jnp.where(there_BM, distance_BM, jnp.inf)
     negative, at = jax.lax.top_k(-distance_BM, min(R, M))
     short = ((0, 0), (0, R - min(R, M)))
     return -jnp.pad(negative, short, constant_values=-jnp.inf), jnp.pad(at, short)
