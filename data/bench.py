@@ -84,6 +84,7 @@ class Shapes:
     prompt_format: PromptFormat = Pi0Prompt()
     image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
+    reads_episodes: bool = False
 
 
 def open_one(args: Args, console: Console) -> Loader:

@@ -249,8 +249,9 @@ class Assembler:
             dataset_id=ids.astype(np.int32),
             position=np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32),
             **text,
-            **({"episode": episode} if policy.reads_episodes else {}),
         )
+        if policy.reads_episodes:
+            batch["episode"] = episode
         return batch, saturated
 
     def _seen(

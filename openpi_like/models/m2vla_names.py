@@ -21,7 +21,7 @@ class CountRow(Row):
     most: int = 1
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return np.minimum(ours, self.most)
+        return np.asarray(np.minimum(ours, self.most))
 
 
 def released_table(layers: int, width: int, heads: int, skills: SkillMemoryConfig | None, *, gated: bool) -> Table:

@@ -70,9 +70,9 @@ class SkillMemory(nnx.Module):
         R = self.config.recalled
 
         M = self.config.size
-        apart = episode_B2 is not None and self.episodes is not None
-        own = episode_B2.astype(jnp.float32) if apart else jnp.full((len(keys_BK), 2), -1.0)
-        theirs = self.episodes[...] if apart else jnp.zeros((M, 2))
+        own, theirs = jnp.full((len(keys_BK), 2), -1.0), jnp.zeros((M, 2))  # none is anybody's own
+        if episode_B2 is not None and self.episodes is not None:
+            own, theirs = episode_B2.astype(jnp.float32), self.episodes[...]
 
         def near(
             first: jax.Array,

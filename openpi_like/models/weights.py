@@ -311,7 +311,7 @@ class WeightReader:
         whole = np.empty(shape, dtype) if len(rows) > 1 or rows[0].at else None
         for row in rows:
             part = _shape_at(shape, row.at)
-            theirs = self.array(row.theirs)[row.take]
+            theirs = np.asarray(self.array(row.theirs)[row.take])  # a number may be all that is taken
             if row.theirs in self._plan.padded:
                 theirs = theirs[: row.their_shape(part)[0]]
             converted = np.asarray(row.to_ours(theirs, part))
@@ -429,7 +429,7 @@ def export_weights(
         by_array.setdefault(row.theirs, []).append(row)
 
     def make(name: str) -> np.ndarray:
-        parts = [(row.take, row.to_theirs(np.asarray(weights[row.ours])[row.at])) for row in by_array[name]]
+        parts = [(row.take, row.to_theirs(np.asarray(np.asarray(weights[row.ours])[row.at]))) for row in by_array[name]]
         take, array = parts[0]
         if len(parts) > 1 or take:
             array = np.empty(whole_shape((take, part.shape) for take, part in parts), array.dtype)
@@ -438,7 +438,7 @@ def export_weights(
         if name in table.pad_rows:
             mean = array.astype(np.float32).mean(axis=0, keepdims=True).astype(array.dtype)
             array = np.concatenate([array, np.repeat(mean, table.pad_rows[name], axis=0)])
-        return np.ascontiguousarray(array)
+        return np.ascontiguousarray(array).reshape(array.shape)  # which makes a row of a number
 
     for name in by_array:
         yield name, functools.partial(make, name)

@@ -144,6 +144,7 @@ class Shapes:
     prompt_format: Any = None
     image_slots: tuple[int, ...] = ()
     action_tokens: None = None
+    reads_episodes: bool = False
 
 
 def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: bool = False) -> None:

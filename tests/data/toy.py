@@ -71,6 +71,7 @@ class Shapes:
     prompt_format: PromptFormat = Pi0Prompt()
     image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
+    reads_episodes: bool = False
 
 
 # A policy that writes actions as tokens.

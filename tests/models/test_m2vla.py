@@ -279,7 +279,7 @@ def test_sizes_that_do_not_fit_are_named(config: M2VlaConfig) -> None:
 def test_the_released_layout_is_read_and_written(config: M2VlaConfig, filled: Any) -> None:
     """Names and shapes as the released code declares them; what it never uses is left out."""
     weights = {name: np.asarray(x) for name, x in flat_weights(filled(lambda: config.create(KEY))).items()}
-    weights["skills/count"] = np.float32(15.0)  # of twelve rows, some replaced
+    weights["skills/count"] = np.asarray(15.0, np.float32)  # of twelve rows, some replaced
     shapes = layout(config, "openvla")
     block = "action_head.model.mlp_resnet_blocks.1"
     width, heads = 16, 2
