@@ -19,6 +19,9 @@ class Observation(TypedDict):
     state_mask: Array  # bool (B, Ds), False in padded dims
     prompt: Array  # int32 (B, S), 0 where padded
     prompt_mask: Array  # bool (B, S)
+    # Where they were kept, in the place of images, of which there are none then: what a frozen backbone makes of them,
+    # see `Backbone.image_states`. In the policy's dtype.
+    image_states: NotRequired[Array]  # (B, L + 1, T, D)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,21 +22,14 @@ from rich.console import Console
 
 from openpi_like.batch import Batch
 from openpi_like.config import load_run, override, to_json
-from openpi_like.data.config import describe
-from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.loader import make_loader
 from openpi_like.data.order import order_changes
 from openpi_like.data.schema import DatasetError
-from openpi_like.data.text import read_tokenizer
 from openpi_like.models.weights import WeightsError, print_load_report
 from openpi_like.train.allocation import keep_freed_memory, restart_after_compiling, runs_on_cpus
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, find_step
-from openpi_like.train.checkpoints.contract import (
-    CheckpointError,
-    Contract,
-    contract_problems,
-)
-from openpi_like.train.checkpoints.warm_start import frozen_from, start_contract, warm_start
+from openpi_like.train.checkpoints.contract import CheckpointError, contract_problems
+from openpi_like.train.checkpoints.warm_start import frozen_from, warm_start
 from openpi_like.train.compile_cache import use_compile_cache
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.early_stopping import Patience
@@ -45,6 +38,7 @@ from openpi_like.train.hosts.agreement import software
 from openpi_like.train.hosts.lock import run_directory
 from openpi_like.train.hosts.places import HostsError
 from openpi_like.train.hosts.process_group import ProcessGroup, join
+from openpi_like.train.image_states import check_image_states
 from openpi_like.train.planning.chips import GPU_PART, peak_flops
 from openpi_like.train.planning.flops import model_flops
 from openpi_like.train.sharding import check_batch, put_batch
@@ -69,28 +63,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         console.print(f"{run_dir}: {jax.device_count()} {jax.devices()[0].platform} devices, mesh {dict(mesh.shape)}")
 
     # ---- Contract: what serving will depend on -----------------------------------------------------------------------
-    # Those that are served: datasets without actions teach language alone.
-    robots = tuple({e.robot.name: e.robot for e in config.data.entries if e.actions}.values())
-    before = start_contract(config.warm_start)
-    if config.tokenizer is not None:
-        tokenizer = read_tokenizer(config.tokenizer)
-    elif before is not None:
-        tokenizer = before.tokenizer
-    else:
-        raise ValueError("tokenizer=None: there is no run of ours to take it from; give its file or directory")
-    action_tokenizer = None
-    if config.action_tokenizer is not None:
-        action_tokenizer = FastTokenizer.load(config.action_tokenizer).files
-    elif before is not None and config.model.action_tokens is not None:
-        action_tokenizer = before.action_tokenizer
-    contract = Contract(
-        policy=config.model,
-        robots=robots,
-        normalizations=config.normalizations(),
-        tokenizer=tokenizer,
-        renderers=describe(config.data).renderers,
-        action_tokenizer=action_tokenizer,
-    )
+    contract = config.contract()
     problems = contract_problems(contract, drop_cameras=config.data.drop_cameras)
     if problems:
         raise CheckpointError("a policy that cannot be trained and served:\n  " + "\n  ".join(problems))
@@ -117,6 +90,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
             (run_dir / "load_report.json").write_text(json.dumps(plan.report, indent=1))
     else:
         state = trainer.init()
+    check_image_states(config.data, trainer, state)
     step = int(state.step)
     if checkpointer.latest_step() is None:
         checkpointer.begin(state, source=None if config.save_frozen else config.warm_start)
@@ -166,7 +140,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
     if lead and (step == 0 if config.draw_batch is None else config.draw_batch):
         reader, path = contract.text_tokenizer(), run_dir / "first_batch.png"
         metrics.pictures(step, picture_batch(loader.peek(), trainer, reader, path, say=say))
-    sizes = trainer.attention_sizes(config.model.batch_shapes(config.batch_size))
+    sizes = trainer.attention_sizes(config.batch_shapes(config.batch_size))
     if config.attention == AUTO:
         # The lead measures, for all: they have to compile the same program, and the same one again after a resume.
         choices = attention_of_run(run_dir / "attention.json", sizes, mesh) if lead else []
@@ -191,7 +165,7 @@ def main(config: TrainConfig, group: ProcessGroup, console: Console) -> None:
         step=step,
         batch_size=config.batch_size,
         schedule=config.optimizer.schedule(),
-        model_flops_per_sample=model_flops(trainer.model),
+        model_flops_per_sample=model_flops(trainer.model, config.batch_shapes(1)),
         peak_flops=peak,
     )
     watching: dict[str, Any] = {"paused": log.paused, "say": say}

@@ -15,6 +15,7 @@ from openpi_like.config import near_names
 from openpi_like.data.config import DataConfig, PolicyShape
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastError, FastTokenizer
+from openpi_like.data.image_states import ImageStates
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextRow, TextTokenizer
@@ -113,12 +114,21 @@ class Assembler:
         normalizations: Mapping[str, Normalization],
         config: DataConfig,
         action_tokenizer: FastTokenizer | None,
+        image_states: Sequence[ImageStates] = (),
     ) -> None:
+        """image_states: of each dataset, in the place of its images; none of any reads these."""
+        self.image_states = image_states
         self.datasets, self.policy, self.tokenizer, self.config = datasets, policy, tokenizer, config
         self.normalizations, self.action_tokenizer = normalizations, action_tokenizer
         self._under_way, self._recycled = _UnderWay(), _Recycled(config.prefetch + config.num_threads + 1)
         problems = action_token_problems(policy, tokenizer, action_tokenizer)
         problems += image_slot_problems(policy, tokenizer)
+        problems += [
+            f"image_states {kept.directory}: text before the images is {list(kept.of.begins_with)} in them, and "
+            f"{tokenizer.before_images} in prompts; make them again with train/image_states.py"
+            for kept in image_states
+            if list(kept.of.begins_with) != tokenizer.before_images
+        ]
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
         if tokenizer.prompt_format != policy.prompt_format:
@@ -172,7 +182,10 @@ class Assembler:
         policy, size = self.policy, len(ids)
         saturated = 0
         height, width = policy.image_size
-        images = {name: self._recycled.empty((size, height, width, 3)) for name in policy.cameras}  # filled at the end
+        # Filled at the end.
+        read = () if self.image_states else policy.cameras
+        images = {name: self._recycled.empty((size, height, width, 3)) for name in read}
+        states_kept = self.image_states[0].empty(size) if self.image_states else None
         image_mask = {name: np.zeros(size, bool) for name in policy.cameras}
         state = np.zeros((size, policy.state_dim), np.float32)
         state_mask = np.zeros((size, policy.state_dim), bool)
@@ -212,11 +225,13 @@ class Assembler:
                         written[row] = of
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
                 action_mask[rows, : robot.action_horizon, : robot.action_size] = mask[..., None]
-            cameras = [camera for camera in robot.cameras if camera.name in images]
+            cameras = [camera for camera in robot.cameras if camera.name in image_mask]
+            if states_kept is not None:
+                self.image_states[i].read_into(frames[rows], [states_kept[row] for row in rows])
             seen = self._seen(dataset, cameras, frames[rows], None if held_out else positions[rows])
             for camera, mask in zip(cameras, seen, strict=True):
                 image_mask[camera.name][rows] = mask
-                at = rows[mask]
+                at = rows[mask] if images else rows[:0]
                 dataset.images_into(
                     frames[at],
                     camera,
@@ -224,8 +239,8 @@ class Assembler:
                     resize=policy.resize,
                     scaled=self.config.scaled_jpegs and policy.resize == "cubic",
                 )
-        for name, mask in image_mask.items():
-            images[name][~mask] = 0
+        for name in images:
+            images[name][~image_mask[name]] = 0
         if policy.action_tokens is None:
             prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
             text = {"prompt": prompt, "prompt_mask": prompt_mask}
@@ -252,6 +267,8 @@ class Assembler:
         )
         if policy.reads_episodes:
             batch["episode"] = episode
+        if states_kept is not None:
+            batch["image_states"] = states_kept
         return batch, saturated
 
     def _seen(

@@ -59,6 +59,8 @@ class MixtureEntry:
         that it knows prompts with and without.
     selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
     label: what it is called in metrics, besides its robot: "recorded" makes "sawyer, recorded".
+    image_states: directory of what a frozen backbone makes of its training frames, as train/image_states.py writes it;
+        then no image of them is read.
     """
 
     robot: Robot
@@ -71,6 +73,7 @@ class MixtureEntry:
     selection: Selection = Selection()
     blank_language: bool = False
     label: str | None = None
+    image_states: str | None = None
 
     @property
     def name(self) -> str:
@@ -124,6 +127,11 @@ class DataConfig:
                 problems.append(f"weight {entry.weight} of {entry.path}, expected a number above 0")
             if not entry.actions and entry.text_key is None:
                 problems.append(f"{entry.path} has actions=False and no text_key; then there is nothing to predict")
+        kept = [entry.image_states is not None for entry in self.entries]
+        if any(kept) and not all(kept):
+            problems.append("image_states of some entries, expected of all or of none: a batch has images or has not")
+        if any(kept) and (self.augment is not None or self.camera_dropout):
+            problems.append("image_states with augment or camera_dropout, which change images; leave one of them out")
         numbers = {"frame_stride": 1, "num_threads": 1, "num_workers": 0, "prefetch": 1, "seed": 0}
         optional = {"group_episodes": 1, "memory_budget_mib": 1}
         for name, least in (numbers | {k: v for k, v in optional.items() if getattr(self, k) is not None}).items():
@@ -135,6 +143,11 @@ class DataConfig:
             problems.append(f"max_corrupt_fraction={self.max_corrupt_fraction}, expected a value in [0, 1)")
         if problems:
             raise ValueError("DataConfig: " + "; ".join(problems))
+
+    @property
+    def has_image_states(self) -> bool:
+        """Whether training batches have what a frozen backbone makes of images, in the place of images."""
+        return any(entry.image_states is not None for entry in self.entries)
 
 
 @dataclasses.dataclass(frozen=True)

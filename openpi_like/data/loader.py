@@ -25,8 +25,10 @@ from openpi_like.data.assembly import Assembler
 from openpi_like.data.config import DataConfig, PolicyShape, open_datasets
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.fast import FastTokenizer
+from openpi_like.data.image_states import ImageStates
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.order import GroupedOrder, distinct_episodes, order_record, sample_order
+from openpi_like.data.schema import DatasetError
 from openpi_like.data.text import TextTokenizer
 from openpi_like.robots.robot import Robot
 
@@ -139,9 +141,10 @@ def make_loader(
     with contextlib.ExitStack() as opened:  # closes them if anything raises
         for dataset in datasets:
             opened.callback(dataset.close)
-        assemble = Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer)
+        kept = open_image_states(config, datasets, policy)
+        assemble = Assembler(datasets, policy, tokenizer, normalizations, config, action_tokenizer, kept)
         episodes = [d.frames_per_episode() for d in datasets]
-        for line in _announce(config, datasets, episodes, policy, batch_size, local):
+        for line in _announce(config, datasets, episodes, policy, batch_size, local, kept):
             print(line)
         order = sample_order(
             [len(d) for d in datasets],
@@ -167,6 +170,26 @@ def make_loader(
             return datasets[dataset].where(frame)
 
         return Loader(iter(stream), opened.pop_all(), batch_size, start, record, where)
+
+
+def open_image_states(config: DataConfig, datasets: Sequence[EpisodeDataset], policy: PolicyShape) -> list[ImageStates]:
+    """Opens what a frozen backbone makes of training frames, of every dataset or of none.
+
+    Raises:
+        DatasetError: lists what is not there or of something else.
+    """
+    opened, problems = [], []
+    for entry, dataset in zip(config.entries, datasets, strict=True):
+        if entry.image_states is None:
+            continue
+        try:
+            opened.append(ImageStates(entry.image_states))
+            opened[-1].check(dataset, policy)
+        except DatasetError as e:
+            problems.append(str(e))
+    if problems:
+        raise DatasetError("\n".join(problems))
+    return opened
 
 
 def _rows_per_host(batch_size: int, process_index: int, process_count: int, start: int = 0) -> int:
@@ -197,24 +220,29 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 def memory_needed(
-    config: DataConfig, datasets: Sequence[EpisodeDataset], policy: PolicyShape, local_batch: int
+    config: DataConfig,
+    datasets: Sequence[EpisodeDataset],
+    policy: PolicyShape,
+    local_batch: int,
+    kept: Sequence[ImageStates] = (),
 ) -> dict[str, int]:
     """Returns the most that loading holds on one host, in bytes, by what it is for; indexes are memory-mapped.
 
-    local_batch: samples of a batch on one host.
+    local_batch: samples of a batch on one host. kept: what is read in the place of images, also memory-mapped.
     """
     height, width = policy.image_size
     chunk = policy.action_horizon * policy.action_dim
     tokens = policy.prompt_len + (0 if policy.action_tokens is None else policy.action_tokens.max_len)
     # Numbers of 4 bytes with their masks; texts have up to four of these.
     row = 5 * chunk + 5 * policy.state_dim + 8 * tokens + len(policy.cameras) + 12
-    batch = local_batch * (len(policy.cameras) * height * width * 3 + row)
+    images = kept[0].of.row_bytes if kept else len(policy.cameras) * height * width * 3
+    batch = local_batch * (images + row)
     processes = max(config.num_workers, 1)
     threads = processes * config.num_threads
     # Being decoded or ready in a process; with workers also copied, sent, and received twice (grain's buffers).
     held = -(-config.prefetch // processes) + config.num_threads + (4 if config.num_workers else 1)
     image = 0
-    for dataset in datasets:
+    for dataset in datasets if not kept else ():
         for camera in dataset.robot.cameras:
             read, pixels = dataset.image_bytes(camera)
             image = max(image, read + (_PILLOW_COPIES if policy.resize == "pillow" else 1) * pixels)
@@ -228,8 +256,8 @@ def memory_needed(
     if config.group_episodes is not None:
         of = [(d.frames_per_episode(), config.group_episodes, config.num_threads) for d in datasets]
         needed["order of groups"] = processes * sum(GroupedOrder.most_bytes(*x) for x in of)
-    kept = {what: size for d in datasets for what, size in d.index.split.storage.kept.items()}
-    needed |= {what: (1 + config.num_workers) * size for what, size in kept.items()}
+    in_memory = {what: size for d in datasets for what, size in d.index.split.storage.kept.items()}
+    needed |= {what: (1 + config.num_workers) * size for what, size in in_memory.items()}
     if config.num_workers:
         needed[f"{config.num_workers} processes"] = config.num_workers * WORKER_BYTES
     return needed
@@ -242,13 +270,14 @@ def _announce(
     policy: PolicyShape,
     batch_size: int,
     local_batch: int,
+    kept: Sequence[ImageStates],
 ) -> list[str]:
     """Returns lines that say what the loader of one host holds at most and how well it shuffles.
 
     Raises:
         ValueError: it would hold more than `memory_budget_mib`.
     """
-    needed, budget = memory_needed(config, datasets, policy, local_batch), config.memory_budget_mib
+    needed, budget = memory_needed(config, datasets, policy, local_batch, kept), config.memory_budget_mib
     total = sum(needed.values()) / 2**20
     parts = ", ".join(f"{what} = {of / 2**20:.0f} MiB" for what, of in needed.items())
     if budget is not None and total > budget:

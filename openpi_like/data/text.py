@@ -32,6 +32,7 @@ class TextTokenizer:
     """Writes prompts and answers as padded rows of ids. Safe to use from several threads.
 
     image_slots: after how many ids of a prompt each camera's image tokens go, see `PromptFormat.image_slots`.
+    before_images: the ids before the last of them, which all prompts begin with.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class TextTokenizer:
         self.prompt_len, self.answer_len, self.truncate = prompt_len, answer_len, truncate
         self.vocab_size = tokenizer.vocab_size
         self.image_slots = prompt_format.image_slots(tokenizer, cameras)
-        self._before_images = prompt_format.leading(tokenizer, cameras)[: max(self.image_slots, default=0)]
-        if len(self._before_images) > prompt_len:
+        self.before_images = prompt_format.leading(tokenizer, cameras)[: max(self.image_slots, default=0)]
+        if len(self.before_images) > prompt_len:
             raise ValueError(
-                f"prompts of {prompt_format} have {len(self._before_images)} tokens before the last image, expected at "
+                f"prompts of {prompt_format} have {len(self.before_images)} tokens before the last image, expected at "
                 f"most prompt_len={prompt_len}; use a larger prompt_len"
             )
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -119,10 +120,10 @@ class TextTokenizer:
                 f"prompt {text!r}{values} has {len(tokens)} tokens, expected at most prompt_len={self.prompt_len}; "
                 "use a larger prompt_len or a shorter prompt"
             )
-        before = tokens[: len(self._before_images)]
-        if before != self._before_images:
+        before = tokens[: len(self.before_images)]
+        if before != self.before_images:
             raise ValueError(
-                f"prompt {text!r} begins with the tokens {before}, expected {self._before_images}: images have fixed "
+                f"prompt {text!r} begins with the tokens {before}, expected {self.before_images}: images have fixed "
                 f"places among these in {self.prompt_format}; choose a format with images before the text"
             )
         return tokens

@@ -29,7 +29,7 @@ from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.draws import RowKeys, row_keys
 from openpi_like.models.gemma import attention_mask, token_positions
-from openpi_like.models.language import KVCache, LanguageModel
+from openpi_like.models.language import Behind, KVCache, LanguageModel
 from openpi_like.partition import pin
 
 EOS = 1
@@ -322,6 +322,48 @@ class Backbone(nnx.Module):
             mask = attention_mask(valid, jnp.concatenate([starts, jnp.broadcast_to(own, (B, Q))], axis=1))
         deep = tuple(behind(x, 0) for x in prefix.deep)
         return Embedded(tokens, valid, deep), mask, self.vlm.rope(self.positions(valid))
+
+    # ---- Images alone ------------------------------------------------------------------------------------------------
+
+    @property
+    def images_first(self) -> bool:
+        """Whether what images become depends on nothing that stands behind them, so that it can be kept for a frame."""
+        return self.causal and len(set(self.config.image_slots or (0,))) == 1
+
+    def image_states(self, observation: Observation | TextBatch | Batch) -> Float[Array, "L1 B T D"]:
+        """Returns the tokens up to the last of the images as `hidden_states`, of all layers, where `images_first`.
+
+        T: image tokens of all cameras, and the text before them, which is the same for every prompt.
+        """
+        begin = slice(0, self.image_starts()[0])
+        before: Any = {**observation, **{k: observation[k][:, begin] for k in ("prompt", "prompt_mask")}}
+        B, D = observation["prompt"].shape[0], self.config.backbone.language.width
+        sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None)
+        with jax.named_scope("vlm"):
+            return self.vlm.hidden_states(sequence.tokens, mask, rope)
+
+    def states_behind(
+        self,
+        observation: Observation | TextBatch | Batch,
+        images_LBTD: Float[Array, "L1 B T D"],
+        queries_BQD: Float[Array, "B Q D"],
+    ) -> tuple[Float[Array, "L1 B S D"], Bool[Array, "B T"]]:
+        """Returns text behind images, then queries, as `hidden_states`, of all layers; and which of the T are valid.
+
+        images: what `image_states` returns. queries: as in `run_queries`.
+        """
+        C, P, first = len(self.config.cameras), self.image_tokens, self.image_starts()[0]
+        B, T = images_LBTD.shape[1:3]
+        text, text_mask = observation["prompt"][:, first:], observation["prompt_mask"]
+        seen = jnp.stack([observation["image_mask"][c] for c in self.config.cameras], axis=1)
+        seen_BT = self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), text_mask[:, :first])
+        valid = jnp.concatenate([seen_BT, text_mask[:, first:], jnp.ones(queries_BQD.shape[:2], bool)], axis=1)
+        tokens = self.vlm.embed(text)
+        tokens = jnp.concatenate([tokens, queries_BQD.astype(tokens.dtype)], axis=1)
+        mask, rope = self.mask(valid, jnp.ones_like(valid)), self.vlm.rope(self.positions(valid))
+        behind = Behind(images_LBTD[:-1], rope[:, :, :T])
+        with jax.named_scope("vlm"):
+            return self.vlm.hidden_states(tokens, mask[:, T:], rope[:, :, T:], behind=behind), seen_BT
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 

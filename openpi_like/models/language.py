@@ -5,7 +5,7 @@ Letters: B batch, S tokens, T keys (cached and own), D width, K kv heads, H head
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,13 @@ class MapsLayer(nnx.Module):
         gate, up = linear_parts(self, "gate_up", "BSD,DF->BSF", y_BSD)
         hidden_BSF = pin(self.activation(gate) * up, "batch", None, "mlp")
         return linear(self, "down", "BSF,FD->BSD", kept(hidden_BSF, "mlp"))
+
+
+class Behind(NamedTuple):
+    """Tokens that others stand behind, as every layer got them, (L, B, T, D), and their rotations, (2, B, T, H / 2)."""
+
+    states: Leaf
+    rope: Leaf
 
 
 M = TypeVar("M", bound="LanguageModel")
@@ -134,7 +141,8 @@ class LanguageModel(nnx.Module):
         """Says whether each layer has arrays of its own, see `sampling.for_sampling`."""
         return isinstance(self.layers, nnx.List)
 
-    def _inputs(self, past: KVCache | None) -> Any:
+    def _inputs(self, past: Any) -> Any:
+        """past: of all layers, one behind another; or None."""
         number = jnp.arange(self.config.depth)
         if not self.is_taken_apart:
             return self.layers, number, past
@@ -163,19 +171,27 @@ class LanguageModel(nnx.Module):
     def hidden_states(
         self,
         x_BSD: Float[Array, "B S D"],
-        mask_BSS: Bool[Array, "B S S"],
+        mask_BST: Bool[Array, "B S T"],
         rope_2BSh: Float[Array, "2 B S half"],
+        *,
+        behind: Behind | None = None,
         **given: Any,
     ) -> Float[Array, "L1 B S D"]:
-        """Returns the inputs of every layer and, last, the output after the final norm: (L + 1, B, S, D)."""
-        step = self.step(mask_BSS, rope_2BSh, **given)
+        """Returns the inputs of every layer and, last, the output after the final norm: (L + 1, B, S, D).
 
-        def body(x: jax.Array, inputs: tuple[Any, jax.Array, None]) -> tuple[jax.Array, jax.Array]:
-            return step(x, inputs)[0], x
+        mask: True where a token sees a key; T counts the tokens that these are behind first, then the S own ones.
+        """
+        step = self.step(mask_BST, rope_2BSh, **given)
+
+        def body(x: jax.Array, inputs: tuple[Any, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+            layer, i, seen = inputs
+            past = None if behind is None else self.own_keys(layer, seen, behind.rope)
+            return step(x, (layer, i, past))[0], x
 
         x_BSD = x_BSD.astype(self.dtype)
-        x_BSD, before = run_layers(body, x_BSD, self._inputs(None), unroll=self.unroll, remat=self.remat)
-        return jnp.concatenate([before, self.last_norm(x_BSD, **given)[None]])
+        states = None if behind is None else behind.states
+        x_BSD, inputs = run_layers(body, x_BSD, self._inputs(states), unroll=self.unroll, remat=self.remat)
+        return jnp.concatenate([inputs, self.last_norm(x_BSD, **given)[None]])
 
     def prefill(
         self,

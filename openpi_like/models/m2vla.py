@@ -12,6 +12,7 @@ Letters: B batch, L layers, A action horizon, J action dims, Q queries, P visual
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -71,6 +72,13 @@ class M2VlaConfig(PolicyConfig):
     def reads_episodes(self) -> bool:
         """Whether the memory leaves out a sample's own episode."""
         return self.skills is not None and self.skills.apart
+
+    def with_image_states(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """As `PolicyConfig.with_image_states`."""
+        B, language = shapes["prompt"].shape[0], self.backbone.language
+        T = len(self.cameras) * self.backbone.image_tokens(self.image_size) + (self.image_slots or (0,))[0]
+        states = jax.ShapeDtypeStruct((B, language.depth + 1, T, language.width), self.dtype)
+        return {**shapes, "images": {}, "image_states": states}
 
     def released_normalization(self) -> str:
         """Returns "quantile"."""
@@ -132,6 +140,12 @@ class LayerPolicy(Model):
     def __init__(self, config: M2VlaConfig, key: Key[Array, ""]) -> None:
         """Use the config's `create`."""
         super().__init__(config, key)
+        if not self.backbone.images_first:
+            raise ValueError(
+                f"{type(config).__name__}: backbone={config.backbone}, image_slots={config.image_slots}; expected a "
+                "causal backbone, all cameras in one place of the text, and no FiLM: it reads what images are without "
+                "what stands behind them"
+            )
         c, D, A = config, config.backbone.language.width, config.action_horizon
         self.queries = weight(key, "queries", (c.queries, D), (None, "embed"), zeros)
         self.state_in = Linear(named_key(key, "state_in"), "BJ,JD->BD", (c.state_dim, D), ("action", "embed"))
@@ -157,15 +171,13 @@ class LayerPolicy(Model):
 
     def features(self, observation: Observation) -> tuple[LayerFeatures, Float[Array, "B K"]]:
         """Returns what the head reads, and the keys of the memory (K = 0 without one)."""
-        c, Q = self.config, self.config.queries
-        B = observation["prompt"].shape[0]
+        Q, B = self.config.queries, observation["prompt"].shape[0]
         queries = jnp.broadcast_to(self.queries[...], (B, *self.queries[...].shape))
-        L = c.backbone.language.depth
-        states, valid = self.backbone.hidden_states(observation, range(L + 1), queries_BQD=queries)
-        seen = self._visual_tokens()
-        mask = valid[:, seen]
-        features = LayerFeatures(states[1:, :, -Q:], states[1:, :, seen], mask)
-        return features, self.keys(states[:, :, seen], mask)
+        images = observation.get("image_states")
+        images = self.backbone.image_states(observation) if images is None else jnp.moveaxis(images, 1, 0)
+        behind, valid = self.backbone.states_behind(observation, images, queries)
+        seen, mask = images[:, :, self._visual_tokens()], valid[:, self._visual_tokens()]
+        return LayerFeatures(behind[1:, :, -Q:], seen[1:], mask), self.keys(seen, mask)
 
     def keys(self, seen_LBPD: Float[Array, "L B P D"], mask_BP: Bool[Array, "B P"]) -> Float[Array, "B K"]:
         """Returns the keys of images: means over their tokens at some layers. No gradient goes there."""

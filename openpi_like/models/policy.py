@@ -185,7 +185,16 @@ class PolicyConfig(VisionLanguageConfig):
         Raises:
             ValueError: lists everything that does not fit.
         """
-        _compare(inputs, self.input_shapes(_rows(inputs), actions=actions))
+        shapes = self.input_shapes(_rows(inputs), actions=actions)
+        _compare(inputs, self.with_image_states(shapes) if "image_states" in inputs else shapes)
+
+    def with_image_states(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the shapes of inputs, of those that have what a frozen backbone makes of images in their place.
+
+        Raises:
+            ValueError: this policy reads images.
+        """
+        raise ValueError(f"{type(self).__name__} reads images, not image_states; leave them out of its data")
 
     def input_shapes(self, B: int, *, actions: bool) -> dict[str, Any]:
         """Returns the shapes of B observations, or of B samples with `actions`, each a `jax.ShapeDtypeStruct`."""
@@ -244,7 +253,7 @@ class PolicyConfig(VisionLanguageConfig):
 
     def observation(self, batch: Batch) -> Observation:
         """Returns what a robot would have asked with: the batch without actions, and without answers to the prompt."""
-        seen: dict[str, Any] = {k: batch[k] for k in Observation.__annotations__}  # type: ignore[literal-required]
+        seen: dict[str, Any] = {k: batch[k] for k in Observation.__annotations__ if k in batch}  # type: ignore[literal-required]
         if self.action_tokens is not None:
             asked = batch["prompt_mask"] & ~batch["prompt_causal"]
             seen["prompt"] = jnp.where(asked, batch["prompt"], 0)[:, : self.prompt_len]

@@ -109,6 +109,11 @@ class Prismatic(Backbone):
         )
         self.vlm = Llama(sizes.vlm, named_key(key, "vlm"), vocab_size=c.vocab_size, **run)
 
+    @property
+    def images_first(self) -> bool:
+        """As `Backbone.images_first`: not where the prompt changes what is seen."""
+        return super().images_first and not self.config.backbone.film
+
     def image_condition(
         self, text_BSD: Float[Array, "B S D"], asked_BS: Bool[Array, "B S"]
     ) -> Float[Array, "B D"] | None:

@@ -6,11 +6,14 @@ from typing import Any
 from jax.sharding import Mesh
 
 from openpi_like.config import near_names
-from openpi_like.data.config import DataConfig
+from openpi_like.data.config import DataConfig, describe
+from openpi_like.data.fast import FastTokenizer
 from openpi_like.data.normalize import Normalization
+from openpi_like.data.text import read_tokenizer
 from openpi_like.models.attention import VARIANTS
 from openpi_like.partition import ShardingRules
 from openpi_like.train.checkpoints.checkpoint import Keep
+from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.checkpoints.warm_start import WarmStart, start_contract
 from openpi_like.train.fastest import AUTO
 from openpi_like.train.hosts.places import Hosts
@@ -147,6 +150,40 @@ class TrainConfig:
         if self.attention != AUTO:
             trainer.attention = self.attention
         return trainer
+
+    def batch_shapes(self, B: int) -> Any:
+        """Returns the shapes of B samples of training: with images, or what was kept of a frozen backbone."""
+        shapes = self.model.batch_shapes(B)
+        return self.model.with_image_states(shapes) if self.data.has_image_states else shapes
+
+    def contract(self) -> Contract:
+        """Returns what serving will depend on: policy, robots, statistics and tokenizers.
+
+        Raises:
+            ValueError: there is no tokenizer. FileNotFoundError, DatasetError: as `load_statistics` and `describe`.
+        """
+        # Those that are served: datasets without actions teach language alone.
+        robots = tuple({e.robot.name: e.robot for e in self.data.entries if e.actions}.values())
+        before = start_contract(self.warm_start)
+        if self.tokenizer is not None:
+            tokenizer = read_tokenizer(self.tokenizer)
+        elif before is not None:
+            tokenizer = before.tokenizer
+        else:
+            raise ValueError("tokenizer=None: there is no run of ours to take it from; give its file or directory")
+        action_tokenizer = None
+        if self.action_tokenizer is not None:
+            action_tokenizer = FastTokenizer.load(self.action_tokenizer).files
+        elif before is not None and self.model.action_tokens is not None:
+            action_tokenizer = before.action_tokenizer
+        return Contract(
+            policy=self.model,
+            robots=robots,
+            normalizations=self.normalizations(),
+            tokenizer=tokenizer,
+            renderers=describe(self.data).renderers,
+            action_tokenizer=action_tokenizer,
+        )
 
     def normalizations(self) -> dict[str, Normalization]:
         """Returns the statistics of every robot of the data, as `statistics` says.

@@ -64,7 +64,7 @@ def drawn(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (scale * torch.randn(*shape)).to(torch.bfloat16).float()
 
 
-def golden(module: Any, **options: Any) -> dict[str, np.ndarray]:
+def golden(module: Any, **options: Any) -> dict[str, Any]:
     """Returns what goes into the file of one head."""
     head = module.L1RegressionActionHead(
         input_dim=D, hidden_dim=D, action_dim=J, num_task_tokens=P, use_pro_version=True, **options

@@ -18,17 +18,18 @@ from jax.extend import core
 from openpi_like.models.weights import flatten, unflatten
 
 
-def model_flops(model: Any) -> float:
+def model_flops(model: Any, sample: Any = None) -> float:
     """Returns the FLOPs of training a policy on one sample, forward and backward.
 
-    model: a `ModelDef`: it says what is trained, and its config the shapes of a batch.
+    model: a `ModelDef`: it says what is trained. sample: the shapes of a batch of one; None: as its config says.
     """
 
     def loss(params: Any, batch: Any) -> Any:
         return model.bind(params).loss(jax.random.key(0), batch)
 
     trained = unflatten({name: name in model.trained for name in flatten(model.shapes)})
-    return training_flops(loss, model.shapes, model.config.batch_shapes(1), trained=trained)
+    of = model.config.batch_shapes(1) if sample is None else sample
+    return training_flops(loss, model.shapes, of, trained=trained)
 
 
 def training_flops(loss: Callable[..., Any], params: Any, *args: Any, trained: Any = True) -> float:

@@ -201,7 +201,7 @@ def plan_step(config: Any, target: Target) -> Plan:
     check_batch(config.validation_batch_size, 1, mesh, name="validation_batch_size")
     trainer = config.trainer(mesh)
     state = abstract_state(trainer)
-    batch = _placed(config.model.batch_shapes(config.batch_size), batch_sharding(mesh))
+    batch = _placed(config.batch_shapes(config.batch_size), batch_sharding(mesh))
     parts = state_bytes(state) | {"batch": bytes_per_chip(batch)}
     plan = Plan(
         what="training step",
@@ -214,7 +214,7 @@ def plan_step(config: Any, target: Target) -> Plan:
         attention=str(trainer.attention),
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.model.shapes)),
         replicated=replicated_weights({"trained": state.params, "frozen": state.frozen}),
-        model_flops=model_flops(trainer.model) * config.batch_size / target.count,
+        model_flops=model_flops(trainer.model, config.batch_shapes(1)) * config.batch_size / target.count,
     )
     return _compiled(plan, trainer.train_step.lower(state, batch), mesh, target, parts)
 
