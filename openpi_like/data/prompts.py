@@ -285,3 +285,24 @@ class ChatPrompt(PromptFormat):
         if self.image_token is None:
             return {"role": role, "content": text}
         return {"role": role, "content": [{"type": "image"}] * cameras + [{"type": "text", "text": text}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrismaticChatPrompt(ChatPrompt):
+    """Prismatic on Qwen2.5, as in VLA-Adapter and M2-VLA: a chat of text alone, and all images behind its first token.
+
+    That is "<|im_start|>": the released code takes it for BOS (VLA-Adapter `experiments/robot/openvla_utils.py`).
+    """
+
+    system: str = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    ask: str = "What action should the robot take to {text}?"
+    image_token: None = None
+
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
+        return super().prompt(tokenizer, text.lower(), state, cameras)
+
+    def leading(self, tokenizer: Tokenizer, cameras: int) -> list[int]:
+        return super().prompt(tokenizer, "", None, cameras)[:1]
+
+    def image_slots(self, tokenizer: Tokenizer, cameras: int) -> tuple[int, ...]:
+        return (1,) * cameras

@@ -19,6 +19,7 @@ from openpi_like.data.prompts import (
     Pi0Prompt,
     Pi05Prompt,
     PlainPrompt,
+    PrismaticChatPrompt,
     PromptFormat,
     SmolVlaPrompt,
 )
@@ -45,6 +46,7 @@ CASES: list[tuple[Tokenizer, PromptFormat]] = [
     (QWEN, ChatPrompt()),
     (SMOL, ChatPrompt(image_token="<image>")),
     (TEXT, ChatPrompt(image_token=None, ask="What action should the robot take to {text}?")),
+    (TEXT, PrismaticChatPrompt()),
 ]
 EVERY = pytest.mark.parametrize(("tokenizer", "fmt"), CASES, ids=lambda x: type(x).__name__)
 
@@ -99,6 +101,9 @@ def test_prompts_of_chats() -> None:
     assert written(TEXT, other, "Left") == "#" + system.replace("You are a helpful assistant.", "Go.") + "Left!" + end
     smol = written(SMOL, ChatPrompt(system="", image_token="<image>"), "Open it", cameras=2)
     assert smol == f"<|im_start|>User:##{asked}<end_of_utterance>\nAssistant:"
+    prismatic = system.replace("system\nYou", "##system\nYou are Qwen, created by Alibaba Cloud. You")
+    asked = "What action should the robot take to open it?"
+    assert written(TEXT, PrismaticChatPrompt(), "Open it", cameras=2) == prismatic + asked + end
     assert written(QWEN, PlainPrompt(), "Open it", cameras=2) == "##Open it\n"
     assert written(QWEN, SmolVlaPrompt(), "Open it\n") == "#Open it\n"
 
