@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -105,6 +106,12 @@ def normal(stddev: float) -> Initializer:
 def fan_in(*in_axes: int) -> Initializer:
     """Returns an initialiser N(0, 1 / fan-in); in_axes: the dimensions that are summed over when the weight is used."""
     return lambda key, shape: normal(1 / math.sqrt(math.prod(shape[a] for a in in_axes)))(key, shape)
+
+
+def xavier(inputs: int, outputs: int) -> Initializer:
+    """Returns an initialiser: uniform, of variance 2 / (inputs + outputs) (Glorot and Bengio 2010)."""
+    bound = np.sqrt(6 / (inputs + outputs)).astype(np.float32)
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * bound
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

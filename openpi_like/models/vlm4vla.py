@@ -22,7 +22,7 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
-from openpi_like.models.param import Linear, weight, zeros
+from openpi_like.models.param import Linear, weight, xavier, zeros
 from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.robots import Robot
 
@@ -85,11 +85,6 @@ class Vlm4VlaConfig(PolicyConfig):
         return Vlm4Vla(self, key)
 
 
-def xavier(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Initialiser: uniform, of variance 2 / (inputs + outputs) (Glorot and Bengio 2010)."""
-    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * np.sqrt(6 / sum(shape)).astype(np.float32)
-
-
 class Mlp(nnx.Module):
     """Linear maps with ReLU between them, not behind the last."""
 
@@ -98,7 +93,7 @@ class Mlp(nnx.Module):
         self.depth = len(widths) - 1
         for i, shape in enumerate(itertools.pairwise(widths)):
             axes = ("embed", "mlp" if i + 1 < self.depth else last)
-            linear = Linear(named_key(key, str(i)), "BD,DE->BE", shape, axes, init=xavier)
+            linear = Linear(named_key(key, str(i)), "BD,DE->BE", shape, axes, init=xavier(*shape))
             setattr(self, f"map_{i}", linear)
 
     def __call__(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B E"]:
