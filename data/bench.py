@@ -85,6 +85,8 @@ class Shapes:
     image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
     reads_episodes: bool = False
+    answer_len: int = 0
+    robots: tuple[str, ...] = ()
 
 
 def open_one(args: Args, console: Console) -> Loader:

@@ -19,6 +19,11 @@ class Observation(TypedDict):
     state_mask: Array  # bool (B, Ds), False in padded dims
     prompt: Array  # int32 (B, S), 0 where padded
     prompt_mask: Array  # bool (B, S)
+    # Where the policy has parts for each robot: which of its `robots` it is.
+    robot: NotRequired[Array]  # int32 (B,)
+    # Where the policy writes text before it acts, and it is written already, see `DexVla.think`:
+    thought: NotRequired[Array]  # int32 (B, T), 0 where padded
+    thought_mask: NotRequired[Array]  # bool (B, T)
     # Where they were kept, in the place of images, of which there are none then: what a frozen backbone makes of them,
     # see `Backbone.image_states`. In the policy's dtype.
     image_states: NotRequired[Array]  # (B, L + 1, T, D)

@@ -143,7 +143,7 @@ class Assembler:
                 problems.append(f"augment.wrist_cameras: {name!r} is not a slot of the policy ({near})")
         for entry in config.entries:
             problems += [f"robot {entry.robot.name!r}: {p}" for p in self._problems(entry.robot)]
-            if entry.text_key is not None and policy.action_tokens is None:
+            if entry.text_key is not None and not policy.answer_len:
                 problems.append(f"{entry.path} has text_key={entry.text_key!r}, but the policy writes no answers")
         if problems:
             raise ValueError(
@@ -191,7 +191,7 @@ class Assembler:
         state_mask = np.zeros((size, policy.state_dim), bool)
         actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
         action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
-        episode = np.zeros(size, np.int32)
+        episode, robots = np.zeros(size, np.int32), np.zeros(size, np.int32)
         # Per sample: the instruction, the state for the prompt, what is said, and the action tokens.
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
@@ -204,6 +204,8 @@ class Assembler:
             entry, robot = self.config.entries[i], dataset.robot
             normalization = self.normalizations[robot.name]
             states, chunks, mask = dataset.encoded(frames[rows])
+            if policy.robots:
+                robots[rows] = policy.robots.index(robot.name)
             episode[rows] = dataset.episodes_of(frames[rows])
             state[rows, : robot.state_size] = normalization.apply_state(states)
             for row in rows:
@@ -241,14 +243,15 @@ class Assembler:
                 )
         for name in images:
             images[name][~image_mask[name]] = 0
-        if policy.action_tokens is None:
+        if not policy.answer_len:
             prompt, prompt_mask = self.tokenizer.batch(prompts, states_in_prompt)
             text = {"prompt": prompt, "prompt_mask": prompt_mask}
         else:
             answers = []
             for at, asked in enumerate(zip(prompts, states_in_prompt, said, written, strict=True)):
                 try:
-                    answers.append(self._answer(*asked))
+                    acts = self.config.entries[ids[at]].actions
+                    answers.append(self._answer(*asked, acts=acts))
                 except ValueError as e:
                     dataset, frame = self.datasets[ids[at]], frames[at]
                     assert dataset is not None  # as above
@@ -265,6 +268,8 @@ class Assembler:
             position=np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32),
             **text,
         )
+        if policy.robots:
+            batch["robot"] = robots
         if policy.reads_episodes:
             batch["episode"] = episode
         if states_kept is not None:
@@ -299,7 +304,11 @@ class Assembler:
         ids = [tokens.first(self.policy.vocab_size) - written for written in encoded.ids]
         return ids, int(encoded.outside.sum())
 
-    def _answer(self, prompt: str, state: np.ndarray, said: str | None, written: np.ndarray | None) -> TextRow:
+    def _answer(
+        self, prompt: str, state: np.ndarray, said: str | None, written: np.ndarray | None, *, acts: bool
+    ) -> TextRow:
+        if acts and self.action_tokenizer is None:
+            return self.tokenizer.encode_thought(prompt, state, said or "")
         if written is None:
             assert said is not None  # DataConfig has checked it
             return self.tokenizer.encode_answer(prompt, said)

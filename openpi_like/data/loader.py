@@ -232,7 +232,7 @@ def memory_needed(
     """
     height, width = policy.image_size
     chunk = policy.action_horizon * policy.action_dim
-    tokens = policy.prompt_len + (0 if policy.action_tokens is None else policy.action_tokens.max_len)
+    tokens = policy.prompt_len + policy.answer_len
     # Numbers of 4 bytes with their masks; texts have up to four of these.
     row = 5 * chunk + 5 * policy.state_dim + 8 * tokens + len(policy.cameras) + 12
     images = kept[0].of.row_bytes if kept else len(policy.cameras) * height * width * 3

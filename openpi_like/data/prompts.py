@@ -79,6 +79,11 @@ class PromptFormat(abc.ABC):
         """Returns the ids of what is said before actions."""
         return tokenizer.encode(f"Subtask: {text};\n")
 
+    def thought(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Returns the ids of text that is written before acting, to its end; of "" the end alone."""
+        said = tokenizer.encode(f"{text}Next action:") if text else []
+        return [*said, tokenizer.required("eos")]
+
     def action_indicator(self, tokenizer: Tokenizer) -> list[int]:
         """Returns the ids that announce actions in an answer; none where the prompt ends with them."""
         return [] if self.ends_with_indicator or not self.indicator else tokenizer.encode(self.indicator)

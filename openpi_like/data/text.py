@@ -82,7 +82,7 @@ class TextTokenizer:
             policy.prompt_len,
             prompt_format=policy.prompt_format,
             cameras=len(policy.cameras),
-            answer_len=0 if policy.action_tokens is None else policy.action_tokens.max_len,
+            answer_len=policy.answer_len,
         )
 
     # ---- Prompts -----------------------------------------------------------------------------------------------------
@@ -145,6 +145,14 @@ class TextTokenizer:
         """
         question = self._checked(text, self.prompt_format.question(self.tokenizer, text, self.cameras), "")
         return self._row(text, question, self.prompt_format.text_answer(self.tokenizer, answer), [])
+
+    def encode_thought(self, text: str, state: Float[np.ndarray, "De"] | None, said: str) -> TextRow:
+        """Returns a prompt, and text that is written before acting, "" for none, as the format ends it.
+
+        Raises:
+            ValueError: too many tokens.
+        """
+        return self._row(text, self._prompt(text, state), self.prompt_format.thought(self.tokenizer, said), [])
 
     def encode_actions(
         self,

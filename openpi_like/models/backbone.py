@@ -431,7 +431,7 @@ class Backbone(nnx.Module):
         max_new: int,
         temperature: float = 0.0,
         skip: int = 0,
-        eos: int = EOS,
+        eos: int | Int[Array, ""] = EOS,
     ) -> tuple[Int[Array, "B new"], Bool[Array, "B new"]]:
         """Returns new token ids, 0 after the end, and the mask of real ones (the end-of-sequence token included).
 

@@ -148,6 +148,7 @@ class PolicyConfig(VisionLanguageConfig):
     state_dim, action_dim: padded sizes. action_horizon: A, steps in a chunk.
     prompt_format: how its prompts and answers are written, see `openpi_like.data.prompts`.
     action_tokens: how actions are written as tokens, None where they are not.
+    robots: names of those that have parts of their own in the policy; () where all share all of it.
     """
 
     state_dim: int
@@ -155,7 +156,9 @@ class PolicyConfig(VisionLanguageConfig):
     action_horizon: int
     prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: ActionTokens | None = None
+    robots: tuple[str, ...] = ()
     writes_tokens: ClassVar[bool] = False  # whether a policy of this kind can have action tokens
+    has_robot_parts: ClassVar[bool] = False  # whether it can have parts for each robot
 
     @property
     def answer_len(self) -> int:
@@ -174,6 +177,10 @@ class PolicyConfig(VisionLanguageConfig):
         tokens = self.action_tokens
         if tokens is not None and not self.writes_tokens:
             problems.append(f"action_tokens={tokens}, expected None: actions are not written as text")
+        if self.robots and not self.has_robot_parts:
+            problems.append(f"robots={self.robots}, expected (): all robots share all of it")
+        if len(set(self.robots)) != len(self.robots):
+            problems.append(f"robots={self.robots}, expected each named once")
         if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
             least = tokens.count + tokens.skip
             problems.append(f"vocab_size={self.vocab_size}, expected at least {least} for the ids of action tokens")
@@ -199,10 +206,12 @@ class PolicyConfig(VisionLanguageConfig):
     def input_shapes(self, B: int, *, actions: bool) -> dict[str, Any]:
         """Returns the shapes of B observations, or of B samples with `actions`, each a `jax.ShapeDtypeStruct`."""
         row = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype)  # noqa: E731
-        answers = actions and self.action_tokens is not None
+        answers = actions and self.answer_len > 0
         chunk = (self.action_horizon, self.action_dim)
         shapes: dict[str, Any] = {"state": row("float32", self.state_dim), "state_mask": row("bool", self.state_dim)}
         shapes |= self.text_shapes(B, answers=answers)
+        if self.robots:
+            shapes["robot"] = row("int32")
         if actions:
             shapes |= {
                 "actions": row("float32", *chunk),
@@ -210,7 +219,7 @@ class PolicyConfig(VisionLanguageConfig):
                 "position": row("uint32", 2),
                 **({"episode": row("int32")} if self.reads_episodes else {}),
             }
-        if answers:
+        if answers and self.action_tokens is not None:
             shapes["prompt_action"] = row("bool", *shapes["prompt"].shape[1:])
         return shapes
 
@@ -254,7 +263,7 @@ class PolicyConfig(VisionLanguageConfig):
     def observation(self, batch: Batch) -> Observation:
         """Returns what a robot would have asked with: the batch without actions, and without answers to the prompt."""
         seen: dict[str, Any] = {k: batch[k] for k in Observation.__annotations__ if k in batch}  # type: ignore[literal-required]
-        if self.action_tokens is not None:
+        if self.answer_len:
             asked = batch["prompt_mask"] & ~batch["prompt_causal"]
             seen["prompt"] = jnp.where(asked, batch["prompt"], 0)[:, : self.prompt_len]
             seen["prompt_mask"] = asked[:, : self.prompt_len]

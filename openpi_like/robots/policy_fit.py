@@ -20,6 +20,8 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
                 f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, or to "
                 "drop_cameras"
             )
+    if policy.robots and robot.name not in policy.robots:
+        problems.append(f"the policy has no parts for it; {near_names(robot.name, policy.robots)}")
     if not any(c.name in policy.cameras for c in robot.cameras):
         problems.append(f"none of its cameras is a slot of the policy: {', '.join(policy.cameras)}")
     for what, got, most in (

@@ -314,6 +314,8 @@ class Policy:
             "prompt": ids,
             "prompt_mask": prompt_mask,
         }
+        if c.robots:
+            row["robot"] = np.int32(c.robots.index(robot.name))
         mask = self._masks[robot.name]
         return Request(robot, state, row, mask, np.array(words, np.uint32), warnings=warnings)
 

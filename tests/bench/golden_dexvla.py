@@ -175,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     for name, make in (("dexvla_film", film), ("dexvla_expert", expert)):
-        arrays = {k: np.asarray(v.detach().numpy()) for k, v in make(args.checkout).items()}
+        arrays: Any = {k: v.detach().numpy() for k, v in make(args.checkout).items()}
         np.savez_compressed(args.out / f"{name}.npz", **arrays)
 
 

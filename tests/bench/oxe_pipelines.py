@@ -145,6 +145,8 @@ class Shapes:
     image_slots: tuple[int, ...] = ()
     action_tokens: None = None
     reads_episodes: bool = False
+    answer_len: int = 0
+    robots: tuple[str, ...] = ()
 
 
 def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: bool = False) -> None:

@@ -72,11 +72,17 @@ class Shapes:
     image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
     reads_episodes: bool = False
+    answer_len: int = 0
+    robots: tuple[str, ...] = ()
 
 
 # A policy that writes actions as tokens.
 WRITES = Shapes(
-    prompt_len=80, prompt_format=FastPrompt(), vocab_size=600, action_tokens=ActionTokens(max_len=60, count=200, skip=0)
+    prompt_len=80,
+    prompt_format=FastPrompt(),
+    vocab_size=600,
+    action_tokens=ActionTokens(max_len=60, count=200, skip=0),
+    answer_len=60,
 )
 
 

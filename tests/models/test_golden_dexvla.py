@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from openpi_like.models.ddim import Ddim
+from openpi_like.models.dexvla import Fusion
 from openpi_like.models.dexvla_names import expert_rows
 from openpi_like.models.scale_dp import ScaleDp, ScaleDpConfig
 from openpi_like.models.weights import flatten, put_weights, unflatten
@@ -19,12 +20,20 @@ GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = dict(np.load(GOLDEN / "dexvla_expert.npz"))
 CONFIG = ScaleDpConfig(width=16, depth=2, heads=2, combined=24)
 ROBOT = jnp.ones(3, jnp.int32)
+FUSED = {
+    "read_0": "input_action_proj.mlps.0",
+    "read_1": "input_action_proj.mlps.2",
+    "written_0": "reasoning_action_proj.mlps.0",
+    "written_1": "reasoning_action_proj.mlps.2",
+    "scale": "reasoning_film.scale_fc",
+    "shift": "reasoning_film.shift_fc",
+}
 
 
 def make(config: ScaleDpConfig, condition_dim: int, state_dim: int, action_dim: int, horizon: int, robots: int) -> Any:
     sizes = {"condition_dim": condition_dim, "state_dim": state_dim, "action_dim": action_dim, "horizon": horizon}
-    run: dict[str, Any] = {"dtype": "float32", "unroll": False, "remat": None}
-    return ScaleDp(jax.random.key(0), config, **sizes, robots=robots, **run)
+    of: Any = {**sizes, "dtype": "float32", "unroll": False, "remat": None}
+    return ScaleDp(jax.random.key(0), config, robots=robots, **of)
 
 
 @functools.cache
@@ -82,6 +91,19 @@ def test_published_sizes(config: ScaleDpConfig, millions: int) -> None:
     sizes = {name: x.size for name, x in flatten(nnx.to_pure_dict(shapes)).items()}
     blocks = sum(n for name, n in sizes.items() if name.startswith("layers/"))
     assert round(blocks / 1e6) == millions
+
+
+def test_what_was_read_and_written_becomes_one_vector() -> None:
+    numbers = dict(np.load(GOLDEN / "dexvla_film.npz"))
+    fusion = Fusion(jax.random.key(0), 12)
+    hidden, asked = jnp.asarray(numbers["hidden"]), int(numbers["asked"])
+    read, written = hidden[:asked].mean(0, keepdims=True), hidden[asked:].mean(0, keepdims=True)
+    # Fresh, it does not matter what was written.
+    np.testing.assert_array_equal(fusion(read, written), fusion(read, 5 - written))
+    for mine, theirs in FUSED.items():
+        getattr(fusion, mine).kernel[...] = jnp.asarray(numbers[f"weight/{theirs}.weight"].T)
+        getattr(fusion, mine).bias[...] = jnp.asarray(numbers[f"weight/{theirs}.bias"])
+    np.testing.assert_allclose(fusion(read, written)[0], numbers["fused"], atol=1e-5)
 
 
 def test_a_fresh_one_says_nothing() -> None:
