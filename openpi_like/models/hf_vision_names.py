@@ -11,7 +11,7 @@ import numpy as np
 
 from openpi_like.models.dino import DinoConfig
 from openpi_like.models.formats import Index, Row, WeightsError
-from openpi_like.models.qwen_vision import Qwen3VisionConfig, Qwen25VisionConfig
+from openpi_like.models.qwen_vision import Qwen2VisionConfig, Qwen3VisionConfig, Qwen25VisionConfig, QwenVisionConfig
 from openpi_like.models.siglip import SiglipConfig
 
 
@@ -204,9 +204,7 @@ def smolvlm_connector(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}kernel", f"{theirs}modality_projection.proj.weight", "E D -> D E")]
 
 
-def _qwen_blocks(
-    config: Qwen3VisionConfig | Qwen25VisionConfig, ours: str, theirs: str, mlp: Sequence[str]
-) -> list[Row]:
+def _qwen_blocks(config: QwenVisionConfig, ours: str, theirs: str, mlp: Sequence[str]) -> list[Row]:
     return [
         row
         for i in range(config.depth)
@@ -252,3 +250,14 @@ def qwen25_vision(config: Qwen25VisionConfig, ours: str, theirs: str) -> list[Ro
     ]
     blocks = _qwen_blocks(config, ours, theirs, ("up_proj", "down_proj", "gate_proj"))
     return rows + [row for row in blocks if not row.ours.endswith("_norm/bias")]
+
+
+def qwen2_vision(config: Qwen2VisionConfig, ours: str, theirs: str) -> list[Row]:
+    """The tower of Qwen2-VL: "visual."."""
+    return [
+        Row(f"{ours}patch", f"{theirs}patch_embed.proj.weight", _FRAMES),
+        *_norm(f"{ours}merger/norm", f"{theirs}merger.ln_q"),
+        *_linear(f"{ours}merger/up", f"{theirs}merger.mlp.0", "F D -> D F"),
+        *_linear(f"{ours}merger/down", f"{theirs}merger.mlp.2", "E F -> F E"),
+        *_qwen_blocks(config, ours, theirs, ("fc1", "fc2")),
+    ]

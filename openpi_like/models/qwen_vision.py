@@ -1,6 +1,7 @@
-"""Image towers of Qwen3-VL (Bai et al. 2025b) and Qwen2.5-VL (Bai et al. 2025a), sizes and layout as in transformers.
+"""Image towers of Qwen3-VL (Bai et al. 2025b), Qwen2.5-VL (Bai et al. 2025a) and Qwen2-VL (Wang et al. 2024), sizes and
+layout as in transformers.
 
-Images have one size, so that positions, windows and rotations are constants. Both towers were made for video: a patch
+Images have one size, so that positions, windows and rotations are constants. The towers were made for video: a patch
 has two frames, and an image is the same frame twice. Patches are kept in blocks of `merge` x `merge`, which become one
 token each.
 
@@ -37,7 +38,7 @@ PATCH_EQUATION, PATCH_AXES = "BhpwqC,tpqCD->BhwD", (None, "patch", "patch", None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenVisionConfig:
-    """What both towers have.
+    """What all of the towers have.
 
     width: E, of the tokens: that of the language model. hidden: D, of the patches. patch_size: in pixels.
     merge: side of a block of patches that becomes one token.
@@ -146,6 +147,29 @@ class Qwen25VisionConfig(QwenVisionConfig):
     ) -> "Qwen25Vision":
         """Returns a tower, see `vision.VisionEncoderConfig`."""
         return Qwen25Vision(self, key, image_size=image_size, dtype=dtype, unroll=unroll, remat=remat)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2VisionConfig(QwenVisionConfig):
+    """See `QwenVisionConfig`: every patch sees every patch."""
+
+    patch_size: int = 14
+
+    @classmethod
+    def qwen2_vl_2b(cls) -> "Qwen2VisionConfig":
+        """Returns the tower of Qwen2-VL-2B."""
+        return cls(width=1536, hidden=1280, depth=32, mlp_dim=5120, num_heads=16)
+
+    @classmethod
+    def tiny(cls, *, width: int = 96) -> "Qwen2VisionConfig":
+        """Returns sizes that train on two CPU cores."""
+        return cls(width=width, hidden=96, depth=4, mlp_dim=256, num_heads=4)
+
+    def create(
+        self, key: Key[Array, ""], *, image_size: tuple[int, int], dtype: str, unroll: bool, remat: str | None
+    ) -> "Qwen2Vision":
+        """Returns a tower, see `vision.VisionEncoderConfig`."""
+        return Qwen2Vision(self, key, image_size=image_size, dtype=dtype, unroll=unroll, remat=remat)
 
 
 # ---- Constants of an image size --------------------------------------------------------------------------------------
@@ -386,6 +410,42 @@ class Qwen25Vision(nnx.Module):
             stack = (self.layers, jnp.asarray(full))
             x_BPD = run_layers(body, x_BPD, stack, unroll=self.unroll, remat=self.remat)[0]
             return self.merger(x_BPD)[:, np.argsort(windows.order)]
+
+
+class Qwen2Vision(nnx.Module):
+    """Images to tokens."""
+
+    def __init__(
+        self,
+        config: Qwen2VisionConfig,
+        key: Key[Array, ""],
+        *,
+        image_size: tuple[int, int],
+        dtype: str,
+        unroll: bool,
+        remat: str | None,
+    ) -> None:
+        """image_size: (height, width) in pixels, multiples of the side of a block."""
+        self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
+        c = config
+        shape = (FRAMES, c.patch_size, c.patch_size, 3, c.hidden)
+        self.patch = map_weight(key, "patch", shape, PATCH_AXES, inputs=(0, 1, 2, 3))
+        sizes: Any = {"depth": c.depth, "width": c.hidden, "num_heads": c.num_heads, "mlp_dim": c.mlp_dim}
+        self.layers = VitLayer(named_key(key, "layers"), **sizes, gelu="quick")
+        self.merger = Merger(named_key(key, "merger"), c, norm=LayerNorm)
+
+    def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B T E"]:
+        """Returns one token per block, row by row. images: float32 in [-1, 1], RGB."""
+        with jax.named_scope("qwen_vision"):
+            c = self.config
+            patches = linear(self, "patch", PATCH_EQUATION, to_patches(normalized(images_BHWC, CLIP), c.patch_size))
+            rope = jnp.asarray(axial_rope(blocks((patches.shape[1], patches.shape[2]), c.merge), c.head_dim))
+
+            def body(x: jax.Array, layer: VitLayer) -> tuple[jax.Array, None]:
+                return pin(layer.mlp(layer.attention(pin(x, "batch", None, None), rope)), "batch", None, None), None
+
+            x_BPD = _in_blocks(patches, c.merge).astype(self.dtype)
+            return self.merger(run_layers(body, x_BPD, self.layers, unroll=self.unroll, remat=self.remat)[0])
 
 
 def _reordered(x: Any, order: Sequence[int] | np.ndarray, axis: int) -> Any:

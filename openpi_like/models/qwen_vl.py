@@ -1,5 +1,6 @@
-"""Qwen2.5-VL and Qwen3-VL (Bai et al. 2025a, 2025b): a tower with merged patches and a causal language model whose
-positions have three axes (M-RoPE); Qwen3-VL adds features of the tower to the tokens behind its first layers.
+"""Qwen2-VL (Wang et al. 2024), Qwen2.5-VL and Qwen3-VL (Bai et al. 2025a, 2025b): a tower with merged patches and a
+causal language model whose positions have three axes (M-RoPE); Qwen3-VL adds features of the tower to the tokens behind
+its first layers.
 
 Images stand inside of the chat, between the tokens for the start and the end of an image (`image_slots`).
 
@@ -18,15 +19,22 @@ from openpi_like.draws import named_key
 from openpi_like.models.backbone import Backbone
 from openpi_like.models.formats import Format
 from openpi_like.models.llama import Llama, LlamaConfig
-from openpi_like.models.qwen_vision import Qwen3Vision, Qwen3VisionConfig, Qwen25Vision, Qwen25VisionConfig
+from openpi_like.models.qwen_vision import (
+    Qwen2Vision,
+    Qwen2VisionConfig,
+    Qwen3Vision,
+    Qwen3VisionConfig,
+    Qwen25Vision,
+    Qwen25VisionConfig,
+)
 from openpi_like.models.qwen_vl_names import qwen_vl_formats
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenVlConfig:
-    """Sizes of tower and language model; which of the two models it is, the class of `vision` says."""
+    """Sizes of tower and language model; which of the models it is, the class of `vision` says."""
 
-    vision: Qwen25VisionConfig | Qwen3VisionConfig
+    vision: Qwen2VisionConfig | Qwen25VisionConfig | Qwen3VisionConfig
     vlm: LlamaConfig
 
     def __post_init__(self) -> None:
@@ -39,6 +47,11 @@ class QwenVlConfig:
             problems.append(f"vision.deepstack={self.vision.deepstack}, expected at most vlm.depth={self.vlm.depth}")
         if problems:
             raise ValueError("QwenVlConfig: " + "; ".join(problems))
+
+    @classmethod
+    def qwen2_vl_2b(cls) -> "QwenVlConfig":
+        """Returns Qwen2-VL-2B, whose vocabulary has 151,936 rows."""
+        return cls(Qwen2VisionConfig.qwen2_vl_2b(), LlamaConfig.qwen2_vl_2b())
 
     @classmethod
     def qwen2_5_vl_3b(cls) -> "QwenVlConfig":
@@ -60,6 +73,11 @@ class QwenVlConfig:
     def qwen3_vl_4b(cls) -> "QwenVlConfig":
         """Returns Qwen3-VL-4B, whose vocabulary has 151,936 rows."""
         return cls(Qwen3VisionConfig.qwen3_vl_4b(), LlamaConfig.qwen3_vl_4b())
+
+    @classmethod
+    def tiny_2(cls) -> "QwenVlConfig":
+        """Returns sizes of a Qwen2-VL that trains on two CPU cores."""
+        return cls(Qwen2VisionConfig.tiny(), LlamaConfig.tiny(qkv_bias=True, tied=True, rope_sections=(4, 4, 4)))
 
     @classmethod
     def tiny_2_5(cls) -> "QwenVlConfig":
@@ -98,7 +116,7 @@ class QwenVl(Backbone):
     """`vision` and `vlm`."""
 
     causal = True
-    vision: Qwen25Vision | Qwen3Vision
+    vision: Qwen2Vision | Qwen25Vision | Qwen3Vision
     vlm: Llama
 
     def __init__(self, config: Any, key: Key[Array, ""]) -> None:

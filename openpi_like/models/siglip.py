@@ -36,7 +36,7 @@ class SiglipConfig(PatchTower):
     def __post_init__(self) -> None:
         problems = self.tower_problems()
         if self.gelu not in GELU:
-            problems.append(f"gelu={self.gelu!r}, expected one of {GELU}")
+            problems.append(f"gelu={self.gelu!r}, expected one of {tuple(GELU)}")
         if problems:
             raise ValueError("SiglipConfig: " + "; ".join(problems))
 

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as qwen25_config
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen25
+from transformers.models.qwen2_vl import configuration_qwen2_vl as qwen2_config
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl import configuration_qwen3_vl as qwen3_config
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
@@ -177,8 +179,18 @@ def qwen25_sizes(**sizes: Any) -> Any:
     return qwen25_config.Qwen2_5_VLVisionConfig(attn_implementation="eager", **sizes)
 
 
+def qwen2_sizes(**sizes: Any) -> Any:
+    return qwen2_config.Qwen2VLVisionConfig(attn_implementation="eager", **sizes)
+
+
 def qwen3_sizes(**sizes: Any) -> Any:
     return qwen3_config.Qwen3VLVisionConfig(attn_implementation="eager", **sizes)
+
+
+def qwen2_tower() -> Arrays:
+    config = qwen2_sizes(depth=3, embed_dim=16, mlp_ratio=2, num_heads=2, patch_size=4, hidden_size=12)
+    model = qwen2.Qwen2VisionTransformerPretrainedModel(config)
+    return qwen_arrays(model, "visual.", lambda *args: [model(*args).pooler_output], {})
 
 
 def qwen25_tower() -> Arrays:
@@ -227,6 +239,7 @@ def published_shapes() -> dict[str, dict[str, list[Any]]]:
         }
         large = {"num_heads": 16, "depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
         deepstack = {"deepstack_visual_indexes": [5, 11, 17]}
+        qwen2_2b = qwen2_sizes(hidden_size=1536)
         qwen25_3b = qwen25_sizes(hidden_size=1280, out_hidden_size=2048)
         base = smol_config(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512,
@@ -236,6 +249,7 @@ def published_shapes() -> dict[str, dict[str, list[Any]]]:
             "dino": shapes(towers["vit_large_patch14_reg4_dinov2"], FEATURIZERS[0]),
             "siglip": shapes(towers["vit_so400m_patch14_siglip_224"], FEATURIZERS[1]),
             "smolvlm_500m": shapes(SmolVision(base, scale=4, out=960), "model."),
+            "qwen2_vl_2b": shapes(qwen2.Qwen2VisionTransformerPretrainedModel(qwen2_2b), "visual."),
             "qwen25_vl_3b": shapes(qwen25.Qwen2_5_VisionTransformerPretrainedModel(qwen25_3b), "visual."),
             "qwen3_vl_2b": shapes(
                 qwen3.Qwen3VLVisionModel(qwen3_sizes(**large, **deepstack, out_hidden_size=2048)), "model.visual."
@@ -259,7 +273,7 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(True)
-    makers = (dino, siglip, prismatic, smol, qwen25_tower, qwen3_tower)
+    makers = (dino, siglip, prismatic, smol, qwen2_tower, qwen25_tower, qwen3_tower)
     for make in makers:
         path = out / f"vision_{make.__name__}.npz"
         np.savez_compressed(path, **make())  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from openpi_like.models.dino import DinoConfig
 from openpi_like.models.formats import Row, WeightsError
 from openpi_like.models.hf_vision_names import (
     prismatic_projector,
+    qwen2_vision,
     qwen3_vision,
     qwen25_vision,
     resized_positions,
@@ -30,7 +31,7 @@ from openpi_like.models.hf_vision_names import (
 )
 from openpi_like.models.lora import Lora, LoraRule, add_lora
 from openpi_like.models.projectors import PixelShuffle, PrismaticProjector
-from openpi_like.models.qwen_vision import Qwen3VisionConfig, Qwen25VisionConfig, Windows
+from openpi_like.models.qwen_vision import Qwen2VisionConfig, Qwen3VisionConfig, Qwen25VisionConfig, Windows
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.vision import VisionEncoder, VisionEncoderConfig
 from openpi_like.models.weights import flat_weights, flatten, unflatten
@@ -46,6 +47,7 @@ DINO = DinoConfig(width=16, depth=3, mlp_dim=32, num_heads=2, patch_size=4)
 SIGLIP = SiglipConfig(width=16, depth=3, mlp_dim=32, num_heads=2, patch_size=4, select="second_to_last", gelu="erf")
 SMOL = SiglipConfig(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=4)
 QWEN: dict[str, Any] = {"width": 12, "hidden": 16, "mlp_dim": 24, "num_heads": 2, "patch_size": 4}
+QWEN2 = Qwen2VisionConfig(**(QWEN | {"mlp_dim": 32}), depth=3)
 QWEN25 = Qwen25VisionConfig(**QWEN, depth=3, full=(1,), window=16)
 QWEN3 = Qwen3VisionConfig(**QWEN, depth=4, deepstack=(0, 2), table=5)
 
@@ -306,7 +308,11 @@ SIZES = ((40, 24), (32, 32), (16, 48))
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
     ("name", "config", "rows", "prefix"),
-    [("qwen25", QWEN25, qwen25_vision, "visual."), ("qwen3", QWEN3, qwen3_vision, "model.visual.")],
+    [
+        ("qwen2", QWEN2, qwen2_vision, "visual."),
+        ("qwen25", QWEN25, qwen25_vision, "visual."),
+        ("qwen3", QWEN3, qwen3_vision, "model.visual."),
+    ],
 )
 def test_towers_of_qwen(name: str, config: Any, rows: Any, prefix: str, size: tuple[int, int]) -> None:
     arrays, table = opened(f"{name}_tower"), rows(config, "", prefix)
@@ -317,7 +323,7 @@ def test_towers_of_qwen(name: str, config: Any, rows: Any, prefix: str, size: tu
     assert expected.shape[2] == config.tokens(size)
 
     def run(m: Any) -> jax.Array:
-        if name == "qwen25":
+        if name != "qwen3":
             return m(images)[None]
         tokens, features = m.with_features(images)
         return jnp.stack([tokens, *features])
@@ -341,6 +347,7 @@ def test_windows_of_all_sizes() -> None:
 ENCODERS: dict[str, tuple[Any, tuple[int, int]]] = {
     "siglip": (SMOL, (8, 12)),
     "dino": (DINO, (8, 12)),
+    "qwen2": (QWEN2, (24, 40)),
     "qwen25": (QWEN25, (24, 40)),
     "qwen3": (QWEN3, (16, 24)),
 }
@@ -423,7 +430,7 @@ def test_bfloat16_is_near_float32(filled: Any, name: str) -> None:
     ("create", "message"),
     [
         (lambda: dataclasses.replace(SMOL, select="first"), "SiglipConfig: select='first', expected one of"),
-        (lambda: dataclasses.replace(SMOL, gelu="quick"), "SiglipConfig: gelu='quick', expected one of"),
+        (lambda: dataclasses.replace(SMOL, gelu="fast"), "SiglipConfig: gelu='fast', expected one of"),
         (lambda: dataclasses.replace(DINO, num_heads=3), "DinoConfig: vision width 16: expected a multiple of"),
         (lambda: dataclasses.replace(QWEN3, num_heads=8), r"hidden=16, expected a multiple of 4 \* num_heads=8"),
         (lambda: dataclasses.replace(QWEN3, deepstack=(2, 0)), r"deepstack=\(2, 0\), expected increasing numbers"),
@@ -460,6 +467,8 @@ def published_cases() -> dict[str, tuple[Callable[[], Any], list[Row], dict[str,
         "siglip": (siglip, timm_siglip(siglip, "", FUSED), timm_idle(siglip, FUSED)),
         "smolvlm_500m": (smol, smol_rows + smolvlm_connector("connector/", "model.connector."), {}),
     }
+    qwen2 = Qwen2VisionConfig.qwen2_vl_2b()
+    cases["qwen2_vl_2b"] = (qwen2, qwen2_vision(qwen2, "", "visual."), {})
     qwen25 = Qwen25VisionConfig.qwen25_vl_3b()
     cases["qwen25_vl_3b"] = (qwen25, qwen25_vision(qwen25, "", "visual."), {})
     for name, config in (("2b", Qwen3VisionConfig.qwen3_vl_2b()), ("4b", Qwen3VisionConfig.qwen3_vl_4b())):
