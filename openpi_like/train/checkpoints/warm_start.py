@@ -1,6 +1,8 @@
 """Weights to start from: another run of ours, or published ones."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ class WarmStart:
     format: of published weights, a name in the model's `formats()`; None recognises it by its names.
     lora_scale: merges LoRA weights of openpi, see `openpi_like.models.arrays.LoraMerged`; where the run has LoRA of its
         own, None reads them into it.
+    beside: another checkpoint, for the weights that this one leaves fresh: an expert trained alone, say, for a backbone
+        that was published. What that one leaves fresh too starts fresh.
     """
 
     checkpoint: str
@@ -39,6 +43,7 @@ class WarmStart:
     drop: tuple[str, ...] = ()
     format: str | None = None
     lora_scale: float | None = None
+    beside: "WarmStart | None" = None
 
 
 def start_contract(start: WarmStart | None) -> Contract | None:
@@ -111,14 +116,17 @@ class BaseArrays:
         self._model, self._digest = model, record["base"]["digest"]
         self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items() if k not in model.trained}
         source = record["base"]["source"]
+        self._readers: dict[str, WeightReader] | None = None
         if source is None:
             self._where: Path | str = run_of(step_dir) / BASE
             self._base: Arrays = open_base(run_of(step_dir))
-            self._reader = None
         else:
             start: WarmStart = from_json(source)
-            self._where, self._base = start.checkpoint, open_weights(start.checkpoint, lora_scale=start.lora_scale)
-            self._reader = WeightReader(self._base, base_plan(start, model, self._base))
+            self._where = start.checkpoint
+            self._readers = {}
+            for arrays, plan in _sources(start, model):
+                reader = WeightReader(arrays, plan)
+                self._readers |= dict.fromkeys(plan.rows, reader)
 
     def read(self, name: str) -> np.ndarray:
         """Returns one weight, in the dtype it is held in; in float32 where that is of fewer bits than 16.
@@ -126,8 +134,8 @@ class BaseArrays:
         Raises:
             CheckpointError: it is not the one that was trained on.
         """
-        if self._reader is not None:
-            held = self._model.hold(name, jnp.asarray(self._reader.weight(name, np.float32)))
+        if self._readers is not None:
+            held = self._model.hold(name, jnp.asarray(self._readers[name].weight(name, np.float32)))
         elif f"{name}/qvalue" in self._base.shapes:
             held = qwix.QArray(*(jnp.asarray(self._base.read(f"{name}/{part}")) for part in ("qvalue", "scale")))
         else:
@@ -183,21 +191,45 @@ def warm_start(start: WarmStart, trainer: "Trainer", *, again: bool = False) -> 
         CheckpointError, WeightsError: a weight differs and no pattern of `start.reinitialize` allows it; lists all of
             them, and patterns that match nothing. With `again`: some of those start fresh.
     """
-    arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
-    plan = base_plan(start, trainer.model, arrays)
+    sources = _sources(start, trainer.model)
+    plan = sources[0][1]
+    for _, other in sources[1:]:
+        found = {row["weight"]: row for row in other.report}
+        report = [row if row["from"] == "checkpoint" else found[row["weight"]] for row in plan.report]
+        plan = dataclasses.replace(plan, report=report, dropped=[*plan.dropped, *other.dropped])
     if again:
         _check_frozen(start, trainer, plan)
-    weights = read_weights(arrays, plan, shardings=trainer.placement, hold=trainer.hold)
+    weights: Params = {}
+    for arrays, own in sources:
+        weights |= read_weights(arrays, own, shardings=trainer.placement, hold=trainer.hold)
     fresh = trainer.fresh_weights([row["weight"] for row in plan.report if row["from"] == "fresh"])
     return unflatten(weights | fresh), plan
 
 
+def _sources(start: WarmStart, model: ModelDef) -> list[tuple[Arrays, LoadPlan]]:
+    """Returns where the weights come from: `start`, and what is beside it, each with what it is asked for."""
+    sources, taken = [], list[str]()
+    while True:
+        arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
+        also = tuple(f"^{re.escape(name)}$" for name in taken)
+        plan = base_plan(dataclasses.replace(start, reinitialize=(*start.reinitialize, *also)), model, arrays)
+        sources.append((arrays, plan))
+        taken += plan.rows
+        if start.beside is None:
+            return sources
+        start = start.beside
+
+
 def _check_frozen(start: WarmStart, trainer: "Trainer", plan: LoadPlan) -> None:
     names = flatten(trainer.abstract.frozen)
-    fresh = sorted(row["weight"] for row in plan.report if row["from"] == "fresh" and row["weight"] in names)
-    if fresh:
+    _check_held(start, {row["weight"] for row in plan.report if row["from"] == "fresh" and row["weight"] in names})
+
+
+def _check_held(start: WarmStart, fresh: Iterable[str]) -> None:
+    missing = sorted(fresh)
+    if missing:
         raise CheckpointError(
-            f"frozen weights that {start.checkpoint} does not have: {', '.join(fresh)}; they are kept with the run "
+            f"frozen weights that {start.checkpoint} does not have: {', '.join(missing)}; they are kept with the run "
             "with save_frozen=True only"
         )
 
@@ -208,9 +240,10 @@ def frozen_from(start: WarmStart, trainer: "Trainer") -> Params:
     Raises:
         CheckpointError, WeightsError: as `warm_start`; or some of them started fresh, and are nowhere.
     """
-    arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
-    plan = base_plan(start, trainer.model, arrays)
-    _check_frozen(start, trainer, plan)
-    names = flatten(trainer.abstract.frozen)
-    only = dataclasses.replace(plan, rows={name: rows for name, rows in plan.rows.items() if name in names})
-    return unflatten(read_weights(arrays, only, shardings=trainer.placement, hold=trainer.hold))
+    sources, names = _sources(start, trainer.model), flatten(trainer.abstract.frozen)
+    weights: Params = {}
+    for arrays, plan in sources:
+        only = dataclasses.replace(plan, rows={name: rows for name, rows in plan.rows.items() if name in names})
+        weights |= read_weights(arrays, only, shardings=trainer.placement, hold=trainer.hold)
+    _check_held(start, names.keys() - weights.keys())
+    return unflatten(weights)

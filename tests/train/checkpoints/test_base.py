@@ -199,6 +199,12 @@ def test_fresh_weights_cannot_be_noted(base_run, tiny_policy):
         warm_start(start, _trainer(tiny_policy, Trainable(LORA)), again=True)
     with pytest.raises(WeightsError, match="matches no weight"):
         warm_start(WarmStart(str(base_run), reinitialize=("^visoin/",)), _trainer(tiny_policy, Trainable(LORA)))
+    # Unless they are somewhere else.
+    whole, trainer = WarmStart(str(base_run)), _trainer(tiny_policy, Trainable(LORA))
+    both = dataclasses.replace(start, beside=whole)
+    expected, got = (flatten(jax.device_get(frozen_from(s, trainer))) for s in (whole, both))
+    assert expected.keys() == got.keys()
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_sums_over_bits_see_every_change():

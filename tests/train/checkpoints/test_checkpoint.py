@@ -244,6 +244,25 @@ def test_warm_start_from_published_weights(saved, tiny_policy, tmp_path):
         np.testing.assert_array_equal(value, mine[name], err_msg=name)
 
 
+def test_warm_start_from_two_places(saved, tiny_policy, tmp_path):
+    """The backbone as published, the expert of a run, and the rest fresh."""
+    directory, _, state, _ = saved
+    mine = {name: np.asarray(x) for name, x in flatten(jax.device_get(state.ema)).items()}
+    other = {name: x + 1 for name, x in mine.items()}
+    write_openpi(export_weights(tiny_policy, other, "openpi"), tmp_path / "openpi")
+    run = WarmStart(str(directory), reinitialize=("^action_in/",))
+    start = WarmStart(str(tmp_path / "openpi"), reinitialize=("^(expert|action_\\w+)/",), beside=run)
+    trainer = _trainer(tiny_policy, MeshConfig(fsdp=2))
+    params, plan = warm_start(start, trainer)
+    fresh, flat = flatten(jax.device_get(trainer.init().params)), flatten(jax.device_get(params))
+    assert set(flat) == set(mine) == {row["weight"] for row in plan.report}
+    for name, x in flat.items():
+        of = fresh if name.startswith("action_in/") else mine if name.startswith(("expert/", "action_")) else other
+        np.testing.assert_array_equal(x, of[name], err_msg=name)
+    with pytest.raises(WeightsError, match=r"(?s)cannot start from .*matches no weight"):
+        warm_start(dataclasses.replace(start, beside=WarmStart(str(directory), reinitialize=("^acton",))), trainer)
+
+
 def test_weights_of_a_run_that_is_damaged(copy, tiny_policy):
     (copy / "2" / "ema" / "_METADATA").unlink()
     trainer = _trainer(tiny_policy, MeshConfig())
