@@ -1,6 +1,6 @@
 """Runs a frozen backbone once over every frame of a run's training data, and keeps what it makes of images:
 
-    python train/image_states.py CONFIG --out DIR [--set key=value ...]
+    python train/image_states.py CONFIG --out DIR --set key=value
 
 for policies that read their backbone layer by layer (M2-VLA). Training then reads that in the place of images, by
 `data.entries.I.image_states=DIR/I`, and runs neither image towers nor the images' part of the language model. It is

@@ -219,6 +219,23 @@ class OpenVlaPrompt(PromptFormat):
         return (len(self.leading(tokenizer, cameras)),) * cameras
 
 
+# ---- BERT: text alone ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BertPrompt(PromptFormat):
+    """BERT and its kin: [CLS], the text, [SEP]."""
+
+    def prompt(self, tokenizer: Tokenizer, text: str, state: Float[np.ndarray, "De"] | None, cameras: int) -> list[int]:
+        return self.question(tokenizer, text, cameras)
+
+    def question(self, tokenizer: Tokenizer, text: str, cameras: int) -> list[int]:
+        return [*self.leading(tokenizer, cameras), *tokenizer.encode(text.strip()), tokenizer.token_id("[SEP]")]
+
+    def leading(self, tokenizer: Tokenizer, cameras: int) -> list[int]:
+        return [tokenizer.token_id("[CLS]")]
+
+
 # ---- Chats: images inside the text -----------------------------------------------------------------------------------
 
 
