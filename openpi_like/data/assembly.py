@@ -131,6 +131,9 @@ class Assembler:
         ]
         if tokenizer.prompt_len != policy.prompt_len:
             problems.append(f"the tokenizer pads to {tokenizer.prompt_len} tokens, the policy to {policy.prompt_len}")
+        if tokenizer.answer_len != policy.answer_len:
+            lengths = f"{tokenizer.answer_len} tokens, the policy to {policy.answer_len}"
+            problems.append(f"the tokenizer pads answers to {lengths}")
         if tokenizer.prompt_format != policy.prompt_format:
             problems.append(
                 f"the tokenizer writes prompts as {tokenizer.prompt_format}, the policy reads {policy.prompt_format}"
@@ -336,8 +339,6 @@ def action_token_problems(
     if action_tokenizer is None:
         return ["the policy has action tokens and there is no action tokenizer; fit one with data/fit_fast.py"]
     problems = []
-    if tokenizer.answer_len != tokens.max_len:
-        problems.append(f"the tokenizer pads answers to {tokenizer.answer_len} tokens, the policy to {tokens.max_len}")
     if action_tokenizer.vocab_size > tokens.count:
         problems.append(f"the action tokenizer has {action_tokenizer.vocab_size} tokens, the policy {tokens.count}")
     first = tokens.first(policy.vocab_size)

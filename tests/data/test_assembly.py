@@ -187,6 +187,42 @@ def test_action_tokens_are_those_of_the_chunk(
             assert np.abs(back - norm.apply_actions(chunk)[0]).max() < 0.5 / fast.scale * np.sqrt(horizon)
 
 
+def test_thoughts_stand_behind_prompts_and_robots_are_numbered(
+    load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
+) -> None:
+    """Text before acting where a dataset has it, the end alone where it has none, and answers without actions."""
+    policy = Shapes(prompt_len=80, answer_len=60, robots=("cart", "arm"))
+    text = TextTokenizer(tokenizer.tokenizer, 80, answer_len=60)
+    thinking = dataclasses.replace(config.entries[0], text_key="language_instruction")
+    asked = dataclasses.replace(thinking, actions=False)
+    entries = (thinking, config.entries[1], asked)
+    batch = next(load(batch_size=64, policy=policy, tokenizer=text, entries=entries))
+    datasets = [EpisodeDataset(open_index(toy, e.split), e.robot) for e in entries]
+    order = sample_order([len(d) for d in datasets], [e.weight for e in entries], config.seed)
+    eos = text.tokenizer.required("eos")
+    for row in range(64):
+        _, i, frame = order[row]
+        frames = np.array([frame])
+        prompt = datasets[i].prompts(frames)[0]
+        asked_ids = text.prompt_format.prompt(text.tokenizer, prompt, None, 1)
+        said = datasets[i].texts("language_instruction", frames)[0] if i != 1 else ""
+        if i == 2:
+            answer = text.encode_answer(prompt, said)
+            row_ids = answer.prompt[answer.prompt_mask].tolist()
+        else:
+            thought = [*text.tokenizer.encode(f"{said}Next action:"), eos] if said else [eos]
+            row_ids = [*asked_ids, *thought]
+            assert batch["prompt_causal"][row].sum() == len(thought)
+            np.testing.assert_array_equal(batch["prompt_causal"][row], batch["prompt_loss"][row])
+        assert batch["prompt"][row][: len(row_ids)].tolist() == row_ids
+        assert batch["action_mask"][row].any() == (i != 2)
+        assert batch["robot"][row] == (entries[i].robot.name == "arm")
+    with pytest.raises(ValueError, match=r"robot 'arm': the policy has no parts for it; .*cart"):
+        load(policy=dataclasses.replace(policy, robots=("cart",)), tokenizer=text, entries=entries)
+    with pytest.raises(ValueError, match="pads answers to 60 tokens, the policy to 50"):
+        load(policy=dataclasses.replace(policy, answer_len=50), tokenizer=text, entries=entries)
+
+
 def test_chunks_out_of_range_stop_the_run_or_are_counted(
     load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
 ) -> None:
@@ -218,9 +254,9 @@ def test_tokenizers_that_do_not_fit_the_policy_are_listed(
         load(action_tokenizer=fast)
     with pytest.raises(ValueError, match=r"has action tokens and there is no action tokenizer; fit one"):
         load(policy=WRITES)
-    few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0))
+    few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0), answer_len=50)
     with pytest.raises(
-        ValueError, match=r"(?s)answers to 0 tokens, the policy to 50.*\d+ tokens, the policy 100.*Pi0Prompt\(\)"
+        ValueError, match=r"(?s)\d+ tokens, the policy 100.*answers to 0 tokens, the policy to 50.*Pi0Prompt\(\)"
     ):
         load(policy=few, action_tokenizer=fast)
 
@@ -243,7 +279,7 @@ def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextToke
 
 
 def test_answers_that_are_too_long_are_located(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
-    short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0))
+    short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0), answer_len=12)
     text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=12)
     with pytest.raises(DatasetError, match=r"record \d+.*: prompt .* with its answer has .*answer_len=12; enlarge one"):
         next(load(policy=short, tokenizer=text, action_tokenizer=fast))
