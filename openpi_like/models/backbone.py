@@ -16,7 +16,7 @@ V vocabulary, L layers, T slots of a cache.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -377,13 +377,16 @@ class Backbone(nnx.Module):
     ) -> tuple[Float[Array, "B D"], TextCache]:
         """Returns the last token after the final norm, and a cache with room for `max_new` tokens.
 
-        The prompt is all prefix; padding may stand anywhere but its tokens are seen by nobody.
+        The prompt is all prefix, but for a thought behind it; padding may stand anywhere but its tokens are seen by
+        nobody.
         begin: tokens that every answer begins with. skip: positions to leave out before the answer.
         """
         self.config.check(observation)
+        observation = with_thought(observation)
         tokens, valid, deep = self.embed_prefix(observation)
         B, I = tokens.shape[0], 0 if begin is None else begin.shape[0]  # noqa: E741
-        starts, positions = jnp.zeros((B, tokens.shape[1] + I), bool), self.positions(valid)
+        starts = self.text_slots(_answers(observation), tokens.shape[1])
+        starts, positions = jnp.pad(starts, ((0, 0), (0, I))), self.positions(valid)
         if begin is not None and I:
             said = jnp.broadcast_to(begin, (B, I))
             tokens = jnp.concatenate([tokens, self.vlm.embed(said)], axis=1)
@@ -431,12 +434,13 @@ class Backbone(nnx.Module):
         max_new: int,
         temperature: float = 0.0,
         skip: int = 0,
-        eos: int | Int[Array, ""] = EOS,
+        ends: Callable[[Int[Array, "B"]], Bool[Array, "B"]] = lambda token: token == EOS,
     ) -> tuple[Int[Array, "B new"], Bool[Array, "B new"]]:
-        """Returns new token ids, 0 after the end, and the mask of real ones (the end-of-sequence token included).
+        """Returns new token ids, 0 after the end, and the mask of real ones (what ends the answer included).
 
         Stops when every row has ended. temperature: 0 takes the likeliest token; otherwise row i draws its token s
-        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`. eos: of the tokenizer; by default Gemma's.
+        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`. ends: which tokens end an answer; by default
+        Gemma's end of a sequence.
         """
         x, cache = self.prefill(observation, max_new=max_new, skip=skip)
         B = x.shape[0]
@@ -451,7 +455,7 @@ class Backbone(nnx.Module):
             token = jnp.where(ended, 0, token)
             ids, mask = ids.at[:, step].set(token), mask.at[:, step].set(~ended)
             x, cache = self.extend(token, cache)
-            return step + 1, x, cache, ended | (token == eos), ids, mask
+            return step + 1, x, cache, ended | ends(token), ids, mask
 
         start = (jnp.int32(0), x, cache, jnp.zeros(B, bool))
         empty = (jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new), bool))
@@ -475,6 +479,20 @@ def _deepstack(sequence: Embedded) -> dict[str, Any]:
 def _answers(observation: Any) -> Bool[Array, "B S"]:
     """Returns which tokens of the text see those before them only; none where nothing says so."""
     return observation.get("prompt_causal", jnp.zeros(observation["prompt_mask"].shape, bool))
+
+
+def with_thought(observation: Observation) -> Any:
+    """Returns an observation whose prompt goes on with its "thought", if any; such text sees what is before it."""
+    if "thought" not in observation:
+        return observation
+    ids, mask = observation["thought"], observation["thought_mask"]
+    nothing = jnp.zeros_like(observation["prompt_mask"])
+    return {
+        **observation,
+        "prompt": jnp.concatenate([observation["prompt"], ids], axis=1),
+        "prompt_mask": jnp.concatenate([observation["prompt_mask"], mask], axis=1),
+        "prompt_causal": jnp.concatenate([nothing, mask], axis=1),
+    }
 
 
 def _last(positions: Int[Array, "*axes B S"]) -> Int[Array, "B"]:

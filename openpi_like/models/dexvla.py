@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
 from openpi_like.draws import RowKeys, named_key
-from openpi_like.models.backbone import masked_means
+from openpi_like.models.backbone import masked_means, with_thought
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.diffusion import DiffusionPolicy
 from openpi_like.models.param import Linear, xavier
@@ -51,12 +51,12 @@ class ScaleDpPolicyConfig(PolicyConfig):
 class DexVlaConfig(ScaleDpPolicyConfig):
     """Sizes and options of a DexVLA policy; see `ScaleDpPolicyConfig`.
 
-    thought_len: T, tokens of the reasoning at most, with its end. text_weight: of its cross-entropy beside the noise's
-        error.
+    thought_len: T, tokens of the reasoning at most, with its end; at least 1.
+    text_weight: of its cross-entropy beside the noise's error.
     """
 
-    thought_len: int
     text_weight: float = 1.0
+    can_think: ClassVar[bool] = True
 
     @property
     def answer_len(self) -> int:
@@ -230,10 +230,11 @@ class DexVla(ScaleDpPolicy):
         self.config.check_inputs(batch, actions=True)
         return self.denoised(key, self._read(batch)[1], batch["state"].shape[0], None)
 
-    def think(self, observation: Observation, *, eos: Int[Array, ""]) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-        """Returns the tokens of the reasoning, the likeliest one after another, and which are there."""
+    def think(self, observation: Observation, **options: Any) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """As `Model.think`: the reasoning, the likeliest token one after another, to its end ("eos" of the options)."""
         key = jax.random.key(0)  # nothing is drawn
-        return self.backbone.generate(key, observation, max_new=self.config.thought_len, eos=eos)
+        ends = lambda token: token == options["eos"]  # noqa: E731
+        return self.backbone.generate(key, observation, max_new=self.config.thought_len, ends=ends)
 
     def sample_actions(
         self,
@@ -249,19 +250,11 @@ class DexVla(ScaleDpPolicy):
             ValueError: the observation does not fit the config; lists everything that does not.
         """
         self.config.check_inputs(observation, actions=False)
-        if "thought" in observation:
-            ids, mask = observation["thought"], observation["thought_mask"]
-        else:
+        if "thought" not in observation:
             ids, mask = self.think(observation, eos=eos)
-        behind = lambda name, more: jnp.concatenate([observation[name], more], axis=1)  # type: ignore[literal-required] # noqa: E731
-        causal = jnp.concatenate([jnp.zeros_like(observation["prompt_mask"]), mask], axis=1)
-        read: Any = {
-            **observation,
-            "prompt": behind("prompt", ids),
-            "prompt_mask": behind("prompt_mask", mask),
-            "prompt_causal": causal,
-        }
-        return self.denoised(key, self._read(read)[1], ids.shape[0], action_mask)
+            observation = {**observation, "thought": ids, "thought_mask": mask}
+        read = with_thought(observation)
+        return self.denoised(key, self._read(read)[1], read["prompt"].shape[0], action_mask)
 
 
 def _mean(out_BSD: Float[Array, "B S D"], there_BS: Bool[Array, "B S"]) -> Float[Array, "B D"]:

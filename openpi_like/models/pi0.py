@@ -23,14 +23,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
-from openpi_like.draws import named_key
-from openpi_like.models.backbone import masked_means
+from openpi_like.draws import RowKeys, named_key
+from openpi_like.models.backbone import masked_means, with_thought
 from openpi_like.models.flow import FlowConfig, FlowPolicy, FlowTime, Prefix, Velocity, time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
 from openpi_like.models.pi0_names import lerobot_config, pi0_formats
+from openpi_like.models.thoughts import TokenThoughts, thought_options, thought_problems, thought_shapes
 from openpi_like.partition import pin
 
 
@@ -45,9 +46,11 @@ class Pi0Config(FlowConfig):
     insulate: with action tokens, the flow loss does not reach the backbone: the expert reads its keys and values
         behind a stop-gradient (section 5.2 there). False trains both losses jointly.
     flow_weight: of the flow loss beside the text loss (alpha in eq. 4 there).
+    thought_len: with action tokens, it can write a subtask before it acts, see `thoughts`; the expert reads that too.
     """
 
     writes_tokens: ClassVar[bool] = True
+    can_think: ClassVar[bool] = True
     expert: GemmaConfig
     pi05: bool = False
     insulate: bool = True
@@ -64,9 +67,18 @@ class Pi0Config(FlowConfig):
             problems.append(f"{got}, expected {Pi0Prompt()}: pi0 has a token for the state")
         if self.expert.width % 2:
             problems.append(f"expert.width={self.expert.width}, expected an even number (sine and cosine of the time)")
+        problems += thought_problems(self)
         if not self.flow_weight > 0:
             problems.append(f"flow_weight={self.flow_weight}, expected a number above 0; pi0-FAST has no flow at all")
         return problems
+
+    def sampling_shapes(self) -> dict[str, Any]:
+        """Returns the shapes of what it thinks with, see `thoughts`."""
+        return thought_shapes(self)
+
+    def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
+        """Returns what it thinks with, see `thoughts`."""
+        return thought_options(self, text)
 
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "Pi0Config":
@@ -111,7 +123,7 @@ class Pi0Config(FlowConfig):
         return pi0_formats(backbone, self.expert, pi05=self.pi05, vocab_size=self.vocab_size)
 
 
-class Pi0(FlowPolicy):
+class Pi0(FlowPolicy, TokenThoughts):
     """The policy: `loss` to train it, `sample_actions` to use it. A backbone, and an action expert that reads it."""
 
     config: Pi0Config
@@ -185,11 +197,14 @@ class Pi0(FlowPolicy):
 
         differentiable: False leaves out what only a gradient would need, see `Gemma.prefill`.
         """
-        sequence = self.backbone.embed_prefix(observation)
+        observed = with_thought(observation)
+        sequence = self.backbone.embed_prefix(observed)
         S = sequence.valid.shape[1]
         mask, positions = self.masks(sequence.valid)
-        rope = self.backbone.vlm.rope(positions)
-        inputs = sequence, mask[:, :S, :S], rope[:, :, :S]
+        rope, own = self.backbone.vlm.rope(positions), mask[:, :S, :S]
+        if "thought" in observed:
+            own = self.backbone.mask(sequence.valid, self.backbone.text_slots(observed["prompt_causal"], S))
+        inputs = sequence, own, rope[:, :, :S]
         with jax.named_scope("vlm"):
             cache = self.backbone.run(*inputs)[1] if differentiable else self.backbone.keys_values(*inputs)
         return Prefix(cache, mask[:, S:], rope[:, :, S:])
@@ -286,6 +301,16 @@ class Pi0(FlowPolicy):
     def packed(self) -> "Pi0":
         """Returns the policy with its expert packed."""
         return self.with_parts(expert=self.expert.packed())
+
+    def sample_actions(
+        self, key: RowKeys, observation: Observation, *, ends: Int[Array, "E"] | None = None, **options: Any
+    ) -> Float[Array, "B A J"]:
+        """As `FlowPolicy.sample_actions`, after a thought, where the policy thinks and the observation has none.
+
+        ends: see `thoughts`.
+        """
+        self.config.check_inputs(observation, actions=False)
+        return super().sample_actions(key, self.thinking(observation, ends), **options)
 
     def sampler(self, observation: Observation) -> Velocity:
         """Returns the velocity as it is sampled with: the state token is computed once, too (pi0)."""

@@ -22,7 +22,8 @@ from openpi_like.data.prompts import FastPrompt, PromptFormat
 from openpi_like.draws import RowKeys
 from openpi_like.models.backbone import choose_token
 from openpi_like.models.paligemma import PaliGemmaConfig
-from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.policy import PolicyConfig
+from openpi_like.models.thoughts import TokenThoughts, thought_options, thought_problems, thought_shapes
 from openpi_like.robots import Robot
 
 
@@ -35,6 +36,7 @@ class Pi0FastConfig(PolicyConfig):
     """
 
     writes_tokens: ClassVar[bool] = True
+    can_think: ClassVar[bool] = True
     prompt_format: PromptFormat = FastPrompt()
     openpi_positions: bool = False
 
@@ -42,7 +44,7 @@ class Pi0FastConfig(PolicyConfig):
         problems = super()._problems()
         if self.action_tokens is None:
             problems.append("action_tokens=None, expected ActionTokens: they are all this policy learns")
-        return problems
+        return problems + thought_problems(self)
 
     @property
     def tokens(self) -> ActionTokens:
@@ -51,10 +53,11 @@ class Pi0FastConfig(PolicyConfig):
         return self.action_tokens
 
     def sampling_shapes(self) -> dict[str, Any]:
-        """Returns the shapes of "decoding", for a tokenizer of coefficients (one state) with runs of up to 32."""
+        """Returns the shapes of `sampling_options`, for a tokenizer of coefficients (one state), runs of up to 32."""
         W, C, Q = self.tokens.count, self.action_horizon * self.action_dim, 1
         ids = lambda *shape: jax.ShapeDtypeStruct(shape, "int32")  # noqa: E731
         return {
+            **thought_shapes(self),
             "decoding": ActionDecoding(
                 following=ids(Q, W),
                 count=ids(Q, W),
@@ -62,15 +65,16 @@ class Pi0FastConfig(PolicyConfig):
                 least=ids(C + 1, Q),
                 scale=jax.ShapeDtypeStruct((), "float32"),
                 begin=ids(3),
-            )
+            ),
         }
 
     def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
-        """Returns "decoding": how the tokens that are written become actions."""
+        """Returns "decoding", how the tokens that are written become actions; and what it thinks with (`thoughts`)."""
         assert fast is not None  # the contract's problems have been checked
         tables = fast.tables(self.action_horizon * self.action_dim, count=self.tokens.count)
         begin = np.array(text.action_indicator(), np.int32)
-        return {"decoding": ActionDecoding(**dataclasses.asdict(tables), begin=begin)}
+        decoding = ActionDecoding(**dataclasses.asdict(tables), begin=begin)
+        return {**thought_options(self, text), "decoding": decoding}
 
     def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
         """Returns whether a chunk of the robot takes more action tokens than there is room for."""
@@ -159,7 +163,7 @@ class ActionDecoding:
         return jnp.where(action_mask_BAJ, waves, 0.0)
 
 
-class Pi0Fast(Model):
+class Pi0Fast(TokenThoughts):
     """The policy: `loss` to train it, `sample_actions` to use it."""
 
     config: Pi0FastConfig
@@ -201,18 +205,22 @@ class Pi0Fast(Model):
         decoding: ActionDecoding,
         action_mask: Bool[Array, "B A J"] | None = None,
         temperature: float = 0.0,
+        ends: Int[Array, "E"] | None = None,
     ) -> Float[Array, "B A J"]:
         """Returns normalised actions: tokens written one by one, decoded; a row stops when its chunk is complete.
 
         action_mask: which entries of the chunk this robot has: its first steps, and of these its first dims; None: all.
         temperature: 0 takes the likeliest of the allowed tokens; otherwise row i draws its token s with
             `fold_in(fold_in(key, i), s)`.
+        ends: see `thoughts`; where the policy thinks and the observation has no thought, one is written first.
         A row is NaN whose logits are not finite, or whose chunk cannot be completed in `action_tokens.max_len` tokens,
         which `DecodingTables.least` tells beforehand.
 
         Raises:
             ValueError: the observation does not fit the config; lists everything that does not.
         """
+        self.config.check_inputs(observation, actions=False)
+        observation = self.thinking(observation, ends)
         tokens = self.sample_tokens(
             key, observation, decoding=decoding, action_mask=action_mask, temperature=temperature
         )
@@ -227,7 +235,8 @@ class Pi0Fast(Model):
         action_mask: Bool[Array, "B A J"] | None = None,
         temperature: float = 0.0,
     ) -> tuple[Float[Array, "B A J"], Int[Array, "B new"], Bool[Array, "B new"]]:
-        """As `sample_actions`, with the action tokens (of the FAST vocabulary) and the mask of real ones."""
+        """As `sample_actions`, with the action tokens (of the FAST vocabulary) and the mask of real ones; without a
+        thought that the observation has not."""
         c = self.config
         c.check_inputs(observation, actions=False)
         B, chunk = observation["state"].shape[0], (c.action_horizon, c.action_dim)

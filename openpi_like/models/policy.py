@@ -5,6 +5,7 @@ A model's config has the sizes of a batch and a `backbone`, itself a config. A p
     loss(key, batch, counts=None) -> (scalar, per-sample metrics)        loss_counts(batch) -> what it divides by
     validation_losses(key, batch) -> {name: scalar}                      packed() -> itself, for many small calls
     sample_actions(key, observation, action_mask=None, **options) -> normalised actions; key: one, or one of each row
+    think(observation, **options) -> text that is written before acting, for the observation of the next chunks
     remember(key, batch) -> {name: what it keeps}, of weights that are not trained but written (`param.memory`)
 
 which is all that the trainer, the validator and the server know of it. A new policy is one file with its config and its
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.config import near_names
@@ -149,6 +150,8 @@ class PolicyConfig(VisionLanguageConfig):
     prompt_format: how its prompts and answers are written, see `openpi_like.data.prompts`.
     action_tokens: how actions are written as tokens, None where they are not.
     robots: names of those that have parts of their own in the policy; () where all share all of it.
+    thought_len: tokens of text that it can write before it acts (a subtask, reasoning), see `Model.think`; 0: it does
+        not.
     """
 
     state_dim: int
@@ -157,8 +160,10 @@ class PolicyConfig(VisionLanguageConfig):
     prompt_format: PromptFormat = Pi0Prompt()
     action_tokens: ActionTokens | None = None
     robots: tuple[str, ...] = ()
+    thought_len: int = 0
     writes_tokens: ClassVar[bool] = False  # whether a policy of this kind can have action tokens
     has_robot_parts: ClassVar[bool] = False  # whether it can have parts for each robot
+    can_think: ClassVar[bool] = False  # whether it can write text before it acts
 
     @property
     def answer_len(self) -> int:
@@ -179,6 +184,8 @@ class PolicyConfig(VisionLanguageConfig):
             problems.append(f"action_tokens={tokens}, expected None: actions are not written as text")
         if self.robots and not self.has_robot_parts:
             problems.append(f"robots={self.robots}, expected (): all robots share all of it")
+        if self.thought_len < 0 or (self.thought_len and not self.can_think):
+            problems.append(f"thought_len={self.thought_len}, expected {'0 or more' if self.can_think else '0'}")
         if len(set(self.robots)) != len(self.robots):
             problems.append(f"robots={self.robots}, expected each named once")
         if tokens is not None and tokens.count + tokens.skip > self.vocab_size:
@@ -302,6 +309,13 @@ class Model(nnx.Module):
         Called once a step, with the weights before it; `key` is that of the loss. Validation and sampling only read.
         """
         return {}
+
+    def think(self, observation: Any, **options: Any) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """Returns the ids of text that is written before acting, 0 where padded, and which are there; T: `thought_len`.
+
+        For `Observation.thought`: a thought can be kept for several chunks. options: as of `sample_actions`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not write text before it acts")
 
     def packed(self) -> Any:
         """Returns the same model with its weights as repeated calls want them, see `Gemma.packed`.

@@ -18,7 +18,9 @@ class PolicyOptions:
     the likeliest ones. max_batch: requests that are answered together at most. devices: of this machine, which share
     the rows of each batch (max_batch is rounded up to a multiple), but for a request that comes alone; each has all
     weights. real_time_chunking: take what is left of the chunk before. guidance: how policies that were not trained
-    for that are led to it. ranges: what is said, and what is refused, of states and actions that training has not seen.
+    for that are led to it. think_every: chunks for which a policy that writes text before it acts keeps what it wrote,
+    for one session and prompt. ranges: what is said, and what is refused, of states and actions that training has not
+    seen.
     """
 
     robot: str | None = None
@@ -29,12 +31,13 @@ class PolicyOptions:
     devices: int = 1
     real_time_chunking: bool = False
     guidance: Guidance = Guidance()
+    think_every: int = 1
     ranges: Ranges = Ranges()
 
     def __post_init__(self) -> None:
         problems = [
             f"{name}={getattr(self, name)}, expected at least 1"
-            for name in ("max_batch", "devices")
+            for name in ("max_batch", "devices", "think_every")
             if getattr(self, name) < 1
         ]
         if self.temperature is not None and not self.temperature >= 0:

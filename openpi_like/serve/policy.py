@@ -29,6 +29,15 @@ from openpi_like.train.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Thought:
+    """What a policy wrote before it acted. ids: (T,). mask: (T,), which are there. text: as a person reads it."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """An observation that fits, as one row of a batch.
 
@@ -53,15 +62,19 @@ class Request:
     @property
     def lane(self) -> Hashable:
         """Requests of different lanes are not answered together: they are computed in different ways."""
-        return self.previous is not None
+        return self.previous is not None, "thought" in self.row
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """actions: float32 (A, Js) in robot space, A the robot's horizon. warnings: what is to be said of them."""
+    """actions: float32 (A, Js) in robot space, A the robot's horizon. warnings: what is to be said of them.
+
+    thought: what was written before them, of policies that write.
+    """
 
     actions: np.ndarray
     warnings: tuple[str, ...] = ()
+    thought: Thought | None = None
 
 
 _WHOLE, _ROWS = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows")
@@ -99,11 +112,18 @@ class _Function:
         mask: jax.Array,
         tables: dict[str, Any],
         previous: dict[str, Previous],
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         keys = jax.vmap(lambda words: jax.random.fold_in(jax.random.key(words[0]), words[1]))(words_B2)
         with computed_by(self.attention):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-            return model.sample_actions(keys, observation, action_mask=mask, **tables, **self._drawn, **previous)
+            thought: dict[str, jax.Array] = {}
+            if model.config.thought_len:
+                if "thought" not in observation:
+                    ids, there = model.think(observation, **tables)
+                    observation = {**observation, "thought": ids, "thought_mask": there}
+                thought = {name: observation[name] for name in ("thought", "thought_mask")}
+            drawn = {**self._drawn, **previous}
+            return model.sample_actions(keys, observation, action_mask=mask, **tables, **drawn), thought
 
 
 class Policy:
@@ -129,7 +149,7 @@ class Policy:
                 f"the checkpoint was trained for {', '.join(robots)}, not for robot {o.robot!r}; "
                 f"{near_names(o.robot, list(robots))}"
             )
-        if o.temperature is not None and not parts.sampling_options:
+        if o.temperature is not None and "decoding" not in parts.sampling_options:
             raise ValueError(
                 f"temperature={o.temperature}, expected a number for a policy that writes action tokens, and none for "
                 f"others; this is a {kind}"
@@ -141,7 +161,7 @@ class Policy:
         self.robots = robots if o.robot is None else {o.robot: robots[o.robot]}
         seen = parts.model.config.cameras  # others were left out of training with drop_cameras
         self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
-        self.sizes, self.ranges = o.sizes, o.ranges
+        self.sizes, self.ranges, self.think_every = o.sizes, o.ranges, o.think_every
         self._ranges = {name: RobotRanges(r, parts.normalizations[name], o.ranges) for name, r in self.robots.items()}
         # Once, instead of in every request; the weights this replaces are not kept.
         self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=o.quantize))
@@ -216,7 +236,9 @@ class Policy:
         }
         package = importlib.metadata.version("openpi-like")
         chunking = {"real_time_chunking": self.max_delay is not None, "max_delay": self.max_delay or 0}
-        contract = {"contract": self._parts.contract_hash, "step": self._parts.step}
+        contract: dict[str, Any] = {"contract": self._parts.contract_hash, "step": self._parts.step}
+        if self.thinks:
+            contract["think_every"] = self.think_every
         return {"protocol": PROTOCOL, "package": package, **contract, **chunking, "robots": robots}
 
     def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
@@ -227,6 +249,9 @@ class Policy:
         middle = [self._in_the_middle(robot) for robot in self.robots.values()]
         if self.options.real_time_chunking:
             middle = [*middle, *(dataclasses.replace(r, previous=self._previous(r, r.mask[:1], 0)) for r in middle)]
+        if T := self._config.thought_len:
+            nothing = {"thought": np.zeros(T, np.int32), "thought_mask": np.zeros(T, bool)}
+            middle = [*middle, *(dataclasses.replace(r, row=r.row | nothing) for r in middle)]
         lanes = {r.lane: [other for other in middle if other.lane == r.lane] for r in middle}
         calls = [(size, self._batch((lane * size)[:size])) for lane in lanes.values() for size in self.sizes]
         mesh = MeshConfig().create(jax.local_devices()[:1])
@@ -246,11 +271,14 @@ class Policy:
 
     # ---- Requests ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, observation: Any, *, number: int = 0, seed: int | None = None) -> Request:
+    def prepare(
+        self, observation: Any, *, number: int = 0, seed: int | None = None, thought: Thought | None = None
+    ) -> Request:
         """Checks an observation, and makes it a row of a batch. Threads may call it at the same time.
 
         observation: see `openpi_like.serve.protocol`. One with a "seed" has the noise of that, whatever its number.
         number, seed: of the request in its session, and of the session (None: that of the policy).
+        thought: what was written before an earlier chunk, to act by it once more.
 
         Raises:
             ObservationError: everything that is wrong with the observation; the policy stays usable.
@@ -270,10 +298,17 @@ class Policy:
             request = self._request(robot, pictures, state, encoded, prompt, words, tuple(warnings))
         except ValueError as e:
             raise ObservationError(f"prompt: {e}") from e
+        if thought is not None:
+            request.row.update(thought=thought.ids, thought_mask=thought.mask)
         if before is None:
             return request
         old = normalization.apply_actions(robot.encode_actions(before[0], state))
         return dataclasses.replace(request, previous=self._previous(request, old, before[1]))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it writes text before it acts."""
+        return self._config.thought_len > 0
 
     @property
     def max_delay(self) -> int | None:
@@ -334,7 +369,8 @@ class Policy:
             raise ValueError("some requests have a chunk before and others have not; sample them one after the other")
         size = next(n for n in self.sizes if n >= len(requests))
         filled = [*requests, *[requests[-1]] * (size - len(requests))]
-        sampled = np.asarray(self._function.compiled(size)(*self._batch(filled)))
+        made, written = self._function.compiled(size)(*self._batch(filled))
+        sampled, thoughts = np.asarray(made), self._thoughts(written, len(requests))
         rows: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             rows.setdefault(request.robot.name, []).append(i)
@@ -343,7 +379,18 @@ class Policy:
             for name, of in rows.items()
             for i, reply in zip(of, self._replies(name, [requests[i] for i in of], sampled[of]), strict=True)
         }
+        for i, thought in enumerate(thoughts):
+            reply = replies[i]
+            if isinstance(reply, Reply):
+                replies[i] = dataclasses.replace(reply, thought=thought)
         return [replies[i] for i in range(len(requests))]
+
+    def _thoughts(self, written: dict[str, Any], rows: int) -> list[Thought]:
+        if not written:
+            return []
+        ids, mask = (np.asarray(written[name])[:rows] for name in ("thought", "thought_mask"))
+        decode = self._parts.tokenizer.decode
+        return [Thought(i, m, decode(i[m].tolist()).strip()) for i, m in zip(ids, mask, strict=True)]
 
     def infer(self, observation: Any) -> dict[str, Any]:
         """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}, for one robot alone.

@@ -21,7 +21,7 @@ from openpi_like.serve.ranges import RangeError, Watched
 
 log = logging.getLogger(__name__)
 
-FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed", "success", "traceparent")
+FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed", "success", "think", "traceparent")
 """What a client may use beyond the protocol of openpi-client."""
 _CONTAINERS = 1000  # in a message of a client
 _SHOWN = 80  # characters of what a client sent
@@ -77,6 +77,9 @@ class Session:
         self._seed: int | None = None
         self._number = 0
         self._watched: Watched | None = None
+        # What was written last, how many chunks were acted by it, and for which prompt.
+        self._thought: Any = None
+        self._acted, self._asked = 0, None
 
     def metadata(self) -> dict[str, Any]:
         """Returns what the handshake says."""
@@ -102,12 +105,13 @@ class Session:
                 raise ProtocolError(f"got a dict with the key {reprlib.repr(wrong[0])}, expected texts")
             if "reset" in content:
                 return self._reset(content)
-            asked = {k: content.pop(k, None) for k in ("id", "deadline_ms", "traceparent")}
+            asked = {k: content.pop(k, None) for k in ("id", "deadline_ms", "traceparent", "think")}
             due, parent = _due(asked["deadline_ms"], since), asked["traceparent"]
             if parent is not None and not isinstance(parent, str):
                 raise ProtocolError(f"traceparent: got a {type(parent).__name__}, expected a text")
             policy = self._policy()
-            request = policy.prepare(content, number=self._number, seed=self._seed)
+            kept = self._kept(policy, content, asked["think"])
+            request = policy.prepare(content, number=self._number, seed=self._seed, **kept)
             self._number += 1
             self._watched = self._watched or Watched(policy.ranges.frozen)
             warnings = self._watched.look(request.pictures, request.state)
@@ -123,9 +127,27 @@ class Session:
         seconds = {"prepare": ask.prepared_s, "queue": answer.waited_s, "infer": answer.sampled_s}
         timing: dict[str, Any] = {k: 1e3 * s for k, s in seconds.items()} | {"batch": answer.batch}
         reply = {"actions": answer.reply.actions, "timing_ms": timing}
+        if answer.reply.thought is not None:
+            self._thought = answer.reply.thought
+            reply["thought"] = self._thought.text
         if warnings := [*ask.warnings, *answer.reply.warnings]:
             reply["warnings"] = warnings
         return pack(reply if ask.id is None else {**reply, "id": ask.id})
+
+    def _kept(self, policy: Any, content: Mapping[str, Any], think: Any) -> dict[str, Any]:
+        """Returns the thought to act by once more, if there is one. think: the client's wish, None: as is usual."""
+        if not isinstance(think, bool | None):
+            raise ProtocolError(f"think: got {reprlib.repr(think)}, expected true, false or nothing")
+        if think is not None and not policy.thinks:
+            raise ProtocolError(f"think: got {think}, but this policy writes no text before it acts; leave it out")
+        prompt, thought = content.get("prompt"), self._thought
+        anew = thought is None or prompt != self._asked or self._acted >= policy.think_every
+        self._asked = prompt
+        if thought is None or (anew if think is None else think):
+            self._acted = 1
+            return {}
+        self._acted += 1
+        return {"thought": thought}
 
     def _reset(self, content: dict[Any, Any]) -> Reset:
         """Begins anew: the same requests have the same answers again."""
@@ -140,6 +162,7 @@ class Session:
         if seed is not None and not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
             raise ProtocolError(f"seed: got {reprlib.repr(seed)}, expected an integer in 0 .. 2^32 - 1")
         self._seed, self._number, self._watched = None if seed is None else int(seed), 0, None
+        self._thought, self._acted = None, 0
         return Reset(pack({"reset": True}), success)
 
 
