@@ -203,3 +203,64 @@ def test_options_without_meaning_are_refused(config: Pi0Config, tiny_policy: Pi0
         dataclasses.replace(config, flow_weight=0.0)
     with pytest.raises(ValueError, match=r"prompt_format=Pi05Prompt\(\) with pi05=False, expected Pi0Prompt"):
         dataclasses.replace(tiny_policy, prompt_format=Pi05Prompt())
+
+
+# ---- Thoughts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinking(config: Pi0Config, model: Pi0) -> Pi0:
+    return bind(dataclasses.replace(config, thought_len=3), unflatten(flat_weights(model)))
+
+
+def test_the_expert_reads_a_thought_as_in_training(thinking: Pi0, batch: Any, draws: Any) -> None:
+    """Behind a padded prompt in sampling, right behind the prompt and before action tokens in training."""
+    asked = batch["prompt_mask"].sum(1) - batch["prompt_causal"].sum(1)
+    said = batch["prompt_causal"] & ~batch["prompt_action"]
+    at = asked[:, None] + jnp.arange(3)
+    take = lambda x: jnp.take_along_axis(x, at, axis=1)  # noqa: E731
+    mask = take(said)
+    observation = thinking.config.observation(batch)
+    thought = {"thought": jnp.where(mask, take(batch["prompt"]), 0), "thought_mask": mask}
+    (noise,), (time,) = draws
+
+    @nnx.jit
+    def velocities(model: Pi0, batch: Any, observation: Any) -> tuple[jax.Array, jax.Array]:
+        trained = model.velocity(model.training_prefix(batch)[0], batch, noise, time)
+        return trained, model.velocity(model.prefix(observation), observation, noise, time)
+
+    trained, sampled = velocities(thinking, batch, {**observation, **thought})
+    np.testing.assert_allclose(sampled, trained, atol=2e-5)
+    other = {**observation, **thought, "thought": thought["thought"] + mask}
+    moved = np.abs(velocities(thinking, batch, other)[1] - trained).max(axis=(1, 2))
+    assert (moved[::2] > 1e-4).all()  # rows with a subtask
+    assert (moved[1::2] < 2e-5).all()
+
+
+def test_it_thinks_to_where_actions_begin(thinking: Pi0, batch: Any) -> None:
+    """Token by token the likeliest; what ends a thought is no part of it; and acting thinks on its own."""
+    observation = thinking.config.observation(batch)
+    think = nnx.jit(lambda model, o, ends: model.think(o, ends=ends))
+    far = jnp.array([400, 401])
+    ids, mask = think(thinking, observation, far)
+    first = thinking.config.action_tokens.first(thinking.config.vocab_size)  # type: ignore[union-attr]
+    count = 50
+    assert not ((ids <= first) & (ids > first - count) & mask).any()
+    whole = np.asarray(mask).all(1)
+    assert whole.any()  # no end among three tokens
+    row = int(np.flatnonzero(whole)[0])
+    shorter, there = think(thinking, observation, jnp.array([int(ids[row, 1]), 401]))
+    assert there[row].tolist() == [int(ids[row, 0]) != int(ids[row, 1]), False, False]
+    assert shorter[row, 1:].tolist() == [0, 0]
+    sample = nnx.jit(lambda model, o: model.sample_actions(KEY, o, ends=far, num_steps=2))
+    given = {**observation, "thought": ids, "thought_mask": mask}
+    np.testing.assert_allclose(sample(thinking, observation), sample(thinking, given), atol=2e-5)
+
+
+def test_thoughts_need_room_and_a_teacher(config: Pi0Config, tiny_policy: Pi0Config) -> None:
+    with pytest.raises(ValueError, match=r"thought_len=10, expected less than action_tokens.max_len=10"):
+        dataclasses.replace(config, thought_len=10)
+    with pytest.raises(ValueError, match=r"thought_len=2 without action_tokens, expected 0"):
+        dataclasses.replace(tiny_policy, thought_len=2)
+    with pytest.raises(ValueError, match=r"thought_len=-1, expected 0 or more"):
+        dataclasses.replace(config, thought_len=-1)

@@ -331,3 +331,33 @@ def test_batches_without_answers_are_refused(
     asked: Any = {k: batch[k] for k in config.observation(batch)}
     with pytest.raises(ValueError, match=r"prompt: got int32 \(8, 32\), expected int32 \(8, 8\)"):
         config.check_inputs(asked, actions=False)
+
+
+def test_it_acts_after_a_thought(config: Pi0FastConfig, filled: Any, batch: Any, decoding: ActionDecoding) -> None:
+    """Tokens are those of greedy decoding of the whole text, thought and all; and acting thinks on its own."""
+    thinking = filled(lambda: dataclasses.replace(config, thought_len=2).create(jax.random.key(3)))
+    observation, ends = thinking.config.observation(batch), jnp.array([400, 401])
+    act = nnx.jit(lambda model, o: model.sample_actions(jax.random.key(0), o, decoding=decoding, ends=ends))
+    ids, mask = nnx.jit(lambda model, o: model.think(o, ends=ends))(thinking, observation)
+    given = {**observation, "thought": ids, "thought_mask": mask}
+    np.testing.assert_allclose(act(thinking, observation), act(thinking, given), atol=1e-5)
+    tokens, real = sample(thinking, jax.random.key(0), given, decoding=decoding)[1:]
+    row = int(np.argmax(np.asarray(mask.sum(1))))
+    assert mask[row].any()
+    text = [*observation["prompt"][row][observation["prompt_mask"][row]].tolist(), *ids[row][mask[row]].tolist()]
+    asked = int(observation["prompt_mask"][row].sum())
+    text += np.asarray(decoding.begin).tolist()
+    S = config.prompt_len + config.answer_len
+    one = jax.tree.map(lambda x: x[row : row + 1], {**batch})
+    at = jnp.arange(S)[None]
+    one |= {
+        "prompt": jnp.zeros((1, S), jnp.int32).at[0, : len(text)].set(jnp.array(text)),
+        "prompt_mask": at < len(text),
+        "prompt_causal": (at >= asked) & (at < len(text)),
+    }
+    logits = thinking.backbone.text_logits(one)[0, len(text) - 1]
+    first = config.tokens.first(config.vocab_size)
+    scored = logits[first - jnp.arange(config.tokens.count)]
+    allowed = decoding.allowed(jnp.zeros(1, jnp.int32), jnp.array([16]), jnp.int32(config.tokens.max_len))[0]
+    assert int(jnp.where(allowed, scored, -jnp.inf).argmax()) == int(tokens[row, 0])
+    assert real[row, 0]

@@ -98,7 +98,7 @@ def test_pictures_are_taken_as_they_are_sent(tiny_policy, observation, monkeypat
 
         def sample(weights, words, inputs, mask, options, previous, seen=seen):
             seen.update(inputs["images"])
-            return np.zeros(mask.shape, np.float32)
+            return np.zeros(mask.shape, np.float32), {}
 
         monkeypatch.setattr(policy._function, "compiled", lambda rows, sample=sample: sample)
         policy.infer(observation)
@@ -406,3 +406,42 @@ def test_a_robot_that_the_checkpoint_has_not_seen_is_refused(tiny_policy):
 def test_actions_that_are_not_finite_are_never_sent(tiny_policy, observation):
     with pytest.raises(FloatingPointError, match="not finite"):
         _policy(tiny_policy, value=np.nan).infer(observation)
+
+
+# ---- Thoughts --------------------------------------------------------------------------------------------------------
+
+
+class Thinks(Constant):
+    """Writes the first word of the prompt, and acts by how large its id is."""
+
+    def think(self, observation, **options):
+        ids = observation["prompt"][:, 1:3]
+        return ids, jnp.broadcast_to(jnp.array([True, False]), ids.shape)
+
+    def sample_actions(self, key, observation, *, action_mask):
+        said = jnp.where(observation["thought_mask"], observation["thought"], 0).sum(1)[:, None, None]
+        return super().sample_actions(key, observation, action_mask=action_mask) + jnp.where(action_mask, said, 0)
+
+
+def test_what_a_policy_wrote_is_said_and_can_be_acted_by_again(tiny_policy, observation):
+    config = dataclasses.replace(tiny_policy, action_tokens=ActionTokens(max_len=6, count=20, skip=0), thought_len=2)
+    policy = _policy(config, model=Thinks(config, 1.0), max_batch=2, think_every=4)
+    assert (policy.thinks, policy.think_every, policy.metadata()["think_every"]) == (True, 4, 4)
+    first = policy.prepare({**observation, "seed": 3})
+    (reply,) = policy.sample([first])
+    word = int(first.row["prompt"][1])
+    assert reply.thought.ids[reply.thought.mask].tolist() == [word]
+    assert reply.thought.text == policy._parts.tokenizer.decode([word]).strip()
+    other = dataclasses.replace(reply.thought, ids=reply.thought.ids + 10)
+    again, moved = (policy.prepare({**observation, "seed": 3}, thought=t) for t in (reply.thought, other))
+    assert first.lane != again.lane == moved.lane
+    same, further = policy.sample([again, moved])
+    np.testing.assert_array_equal(same.actions, reply.actions)
+    # Ten more, normalised, are 20 in model space: 20 m from the state in mm, and 20 gripper widths.
+    np.testing.assert_allclose(
+        further.actions - same.actions, np.broadcast_to([20_000, 20_000, -40], (3, 3)), rtol=1e-3
+    )
+    assert further.thought.ids.tolist() == other.ids.tolist()
+    plain = _policy(tiny_policy)
+    assert not plain.thinks
+    assert "think_every" not in plain.metadata()

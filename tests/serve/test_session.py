@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from openpi_like.serve.answering import Answered, Answering
 from openpi_like.serve.batching import Answer, Batcher, BusyError, LateError, StuckError
 from openpi_like.serve.observation import MAX_PIXELS, ObservationError
-from openpi_like.serve.policy import Reply
+from openpi_like.serve.policy import Reply, Thought
 from openpi_like.serve.protocol import MAX_DEPTH, ProtocolError, pack, unpack
 from openpi_like.serve.ranges import RangeError
 from openpi_like.serve.session import FEATURES, Ask, Reset, Session, failure
@@ -177,3 +178,39 @@ def test_what_came_before_the_end_is_answered_and_what_comes_after_is_told() -> 
     before, after = asyncio.run(converse())
     assert [answered.code for answered in before] == ["ok"] * 3
     assert after.reply == "closing: the server is closing; connect again later"
+
+
+class Thinker(Stub):
+    """Answers, and counts what it wrote; a thought that it is given it acts by."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda observation: observation["state"][None])
+        self.thinks, self.think_every, self.written = True, 3, 0
+
+    def prepare(self, observation: Any, *, thought: Thought | None = None, **of: Any) -> Any:
+        if thought is None:
+            self.written += 1
+        kept = thought or Thought(np.arange(2), np.ones(2, bool), f"thought {self.written}")
+        return SimpleNamespace(**vars(super().prepare(observation, **of)), thought=kept)
+
+
+def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
+    session = Session(lambda policy=Thinker(): policy)  # type: ignore[misc]
+
+    def say(**more: Any) -> str:
+        ask = session.receive(pack({**OBSERVATION, **more}))
+        assert isinstance(ask, Ask)
+        reply = Reply(np.ones((1, 2), np.float32), thought=ask.request.thought)
+        return unpack(session.answer(ask, Answer(reply, 0, 0, 1)))["thought"]  # type: ignore[arg-type]
+
+    assert [say() for _ in range(7)] == ["thought 1"] * 3 + ["thought 2"] * 3 + ["thought 3"]
+    assert [say(prompt="stop"), say(prompt="stop"), say()] == ["thought 4", "thought 4", "thought 5"]
+    assert [say(think=True), say(think=False), say(), say(think=False), say()] == ["thought 6"] * 4 + ["thought 7"]
+    assert unpack(session.receive(pack({"reset": True})).reply) == {"reset": True}  # type: ignore[union-attr]
+    assert say() == "thought 8"
+    assert "think: got 3, expected true, false or nothing" in str(session.receive(pack({**OBSERVATION, "think": 3})))
+
+
+def test_policies_that_do_not_write_cannot_be_asked_to(session) -> None:
+    said = session.receive(pack({**OBSERVATION, "think": True}))
+    assert said.startswith("invalid: think: got True, but this policy writes no text before it acts")
