@@ -389,8 +389,15 @@ class Policy:
         if not written:
             return []
         ids, mask = (np.asarray(written[name])[:rows] for name in ("thought", "thought_mask"))
-        decode = self._parts.tokenizer.decode
-        return [Thought(i, m, decode(i[m].tolist()).strip()) for i, m in zip(ids, mask, strict=True)]
+        return [Thought(i, m, self._text(i[m])) for i, m in zip(ids, mask, strict=True)]
+
+    def _text(self, ids: np.ndarray) -> str:
+        tokenizer = self._parts.tokenizer
+        known = ids[ids < tokenizer.vocab_size]
+        text, without = tokenizer.decode(known.tolist()).strip(), len(ids) - len(known)
+        if not without:
+            return text
+        return f"{text} ({without} id{'s' * (without > 1)} without text)".strip()
 
     def infer(self, observation: Any) -> dict[str, Any]:
         """Returns {"actions": float32 (A, J) in robot space, "timing_ms": {"infer": ms}}, for one robot alone.

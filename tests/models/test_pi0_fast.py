@@ -339,7 +339,7 @@ def test_it_acts_after_a_thought(config: Pi0FastConfig, filled: Any, batch: Any,
     observation, ends = thinking.config.observation(batch), jnp.array([400, 401])
     act = nnx.jit(lambda model, o: model.sample_actions(jax.random.key(0), o, decoding=decoding, ends=ends))
     ids, mask = nnx.jit(lambda model, o: model.think(o, ends=ends))(thinking, observation)
-    given = {**observation, "thought": ids, "thought_mask": mask}
+    given: Any = {**observation, "thought": ids, "thought_mask": mask}
     np.testing.assert_allclose(act(thinking, observation), act(thinking, given), atol=1e-5)
     tokens, real = sample(thinking, jax.random.key(0), given, decoding=decoding)[1:]
     row = int(np.argmax(np.asarray(mask.sum(1))))

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import random
 import zlib
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -191,17 +190,20 @@ class Thinker(Stub):
         if thought is None:
             self.written += 1
         kept = thought or Thought(np.arange(2), np.ones(2, bool), f"thought {self.written}")
-        return SimpleNamespace(**vars(super().prepare(observation, **of)), thought=kept)
+        row = super().prepare(observation, **of)
+        row.thought = kept
+        return row
 
 
 def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
-    session = Session(lambda policy=Thinker(): policy)  # type: ignore[misc]
+    policy = Thinker()
+    session = Session(lambda: policy)
 
     def say(**more: Any) -> str:
         ask = session.receive(pack({**OBSERVATION, **more}))
         assert isinstance(ask, Ask)
         reply = Reply(np.ones((1, 2), np.float32), thought=ask.request.thought)
-        return unpack(session.answer(ask, Answer(reply, 0, 0, 1)))["thought"]  # type: ignore[arg-type]
+        return unpack(session.answer(ask, Answer(reply, 0.0, 0.0, 1)))["thought"]  # type: ignore[arg-type]
 
     assert [say() for _ in range(7)] == ["thought 1"] * 3 + ["thought 2"] * 3 + ["thought 3"]
     assert [say(prompt="stop"), say(prompt="stop"), say()] == ["thought 4", "thought 4", "thought 5"]
