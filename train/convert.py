@@ -120,7 +120,7 @@ def make_contract(args: Args, config: VisionLanguageConfig) -> Contract:
         problems.append(f"--norm-stats: got {len(args.norm_stats)} files, expected one for each of --robots")
     if args.tokenizer is None:
         problems.append("--tokenizer: missing; the file or directory of the tokenizer the weights were trained with")
-    if config.answer_len and args.action_tokenizer is None:
+    if getattr(config, "action_tokens", None) is not None and args.action_tokenizer is None:
         problems.append("--action-tokenizer: missing; the directory of the FAST tokenizer of these weights")
     if problems:
         raise ValueError("--to run needs more:\n  " + "\n  ".join(problems))

@@ -7,6 +7,7 @@ Letters: B batch, L layers, T tokens up to the last of the images, D width.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -31,11 +32,13 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 class StatesOf:
     """What rows are of; other rows cannot stand for them.
 
-    frames: digest of which steps they are, see `EpisodeDataset.frames_digest`. robot, cameras: how it has them.
+    data: dataset, its version, and the split. frames: digest of which steps they are, see
+        `EpisodeDataset.frames_digest`. robot, cameras: how it has them.
     policy: what of a policy's config says how images are seen. weights: of its backbone, name -> sum of bits.
     begins_with: ids of the text before the images. shape: (L + 1, T, D) of a frame.
     """
 
+    data: str
     frames: str
     count: int
     robot: str
@@ -56,7 +59,9 @@ class StatesOf:
         """Returns what rows of a dataset for a policy are of. others: the fields that neither of them says."""
         seen = ("cameras", "image_size", "image_slots", "resize", "backbone", "dtype")
         cameras = [camera for camera in dataset.robot.cameras if camera.name in policy.cameras]
+        split = dataset.index.split
         return cls(
+            data=f"{split.dataset}/{split.version} {split.name}",
             frames=dataset.frames_digest(),
             count=len(dataset),
             robot=dataset.robot.name,
@@ -142,18 +147,22 @@ class Writer:
         self.directory.mkdir(parents=True, exist_ok=True)
         begun, record = self.directory / "begun.json", json.dumps(dataclasses.asdict(of), indent=1)
         said = next((p.read_text() for p in (self.directory / _RECORD, begun) if p.exists()), None)
-        if said is not None and json.loads(said) != json.loads(record):
+        if said is not None and said != record:
             raise DatasetError(
                 f"image_states {self.directory} are of other data, another policy, or other weights; remove them, or "
                 "write into another directory"
             )
         rows = self.directory / _ROWS
-        size = rows.stat().st_size if rows.exists() else 0
-        self.finished = (self.directory / _RECORD).exists()
-        self.done = size // of.row_bytes
+        self._file = rows.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._file.close()
+            raise DatasetError(f"image_states {self.directory}: another program writes them") from e
+        # What nothing says anything of is of nothing that is known; and the last row may have been cut off.
+        self.done = 0 if said is None else rows.stat().st_size // of.row_bytes
+        self._file.truncate(self.done * of.row_bytes)
         begun.write_text(record)
-        with rows.open("ab") as file:
-            file.truncate(self.done * of.row_bytes)  # the last may have been cut off
 
     def batches(self, size: int) -> Iterator[Int[np.ndarray, "B"]]:
         """Yields the frames that are left, `size` at a time, the last of them repeated in the last batch."""
@@ -173,8 +182,8 @@ class Writer:
         bad = np.flatnonzero(~np.isfinite(rows.astype(np.float32)).all(axis=(1, 2, 3)))
         if len(bad):
             raise ValueError(f"image_states of frame {self.done + bad[0]} are not finite; nothing of it was written")
-        with (self.directory / _ROWS).open("ab") as file:
-            file.write(np.ascontiguousarray(rows).tobytes())
+        self._file.write(np.ascontiguousarray(rows).tobytes())
+        self._file.flush()
         self.done += len(rows)
 
     def finish(self) -> None:
@@ -185,6 +194,7 @@ class Writer:
         """
         if self.done != self.of.count:
             raise ValueError(f"image_states {self.directory}: {self.done} frames, expected {self.of.count}")
+        self._file.close()
         os.replace(self.directory / "begun.json", self.directory / _RECORD)
 
 

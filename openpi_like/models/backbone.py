@@ -111,7 +111,7 @@ class Backbone(nnx.Module):
         after_images: further tokens, valid in every row, right behind those of the last camera.
         """
         cameras = self.config.cameras
-        images = jnp.stack([_to_float(observation["images"][c]) for c in cameras], axis=1)
+        images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
         text, text_mask = self.vlm.embed(observation["prompt"]), observation["prompt_mask"]
         language = self.image_condition(text, text_mask & ~_answers(observation))
         # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
@@ -340,7 +340,7 @@ class Backbone(nnx.Module):
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
         sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None)
         with jax.named_scope("vlm"):
-            return self.vlm.hidden_states(sequence.tokens, mask, rope)
+            return self.vlm.hidden_states(sequence.tokens, mask, rope, **_deepstack(sequence))
 
     def states_behind(
         self,
@@ -518,7 +518,7 @@ def text_targets(batch: TextBatch | Batch) -> Bool[Array, "B T"]:
     return batch["prompt_loss"][:, 1:] & batch["prompt_mask"][:, 1:]
 
 
-def _to_float(image: jax.Array) -> jax.Array:
+def to_float(image: jax.Array) -> jax.Array:
     """Returns an image in [-1, 1]; float images are in that range already."""
     return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0 if image.dtype == jnp.uint8 else image
 

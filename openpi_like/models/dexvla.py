@@ -21,7 +21,9 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.draws import RowKeys, named_key
 from openpi_like.models.backbone import masked_means, with_thought
 from openpi_like.models.ddim import Ddim
+from openpi_like.models.dexvla_names import policy_rows
 from openpi_like.models.diffusion import DiffusionPolicy
+from openpi_like.models.formats import Format, Table
 from openpi_like.models.param import Linear, xavier
 from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.prismatic import PrismaticConfig
@@ -78,6 +80,14 @@ class DexVlaConfig(ScaleDpPolicyConfig):
     def sampling_options(self, text: Any, fast: Any) -> dict[str, Any]:
         """Returns "eos"."""
         return {"eos": jnp.int32(text.tokenizer.required("eos"))}
+
+    def formats(self) -> dict[str, Format]:
+        """Returns the published layouts of the backbone; in "huggingface" also what DexVLA's files have beside it."""
+        formats = dict(super().formats())
+        if "huggingface" in formats:
+            table = Table(tuple(policy_rows(self.expert.depth, one_robot=len(self.robots) < 2)))
+            formats["huggingface"] = formats["huggingface"].with_rows(lambda names: table)
+        return formats
 
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> "DexVlaConfig":
@@ -208,8 +218,7 @@ class DexVla(ScaleDpPolicy):
 
     def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        actions = batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)
-        return {"actions": actions, "text": self.backbone.text_samples(batch)}
+        return super().loss_counts(batch) | {"text": self.backbone.text_samples(batch)}
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss", "noise_loss" and "text_loss", NaN where no sample of the batch has it; noise at steps spread

@@ -57,10 +57,6 @@ class DexVlaStage1(ScaleDpPolicy):
         told = self.told(self.backbone.condition(batch), batch)
         return self.noise_loss(key, told, batch, samples=None if counts is None else counts["actions"])
 
-    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        return {"actions": batch["action_mask"].any((1, 2)).sum().astype("float32")}
-
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss", at steps spread over the schedule."""
         self.config.check_inputs(batch, actions=True)

@@ -30,6 +30,11 @@ class DiffusionPolicy(Model):
         """Returns the noise that is in x at a step, as the network predicts it."""
         raise NotImplementedError
 
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns what `noise_loss` divides by. A part of a batch, with the counts of all of it, has its part of the
+        loss."""
+        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
+
     def _errors(self, given: Any, batch: Batch, noise_BAJ: jax.Array, step_B: jax.Array) -> jax.Array:
         actions = jnp.where(batch["action_mask"], batch["actions"], 0.0)
         x = self.config.diffusion.noised(actions, noise_BAJ, step_B)

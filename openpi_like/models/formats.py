@@ -30,6 +30,7 @@ class Row:
     """ours[at] = rearrange(theirs[take], axes) / factor, with indices into leading axes.
 
     axes: "their axes -> our axes" as in einops; "" where they are the same.
+    counts: theirs may be of integers.
     """
 
     ours: str
@@ -38,6 +39,7 @@ class Row:
     at: Index = ()
     take: Index = ()
     factor: float = 1.0
+    counts: bool = False
 
     def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of theirs[take] for the shape of ours[at]."""

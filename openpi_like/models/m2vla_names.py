@@ -21,7 +21,7 @@ class CountRow(Row):
     most: int = 1
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return np.asarray(np.minimum(ours, self.most))
+        return np.asarray(np.minimum(ours, self.most), np.int64)
 
 
 def released_table(layers: int, width: int, heads: int, skills: SkillMemoryConfig | None, *, gated: bool) -> Table:
@@ -50,7 +50,7 @@ def released_table(layers: int, width: int, heads: int, skills: SkillMemoryConfi
         rows += torch_linear("skill_in", "action_head.memory_value_proj", "(A D) E -> E A D", "(A D) -> A D")
         bank = "action_head.memory_bank"
         rows += [Row("skills/keys", f"{bank}.keys"), Row("skills/values", f"{bank}.values")]
-        rows.append(CountRow("skills/count", f"{bank}.size", most=skills.size))
+        rows.append(CountRow("skills/count", f"{bank}.size", counts=True, most=skills.size))
     return Table(tuple(rows), unused=unused)
 
 

@@ -16,9 +16,11 @@ from openpi_like.batch import Batch, Observation
 from openpi_like.draws import RowKeys, named_key
 from openpi_like.models.ddim import Ddim, step_embedding
 from openpi_like.models.diffusion import DiffusionPolicy
+from openpi_like.models.formats import Format
 from openpi_like.models.layer_mixture import LayerFeatures
 from openpi_like.models.m2vla import LayerPolicy, M2VlaConfig
 from openpi_like.models.param import Linear, normal, weight
+from openpi_like.models.policy import PolicyConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,10 @@ class M2VlaNoiseConfig(M2VlaConfig):
 
     def _problems(self) -> list[str]:
         return super()._problems() + self.diffusion.problems()
+
+    def formats(self) -> dict[str, Format]:
+        """Returns the published layouts of its backbone: none holds such a head."""
+        return dict(PolicyConfig.formats(self))
 
     def create(self, key: Key[Array, ""]) -> "M2VlaNoise":
         """Returns a policy with fresh weights; every weight's draw depends on `key` and its own name only."""

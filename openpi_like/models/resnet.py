@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from openpi_like.draws import named_key
-from openpi_like.models.param import Linear, map_weight, normal, ones, use, weight, zeros
+from openpi_like.models.param import Linear, normal, ones, use, weight, zeros
 from openpi_like.models.vision import IMAGENET, normalized
 
 EXPANSION = 4
@@ -90,7 +90,7 @@ class Convolution(nnx.Module):
         self.stride, self.pad = stride, side // 2
         shape, axes = (side, side, *channels), (None, None, "embed", "mlp")
         he = normal(float(np.sqrt(2 / (side * side * channels[1]))))  # by fan-out, as torchvision
-        self.kernel = map_weight(key, "kernel", shape, axes, inputs=(0, 1, 2), init=he)
+        self.kernel = weight(key, "kernel", shape, axes, he)
         self.norm = GroupNorm(named_key(key, "norm"), channels[1], groups)
 
     def __call__(self, x_BHWC: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C2"]:

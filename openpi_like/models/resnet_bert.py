@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.draws import named_key
+from openpi_like.models.backbone import to_float
 from openpi_like.models.distilbert import DistilBert, DistilBertConfig, distilbert_rows
 from openpi_like.models.formats import Format, Table
 from openpi_like.models.param import Linear
@@ -98,8 +99,7 @@ class ResNetBert(nnx.Module):
         language = tokens.sum(1) / jnp.maximum(there.sum(1), 1)
         total: Any = 0.0
         for camera in self.config.cameras:
-            image = observation["images"][camera]
-            image = image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+            image = to_float(observation["images"][camera])
             seen = getattr(self, f"map_{camera}")(getattr(self, f"resnet_{camera}")(image, language))
             total = total + jnp.where(observation["image_mask"][camera][:, None], seen.astype(jnp.float32), 0.0)
         count = sum(observation["image_mask"][camera].astype(jnp.float32) for camera in self.config.cameras)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from openpi_like.draws import named_key
 from openpi_like.models.attention import attention
 from openpi_like.models.ddim import step_embedding
-from openpi_like.models.param import Linear, map_weight, normal, use, weight, xavier, zeros
+from openpi_like.models.param import Linear, linear_parts, map_weight, normal, use, weight, xavier, zeros
 from openpi_like.models.stack import run_layers
 from openpi_like.partition import pin
 
@@ -87,7 +87,7 @@ class ScaleDpLayer(nnx.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         y = normalised(x_BAW) * (1 + scale) + shift
         bias = use(self.qkv_bias, y.dtype)
-        q, k, v = jnp.einsum("BAW,PWNH->PBANH", y, use(self.qkv, y.dtype)) + bias[:, None, None]
+        q, k, v = (x + b for x, b in zip(linear_parts(self, "qkv", "BAW,WNH->BANH", y), bias, strict=True))
         seen = attention(q.swapaxes(1, 2), k, v, None).swapaxes(1, 2)
         x_BAW = x_BAW + gate * self.out(seen)
         y = normalised(x_BAW) * (1 + mlp_scale) + mlp_shift
@@ -128,16 +128,14 @@ class ScaleDp(nnx.Module):
         self.condition_in = linear("condition_in", (C, W), ("embed", "mlp"), init=normal(0.02))
         self.step_0 = linear("step_0", (STEP_DIM, W), (None, "embed"), init=normal(0.02))
         self.step_1 = linear("step_1", (W, W), ("embed", "mlp"), init=normal(0.02))
-        self.action_in = map_weight(
-            key, "action_in", (E, J, W), (None, "action", "embed"), inputs=(1,), init=xavier(J, W)
-        )
+        self.action_in = weight(key, "action_in", (E, J, W), (None, "action", "embed"), xavier(J, W))
         self.action_in_bias = weight(key, "action_in_bias", (E, W), (None, "norm"), zeros)
         self.position = weight(key, "position", (horizon, W), ("position", "embed"), normal(0.02))
         self.layers = ScaleDpLayer(named_key(key, "layers"), config)
         self.last_modulation = Linear(
             named_key(key, "last_modulation"), "BW,WGD->BGD", (W, 2, W), ("embed", "stack", "mlp"), zero=True
         )
-        self.action_out = map_weight(key, "action_out", (E, W, J), (None, "embed", "action"), inputs=(1,), zero=True)
+        self.action_out = weight(key, "action_out", (E, W, J), (None, "embed", "action"), zeros)
         self.action_out_bias = weight(key, "action_out_bias", (E, J), (None, "action"), zeros)
 
     def told(self, condition_BC: Float[Array, "B C"], state_BS: Float[Array, "B S"]) -> Float[Array, "B W"]:

@@ -25,7 +25,8 @@ class SkillMemoryConfig:
     """size: M. recalled: R. layers: of the language model whose visual tokens are the key, 0 before the first.
 
     written: part of the batches that are written, whole. apart: in training, chunks of a sample's own episode are not
-        recalled: nearest of all are the frames beside it, whose chunks are nearly its own.
+        recalled: nearest of all are the frames beside it, whose chunks are nearly its own. A dataset that is there as
+        two entries of the mixture is two.
     """
 
     size: int = 10_000

@@ -52,7 +52,8 @@ class TokenThoughts(Model):
 
         def ends(ids: jax.Array) -> jax.Array:
             acts = (ids <= first) & (ids > first - tokens.count)
-            return acts | jnp.isin(ids, options["ends"])
+            text = options.get("ends")  # without these, at actions alone
+            return acts if text is None else acts | jnp.isin(ids, text)
 
         key = jax.random.key(0)  # nothing is drawn
         ids, mask = self.backbone.generate(key, observation, max_new=self.config.thought_len, ends=ends, skip=skip)

@@ -288,8 +288,8 @@ class WeightReader:
         self._arrays, self._plan = arrays, plan
         self.problems: list[str] = []
 
-    def array(self, name: str) -> np.ndarray:
-        """Returns one array of the file.
+    def array(self, name: str, *, counts: bool = False) -> np.ndarray:
+        """Returns one array of the file. counts: it may be of integers.
 
         Raises:
             WeightsError: it cannot be read.
@@ -299,6 +299,8 @@ class WeightReader:
         except Exception as e:  # Orbax raises bare Exception for a damaged array
             first = str(e.__cause__ or e).split("\n")[0]
             raise WeightsError(f"{name}: cannot be read: {first}; the file is damaged or incomplete") from e
+        if counts and jnp.issubdtype(array.dtype, jnp.integer):
+            return array
         if not jnp.issubdtype(array.dtype, jnp.floating):
             self.problems.append(f"{name}: got {array.dtype}, expected a floating-point array")
         elif not np.isfinite(array.sum(dtype=np.float64)):
@@ -311,12 +313,13 @@ class WeightReader:
         whole = np.empty(shape, dtype) if len(rows) > 1 or rows[0].at else None
         for row in rows:
             part = _shape_at(shape, row.at)
-            theirs = np.asarray(self.array(row.theirs)[row.take])  # a number may be all that is taken
+            array = self.array(row.theirs, counts=row.counts)
+            theirs = np.asarray(array[row.take])  # a number may be all that is taken
             if row.theirs in self._plan.padded:
                 theirs = theirs[: row.their_shape(part)[0]]
             converted = np.asarray(row.to_ours(theirs, part))
             if whole is None:
-                return np.ascontiguousarray(converted.astype(dtype))
+                return np.ascontiguousarray(converted.astype(dtype)).reshape(converted.shape)  # as below
             whole[row.at] = converted
         assert whole is not None  # a planned weight has at least one row
         return whole
@@ -354,7 +357,7 @@ def read_weights(
     reader = WeightReader(arrays, plan)
     weights: dict[str, Any] = {}
     for name in plan.rows:
-        whole = reader.weight(name, target)
+        whole = reader.weight(name, target if plan.shapes[name] else np.float32)  # numbers alone stay exact
         if shardings is None:
             weights[name] = whole
         else:

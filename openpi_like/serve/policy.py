@@ -156,6 +156,8 @@ class Policy:
             )
         if o.real_time_chunking and not parts.model.config.takes_previous:
             raise ValueError(f"a {kind} cannot go on from a chunk, only policies of flow matching can")
+        if o.think_every != 1 and not parts.model.config.thought_len:
+            raise ValueError(f"think_every={o.think_every}, expected 1: a {kind} writes no text before it acts")
         if o.devices > jax.local_device_count():
             raise ValueError(f"devices={o.devices}, this machine has {jax.local_device_count()}")
         self.robots = robots if o.robot is None else {o.robot: robots[o.robot]}
@@ -366,7 +368,9 @@ class Policy:
         if not 1 <= len(requests) <= self.sizes[-1]:
             raise ValueError(f"got {len(requests)} requests, expected 1 to {self.sizes[-1]}")
         if len({r.lane for r in requests}) > 1:
-            raise ValueError("some requests have a chunk before and others have not; sample them one after the other")
+            raise ValueError(
+                "some requests have a chunk before, or a thought, and others have not; sample them one after the other"
+            )
         size = next(n for n in self.sizes if n >= len(requests))
         filled = [*requests, *[requests[-1]] * (size - len(requests))]
         made, written = self._function.compiled(size)(*self._batch(filled))

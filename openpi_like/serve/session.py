@@ -77,9 +77,9 @@ class Session:
         self._seed: int | None = None
         self._number = 0
         self._watched: Watched | None = None
-        # What was written last, how many chunks were acted by it, and for which prompt.
+        # What was written last, how many chunks were acted by it, and what for: policy, robot and prompt.
         self._thought: Any = None
-        self._acted, self._asked = 0, None
+        self._acted, self._asked = 0, (None, None, None)
 
     def metadata(self) -> dict[str, Any]:
         """Returns what the handshake says."""
@@ -140,14 +140,15 @@ class Session:
             raise ProtocolError(f"think: got {reprlib.repr(think)}, expected true, false or nothing")
         if think is not None and not policy.thinks:
             raise ProtocolError(f"think: got {think}, but this policy writes no text before it acts; leave it out")
-        prompt, thought = content.get("prompt"), self._thought
-        anew = thought is None or prompt != self._asked or self._acted >= policy.think_every
-        self._asked = prompt
-        if thought is None or (anew if think is None else think):
-            self._acted = 1
+        asked = (policy, content.get("robot"), content.get("prompt"))
+        fits = self._thought is not None and asked[0] is self._asked[0] and asked[1:] == self._asked[1:]
+        anew = self._acted >= policy.think_every if think is None else think
+        self._asked = asked
+        if not fits or anew:
+            self._thought, self._acted = None, 1  # until it is answered
             return {}
         self._acted += 1
-        return {"thought": thought}
+        return {"thought": self._thought}
 
     def _reset(self, content: dict[Any, Any]) -> Reset:
         """Begins anew: the same requests have the same answers again."""

@@ -18,10 +18,15 @@ def backbone_weights(trainer: Trainer, state: TrainState) -> dict[str, int]:
     Raises:
         CheckpointError: some are trained, so that what they make of images changes; or they change what is seen.
     """
-    model: Any = abstract_model(trainer.model.config, trainer.model.trainable.lora)
+    config = trainer.model.config
+    try:
+        config.with_image_states(config.batch_shapes(1))
+    except ValueError as e:
+        raise CheckpointError(str(e)) from e
+    model: Any = abstract_model(config, trainer.model.trainable.lora)
     if not model.backbone.images_first:
         raise CheckpointError(
-            f"image_states of {type(trainer.model.config).__name__}: what its backbone makes of images depends on the "
+            f"image_states of {type(config).__name__}: what its backbone makes of images depends on the "
             "prompt; it cannot be kept for a frame"
         )
     names = set(flatten(named_weights(nnx.state(model.backbone, nnx.Param))))

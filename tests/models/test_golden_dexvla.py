@@ -12,7 +12,7 @@ from flax import nnx
 
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.dexvla import Fusion
-from openpi_like.models.dexvla_names import expert_rows
+from openpi_like.models.dexvla_names import FUSION, expert_rows
 from openpi_like.models.scale_dp import ScaleDp, ScaleDpConfig
 from openpi_like.models.weights import flatten, put_weights, unflatten
 
@@ -20,14 +20,6 @@ GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = dict(np.load(GOLDEN / "dexvla_expert.npz"))
 CONFIG = ScaleDpConfig(width=16, depth=2, heads=2, combined=24)
 ROBOT = jnp.ones(3, jnp.int32)
-FUSED = {
-    "read_0": "input_action_proj.mlps.0",
-    "read_1": "input_action_proj.mlps.2",
-    "written_0": "reasoning_action_proj.mlps.0",
-    "written_1": "reasoning_action_proj.mlps.2",
-    "scale": "reasoning_film.scale_fc",
-    "shift": "reasoning_film.shift_fc",
-}
 
 
 def make(config: ScaleDpConfig, condition_dim: int, state_dim: int, action_dim: int, horizon: int, robots: int) -> Any:
@@ -100,7 +92,7 @@ def test_what_was_read_and_written_becomes_one_vector() -> None:
     read, written = hidden[:asked].mean(0, keepdims=True), hidden[asked:].mean(0, keepdims=True)
     # Fresh, it does not matter what was written.
     np.testing.assert_array_equal(fusion(read, written), fusion(read, 5 - written))
-    for mine, theirs in FUSED.items():
+    for mine, theirs in FUSION.items():
         getattr(fusion, mine).kernel[...] = jnp.asarray(numbers[f"weight/{theirs}.weight"].T)
         getattr(fusion, mine).bias[...] = jnp.asarray(numbers[f"weight/{theirs}.bias"])
     np.testing.assert_allclose(fusion(read, written)[0], numbers["fused"], atol=1e-5)

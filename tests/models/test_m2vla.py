@@ -290,12 +290,14 @@ def test_the_released_layout_is_read_and_written(config: M2VlaConfig, filled: An
     assert shapes["action_queries.weight"] == (4, width)
     written = {name: make() for name, make in export_weights(config, weights, "openvla")}
     assert {name: x.shape for name, x in written.items()} == shapes
-    assert written["action_head.memory_bank.size"] == 12
+    size = written["action_head.memory_bank.size"]
+    assert (size, size.dtype, size.shape) == (12, np.int64, ())  # as torch has it
     np.testing.assert_array_equal(written[f"{block}.k_adapter.weight"][width:], weights["head/blocks/head_gate"][1])
     more = {f"{block}.{name}.weight": np.zeros(3) for name in ("k_memory", "v_memory", "film_gen.0")}
     source = MemoryArrays(written | more)
     back = read_weights(source, plan_load(config, source))
     for name, x in weights.items():
+        assert (back[name].shape, back[name].dtype) == (x.shape, np.float32), name
         np.testing.assert_array_equal(back[name], np.float32(12) if name == "skills/count" else x, err_msg=name)
     adapter = VlaAdapterConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     assert layout(dataclasses.replace(adapter, skills=None), "openvla")[f"{block}.k_adapter.weight"] == (width, width)

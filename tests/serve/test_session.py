@@ -196,8 +196,8 @@ class Thinker(Stub):
 
 
 def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
-    policy = Thinker()
-    session = Session(lambda: policy)
+    policies = [Thinker()]
+    session = Session(lambda: policies[-1])
 
     def say(**more: Any) -> str:
         ask = session.receive(pack({**OBSERVATION, **more}))
@@ -208,8 +208,17 @@ def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
     assert [say() for _ in range(7)] == ["thought 1"] * 3 + ["thought 2"] * 3 + ["thought 3"]
     assert [say(prompt="stop"), say(prompt="stop"), say()] == ["thought 4", "thought 4", "thought 5"]
     assert [say(think=True), say(think=False), say(), say(think=False), say()] == ["thought 6"] * 4 + ["thought 7"]
+    # What was asked for in vain is not acted by; nor is what was written for another robot, or by another policy.
+    asked = session.receive(pack({**OBSERVATION, "prompt": "stop"}))
+    assert isinstance(asked, Ask)
+    assert session.answer(asked, Answer(LateError("late"), 0.0, 0.0, 1)).startswith("late")  # type: ignore[arg-type]
+    assert [say(prompt="stop"), say(prompt="stop", robot="r")] == ["thought 9", "thought 10"]
+    policies.append(Thinker())
+    assert [say(prompt="stop", robot="r"), say(prompt="stop", robot="r")] == ["thought 1"] * 2
+    policies.pop()
+    assert say() == "thought 11"
     assert unpack(session.receive(pack({"reset": True})).reply) == {"reset": True}  # type: ignore[union-attr]
-    assert say() == "thought 8"
+    assert say() == "thought 12"
     assert "think: got 3, expected true, false or nothing" in str(session.receive(pack({**OBSERVATION, "think": 3})))
 
 

@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.models.arrays import OrbaxArrays
 from openpi_like.models.lora import Lora, LoraRule
-from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.weights import unflatten
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.train.checkpoints.checkpoint import Keep
@@ -26,7 +25,7 @@ LORA_BASE = {"kept": Trainable(LORA, frozen_dtype="int8"), "noted": Trainable(LO
 KEEP = Keep(newest=1, best=1, every=20)
 
 
-def run_config(run_dir: Path, policy: Pi0Config, **changes: Any) -> TrainConfig:
+def run_config(run_dir: Path, policy: Any, **changes: Any) -> TrainConfig:
     data = DataConfig((MixtureEntry(SAWYER, "data"),))
     options: dict[str, Any] = {
         "stats": "stats",

@@ -149,6 +149,11 @@ def test_a_stopped_program_goes_on(config: TrainConfig, kept: Path, copied: Path
     target = copied.rename(copied.parent / "0")
     assert f"{FRAMES // 2} there" in keep(config, target.parent)
     assert (target / "states.bin").read_bytes() == whole
+    # What nothing says anything of is made again.
+    (target / "image_states.json").unlink()
+    (target / "states.bin").write_bytes(bytes(len(whole)))
+    assert ", 0 there" in keep(config, target.parent)
+    assert (target / "states.bin").read_bytes() == whole
     assert f"{FRAMES} there" in keep(config, target.parent)
     assert (target / "states.bin").read_bytes() == whole
 
@@ -173,6 +178,7 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
     (lambda path: (path / "image_states.json").write_text("{"), "image_states.json: Expecting"),
     (_edit(frames="other"), "are not of .*'train' as the policy sees it:\n  frames: other, expected"),
     (_edit(robot="cart"), "robot: cart, expected arm"),
+    (_edit(data="toy_arm/0.9.0 train"), r"data: toy_arm/0.9.0 train, expected toy_arm/1.0.0 train"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(config: TrainConfig, copied: Path, change: Any, said: str) -> None:
     change(copied)
@@ -233,3 +239,5 @@ def test_numbers_that_are_not_finite_are_not_written(kept: Path, tmp_path: Path)
         writer.write(rows.astype(np.float64))
     with pytest.raises(ValueError, match="0 frames, expected 110"):
         writer.finish()
+    with pytest.raises(DatasetError, match="another program writes them"):
+        Writer(tmp_path, of)

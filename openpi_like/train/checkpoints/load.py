@@ -45,7 +45,7 @@ def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             target = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype if dtype is None else dtype, sharding=device),
+                lambda m: jax.ShapeDtypeStruct(m.shape, dtype if dtype and m.shape else m.dtype, sharding=device),
                 checkpointer.metadata(item).item_metadata.tree,
                 is_leaf=lambda x: hasattr(x, "shape"),
             )

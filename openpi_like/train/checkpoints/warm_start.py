@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,17 +116,16 @@ class BaseArrays:
         self._model, self._digest = model, record["base"]["digest"]
         self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items() if k not in model.trained}
         source = record["base"]["source"]
-        self._readers: dict[str, WeightReader] | None = None
+        self._where = ""
+        self._readers: dict[str, tuple[str, WeightReader]] | None = None
         if source is None:
-            self._where: Path | str = run_of(step_dir) / BASE
+            self._where = str(run_of(step_dir) / BASE)
             self._base: Arrays = open_base(run_of(step_dir))
         else:
             start: WarmStart = from_json(source)
-            self._where = start.checkpoint
             self._readers = {}
-            for arrays, plan in _sources(start, model):
-                reader = WeightReader(arrays, plan)
-                self._readers |= dict.fromkeys(plan.rows, reader)
+            for where, arrays, plan in _sources(start, model, self.shapes):
+                self._readers |= dict.fromkeys(plan.rows, (where, WeightReader(arrays, plan)))
 
     def read(self, name: str) -> np.ndarray:
         """Returns one weight, in the dtype it is held in; in float32 where that is of fewer bits than 16.
@@ -134,14 +133,15 @@ class BaseArrays:
         Raises:
             CheckpointError: it is not the one that was trained on.
         """
+        where = self._where if self._readers is None else self._readers[name][0]
         if self._readers is not None:
-            held = self._model.hold(name, jnp.asarray(self._readers[name].weight(name, np.float32)))
+            held = self._model.hold(name, jnp.asarray(self._readers[name][1].weight(name, np.float32)))
         elif f"{name}/qvalue" in self._base.shapes:
             held = qwix.QArray(*(jnp.asarray(self._base.read(f"{name}/{part}")) for part in ("qvalue", "scale")))
         else:
             held = jnp.asarray(self._base.read(name))
         if digest({name: held}) != {name: self._digest.get(name)}:
-            raise CheckpointError(f"{self._where}: {name} is not what was trained on; restore the base of this run")
+            raise CheckpointError(f"{where}: {name} is not what was trained on; restore the base of this run")
         return np.asarray(qwix.dequantize(held) if isinstance(held, qwix.QArray) else held)
 
 
@@ -192,30 +192,35 @@ def warm_start(start: WarmStart, trainer: "Trainer", *, again: bool = False) -> 
             them, and patterns that match nothing. With `again`: some of those start fresh.
     """
     sources = _sources(start, trainer.model)
-    plan = sources[0][1]
-    for _, other in sources[1:]:
+    plan = sources[0][2]
+    for _, _, other in sources[1:]:
         found = {row["weight"]: row for row in other.report}
         report = [row if row["from"] == "checkpoint" else found[row["weight"]] for row in plan.report]
         plan = dataclasses.replace(plan, report=report, dropped=[*plan.dropped, *other.dropped])
     if again:
         _check_frozen(start, trainer, plan)
     weights: Params = {}
-    for arrays, own in sources:
+    for _, arrays, own in sources:
         weights |= read_weights(arrays, own, shardings=trainer.placement, hold=trainer.hold)
     fresh = trainer.fresh_weights([row["weight"] for row in plan.report if row["from"] == "fresh"])
     return unflatten(weights | fresh), plan
 
 
-def _sources(start: WarmStart, model: ModelDef) -> list[tuple[Arrays, LoadPlan]]:
-    """Returns where the weights come from: `start`, and what is beside it, each with what it is asked for."""
+def _sources(
+    start: WarmStart, model: ModelDef, wanted: Collection[str] | None = None
+) -> list[tuple[str, Arrays, LoadPlan]]:
+    """Returns where the weights come from: `start`, and what is beside it, each with what it is asked for.
+
+    wanted: names of the weights that are asked for, None for all; what has none of them is not opened.
+    """
     sources, taken = [], list[str]()
     while True:
         arrays = open_weights(start.checkpoint, lora_scale=start.lora_scale)
         also = tuple(f"^{re.escape(name)}$" for name in taken)
         plan = base_plan(dataclasses.replace(start, reinitialize=(*start.reinitialize, *also)), model, arrays)
-        sources.append((arrays, plan))
+        sources.append((start.checkpoint, arrays, plan))
         taken += plan.rows
-        if start.beside is None:
+        if start.beside is None or (wanted is not None and set(wanted) <= set(taken)):
             return sources
         start = start.beside
 
@@ -240,9 +245,9 @@ def frozen_from(start: WarmStart, trainer: "Trainer") -> Params:
     Raises:
         CheckpointError, WeightsError: as `warm_start`; or some of them started fresh, and are nowhere.
     """
-    sources, names = _sources(start, trainer.model), flatten(trainer.abstract.frozen)
+    names = flatten(trainer.abstract.frozen)
     weights: Params = {}
-    for arrays, plan in sources:
+    for _, arrays, plan in _sources(start, trainer.model, names):
         only = dataclasses.replace(plan, rows={name: rows for name, rows in plan.rows.items() if name in names})
         weights |= read_weights(arrays, only, shardings=trainer.placement, hold=trainer.hold)
     _check_held(start, names.keys() - weights.keys())

@@ -138,7 +138,8 @@ def draw(looks: Sequence[Look], *, columns: int = 2) -> UInt8[np.ndarray, "H W 3
     The plots have the normalised state as bars and each action dim as a line over the chunk, both between -3 and 3;
     entries that are masked are missing. A masked camera is crossed out.
     """
-    height, width = next(iter(looks[0].cameras.values())).shape[:2]
+    pictures = list(looks[0].cameras.values())  # none where what a backbone makes of them is read in their place
+    height, width = pictures[0].shape[:2] if pictures else (_LEAST_HEIGHT, _LEAST_HEIGHT)
     scale = max(1, -(-_LEAST_HEIGHT // height))
     plot = int(_PLOT * scale * max(height, width))
     across, down = len(looks[0].cameras) * width * scale + 2 * plot + 12, height * scale + _TEXT
