@@ -82,22 +82,18 @@ def main(args: Args, config: TrainConfig, console: Console) -> None:
                 shape=shape.shape[1:],
                 dtype=str(shape.dtype),
             )
-            writer = Writer(args.out / str(i), of)
-            begun, already = time.perf_counter(), writer.done
-            console.print(
-                f"{args.out / str(i)}: {of.count:,} frames of {of.row_bytes / 2**20:.3g} MiB, {already} there"
-            )
-            with Progress(console=console, transient=True) as progress:
-                bar = progress.add_task(dataset.robot.name, total=of.count, completed=writer.done)
+            where, begun = args.out / str(i), time.perf_counter()
+            with Writer(where, of) as writer, Progress(console=console, transient=True) as progress:
+                already = writer.done
+                console.print(f"{where}: {of.count:,} frames of {of.row_bytes / 2**20:.3g} MiB each, {already:,} there")
+                bar = progress.add_task(dataset.robot.name, total=of.count, completed=already)
                 for frames in writer.batches(size):
                     batch, _ = assemble(np.full(size, i), frames, frames, held_out=True)
                     writer.write(jax.device_get(states(state.weights(average=False), put_batch(batch, mesh))))
                     progress.update(bar, completed=writer.done)
-            writer.finish()
+                writer.finish()
             took = time.perf_counter() - begun
-            console.print(
-                f"{(writer.done - already) / took:.0f} frames/s; data.entries.{i}.image_states={args.out / str(i)}"
-            )
+            console.print(f"{(writer.done - already) / took:.0f} frames/s; data.entries.{i}.image_states={where}")
 
 
 if __name__ == "__main__":

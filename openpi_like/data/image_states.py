@@ -133,7 +133,7 @@ class ImageStates:
 
 
 class Writer:
-    """Writes a directory of `ImageStates`, frame after frame, and goes on where one stopped.
+    """Writes a directory of `ImageStates`, frame after frame, in a `with` block; goes on where one stopped.
 
     done: frames that are written.
     """
@@ -163,6 +163,12 @@ class Writer:
         self.done = 0 if said is None else rows.stat().st_size // of.row_bytes
         self._file.truncate(self.done * of.row_bytes)
         begun.write_text(record)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def batches(self, size: int) -> Iterator[Int[np.ndarray, "B"]]:
         """Yields the frames that are left, `size` at a time, the last of them repeated in the last batch."""
@@ -194,7 +200,6 @@ class Writer:
         """
         if self.done != self.of.count:
             raise ValueError(f"image_states {self.directory}: {self.done} frames, expected {self.of.count}")
-        self._file.close()
         os.replace(self.directory / "begun.json", self.directory / _RECORD)
 
 

@@ -16,7 +16,7 @@ def backbone_weights(trainer: Trainer, state: TrainState) -> dict[str, int]:
     """Returns the sum of the bits of each weight of the backbone.
 
     Raises:
-        CheckpointError: some are trained, so that what they make of images changes; or they change what is seen.
+        CheckpointError: some are trained, so that what they make of images changes; or the policy reads images.
     """
     config = trainer.model.config
     try:
@@ -24,11 +24,6 @@ def backbone_weights(trainer: Trainer, state: TrainState) -> dict[str, int]:
     except ValueError as e:
         raise CheckpointError(str(e)) from e
     model: Any = abstract_model(config, trainer.model.trainable.lora)
-    if not model.backbone.images_first:
-        raise CheckpointError(
-            f"image_states of {type(config).__name__}: what its backbone makes of images depends on the "
-            "prompt; it cannot be kept for a frame"
-        )
     names = set(flatten(named_weights(nnx.state(model.backbone, nnx.Param))))
     trained = sorted(names.intersection(flatten(state.params)))
     if trained:
