@@ -220,7 +220,10 @@ class LayerPolicy(Model):
     # ---- Memory ------------------------------------------------------------------------------------------------------
 
     def remember(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, "..."]]:
-        """Writes some batches, whole, after they were trained on: which, is drawn by their first sample's position."""
+        """Writes some batches, whole, after they were trained on: which, is drawn by their first sample's position.
+
+        The backbone sees such a batch at once, in however many parts it was trained on.
+        """
         if self.skills is None:
             return {}
         skills, first = self.skills, batch["position"][:1]
