@@ -148,7 +148,11 @@ def test_what_is_masked_does_not_matter(config: DexVlaStage1Config, filled: Any,
 def test_the_next_stage_takes_the_expert(config: DexVlaStage1Config, filled: Any) -> None:
     """And begins what it is told by anew; nothing else is left out without being named."""
     later = DexVlaConfig(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "backbone"},
+        **{
+            f.name: getattr(config, f.name)
+            for f in dataclasses.fields(config)
+            if f.name not in ("backbone", "thought_len")
+        },
         backbone=PRISMATIC,
         thought_len=4,
     )
