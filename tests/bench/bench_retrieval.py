@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, default=2_688)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)  # noqa: E731
     keys, values, asked = draw(args.rows, args.numbers), draw(args.rows, 56), draw(args.batch, args.numbers)
     there = jnp.ones((args.batch, args.rows), bool)
     print(f"{args.batch} queries, {args.rows:,} keys of {args.numbers:,} numbers, the nearest {RECALLED}")

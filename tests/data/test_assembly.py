@@ -191,7 +191,7 @@ def test_thoughts_stand_behind_prompts_and_robots_are_numbered(
     load: Any, config: DataConfig, toy: Path, tokenizer: TextTokenizer, normalizations: dict[str, Normalization]
 ) -> None:
     """Text before acting where a dataset has it, the end alone where it has none, and answers without actions."""
-    policy = Shapes(prompt_len=80, answer_len=60, robots=("cart", "arm"))
+    policy = Shapes(prompt_len=80, thought_len=60, robots=("cart", "arm"))
     text = TextTokenizer(tokenizer.tokenizer, 80, answer_len=60)
     thinking = dataclasses.replace(config.entries[0], text_key="language_instruction")
     asked = dataclasses.replace(thinking, actions=False)
@@ -220,7 +220,7 @@ def test_thoughts_stand_behind_prompts_and_robots_are_numbered(
     with pytest.raises(ValueError, match=r"robot 'arm': the policy has no parts for it; .*cart"):
         load(policy=dataclasses.replace(policy, robots=("cart",)), tokenizer=text, entries=entries)
     with pytest.raises(ValueError, match="pads answers to 60 tokens, the policy to 50"):
-        load(policy=dataclasses.replace(policy, answer_len=50), tokenizer=text, entries=entries)
+        load(policy=dataclasses.replace(policy, thought_len=50), tokenizer=text, entries=entries)
 
 
 def test_chunks_out_of_range_stop_the_run_or_are_counted(
@@ -254,7 +254,7 @@ def test_tokenizers_that_do_not_fit_the_policy_are_listed(
         load(action_tokenizer=fast)
     with pytest.raises(ValueError, match=r"has action tokens and there is no action tokenizer; fit one"):
         load(policy=WRITES)
-    few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0), answer_len=50)
+    few = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=50, count=100, skip=0))
     with pytest.raises(
         ValueError, match=r"(?s)\d+ tokens, the policy 100.*answers to 0 tokens, the policy to 50.*Pi0Prompt\(\)"
     ):
@@ -279,7 +279,7 @@ def test_action_tokens_never_take_the_ids_of_text(load: Any, tokenizer: TextToke
 
 
 def test_answers_that_are_too_long_are_located(load: Any, tokenizer: TextTokenizer, fast: FastTokenizer) -> None:
-    short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0), answer_len=12)
+    short = dataclasses.replace(WRITES, action_tokens=ActionTokens(max_len=12, count=200, skip=0))
     text = TextTokenizer(tokenizer.tokenizer, 80, prompt_format=FastPrompt(), answer_len=12)
     with pytest.raises(DatasetError, match=r"record \d+.*: prompt .* with its answer has .*answer_len=12; enlarge one"):
         next(load(policy=short, tokenizer=text, action_tokenizer=fast))

@@ -72,8 +72,13 @@ class Shapes:
     image_slots: tuple[int, ...] = ()
     action_tokens: ActionTokens | None = None
     reads_episodes: bool = False
-    answer_len: int = 0
+    thought_len: int = 0
     robots: tuple[str, ...] = ()
+
+    @property
+    def answer_len(self) -> int:
+        """As in `PolicyConfig`."""
+        return self.thought_len if self.action_tokens is None else self.action_tokens.max_len
 
 
 # A policy that writes actions as tokens.
@@ -82,7 +87,6 @@ WRITES = Shapes(
     prompt_format=FastPrompt(),
     vocab_size=600,
     action_tokens=ActionTokens(max_len=60, count=200, skip=0),
-    answer_len=60,
 )
 
 
