@@ -12,58 +12,27 @@ A new backbone is one file: a config (`backbone_config.BackboneConfig`), a modul
 which language model reads them (`Backbone`), and the names that its weights have in published files.
 
 Letters: B batch, C cameras, S text tokens, P image tokens, E tokens behind the last camera, Q queries, D width,
-V vocabulary, L layers, T slots of a cache.
+V vocabulary, L layers, T tokens up to the last of the images.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation, TextBatch
-from openpi_like.draws import RowKeys, row_keys
+from openpi_like.models.decoding import Decoding
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import Behind, KVCache, LanguageModel
+from openpi_like.models.sequences import Embedded, answers, given_beside
 from openpi_like.partition import pin
 
-EOS = 1
 
-# ---- Sequences -------------------------------------------------------------------------------------------------------
-
-
-class Embedded(NamedTuple):
-    """A sequence before the language model. tokens: (B, S, D). valid: (B, S).
-
-    deep: what is added to the tokens after the first layers, each (B, S, D); most backbones have none.
-    """
-
-    tokens: Leaf
-    valid: Leaf
-    deep: tuple[Leaf, ...] = ()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TextCache:
-    """What decoding has seen so far.
-
-    kv: keys and values, (L, B, T, K, H). valid: (B, T), slots that hold a token. slot: (), where the next token goes,
-    the same for all rows. position: (B,), its position, which differs where prompts differ in length.
-    """
-
-    kv: Any  # KVCache
-    valid: Leaf
-    slot: Leaf
-    position: Leaf
-
-
-class Backbone(nnx.Module):
+class Backbone(Decoding):
     """Images and text to tokens: `language` to run them, `text_loss` to train text, `generate` to write it.
 
     A subclass declares its parts, the language model as `vlm`, and says how images become tokens. causal: whether
@@ -113,7 +82,7 @@ class Backbone(nnx.Module):
         cameras = self.config.cameras
         images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
         text, text_mask = self.vlm.embed(observation["prompt"]), observation["prompt_mask"]
-        language = self.image_condition(text, text_mask & ~_answers(observation))
+        language = self.image_condition(text, text_mask & ~answers(observation))
         # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
         B, C = images.shape[:2]
         if language is not None:
@@ -197,13 +166,13 @@ class Backbone(nnx.Module):
         self, sequence: Embedded, mask_BST: Bool[Array, "B S T"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> tuple[Float[Array, "B S D"], KVCache]:
         """Returns tokens after the final norm, and their keys and values."""
-        return self.vlm(sequence.tokens, mask_BST, rope_2BSh, **_deepstack(sequence))
+        return self.vlm(sequence.tokens, mask_BST, rope_2BSh, **given_beside(sequence))
 
     def keys_values(
         self, sequence: Embedded, mask_BSS: Bool[Array, "B S S"], rope_2BSh: Float[Array, "2 B S half"]
     ) -> KVCache:
         """Returns the keys and values of `run` alone, without what only a gradient would need."""
-        return self.vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **_deepstack(sequence))
+        return self.vlm.prefill(sequence.tokens, mask_BSS, rope_2BSh, **given_beside(sequence))
 
     def text_logits(self, batch: TextBatch | Batch, *, count_masked: bool = False) -> Float[Array, "B S V"]:
         """Returns float32 logits at every text token, each for the token after it.
@@ -296,7 +265,7 @@ class Backbone(nnx.Module):
         seen = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
         sequence, mask, rope = self._with_queries(observation, queries, after_images, **seen)
         with jax.named_scope("vlm"):
-            states = self.vlm.hidden_states(sequence.tokens, mask, rope, **_deepstack(sequence))
+            states = self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
         return states[np.asarray(layers)], sequence.valid
 
     def _with_queries(
@@ -317,7 +286,7 @@ class Backbone(nnx.Module):
         if everything_sees_everything:
             mask = attention_mask(valid, jnp.zeros_like(valid))
         else:
-            starts = jnp.ones((B, S), bool) if self.causal else self.text_slots(_answers(observation), S)
+            starts = jnp.ones((B, S), bool) if self.causal else self.text_slots(answers(observation), S)
             own = jnp.asarray(np.arange(Q) == 0 if bidirectional else np.ones(Q, bool))
             mask = attention_mask(valid, jnp.concatenate([starts, jnp.broadcast_to(own, (B, Q))], axis=1))
         deep = tuple(behind(x, 0) for x in prefix.deep)
@@ -340,7 +309,7 @@ class Backbone(nnx.Module):
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
         sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None)
         with jax.named_scope("vlm"):
-            return self.vlm.hidden_states(sequence.tokens, mask, rope, **_deepstack(sequence))
+            return self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
 
     def states_behind(
         self,
@@ -365,102 +334,6 @@ class Backbone(nnx.Module):
         with jax.named_scope("vlm"):
             return self.vlm.hidden_states(tokens, mask[:, T:], rope[:, :, T:], behind=behind), seen_BT
 
-    # ---- Decoding ----------------------------------------------------------------------------------------------------
-
-    def prefill(
-        self,
-        observation: Observation,
-        *,
-        max_new: int,
-        begin: Int[Array, "I"] | None = None,
-        skip: int = 0,
-    ) -> tuple[Float[Array, "B D"], TextCache]:
-        """Returns the last token after the final norm, and a cache with room for `max_new` tokens.
-
-        The prompt is all prefix, but for a thought behind it; padding may stand anywhere but its tokens are seen by
-        nobody.
-        begin: tokens that every answer begins with. skip: positions to leave out before the answer.
-        """
-        self.config.check(observation)
-        observation = with_thought(observation)
-        tokens, valid, deep = self.embed_prefix(observation)
-        B, I = tokens.shape[0], 0 if begin is None else begin.shape[0]  # noqa: E741
-        starts = self.text_slots(_answers(observation), tokens.shape[1])
-        starts, positions = jnp.pad(starts, ((0, 0), (0, I))), self.positions(valid)
-        if begin is not None and I:
-            said = jnp.broadcast_to(begin, (B, I))
-            tokens = jnp.concatenate([tokens, self.vlm.embed(said)], axis=1)
-            valid = jnp.pad(valid, ((0, 0), (0, I)), constant_values=True)
-            starts = starts.at[:, -I:].set(True)
-            deep = tuple(jnp.pad(x, ((0, 0), (0, I), (0, 0))) for x in deep)
-            positions = self.positions(valid)
-        rope = self.vlm.rope(positions + skip * starts)
-        out, kv = self.run(Embedded(tokens, valid, deep), self.mask(valid, starts), rope)
-        S = valid.shape[1]
-        last = S - 1 - jnp.argmax(valid[:, ::-1], axis=1)  # slot of the last valid token
-        room = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0)))  # noqa: E731
-        return jnp.take_along_axis(out, last[:, None, None], axis=1)[:, 0], TextCache(
-            kv=jax.tree.map(room, kv),
-            valid=jnp.pad(valid, ((0, 0), (0, max_new))),
-            slot=jnp.int32(S),
-            position=_last(positions) + 1 + skip,
-        )
-
-    def extend(
-        self, tokens_B: Int[Array, "B"], cache: TextCache, *, valid_B: Bool[Array, "B"] | None = None
-    ) -> tuple[Float[Array, "B D"], TextCache]:
-        """Returns one more token of each row after the final norm, and the cache with it.
-
-        valid: False for rows that get none: what is returned for them means nothing, and nobody sees it. None: all do.
-        """
-        new_B = jnp.ones(tokens_B.shape[0], bool) if valid_B is None else valid_B
-        x_B1D = self.vlm.embed(tokens_B[:, None])
-        mask_B1T = jnp.concatenate([cache.valid, jnp.ones_like(new_B)[:, None]], axis=1)[:, None]
-        out, own = self.vlm(x_B1D, mask_B1T, self.vlm.rope(cache.position[:, None]), past=cache.kv)
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.slot, axis=2)  # noqa: E731
-        kv: KVCache = jax.tree.map(write, cache.kv, own)
-        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new_B[:, None], cache.slot, axis=1)
-        return out[:, 0], TextCache(kv, valid, cache.slot + 1, cache.position + new_B)
-
-    def next_logits(self, x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Returns the logits of the token after these."""
-        return self.vlm.logits(x_BD[:, None])[:, 0]
-
-    def generate(
-        self,
-        key: Key[Array, ""],
-        observation: Observation,
-        *,
-        max_new: int,
-        temperature: float = 0.0,
-        skip: int = 0,
-        ends: Callable[[Int[Array, "B"]], Bool[Array, "B"]] = lambda token: token == EOS,
-    ) -> tuple[Int[Array, "B new"], Bool[Array, "B new"]]:
-        """Returns new token ids, 0 after the end, and the mask of real ones (what ends the answer included).
-
-        Stops when every row has ended. temperature: 0 takes the likeliest token; otherwise row i draws its token s
-        with `fold_in(fold_in(key, i), s)`. skip: see `prefill`. ends: which tokens end an answer; by default
-        Gemma's end of a sequence.
-        """
-        x, cache = self.prefill(observation, max_new=max_new, skip=skip)
-        B = x.shape[0]
-
-        def going(carry: Any) -> jax.Array:
-            step, _, _, ended, _, _ = carry
-            return (step < max_new) & ~ended.all()
-
-        def body(carry: Any) -> Any:
-            step, x, cache, ended, ids, mask = carry
-            token = choose_token(key, step, self.next_logits(x), temperature)
-            token = jnp.where(ended, 0, token)
-            ids, mask = ids.at[:, step].set(token), mask.at[:, step].set(~ended)
-            x, cache = self.extend(token, cache)
-            return step + 1, x, cache, ended | ends(token), ids, mask
-
-        start = (jnp.int32(0), x, cache, jnp.zeros(B, bool))
-        empty = (jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new), bool))
-        return jax.lax.while_loop(going, body, (*start, *empty))[-2:]
-
     def packed(self) -> Any:
         """Returns the same backbone with its language model packed, see `Gemma.packed`."""
         packed = self.vlm.packed()
@@ -469,48 +342,6 @@ class Backbone(nnx.Module):
         backbone = nnx.merge(*nnx.split(self))
         backbone.vlm = packed
         return backbone
-
-
-def _deepstack(sequence: Embedded) -> dict[str, Any]:
-    """Returns what a language model is given besides tokens, masks and rotations."""
-    return {"deepstack": sequence.deep} if sequence.deep else {}
-
-
-def _answers(observation: Any) -> Bool[Array, "B S"]:
-    """Returns which tokens of the text see those before them only; none where nothing says so."""
-    return observation.get("prompt_causal", jnp.zeros(observation["prompt_mask"].shape, bool))
-
-
-def with_thought(observation: Observation) -> Any:
-    """Returns an observation whose prompt goes on with its "thought", if any; such text sees what is before it."""
-    if "thought" not in observation:
-        return observation
-    ids, mask = observation["thought"], observation["thought_mask"]
-    nothing = jnp.zeros_like(observation["prompt_mask"])
-    return {
-        **observation,
-        "prompt": jnp.concatenate([observation["prompt"], ids], axis=1),
-        "prompt_mask": jnp.concatenate([observation["prompt_mask"], mask], axis=1),
-        "prompt_causal": jnp.concatenate([nothing, mask], axis=1),
-    }
-
-
-def _last(positions: Int[Array, "*axes B S"]) -> Int[Array, "B"]:
-    """Returns the greatest position of each row."""
-    return positions.max((*range(positions.ndim - 2), positions.ndim - 1))
-
-
-def choose_token(
-    key: RowKeys, step: Int[Array, ""], logits_BV: Float[Array, "B V"], temperature: float
-) -> Int[Array, "B"]:
-    """Returns the likeliest token per row at temperature 0, else row i's draw with `fold_in(fold_in(key, i), step)`."""
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-    def draw(row_key: jax.Array, logits: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(row_key, step), logits / temperature)
-
-    return jax.vmap(draw)(row_keys(key, logits_BV.shape[0]), logits_BV).astype(jnp.int32)
 
 
 def text_targets(batch: TextBatch | Batch) -> Bool[Array, "B T"]:

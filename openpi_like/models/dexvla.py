@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import Array as Leaf
 from openpi_like.batch import Batch, Observation
 from openpi_like.draws import RowKeys, named_key
-from openpi_like.models.backbone import masked_means, with_thought
+from openpi_like.models.backbone import masked_means
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.dexvla_names import policy_rows
 from openpi_like.models.diffusion import DiffusionPolicy
@@ -28,6 +28,7 @@ from openpi_like.models.param import Linear, xavier
 from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.scale_dp import ScaleDp, ScaleDpConfig
+from openpi_like.models.sequences import with_thought
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from openpi_like.batch import Batch, Observation
 from openpi_like.draws import RowKeys
-from openpi_like.models.backbone import Embedded, masked_means
+from openpi_like.models.backbone import masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.sequences import Embedded
 from openpi_like.robots import Robot
 
 BINS = 256

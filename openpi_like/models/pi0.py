@@ -24,13 +24,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from openpi_like.batch import Batch, Observation
 from openpi_like.data.prompts import Pi0Prompt, Pi05Prompt
 from openpi_like.draws import RowKeys, named_key
-from openpi_like.models.backbone import masked_means, with_thought
+from openpi_like.models.backbone import masked_means
 from openpi_like.models.flow import FlowConfig, FlowPolicy, FlowTime, Prefix, Velocity, time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import Gemma, GemmaConfig, attention_mask
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear
 from openpi_like.models.pi0_names import lerobot_config, pi0_formats
+from openpi_like.models.sequences import with_thought
 from openpi_like.models.thoughts import TokenThoughts, thought_options, thought_problems, thought_shapes
 from openpi_like.partition import pin
 

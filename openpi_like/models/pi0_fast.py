@@ -20,7 +20,7 @@ from openpi_like.batch import ActionTokens, Batch, Observation
 from openpi_like.batch import Array as Leaf
 from openpi_like.data.prompts import FastPrompt, PromptFormat
 from openpi_like.draws import RowKeys
-from openpi_like.models.backbone import choose_token
+from openpi_like.models.decoding import choose_token
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.thoughts import TokenThoughts, thought_options, thought_problems, thought_shapes

@@ -367,12 +367,17 @@ class Qwen3Vision(nnx.Module):
         return self.with_features(images_BHWC)[0]
 
 
-class Qwen25Vision(nnx.Module):
-    """Images to tokens; most layers see windows only."""
+class PlainTower(nnx.Module):
+    """What the towers of Qwen2-VL and Qwen2.5-VL share: patches without bias, of images normalised as CLIP has them.
+
+    A subclass declares `layers` and `merger`, and says what of them is computed.
+    """
+
+    config: Any
 
     def __init__(
         self,
-        config: Qwen25VisionConfig,
+        config: QwenVisionConfig,
         key: Key[Array, ""],
         *,
         image_size: tuple[int, int],
@@ -382,18 +387,34 @@ class Qwen25Vision(nnx.Module):
     ) -> None:
         """image_size: (height, width) in pixels, multiples of the side of a block."""
         self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
-        c = config
-        shape = (FRAMES, c.patch_size, c.patch_size, 3, c.hidden)
+        shape = (FRAMES, config.patch_size, config.patch_size, 3, config.hidden)
         self.patch = map_weight(key, "patch", shape, PATCH_AXES, inputs=(0, 1, 2, 3))
-        self.layers = GatedLayer(named_key(key, "layers"), c)
-        self.merger = Merger(named_key(key, "merger"), c, norm=RMSNorm)
+        self.declare(key)
+
+    def declare(self, key: Key[Array, ""]) -> None:
+        """Declares the layers and the merger."""
+        raise NotImplementedError
+
+    def patches(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B h w D"]:
+        """Returns the patches of images in [-1, 1]."""
+        return linear(self, "patch", PATCH_EQUATION, to_patches(normalized(images_BHWC, CLIP), self.config.patch_size))
+
+
+class Qwen25Vision(PlainTower):
+    """Images to tokens; most layers see windows only."""
+
+    config: Qwen25VisionConfig
+
+    def declare(self, key: Key[Array, ""]) -> None:
+        """As `PlainTower.declare`."""
+        self.layers = GatedLayer(named_key(key, "layers"), self.config)
+        self.merger = Merger(named_key(key, "merger"), self.config, norm=RMSNorm)
 
     def __call__(self, images_BHWC: Float[Array, "B height width 3"]) -> Float[Array, "B T E"]:
         """Returns one token per block, row by row. images: float32 in [-1, 1], RGB."""
         with jax.named_scope("qwen_vision"):
             c = self.config
-            patches = to_patches(normalized(images_BHWC, CLIP), c.patch_size)
-            patches = linear(self, "patch", PATCH_EQUATION, patches)
+            patches = self.patches(images_BHWC)
             grid = patches.shape[1], patches.shape[2]
             windows = Windows.of((grid[0] // c.merge, grid[1] // c.merge), c.window // (c.patch_size * c.merge))
             rope = jnp.asarray(axial_rope(_reordered(blocks(grid, c.merge), windows.order, 0), c.head_dim))
@@ -412,24 +433,14 @@ class Qwen25Vision(nnx.Module):
             return self.merger(x_BPD)[:, np.argsort(windows.order)]
 
 
-class Qwen2Vision(nnx.Module):
+class Qwen2Vision(PlainTower):
     """Images to tokens."""
 
-    def __init__(
-        self,
-        config: Qwen2VisionConfig,
-        key: Key[Array, ""],
-        *,
-        image_size: tuple[int, int],
-        dtype: str,
-        unroll: bool,
-        remat: str | None,
-    ) -> None:
-        """image_size: (height, width) in pixels, multiples of the side of a block."""
-        self.config, self.dtype, self.unroll, self.remat = config, dtype, unroll, remat
-        c = config
-        shape = (FRAMES, c.patch_size, c.patch_size, 3, c.hidden)
-        self.patch = map_weight(key, "patch", shape, PATCH_AXES, inputs=(0, 1, 2, 3))
+    config: Qwen2VisionConfig
+
+    def declare(self, key: Key[Array, ""]) -> None:
+        """As `PlainTower.declare`."""
+        c = self.config
         sizes: Any = {"depth": c.depth, "width": c.hidden, "num_heads": c.num_heads, "mlp_dim": c.mlp_dim}
         self.layers = VitLayer(named_key(key, "layers"), **sizes, gelu="quick")
         self.merger = Merger(named_key(key, "merger"), c, norm=LayerNorm)
@@ -438,7 +449,7 @@ class Qwen2Vision(nnx.Module):
         """Returns one token per block, row by row. images: float32 in [-1, 1], RGB."""
         with jax.named_scope("qwen_vision"):
             c = self.config
-            patches = linear(self, "patch", PATCH_EQUATION, to_patches(normalized(images_BHWC, CLIP), c.patch_size))
+            patches = self.patches(images_BHWC)
             rope = jnp.asarray(axial_rope(blocks((patches.shape[1], patches.shape[2]), c.merge), c.head_dim))
 
             def body(x: jax.Array, layer: VitLayer) -> tuple[jax.Array, None]:

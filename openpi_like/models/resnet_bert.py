@@ -26,7 +26,6 @@ class Width:
     """Of what comes out; there is no language model whose layers could be read. width: D."""
 
     width: int
-    depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,3 @@ class ResNetBert(nnx.Module):
             total = total + jnp.where(observation["image_mask"][camera][:, None], seen.astype(jnp.float32), 0.0)
         count = sum(observation["image_mask"][camera].astype(jnp.float32) for camera in self.config.cameras)
         return (total / jnp.maximum(jnp.asarray(count), 1)[:, None]).astype(self.config.dtype)
-
-    def packed(self) -> "ResNetBert":
-        """Returns itself."""
-        return self

@@ -23,11 +23,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 from openpi_like.batch import Observation
 from openpi_like.data.prompts import PromptFormat, SmolVlaPrompt
 from openpi_like.draws import named_key
-from openpi_like.models.backbone import Embedded
 from openpi_like.models.flow import FlowConfig, FlowPolicy, FlowTime, Prefix, exact_time_embedding
 from openpi_like.models.formats import Format
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.param import Linear
+from openpi_like.models.sequences import Embedded
 from openpi_like.models.smolvla_expert import Expert, ExpertConfig
 from openpi_like.models.smolvla_names import lerobot_config, smolvla_formats
 from openpi_like.models.smolvlm import SmolVlmConfig

@@ -313,8 +313,7 @@ class WeightReader:
         whole = np.empty(shape, dtype) if len(rows) > 1 or rows[0].at else None
         for row in rows:
             part = _shape_at(shape, row.at)
-            array = self.array(row.theirs, counts=row.counts)
-            theirs = np.asarray(array[row.take])  # a number may be all that is taken
+            theirs = np.asarray(self.array(row.theirs, counts=row.counts)[row.take])  # perhaps a number
             if row.theirs in self._plan.padded:
                 theirs = theirs[: row.their_shape(part)[0]]
             converted = np.asarray(row.to_ours(theirs, part))

@@ -12,9 +12,22 @@ from flax import nnx
 
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.dexvla import DexVla, DexVlaConfig
+from openpi_like.models.formats import WeightsError
+from openpi_like.models.llama import LlamaConfig
+from openpi_like.models.qwen_vision import Qwen2VisionConfig
+from openpi_like.models.qwen_vl import QwenVlConfig
 from openpi_like.models.scale_dp import ScaleDpConfig
-from openpi_like.models.weights import flatten, named_weights
+from openpi_like.models.weights import (
+    export_weights,
+    flatten,
+    layout,
+    named_weights,
+    plan_load,
+    read_weights,
+    weight_shapes,
+)
 from tests.models.test_policies import PRISMATIC
+from tests.models.weight_arrays import MemoryArrays
 
 KEY = jax.random.key(3)
 EOS = jnp.int32(1)
@@ -142,3 +155,28 @@ def test_what_does_not_fit_is_named(config: DexVlaConfig, tiny_policy: Any, samp
     without: Any = {k: v for k, v in samples.items() if k != "robot"}
     with pytest.raises(ValueError, match="robot: missing"):
         model.loss(KEY, without)
+
+
+def test_the_released_layout_is_read_and_written(config: DexVlaConfig) -> None:
+    """Behind a Qwen2-VL, for one robot; the maps of several are in no file, and are asked for by name."""
+    vision = Qwen2VisionConfig(width=16, hidden=16, depth=1, mlp_dim=16, num_heads=2, patch_size=4)
+    vlm = LlamaConfig.tiny(
+        width=16, depth=1, mlp_dim=16, num_kv_heads=2, head_dim=8, qkv_bias=True, tied=True, rope_sections=(1, 1, 2)
+    )
+    one = dataclasses.replace(config, backbone=QwenVlConfig(vision, vlm), robots=())
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(x.shape).astype(np.float32) for name, x in weight_shapes(one).items()}
+    written = {name: make() for name, make in export_weights(one, weights, "huggingface")}
+    assert {name: x.shape for name, x in written.items()} == layout(one, "huggingface")
+    assert written["policy_head.blocks.1.attn.qkv.weight"].shape == (3 * 16, 16)
+    assert written["policy_head.pos_embed"].shape == (1, config.action_horizon, 16)
+    assert written["reasoning_film.scale_fc.weight"].shape == (16, 16)
+    assert written["visual.blocks.0.mlp.fc1.weight"].shape == (16, 16)
+    source = MemoryArrays(written)
+    back = read_weights(source, plan_load(one, source))
+    assert back.keys() == weights.keys()
+    for name, x in weights.items():
+        np.testing.assert_array_equal(back[name], x, err_msg=name)
+    several = dataclasses.replace(one, robots=("one", "two"))
+    with pytest.raises(WeightsError, match=r"expert/action_in: this format does not hold it"):
+        plan_load(several, source)

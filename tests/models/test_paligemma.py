@@ -12,7 +12,7 @@ from openpi_like.batch import ActionTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
-from openpi_like.models.backbone import EOS
+from openpi_like.models.decoding import EOS
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.paligemma import PaliGemma, PaliGemmaConfig
 from openpi_like.models.siglip import SiglipConfig
