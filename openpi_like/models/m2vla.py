@@ -213,10 +213,6 @@ class LayerPolicy(Model):
             return None
         return jnp.stack([batch["dataset_id"], batch["episode"]], axis=1)
 
-    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
-
     # ---- Memory ------------------------------------------------------------------------------------------------------
 
     def remember(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, "..."]]:

@@ -194,10 +194,6 @@ class OpenVlaOft(OnePassPolicy):
         error = jnp.abs(self.predict(self.config.observation(batch)) - jnp.where(mask, batch["actions"], 0.0))
         return masked_means(error, mask, None if counts is None else counts["actions"])
 
-    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
-        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
-
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss"."""
         return {"loss": self.loss(key, batch)[0]}

@@ -338,6 +338,10 @@ class OnePassPolicy(Model):
         """Returns the normalised actions that are done for what `predict` says."""
         return said_BAJ
 
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns what `loss` divides by. A part of a batch, with the counts of all of it, has its part of the loss."""
+        return {"actions": batch["action_mask"].any((1, 2)).sum().astype(jnp.float32)}
+
     def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A J"]:
         """Returns what the network says."""
         return self.predict(self.config.observation(batch))
