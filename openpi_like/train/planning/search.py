@@ -78,7 +78,7 @@ def candidates(config: Any, target: Target) -> list[Candidate]:
     limit = target.limit or chip.memory_gib * GIB
     whole = ModelDef(config.model, config.trainable)
     weights = sum(math.prod(x.shape) for x in jax.tree.leaves(whole.shapes))
-    compute = model_flops(whole) * config.batch_size / target.count / (chip.tflops * 1e12)
+    compute = model_flops(whole, config.batch_shapes(1)) * config.batch_size / target.count / (chip.tflops * 1e12)
     slices = config.mesh.slices
     found = []
     for tensor in (t for t in (1, 2, 4, 8) if target.count % t == 0):
