@@ -18,8 +18,10 @@ from openpi_like.train.state import ModelDef, Trainable
 from tests.models.test_policies import OWN
 
 # What looks at images, and what the policy adds to its backbone, by hand.
+ADAPTER = ("head", "map_in", "norm_in", "queries", "state_in", "state_out")
 PI0 = ("action_in", "action_out", "action_time_in", "action_time_out", "state_in")
-VISION = {"prismatic": ("dino", "siglip")}
+ONE_TOWER = ("siglip",)
+VISION = {"prismatic": ("dino", "siglip"), "m2vla": ONE_TOWER, "m2vla_noise": ONE_TOWER, "vla_adapter": ONE_TOWER}
 EXPERT = {"pi0": ("expert",), "pi05": ("expert",), "smolvla": ("expert",)}
 SMALL = {
     "pi0": PI0,
@@ -28,6 +30,12 @@ SMALL = {
     "vlm4vla": ("action_head", "action_query"),
     "openvla_oft": ("action_head", "state_in", "state_out"),
     "prismatic": ("action_head", "state_in", "state_out"),
+    "vla_adapter": ADAPTER,
+    "m2vla": (*ADAPTER, "skill_in", "skills"),
+    "m2vla_noise": (
+        *("action_in", "action_position", "head", "queries", "skill_in", "skills"),
+        *("state_in", "state_out", "step_in", "step_out"),
+    ),
 }
 KINDS = (*OWN, "pi0", "pi05", "pi0_fast", "prismatic")
 
