@@ -38,7 +38,7 @@ SCALES: dict[str, dict[str, int]] = {
         "val": 10,
         "pretrain": 6_000,
         "finetune_metaworld_fetch": 300,
-        "finetune_aloha": 5_000,
+        "finetune_aloha": 8_000,
         "finetune_pusht": 6_000,
         "episodes": 50,
     },
