@@ -30,11 +30,15 @@ from openpi_like.train.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Thought:
-    """What a policy wrote before it acted. ids: (T,). mask: (T,), which are there. text: as a person reads it."""
+    """What a policy wrote before it acted. ids: (T,). mask: (T,), which are there. text: as a person reads it.
+
+    warnings: what is to be said of it.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
     text: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,14 +390,23 @@ class Policy:
         for i, thought in enumerate(thoughts):
             reply = replies[i]
             if isinstance(reply, Reply):
-                replies[i] = dataclasses.replace(reply, thought=thought)
+                warnings = (*reply.warnings, *thought.warnings)
+                replies[i] = dataclasses.replace(reply, thought=thought, warnings=warnings)
         return [replies[i] for i in range(len(requests))]
 
     def _thoughts(self, written: dict[str, Any], rows: int) -> list[Thought]:
         if not written:
             return []
         ids, mask = (np.asarray(written[name])[:rows] for name in ("thought", "thought_mask"))
-        return [Thought(i, m, self._text(i[m])) for i, m in zip(ids, mask, strict=True)]
+        return [Thought(i, m, self._text(i[m]), self._cut(i, m)) for i, m in zip(ids, mask, strict=True)]
+
+    def _cut(self, ids: np.ndarray, mask: np.ndarray) -> tuple[str, ...]:
+        """Returns a line where there was no room for the end of a thought."""
+        if not mask.all() or ids[-1] == self._parts.tokenizer.tokenizer.eos_id:
+            return ()
+        return (
+            f"thought: cut at thought_len={len(ids)} tokens, before its end; train it with shorter ones or with more",
+        )
 
     def _text(self, ids: np.ndarray) -> str:
         tokenizer = self._parts.tokenizer

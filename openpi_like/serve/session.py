@@ -22,7 +22,7 @@ from openpi_like.serve.ranges import RangeError, Watched
 log = logging.getLogger(__name__)
 
 FEATURES = ("deadline_ms", "encoded_images", "id", "reset", "seed", "success", "think", "traceparent")
-"""What a client may use beyond the protocol of openpi-client."""
+"""What a client may use beyond the protocol of openpi-client; "think" where the policy writes text before it acts."""
 _CONTAINERS = 1000  # in a message of a client
 _SHOWN = 80  # characters of what a client sent
 # Errors to a client are one of these codes and a sentence.
@@ -83,7 +83,9 @@ class Session:
 
     def metadata(self) -> dict[str, Any]:
         """Returns what the handshake says."""
-        return {**self._policy().metadata(), "features": list(FEATURES), **self._about}
+        policy = self._policy()
+        features = [name for name in FEATURES if name != "think" or policy.thinks]
+        return {**policy.metadata(), "features": features, **self._about}
 
     def hello(self) -> bytes:
         """Returns the handshake."""

@@ -440,6 +440,12 @@ def test_what_a_policy_wrote_is_said_and_can_be_acted_by_again(tiny_policy, obse
     # A thousand more, normalised, are 2000 m in model space.
     np.testing.assert_allclose((further.actions - same.actions)[:, :2], np.full((3, 2), 2e6), rtol=1e-3)
     assert further.thought.text == "(1 id without text)"
+    assert not any("thought" in line for reply in (same, further) for line in reply.warnings)
+    full, ended = (np.array([word, last], np.int32) for last in (word, policy._parts.tokenizer.tokenizer.eos_id))
+    whole = [dataclasses.replace(other, ids=ids, mask=np.ones(2, bool)) for ids in (full, ended)]
+    cut, complete = policy.sample([policy.prepare({**observation, "seed": 3}, thought=t) for t in whole])
+    assert any("thought: cut at thought_len=2 tokens, before its end" in line for line in cut.warnings)
+    assert not any("thought" in line for line in complete.warnings)
     assert further.thought.ids.tolist() == other.ids.tolist()
     plain = _policy(tiny_policy)
     assert not plain.thinks
