@@ -12,6 +12,7 @@ import os
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from types import GenericAlias, NoneType
 from typing import Any, TypeVar
 
 from openpi_like.older import todays
@@ -145,10 +146,18 @@ def _replace(obj: Any, keys: list[str], value: Any, path: str) -> Any:
         return (*obj[:i], _assign(obj[i], keys[1:], value, path), *obj[i + 1 :])
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise ValueError(f"{path!r}: {keys[0]!r} would be a field of {obj!r}, which has none")
-    names = [f.name for f in dataclasses.fields(obj)]
-    if keys[0] not in names:
-        raise ValueError(f"{path!r}: {type(obj).__name__} has no field {keys[0]!r}; {near_names(keys[0], names)}")
+    annotations = {f.name: f.type for f in dataclasses.fields(obj)}
+    if keys[0] not in annotations:
+        near = near_names(keys[0], list(annotations))
+        raise ValueError(f"{path!r}: {type(obj).__name__} has no field {keys[0]!r}; {near}")
+    if value is None and len(keys) == 1 and not _takes_none(annotations[keys[0]]):
+        raise ValueError(f"{path!r}: got None, expected {type(getattr(obj, keys[0])).__name__}: it cannot be left out")
     return dataclasses.replace(obj, **{keys[0]: _assign(getattr(obj, keys[0]), keys[1:], value, path)})
+
+
+def _takes_none(annotation: Any) -> bool:
+    """Returns whether a field so annotated can be None; True where the annotation does not say it."""
+    return not isinstance(annotation, type | GenericAlias) or annotation in (Any, object, NoneType)
 
 
 def _assign(old: Any, keys: list[str], value: Any, path: str) -> Any:

@@ -102,12 +102,14 @@ def test_override_reaches_into_tuples():
 
 def test_override_reports_all_failures_with_near_names():
     with pytest.raises(ValueError, match="cannot apply overrides") as e:
-        override(OptimizerConfig(), ["peek_lr=1e-3", "warmup_steps=ten", "b1", "b1.x=3"])
+        override(OptimizerConfig(), ["peek_lr=1e-3", "warmup_steps=ten", "b1", "b1.x=3", "decay_steps=None"])
     text = str(e.value)
     assert "did you mean 'peak_lr'" in text
     assert "got 'ten' of type str, expected int" in text
     assert "'b1': expected key=value" in text
     assert "'x' would be a field of 0.9" in text
+    assert "'decay_steps': got None, expected int: it cannot be left out" in text
+    assert override(SAWYER, ["cameras.0.height=None"]).cameras[0].height is None
 
 
 def test_load_run_names_the_files_beside(tmp_path):
