@@ -15,8 +15,8 @@ and training from scratch for as many steps, each driven at its best step by the
 episodes; all are normalised by their own episodes alone. Zero-shot is the pretrained policy itself, which has seen
 nothing of the arm: the arms have the same fields, and it is normalised by the statistics of the other four together.
 
-Not yet run in whole. With AdamW, 1,500 steps of pretraining and 500 of fine-tuning, an arm took 40 minutes on two CPU
-cores beside other trainings; the data take 10.
+Two of the five rows have been run, see docs/training.md: 20 minutes each on two CPU cores beside other work; the data take
+some minutes.
 """
 
 import dataclasses
