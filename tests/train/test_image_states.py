@@ -115,7 +115,9 @@ def copied(kept: Path, tmp_path: Path) -> Path:
 
 
 def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) -> None:
-    """The losses bit for bit, weights and memory up to rounding. A batch has all that it had, but for the images."""
+    """The loss of the same weights bit for bit; gradients, and all after the first step, up to rounding, as compilers of
+    other CPUs sum them in another order. A batch has all that it had, but for the images.
+    """
     after = []
     for of in (config, with_states(config, kept)):
         loader, trainer = loader_of(of), of.trainer(of.mesh.create())
@@ -128,7 +130,8 @@ def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) ->
         loader.close()
         after.append((batch, losses, flatten(jax.device_get(state.params))))
     (seen, losses, weights), (read, same, others) = after
-    assert losses == same
+    assert losses[0] == same[0]
+    np.testing.assert_allclose(losses, same, rtol=2e-6)
     for name, x in weights.items():
         np.testing.assert_allclose(others[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
     assert read["images"] == {}
