@@ -115,8 +115,9 @@ def copied(kept: Path, tmp_path: Path) -> Path:
 
 
 def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) -> None:
-    """The loss of the same weights bit for bit; gradients, and all after the first step, up to rounding, as compilers for
-    other CPUs may sum them in another order. A batch has all that it had, but for the images.
+    """The loss of the same weights bit for bit; gradients, and all after the first step, up to rounding.
+
+    Compilers for other CPUs may sum them in another order. A batch has all that it had, but for the images.
     """
     after = []
     for of in (config, with_states(config, kept)):
