@@ -133,7 +133,8 @@ def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) ->
             ),
             strict=True,
         )
-        np.testing.assert_array_max_ulp(*(np.asarray(metrics["loss"]) for metrics in losses), maxulp=1)
+        seen_loss, read_loss = (np.asarray(metrics["loss"]) for metrics in losses)
+        np.testing.assert_array_max_ulp(seen_loss, read_loss, maxulp=1)
         weights, others = (flatten(jax.device_get(after.params)) for after in states)
         for name, x in weights.items():
             np.testing.assert_allclose(others[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
