@@ -58,7 +58,8 @@ compare: setup
 	$(PY) data/make_demos.py --robot sawyer --out $(STUDIES)/data --episodes-per-task 60 --val-episodes-per-task 4 \
 	  --tasks button-press drawer-open window-close
 	$(PY) data/stats.py --robot sawyer --data $(SAWYER) --out $(STUDIES)/stats/sawyer.json
-	$(PY) data/fit_text.py --data $(SAWYER) --out $(STUDIES)/text.model --state-in-prompt --vocab-size 1024
+	$(PY) data/fit_text.py --data $(SAWYER) --out $(STUDIES)/text.model --keys language_instruction subtask \
+	  --state-in-prompt --vocab-size 1024
 	$(PY) data/fit_fast.py configs/studies/fast.py --out $(STUDIES)/fast_tokens --vocab-size 512
 	$(PY) train/study.py configs/studies/action_tokens.py --run $(STUDIES)/action_tokens
 

@@ -4,7 +4,7 @@
 
 Any other text can be encoded with it too, if need be byte by byte. Policies that start from released weights bring
 their own tokeniser. `--state-in-prompt` also fits to what pi0.5 and policies with action tokens write around
-instructions.
+instructions, and `--keys language_instruction subtask` to what a policy writes before it acts.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from openpi_like.data.text import TextTokenizer
 class Args:
     """Fits a SentencePiece model to the instructions of RLDS datasets.
 
-    data: TFDS directories. out: file to write. key: step field that holds the instruction.
+    data: TFDS directories. out: file to write. keys: step fields, that of the instruction, and of other texts.
     state_in_prompt: for policies that read their state in the prompt, see `openpi_like.data.prompts`.
     """
 
     data: tuple[Path, ...]
     out: Path
-    key: str = "language_instruction"
+    keys: tuple[str, ...] = ("language_instruction",)
     split: str = "train"
     vocab_size: int = 512
     state_in_prompt: bool = False
@@ -40,13 +40,16 @@ def main(args: Args, console: Console) -> None:
     texts: set[str] = set()
     for directory in args.data:
         index = open_index(directory, args.split, index_dir=args.index_dir)
-        if args.key not in index.texts:
-            raise SystemExit(f"{directory} has no text field {args.key!r}; {near_names(args.key, list(index.texts))}")
-        texts.update(index.texts[args.key].table)
+        known = list(index.texts)
+        if unknown := [key for key in args.keys if key not in known]:
+            near = "; ".join(f"{key!r}, {near_names(key, known)}" for key in unknown)
+            raise SystemExit(f"{directory} has no text field {near}")
+        texts.update(text for key in args.keys for text in index.texts[key].table)
     around = []
     if args.state_in_prompt:
         numbers = " ".join(map(str, range(10)))
-        around = [f"Task: {text.lower()}, State: {numbers};" for text in texts] + ["Action: ", "Subtask: ;", "|"]
+        around = [f"Task: {text.lower()}, State: {numbers};" for text in texts]
+        around += ["Action: ", "Subtask: ;", "|", "Next action:"]
     model = fit_text_tokenizer([*texts, *around], args.vocab_size)
     tokenizer = TextTokenizer(model, prompt_len=10_000)
     lengths = {text: int(tokenizer.encode(text)[1].sum()) for text in sorted(texts)}
@@ -54,9 +57,7 @@ def main(args: Args, console: Console) -> None:
     args.out.write_bytes(model.content())
     for text, length in lengths.items():
         console.print(f"{length:4d} tokens  {text!r}")
-    console.print(
-        f"{len(texts)} instructions, {tokenizer.vocab_size} tokens, longest {max(lengths.values())} -> {args.out}"
-    )
+    console.print(f"{len(texts)} texts, {tokenizer.vocab_size} tokens, longest {max(lengths.values())} -> {args.out}")
 
 
 if __name__ == "__main__":

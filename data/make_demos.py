@@ -3,8 +3,9 @@
     python data/make_demos.py --robot sawyer --out demos --episodes-per-task 40
 
 writes demos/sawyer_sim/1.0.0 with splits train and val. The expert's clean action is recorded while a disturbed one is
-executed, so that recoveries are demonstrated too; layouts never overlap between episodes, nor with those that
-evaluation uses. Episodes in which the expert fails are not written: they are counted, and another layout is tried.
+executed, so that recoveries are demonstrated too; `subtask` of each step says in words what the expert is doing.
+Layouts never overlap between episodes, nor with those that evaluation uses. Episodes in which the expert fails are not
+written: they are counted, and another layout is tried.
 
 Run it again after an interruption: finished episodes are kept. A finished dataset is left alone.
 """
@@ -104,6 +105,7 @@ def main(args: Args) -> Path:
         "noises": list(sim.noises),
         "control_hz": sim.robot.control_hz,
         "file_format": args.file_format,
+        "texts": ["subtask"],
     }
     name = f"{args.robot}_sim"
     final = dataset_directory(args.out, name)
@@ -247,7 +249,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
     noise = float(rng.choice(sim.noises))
     sim.reset(job.task, job.seeds[attempt])
     expert = sim.expert(rng, noise)
-    states, actions, prompt = [], [], ""
+    states, actions, subtasks, prompt = [], [], [], ""
     images: dict[str, list[np.ndarray]] = {c.name: [] for c in sim.robot.cameras}
     left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for _ in range(sim.max_steps):
@@ -257,6 +259,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
             images[name].append(_png(image))
         states.append(observation["state"])
         actions.append(action)
+        subtasks.append(expert.doing)
         prompt = observation["prompt"]
         sim.step(expert.disturb(action))
         left -= sim.success
@@ -272,6 +275,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
             f,
             state=np.stack(states),
             action=np.stack(actions),
+            subtask=np.array(subtasks),
             prompt=np.array(prompt),
             noise=noise,
             attempt=attempt,
@@ -312,6 +316,7 @@ def _read_parts(parts: Path, jobs: list[Job], sim: Sim) -> Iterator[Episode]:
                     "renderer": sim.renderer,
                     "file_path": f"{sim.robot.name}/{job.split}/{job.task}/{job.index}",
                 },
+                steps={"subtask": part["subtask"]},
             )
 
 

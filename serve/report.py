@@ -54,6 +54,10 @@ def collect(run: Path) -> dict[str, Any]:
     numbers["success"] = success_rows(episodes)
     numbers["renderers"] = {e.robot: e.renderer for e in episodes}
     numbers["latency_ms"] = {r: _latency(episodes, r) for r in sorted({e.robot for e in episodes if e.latency_ms})}
+    numbers["thoughts"] = [
+        {"robot": e.robot, "task": e.task, "success": e.success, "thoughts": e.thoughts}
+        for e in _that_thought(episodes)
+    ]
     numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in runs}
     numbers["weights"] = {
         name: {
@@ -63,6 +67,32 @@ def collect(run: Path) -> dict[str, Any]:
         for name, rows in weights.items()
     }
     return numbers
+
+
+def _that_thought(episodes: list[Episode]) -> list[Episode]:
+    """Returns the first episode of each task in which the policy wrote what it acted by."""
+    first: dict[tuple[str, str], Episode] = {}
+    for e in episodes:
+        if e.thoughts:
+            first.setdefault((e.robot, e.task), e)
+    return list(first.values())
+
+
+def _thoughts(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the section of what policies wrote before they acted, if any did."""
+    if not rows:
+        return []
+    body = [
+        [
+            row["robot"],
+            row["task"],
+            "; ".join(f"{step}: {text}" for step, text in row["thoughts"]),
+            "success" if row["success"] else "no success",
+        ]
+        for row in rows
+    ]
+    table = html_page.table(["robot", "task", "from which control step on, and what", "outcome"], body)
+    return [html_page.section("What the policies wrote before they acted", table)]
 
 
 def _title(run: str) -> str:
@@ -224,6 +254,7 @@ def page(numbers: dict[str, Any], films: dict[str, bytes]) -> str:
         section(
             "Rollouts of the trained policies", html_page.gallery((name, gif, "gif") for name, gif in films.items())
         ),
+        *_thoughts(numbers["thoughts"]),
         section(
             "Loss",
             plot(loss_plot(numbers["training"])),

@@ -16,7 +16,9 @@ import dataclasses
 import math
 import multiprocessing
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ import tyro
 from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.base_policy import BasePolicy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -78,19 +80,23 @@ class Args:
 class Camera(BasePolicy):
     """Looks only when the server is really asked: an `ActionChunkBroker` asks once per chunk, and drawing is slow.
 
-    seen: the observation of this step, where something else has already looked.
+    seen: the observation of this step, where something else has already looked. step: of the episode, as the pilot
+    counts. thoughts: see `Episode`.
     """
 
     def __init__(self, policy: BasePolicy, sim: Sim) -> None:
         self._policy, self._sim = policy, sim
         self.latency_ms: list[float] = []
         self.seen: dict[str, Any] | None = None
+        self.step, self.thoughts = 0, list[tuple[int, str]]()
 
     def infer(self, obs: dict) -> dict:
         observation = {**(self.seen or self._sim.observe()), "robot": self._sim.robot.name}
         started = time.perf_counter()
         reply = self._policy.infer(observation)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
+        if (thought := reply.get("thought")) is not None and [thought] != [text for _, text in self.thoughts[-1:]]:
+            self.thoughts.append((self.step, thought))
         return reply
 
 
@@ -117,7 +123,7 @@ class Pilot:
         if self._expert is not None:
             self._expert = None
             self._broker.reset()  # what is left of its chunk was for where the robot was before
-        self.camera.seen = seen
+        self.camera.seen, self.camera.step = seen, step
         action = self._broker.infer({})["actions"]
         return action, action
 
@@ -140,6 +146,7 @@ def drive(task: str, seed: int) -> Episode:
     pilot = Pilot(args, sim, _worker["client"], seed)
     film = args.frames_dir is not None and seed == args.first_seed
     frames, steps, helped, left = [], 0, 0, 0
+    thoughts: tuple[tuple[int, str], ...] = ()
     if recorder is not None:
         said = {"task": task, "seed": seed, "renderer": sim.renderer, "rollout": str(args.out)}
         recorder.begin(sim.observe()["prompt"], said)
@@ -149,11 +156,12 @@ def drive(task: str, seed: int) -> Episode:
             break
         left -= sim.success
         steps += not sim.success
-        if film:
-            frames.append(sim.frame(FRAME_SIZE))
         seen = None if recorder is None else sim.observe()
         action, proposed = pilot.act(step, seen)
         helped += proposed is None
+        thoughts = () if pilot.camera is None else tuple(pilot.camera.thoughts)
+        if film:
+            frames.append(_captioned(sim.frame(FRAME_SIZE), thoughts))
         if recorder is not None:
             time_s = step / sim.robot.control_hz  # of the simulated world
             recorder.step(seen, action, proposed=proposed, intervened=proposed is None, time_s=time_s)
@@ -162,9 +170,20 @@ def drive(task: str, seed: int) -> Episode:
     if recorder is not None:
         recorder.end(success)
     if film:
-        _save_film([*frames, sim.frame(FRAME_SIZE)], args.frames_dir / f"{args.robot}_{task}.gif")
+        _save_film([*frames, _captioned(sim.frame(FRAME_SIZE), thoughts)], args.frames_dir / f"{args.robot}_{task}.gif")
     latency = () if pilot.camera is None else tuple(round(ms, 3) for ms in pilot.camera.latency_ms)
-    return Episode(args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped)
+    return Episode(args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped, thoughts)
+
+
+def _captioned(frame: np.ndarray, thoughts: Sequence[tuple[int, str]]) -> np.ndarray:
+    """Returns a frame with the last of the thoughts below it, if there are any."""
+    if not thoughts:
+        return frame
+    lines = textwrap.wrap(thoughts[-1][1], FRAME_SIZE // 6)[:2]
+    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 24))
+    picture.paste(Image.fromarray(frame))
+    ImageDraw.Draw(picture).multiline_text((3, frame.shape[0]), "\n".join(lines), spacing=1)
+    return np.asarray(picture)
 
 
 def _save_film(frames: list[np.ndarray], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole chain through its public entry points, at two training steps; and a run killed in the middle of it."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from PIL import Image
 
 from openpi_like.config import load_run
 from openpi_like.robots.sims.sawyer import SawyerSim
+from openpi_like.serve.evaluation import read_episodes
 from openpi_like.train.checkpoints.warm_start import base_plan, open_weights
 from openpi_like.train.state import ModelDef
 from openpi_like.train.watching.metrics import read_metrics
@@ -75,19 +77,20 @@ def _tasks(demo: Path) -> list[str]:
 
 
 def test_ways_to_produce_actions_are_compared(demo):
-    """FAST tokens beside flow, insulated: tokenisers fitted, trained, served, driven."""
+    """FAST tokens and subtasks beside flow, insulated: tokenisers fitted, trained, served, driven."""
     data = f"{demo}/data/sawyer_sim/1.0.0"
     task, files = (
         _tasks(demo)[0],
         [f"data.entries.0.path={data}", f"stats={demo}/quantiles", f"tokenizer={demo}/text_fast.model"],
     )
     fit = ["data/fit_text.py", "--data", data, "--out", f"{demo}/text_fast.model", "--state-in-prompt", "--vocab-size"]
+    fit[1:1] = ["--keys", "language_instruction", "subtask"]
     fast = ["data/fit_fast.py", "configs/studies/fast.py", "--out", f"{demo}/fast", "--vocab-size", "512"]
     (demo / "study.py").write_text(
         "import dataclasses, runpy\n"
         "of = runpy.run_path('configs/studies/action_tokens.py')['study']\n"
         "arms = {n: dataclasses.replace(of.arms[n], "
-        f"set=('action_tokenizer={demo}/fast',)) for n in ('insulated',)}}\n"
+        f"set=('action_tokenizer={demo}/fast',)) for n in ('insulated_subtasks',)}}\n"
         f"study = dataclasses.replace(of, arms=arms, tasks=({task!r},), episodes=1)\n"
     )
     for command in (
@@ -99,7 +102,10 @@ def test_ways_to_produce_actions_are_compared(demo):
         done = _program(*command, XLA_FLAGS=IN_A_HURRY)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads((demo / "study" / "results.json").read_text())
-    assert [(row["arm"], row["episodes"]) for row in results["rows"]] == [("insulated", 1)]
+    assert [(row["arm"], row["episodes"]) for row in results["rows"]] == [("insulated_subtasks", 1)]
+    (episode,) = read_episodes(demo / "study" / "insulated_subtasks.jsonl")
+    assert episode.thoughts[0][0] == 0
+    assert all(now != later for (_, now), (_, later) in itertools.pairwise(episode.thoughts))
     assert all(of["step_ms"] > 0 and of["weights"] > 5e5 for of in results["measured"].values())
 
 

@@ -1,5 +1,5 @@
 """Three ways to produce actions, on the same data for the same steps: flow matching, FAST tokens, and both with
-knowledge insulation.
+knowledge insulation, which also learns to write a subtask before it acts.
 
     make compare
 
@@ -9,8 +9,9 @@ makes the data, statistics and tokenisers that policies.py names, and runs this 
 from openpi_like.train.study import Arm, Study
 
 study = Study(
-    arms={name: Arm(f"configs/studies/{name}.py") for name in ("pi0", "fast", "insulated")},
+    arms={name: Arm(f"configs/studies/{name}.py") for name in ("pi0", "fast", "insulated", "insulated_subtasks")},
     robot="sawyer",
     tasks=("button-press", "drawer-open", "window-close"),
     episodes=20,
+    varies=("data",),  # the last reads a text of its steps too
 )

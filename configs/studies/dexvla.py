@@ -1,6 +1,6 @@
-"""DexVLA at tiny size on three Sawyer tasks, without reasoning: its answers are their end alone. See dexvla_stages.py.
+"""DexVLA at tiny size on three Sawyer tasks: it writes the subtask, and acts by that. See dexvla_stages.py.
 
-All but the policy is that of pi0.py.
+All but that and the policy is as in pi0.py.
 """
 
 import dataclasses
@@ -11,15 +11,17 @@ from openpi_like.data.prompts import OpenVlaPrompt
 from openpi_like.models.dexvla import DexVlaConfig
 
 base = load_run(Path(__file__).with_name("pi0.py"))
+(entry,) = base.data.entries
 same = ("cameras", "state_dim", "action_dim", "action_horizon", "vocab_size")
 
 config = dataclasses.replace(
     base,
     run_dir="runs/studies/dexvla",
+    data=dataclasses.replace(base.data, entries=(dataclasses.replace(entry, text_key="subtask"),)),
     model=DexVlaConfig.tiny(
         **{name: getattr(base.model, name) for name in same},
         prompt_format=OpenVlaPrompt(),
         prompt_len=40,
-        thought_len=2,
+        thought_len=16,
     ),
 )

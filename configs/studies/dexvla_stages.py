@@ -27,5 +27,5 @@ study = Study(
     robot="sawyer",
     tasks=("button-press", "drawer-open", "window-close"),
     episodes=20,
-    varies=("steps",),
+    varies=("steps", "data"),  # all but stage 1 read the subtasks of the steps too
 )

@@ -8,7 +8,7 @@ Data, statistics and tokenisers, once:
         --tasks button-press drawer-open window-close
     python data/stats.py --robot sawyer --data runs/studies/data/sawyer_sim/1.0.0 --out runs/studies/stats/sawyer.json
     python data/fit_text.py --data runs/studies/data/sawyer_sim/1.0.0 --out runs/studies/text.model \\
-        --state-in-prompt --vocab-size 1024
+        --keys language_instruction subtask --state-in-prompt --vocab-size 1024
     python data/fit_fast.py configs/studies/fast.py --out runs/studies/fast_tokens --vocab-size 512
 """
 

@@ -59,8 +59,8 @@ class MixtureEntry:
     size. split, val_split: for training and validation; val_split None means there is nothing to validate on.
     text_key: a text field of the RLDS step that is to be said in answer to the instruction: a subtask, before the
         actions; or, where `actions` is False, all there is to predict: the answer to a question about the image.
-        A policy does not write subtasks when it samples actions: give the same data once more without `text_key`, so
-        that it knows prompts with and without.
+        A policy writes subtasks when it samples actions only with `thought_len` in its config: else give the same data
+        once more without `text_key`, so that it knows prompts with and without.
     selection: which steps may begin a chunk. blank_language: replaces instructions that say nothing by "".
     label: what it is called in metrics, besides its robot: "recorded" makes "sawyer, recorded".
     image_states: directory of what a frozen backbone makes of its training frames, as train/image_states.py writes it;

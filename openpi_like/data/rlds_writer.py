@@ -35,7 +35,8 @@ class Episode:
     state, action: robot space, in the order of `Robot.state` and `Robot.action`.
     prompt: of the whole episode, or of each step.
     metadata: strings, bools, ints and floats; the same keys in every episode of a dataset.
-    steps: further numbers of each step, arrays (T, ...) by key; the same keys, types and shapes in every episode.
+    steps: further numbers of each step, arrays (T, ...) by key, and texts, arrays (T,); the same keys, types and shapes
+        in every episode.
     """
 
     images: Mapping[str, list[bytes]]
@@ -219,7 +220,7 @@ def _layout(episode: Episode) -> dict[str, Any]:
     return {
         "images": {name: image_format(frames[0]) for name, frames in episode.images.items()},
         "metadata": {k: type(v).__name__ for k, v in episode.metadata.items()},
-        "steps": {k: (str(x.dtype), x.shape[1:]) for k, x in episode.steps.items()},
+        "steps": {k: ("text" if _is_text(x) else str(x.dtype), x.shape[1:]) for k, x in episode.steps.items()},
     }
 
 
@@ -240,7 +241,8 @@ def _features(tfds: Any, robot: Robot, episode: Episode) -> Any:
         for key, size in _sizes(fields).items():
             _put(step, key, tfds.features.Tensor(shape=(size,), dtype=np.float32))
     for key, x in episode.steps.items():
-        _put(step, key, tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype.type))
+        text = tfds.features.Text() if _is_text(x) else None
+        _put(step, key, text or tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype.type))
     # Records hold floats of 32 bits, whatever else is declared.
     kinds = {str: tfds.features.Text(), bool: np.bool_, int: np.int64, float: np.float32}
     return tfds.features.FeaturesDict(
@@ -249,6 +251,10 @@ def _features(tfds: Any, robot: Robot, episode: Episode) -> Any:
             "episode_metadata": {k: kinds[type(v)] for k, v in episode.metadata.items()},
         }
     )
+
+
+def _is_text(x: np.ndarray) -> bool:
+    return x.dtype.kind == "U"
 
 
 def _texts(robot: Robot) -> tuple[str, ...]:
@@ -281,7 +287,7 @@ def _example(robot: Robot, episode: Episode) -> dict[str, Any]:
         for camera in stored_cameras(robot):
             _put(step, camera.key, episode.images[camera.name][t])
         for key, x in (arrays | dict(episode.steps)).items():
-            _put(step, key, x[t])
+            _put(step, key, str(x[t]) if _is_text(x) else x[t])
         out.append(step)
     return {"steps": out, "episode_metadata": dict(episode.metadata)}
 

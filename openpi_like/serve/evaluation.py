@@ -15,6 +15,7 @@ class Episode:
     policy: "trained", "scratch" (trained as long, from nothing), "untrained", "expert", or "corrected", a trained one
     from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
     time of each request as the robot saw it. renderer: what drew the frames. expert_steps: at which the expert acted.
+    thoughts: of a policy that writes before it acts: the control step from which on it acted by each text, and that.
     """
 
     robot: str
@@ -26,6 +27,7 @@ class Episode:
     renderer: str
     latency_ms: tuple[float, ...] = ()
     expert_steps: int = 0
+    thoughts: tuple[tuple[int, str], ...] = ()
 
 
 def append_episode(path: Path, episode: Episode) -> None:
@@ -49,7 +51,8 @@ def read_episodes(path: Path) -> list[Episode]:
     for i, line in enumerate(lines):
         try:
             values = json.loads(line)
-            episodes.append(Episode(**{**values, "latency_ms": tuple(values["latency_ms"])}))
+            thoughts = tuple((int(step), str(text)) for step, text in values.get("thoughts", ()))
+            episodes.append(Episode(**{**values, "latency_ms": tuple(values["latency_ms"]), "thoughts": thoughts}))
         except (ValueError, TypeError, KeyError) as e:
             raise ValueError(f"{path}, line {i + 1}: not an episode: {e}; remove the file to drive again") from e
     return episodes

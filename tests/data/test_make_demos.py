@@ -47,6 +47,7 @@ def read(out):
             arrays = {
                 "state": np.stack([s["observation"]["state"] for s in steps]),
                 "action": np.stack([s["action"] for s in steps]),
+                "subtask": np.array([s["subtask"].decode() for s in steps]),
                 "image": np.stack([s["observation"]["image"] for s in steps]),
             }
             episodes[split].append({k: v.numpy() for k, v in record["episode_metadata"].items()} | arrays)
@@ -74,6 +75,10 @@ def test_dataset_is_complete(whole):
         (b"coffee-button", 4),
     }
     assert all(e["success"] for e in everything)
+    assert {(e["task"], *dict.fromkeys(e["subtask"])) for e in everything} == {
+        (b"handle-press", "go above the handle", "push down"),
+        (b"coffee-button", "go to the button", "press it in"),
+    }
     # No layout twice within a task, and none that evaluation uses.
     assert len({(e["task"], int(e["seed"])) for e in everything}) == 8
     assert max(int(e["seed"]) for e in everything) < 10_000

@@ -137,6 +137,23 @@ def test_images_are_stored_as_they_come(tmp_path, written):
     assert record["steps"]["observation"]["image"].numpy().tolist() == train[0][0].images["base"]
 
 
+def test_texts_of_steps_come_back(tmp_path, written):
+    said = [["go", "grasp it", "lift"], ["go to the cube", "", "ü", "lift"]]
+    steps = [{"subtask": np.array(texts), "force": np.arange(len(texts))} for texts in said]
+    episodes = [dataclasses.replace(e, steps=own) for (e, _), own in zip(written[0], steps, strict=False)]
+    directory = write(tmp_path, {"train": episodes})
+    records = list(tfds.builder_from_directory(directory).as_dataset(split="train"))
+    got = [[step["subtask"].decode() for step in record["steps"].as_numpy_iterator()] for record in records]
+    assert got == said
+    assert [int(step["force"]) for step in records[1]["steps"].as_numpy_iterator()] == [0, 1, 2, 3]
+    numbers = dataclasses.replace(episodes[0], steps={k: np.zeros(3) for k in steps[0]})
+    with pytest.raises(ValueError, match=r"episode 1 .* differs from the first episode in .*text"):
+        write(tmp_path / "mixed", {"train": [episodes[0], numbers]})
+    short = dataclasses.replace(episodes[0], steps={"subtask": np.array(["a", "b"])})
+    with pytest.raises(ValueError, match=r"'subtask' has 2 steps, expected 3"):
+        write(tmp_path / "short", {"train": [short]})
+
+
 def test_metadata_is_readable_without_tfds(tmp_path, written):
     directory = write(tmp_path, {"train": [written[0][0][0]]})
     assert json.loads((directory / "metadata.json").read_text()) == {"renderer": "none"}

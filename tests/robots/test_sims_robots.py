@@ -45,24 +45,27 @@ def sims():
 
 
 def run_expert(sim, task, seed, noise=0.0, steps=None):
-    """Returns (clean actions, states) of an episode, up to success."""
+    """Returns the clean actions of an episode, up to success, and the subtasks that they were part of."""
     sim.reset(task, seed)
     expert = sim.expert(np.random.default_rng(seed), noise)
-    actions = []
+    actions, subtasks = [], []
     for _ in range(steps or sim.max_steps):
         actions.append(expert.act())
+        subtasks.append(expert.doing)
         sim.step(expert.disturb(actions[-1]))
         if sim.success:
             break
-    return np.stack(actions)
+    return np.stack(actions), subtasks
 
 
 @pytest.mark.parametrize(("robot", "task"), CASES)
 @pytest.mark.parametrize("noisy", [False, True])
 def test_expert_succeeds(sims, robot, task, noisy):
     sim = sims(robot)
-    actions = run_expert(sim, task, seed=4, noise=sim.noises[-1] if noisy else 0.0)
+    actions, subtasks = run_expert(sim, task, seed=4, noise=sim.noises[-1] if noisy else 0.0)
     assert sim.success
+    assert all(subtasks)
+    assert len(set(subtasks)) > 1 or task == "reach"
     assert len(actions) < sim.max_steps
     assert actions.dtype == np.float32
     assert actions.shape[1] == sim.robot.robot_action_size
@@ -91,7 +94,7 @@ def test_same_seed_same_episode_bit_for_bit(sims, robot, task):
     runs = []
     for between in (1, 2):  # whatever happened before must not show
         run_expert(sim, task, seed=between, steps=3 * between)
-        actions = run_expert(sim, task, seed=7, noise=sim.noises[-1], steps=12)
+        actions, _ = run_expert(sim, task, seed=7, noise=sim.noises[-1], steps=12)
         runs.append((actions, sim.observe()))
     (actions_1, first), (actions_2, second) = runs
     np.testing.assert_array_equal(actions_1, actions_2)

@@ -1,5 +1,8 @@
 """Success rates and their intervals against published numbers, and results that survive a kill."""
 
+import dataclasses
+import json
+
 import pytest
 
 from openpi_like.serve.evaluation import Episode, append_episode, read_episodes, success_rows, wilson
@@ -20,7 +23,7 @@ def test_wilson_interval_of_nothing_is_refused():
 
 def _episode(**changes) -> Episode:
     values = {"robot": "arm", "task": "lift", "policy": "trained", "seed": 1, "success": True, "steps": 9}
-    return Episode(**{**values, "renderer": "egl", "latency_ms": (1.5, 2.0), **changes})
+    return Episode(**{**values, "renderer": "egl", "latency_ms": (1.5, 2.0), "thoughts": ((0, "go"),), **changes})
 
 
 def test_results_survive_a_kill_in_the_middle_of_a_line(tmp_path):
@@ -33,6 +36,12 @@ def test_results_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     assert read_episodes(path) == episodes
     append_episode(path, _episode(seed=3))  # the cut line is gone, so this one is whole
     assert read_episodes(path) == [*episodes, _episode(seed=3)]
+
+
+def test_results_of_before_policies_thought_are_read(tmp_path):
+    old = {k: v for k, v in dataclasses.asdict(_episode()).items() if k != "thoughts"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_episodes(tmp_path / "results.jsonl") == [_episode(thoughts=())]
 
 
 def test_a_line_that_is_no_episode_is_named(tmp_path):

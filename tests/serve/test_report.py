@@ -31,7 +31,8 @@ def run(tmp_path):
     for policy, wins in (("trained", 9), ("scratch", 3), ("untrained", 0), ("expert", 10)):
         for seed in range(10):
             latency = () if policy == "expert" else (float(seed),) * 2
-            episode = Episode("arm", "lift", policy, seed, seed < wins, 5, "raycast", latency)
+            thoughts = ((0, "go <there>"), (4, "grasp it")) if policy == "trained" and seed > 7 else ()
+            episode = Episode("arm", "lift", policy, seed, seed < wins, 5, "raycast", latency, thoughts=thoughts)
             append_episode(tmp_path / "rollouts" / f"arm_{policy}.jsonl", episode)
     (tmp_path / "frames").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "frames" / "arm_lift.gif")
@@ -50,6 +51,8 @@ def test_numbers_are_those_of_the_run(run, capsys):
     assert numbers["training"]["finetune_aloha"]["action_mae"] == {"aloha/hand_0 [m]": 0.0421}
     assert list(numbers["training"]) == ["pretrain", "finetune_aloha", "scratch_aloha"]
     assert numbers["weights"]["finetune_aloha"]["loaded"] == 1
+    said = [[0, "go <there>"], [4, "grasp it"]]
+    assert numbers["thoughts"] == [{"robot": "arm", "task": "lift", "success": True, "thoughts": said}]
 
 
 def test_the_page_is_one_file_that_shows_them(run):
@@ -65,6 +68,7 @@ def test_the_page_is_one_file_that_shows_them(run):
         "25.0%",
         "4.5",
         "3/10  [0.11, 0.60]",
+        "0: go &lt;there&gt;; 4: grasp it",
         "<td>fine-tuning to aloha</td>",
         "<td>from scratch on aloha</td>",
     ):

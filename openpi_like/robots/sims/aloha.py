@@ -174,6 +174,7 @@ class AlohaExpert:
         self._joints = {arm: sim.data.qpos[_QPOS[arm] : _QPOS[arm] + 6].copy() for arm in _ARMS}
         self._commanded = {arm: self._hand(arm) for arm in _ARMS}
         self._drift, self._shaken = SlowNoise(14, _MEMORY), np.zeros(2)
+        self.doing = ""
 
     def act(self) -> Float[np.ndarray, "14"]:
         """See `Expert.act`."""
@@ -211,15 +212,19 @@ class AlohaExpert:
         )
         if held["left"]:
             apart = grippers["right"] > _OPEN
+            self.doing = "take it away with the left arm" if apart else "let go with the right arm"
             return (_LEAVE if apart else cube, _SIDEWAYS, 0.0), (_PART if apart else _MEET, _DOWN, 1.0)
         closing = np.linalg.norm(left - cube) < _THERE
         for_left = (cube, _SIDEWAYS, 0.0 if closing else 1.0) if meeting else (_WAIT, _SIDEWAYS, 1.0)
         if held["right"]:
+            self.doing = "grasp the cube with the left arm" if meeting else "bring the cube to the middle"
             return for_left, (_MEET, _DOWN, 0.0)
         over = np.linalg.norm((right - cube)[:2])
         if np.linalg.norm(right - cube) < _THERE:
+            self.doing = "grasp the cube with the right arm"
             return for_left, (cube, _DOWN, 0.0)
         lowering = over < _THERE and grippers["right"] > _OPEN
+        self.doing = "go down to the cube" if lowering else "go above the cube with the right arm"
         return for_left, (cube if lowering else cube + _ABOVE, _DOWN, 1.0)
 
     def _hand(self, arm: str) -> Hand:

@@ -146,6 +146,7 @@ class FetchExpert:
 
     def __init__(self, sim: FetchSim, task: str, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._rng, self._noise = sim, rng, noise
+        self.doing = ""
         moves = {"reach": self._reach, "push": self._push, "lift": self._lift, "pick-and-place": self._pick_and_place}
         self._actions = moves[task]()
 
@@ -168,24 +169,29 @@ class FetchExpert:
         return float(np.linalg.norm((target - self._sim.hand)[:2]))
 
     def _reach(self) -> Iterator[np.ndarray]:
+        self.doing = "go to the ball"
         while True:
             yield self._to(self._sim.goal, _CLOSE)
 
     def _lift(self) -> Iterator[np.ndarray]:
-        return self._grasp_and_bring(lambda: self._sim.block + _ABOVE)
+        return self._grasp_and_bring(lambda: self._sim.block + _ABOVE, "raise the block")
 
     def _pick_and_place(self) -> Iterator[np.ndarray]:
-        return self._grasp_and_bring(lambda: self._sim.goal)
+        return self._grasp_and_bring(lambda: self._sim.goal, "bring the block to the ball")
 
-    def _grasp_and_bring(self, goal: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+    def _grasp_and_bring(self, goal: Callable[[], np.ndarray], then: str) -> Iterator[np.ndarray]:
         sim = self._sim
         while True:
+            self.doing = "go above the block"
             while self._off(sim.block) > 0.015:
                 yield self._to(sim.block + _ABOVE, _OPEN)
+            self.doing = "go down to the block"
             while np.linalg.norm(sim.block - sim.hand) > 0.012 and self._off(sim.block) < 0.03:
                 yield self._to(sim.block, _OPEN)
+            self.doing = "grasp the block"
             for _ in range(_GRASP_STEPS):
                 yield self._to(sim.block, _CLOSE)
+            self.doing = then
             while np.linalg.norm(sim.block - sim.hand) < 0.06:
                 yield self._to(sim.hand + goal() - sim.block, _CLOSE)
 
@@ -193,10 +199,13 @@ class FetchExpert:
         sim = self._sim
         while True:
             start = self._push_start()
+            self.doing = "go behind the block"
             while self._off(start) > 0.015:
                 yield self._to(start + _ABOVE, _CLOSE)
+            self.doing = "go down behind the block"
             while sim.hand[2] > start[2] + 0.01 and self._off(start) < 0.05:
                 yield self._to(start, _CLOSE)
+            self.doing = "push the block to the ball"
             while True:
                 way = (sim.goal - sim.block)[:2]
                 left = float(np.linalg.norm(way))

@@ -112,6 +112,7 @@ class PushTExpert:
         for shape in self._trial.space.shapes:
             shape.collision_type = 1  # the package counts contacts of type 0, in Python, at every step
         self._goal = _to_world(_OUTLINE, sim.env.goal_pose)
+        self.doing = ""
         self._targets = self._plan_and_move()
         self._drift, self._way_left = SlowNoise(2, _MEMORY), 0.0
 
@@ -136,15 +137,19 @@ class PushTExpert:
             if not sim.success:
                 push = self._best_push(pose, _ANGLES) or self._best_push(pose, self._rng.uniform(-0.6, 0.6, 3))
             if push is None:
+                self.doing = "stay"
                 yield sim.disc  # done, or no push helps: stay
                 continue
             start, step, count = push
+            self.doing = "go around the T"
             yield from self._go(start, pose)
             self._way_left = 0.0
             if self._moved(pose):
                 continue
+            self.doing = "push the T"
             for k in range(1, count + 1):
                 yield start + k * step
+            self.doing = "let go of the T"
             yield sim.disc - 12.0 * step / np.linalg.norm(step)  # let go
 
     def _moved(self, pose: np.ndarray) -> bool:

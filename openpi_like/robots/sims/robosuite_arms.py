@@ -216,7 +216,7 @@ class ArmExpert:
     def __init__(self, sim: ArmSim, task: str, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._rng, self._noise = sim, rng, noise
         self._rotation = sim.hand_rotation
-        self._hand, self._calm = sim.hand, False
+        self._hand, self._calm, self.doing = sim.hand, False, ""
         self._actions = {"lift": self._lift, "stack": self._stack}[task]()
 
     def act(self) -> Float[np.ndarray, "7"]:
@@ -251,10 +251,10 @@ class ArmExpert:
     def _grasp(self) -> Iterator[np.ndarray]:
         """Until the cube is held, or was lost."""
         self._rotation = _facing(self._sim.cubes[0][1])
-        self._calm = False
+        self._calm, self.doing = False, "go above the red cube"
         while self._off(self._cube()) > 0.015 or self._turned > 0.15:
             yield self._to(self._cube() + _ABOVE, _OPEN)
-        self._calm = True
+        self._calm, self.doing = True, "go down to the red cube"
         play = self._sim.opened - self._sim.closed - 2 * _HALF_SIZES["cube"]
         aligned = np.clip(play / 4, *_ALIGNED)
         while (height := self._sim.hand[2] - self._cube()[2]) > 0.005:
@@ -263,6 +263,7 @@ class ArmExpert:
                 return
             wait = off > aligned and height < _FINGERTIPS  # above the cube, until the fingers fit over it
             yield self._to(self._cube() + (_FINGERTIPS if wait else 0.0) * _UP, _OPEN)
+        self.doing = "grasp the red cube"
         for _ in range(_GRASP_STEPS):
             yield self._to(self._cube(), _CLOSE)
             if self._sim.holds_cube:
@@ -276,7 +277,7 @@ class ArmExpert:
     def _lift(self) -> Iterator[np.ndarray]:
         while True:
             yield from self._grasp()
-            self._calm = False
+            self._calm, self.doing = False, "raise the red cube"
             yield from self._carry(self._cube() + _ABOVE, 0.0)
 
     def _stack(self) -> Iterator[np.ndarray]:
@@ -285,14 +286,16 @@ class ArmExpert:
             base = self._sim.cubes[1][0]
             on_top = base + (_HALF_SIZES["cubeA"] + _HALF_SIZES["cubeB"]) * _UP
             over = on_top + _CLEARANCE * _UP
-            self._calm = False
+            self._calm, self.doing = False, "raise the red cube"
             yield from self._carry(np.array([*self._cube()[:2], over[2]]), 0.015)
+            self.doing = "bring it over the green cube"
             yield from self._carry(over, 0.01)
-            self._calm = True
+            self._calm, self.doing = True, "put it down on the green cube"
             yield from self._carry(on_top, 0.005)
+            self.doing = "let go"
             for _ in range(_RELEASE_STEPS):
                 yield self._to(self._sim.hand, _OPEN)
-            rest = self._sim.hand + _ABOVE
+            rest, self.doing = self._sim.hand + _ABOVE, "go up"
             while self._sim.success:
                 yield self._to(rest, _OPEN)
 

@@ -29,6 +29,22 @@ PROMPTS = {
     "door-close": ("close the door",),
 }
 
+# Where the hand goes, what it does there, and where that is: metres from the object, and how near to it, as the hand
+# slides along what it moves.
+_SUBTASKS = {
+    "button-press-topdown": ("go above the button", "press down", (0.0, 0.0, 0.05), 0.06),
+    "button-press": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
+    "coffee-button": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
+    "handle-press": ("go above the handle", "push down", (0.0, -0.03, 0.01), 0.06),
+    "plate-slide": ("go to the plate", "slide it", (0.0, -0.045, 0.055), 0.06),
+    "window-open": ("go to the handle", "slide it open", (-0.03, -0.03, -0.08), 0.06),
+    "window-close": ("go to the handle", "slide it shut", (0.03, -0.03, -0.08), 0.06),
+    "faucet-open": ("go to the lever", "turn it open", (-0.03, 0.02, 0.025), 0.06),
+    "faucet-close": ("go to the lever", "turn it shut", (0.03, 0.02, 0.025), 0.06),
+    "drawer-open": ("go to the handle", "pull", (0.0, 0.0, -0.02), 0.06),
+    "drawer-close": ("go to the drawer", "push it in", (0.0, -0.07, 0.0), 0.06),
+    "door-close": ("go to the door", "push it shut", (-0.06, 0.17, 0.07), 0.15),
+}
 _CAMERA = "corner2"
 
 
@@ -41,9 +57,11 @@ class SawyerExpert:
 
     def __init__(self, sim: "SawyerSim", policy: Any, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._policy, self._rng, self._noise = sim, policy, rng, noise
+        self.doing = ""
 
     def act(self) -> Float[np.ndarray, "4"]:
         """See `Expert.act`."""
+        self.doing = self._sim.subtask
         return self._sim.from_package(self._sim.simulate_ahead(self._command).mean(0))
 
     def _command(self, observation: np.ndarray) -> np.ndarray:
@@ -114,6 +132,13 @@ class SawyerSim:
         for _ in range(_REPEAT):
             self.privileged_observation, _, _, _, info = self._envs[self._task].step(action)
             self.success = self.success or bool(info["success"])
+
+    @property
+    def subtask(self) -> str:
+        """What is to be done now, in words, from where hand and object are; privileged."""
+        go, act, place, near = _SUBTASKS[self._task]
+        hand, thing = self.privileged_observation[:3], self.privileged_observation[4:7]
+        return act if np.linalg.norm(hand - thing - place) < near else go
 
     def simulate_ahead(self, command: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "steps 4"]:
         """Returns what `command` (privileged observation -> action) would do at 80 Hz for one control step.

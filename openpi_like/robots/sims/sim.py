@@ -35,7 +35,12 @@ class SlowNoise:
 
 @runtime_checkable
 class Expert(Protocol):
-    """A scripted demonstrator for one episode; it knows the simulator's whole state."""
+    """A scripted demonstrator for one episode; it knows the simulator's whole state.
+
+    doing: the subtask that the last action is part of, in words; for policies that think before they act.
+    """
+
+    doing: str
 
     def act(self) -> Float[np.ndarray, "J"]:
         """Returns the clean action for the present state: robot space, cut to the valid range, float32."""
