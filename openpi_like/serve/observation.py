@@ -108,7 +108,11 @@ def _float32(values: np.ndarray) -> np.ndarray:
 
 def state_problems(robot: Robot, state: Any) -> list[str]:
     """Returns a line for everything that is wrong with a state, in the robot's own units."""
-    size, names = robot.robot_state_size, ", ".join(f"{f.name}:{f.size} [{f.unit}]" for f in robot.state)
+    size = robot.robot_state_size
+    right = isinstance(state, np.ndarray) and state.dtype.kind == "f" and state.shape == (size,)
+    if right and np.isfinite(_float32(state)).all():
+        return []
+    names = ", ".join(f"{f.name}:{f.size} [{f.unit}]" for f in robot.state)
     if not isinstance(state, np.ndarray):
         return [f"state: got {type(state).__name__}, expected a float array ({size},): {names}"]
     problems = []

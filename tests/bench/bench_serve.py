@@ -3,15 +3,20 @@
     git clone https://github.com/Physical-Intelligence/openpi
     python tests/bench/bench_serve.py runs/demo/pretrain --openpi openpi
 
-For each server and number of clients: requests per second, latency of a request (median, 95 and 99 %), and beside them
-what sampling alone takes in the same process. Servers take turns, so that what else the machine does hits both.
+For each server and number of clients: requests per second, latency of a request (median, 95 and 99 %), the server's
+memory along the way, and beside them what sampling alone takes in the same process. Servers take turns, so that what
+else the machine does hits both. An error of the server ends the bench.
+
+    python tests/bench/bench_serve.py RUN --clients 64 --hz 10 --seconds 300  # robots that ask ten times a second
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -121,7 +126,13 @@ def ask(port: int, seconds: float, hz: float | None, start: Any, results: Any) -
     results.put((latencies, time.perf_counter() - begun))
 
 
-def measure(port: int, clients: int, args: Args) -> dict[str, float]:
+def resident_mb(process: subprocess.Popen) -> float:
+    """Memory that a process has in RAM, in MiB."""
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(clients), context.Queue()
     processes = [
@@ -129,13 +140,22 @@ def measure(port: int, clients: int, args: Args) -> dict[str, float]:
     ]
     for process in processes:
         process.start()
-    every = [results.get(timeout=120 + args.seconds) for _ in processes]
+    memory, every = list[int](), list[tuple[list[float], float]]()
+    while len(every) < clients:
+        with contextlib.suppress(queue.Empty):
+            every.append(results.get(timeout=args.seconds / 10))
+            continue
+        memory.append(round(resident_mb(server)))
+        failed = [process.exitcode for process in processes if process.exitcode]
+        assert not failed, f"{len(failed)} clients ended with an error"
     for process in processes:
         process.join()
     latencies = np.concatenate([latency for latency, _ in every])
     rate = sum(len(latency) / seconds for latency, seconds in every)
     p50, p95, p99 = np.percentile(latencies, (50, 95, 99))
-    return {"requests_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    numbers = {"requests_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "longest_ms": latencies.max()}
+    requests = {"requests": len(latencies), "rss_mb": [*memory, round(resident_mb(server))]}
+    return {k: round(float(v), 2) for k, v in numbers.items()} | requests
 
 
 def main(args: Args) -> None:
@@ -161,19 +181,8 @@ def main(args: Args) -> None:
             for clients in args.clients:
                 for _ in range(args.rounds):
                     for name in servers:
-                        row = measure(ports[name], clients, args)
-                        rss = (
-                            int(
-                                next(
-                                    x
-                                    for x in Path(f"/proc/{running[name].pid}/status").read_text().splitlines()
-                                    if x.startswith("VmRSS")
-                                ).split()[1]
-                            )
-                            / 1024
-                        )
-                        numbers = {k: round(v, 2) for k, v in row.items()} | {"rss_mb": round(rss)}
-                        print(json.dumps({"server": name, "clients": clients, **numbers}), flush=True)
+                        row = measure(running[name], ports[name], clients, args)
+                        print(json.dumps({"server": name, "clients": clients, **row}), flush=True)
         finally:
             for process in running.values():
                 process.send_signal(signal.SIGTERM)
