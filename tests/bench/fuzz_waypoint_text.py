@@ -23,7 +23,7 @@ def main() -> None:
     @settings(max_examples=args.texts, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(texts, st.integers(0, 7))
     def check(text: str, count: int) -> None:
-        law.hypothesis.inner_test(text, count)
+        law.hypothesis.inner_test(text, count)  # type: ignore[attr-defined]
         parsed = parse_waypoints(text, count)
         for name, more in (("texts", 1), ("points", len(parsed.points)), ("whole", parsed.whole)):
             read[name] += more
