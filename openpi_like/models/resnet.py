@@ -153,9 +153,9 @@ class ResNet(nnx.Module):
         """Returns the vectors. images: float32 in [-1, 1], RGB."""
         with jax.named_scope("resnet"):
             x = jax.nn.relu(self.stem(normalized(images_BHWC, IMAGENET).astype(self.dtype)))
-            most = jnp.array(-jnp.inf, x.dtype)
+            least = np.array(-np.inf, x.dtype)  # a constant also while it is traced: else it has no gradient
             x = jax.lax.reduce_window(
-                x, most, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
+                x, least, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
             )
             for stage, count in enumerate(self.config.blocks):
                 for i in range(count):

@@ -145,6 +145,16 @@ def test_what_is_masked_does_not_matter(config: DexVlaStage1Config, filled: Any,
     np.testing.assert_allclose(sample(config.observation(other), batch["action_mask"]), actions, atol=1e-5)
 
 
+def test_compiled_every_weight_learns(config: DexVlaStage1Config, filled: Any, tiny_batch: Any) -> None:
+    """All but the embeddings of words and positions that no prompt has."""
+    graph, state = nnx.split(filled(lambda: config.create(KEY)))
+    batch = jax.tree.map(jnp.asarray, tiny_batch)
+    grads = jax.jit(jax.grad(lambda state: nnx.merge(graph, state).loss(KEY, batch)[0]))(state)
+    for name, grad in flatten(nnx.to_pure_dict(grads)).items():
+        assert np.isfinite(grad).all(), name
+        assert np.any(grad), name
+
+
 def test_the_next_stage_takes_the_expert(config: DexVlaStage1Config, filled: Any) -> None:
     """And begins what it is told by anew; nothing else is left out without being named."""
     later = DexVlaConfig(
