@@ -30,6 +30,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from websockets.exceptions import ConnectionClosed
 
 from openpi_like.config import near_names
 from openpi_like.robots.sims import SIMS, make_sim
@@ -255,7 +256,10 @@ def main(args: Args, console: Console) -> None:
                 append_episode(args.out, future.result())
                 left.remove(future)
                 progress.advance(bar)
-        except RuntimeError as e:  # an error of the server, as openpi-client raises it
+        except (
+            RuntimeError,
+            ConnectionClosed,
+        ) as e:  # an error of the server, as openpi-client raises it, or it is gone
             workers.shutdown(cancel_futures=True)
             for future in left:  # of episodes that ended meanwhile
                 if not future.cancelled() and future.exception() is None:

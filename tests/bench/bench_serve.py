@@ -3,9 +3,10 @@
     git clone https://github.com/Physical-Intelligence/openpi
     python tests/bench/bench_serve.py runs/demo/pretrain --openpi openpi
 
-For each server and number of clients: requests per second, latency of a request (median, 95 and 99 %), the server's
-memory along the way, and beside them what sampling alone takes in the same process. Servers take turns, so that what
-else the machine does hits both. An error of the server ends the bench.
+For each server and number of clients: requests per second, latency of a request (median, 95 and 99 %), what a request
+costs of processor time on both sides (where they share the cores, that bounds the rate), the server's memory along the
+way, and beside them what sampling alone takes in the same process. Servers take turns, so that what else the machine
+does hits both. An error of the server ends the bench.
 
     python tests/bench/bench_serve.py RUN --clients 64 --hz 10 --seconds 300  # robots that ask ten times a second
 """
@@ -114,7 +115,7 @@ def ask(port: int, seconds: float, hz: float | None, start: Any, results: Any) -
     for _ in range(3):
         client.infer(observation)
     start.wait()
-    latencies, begun = [], time.perf_counter()
+    latencies, begun, used = [], time.perf_counter(), time.process_time()
     next_at = begun
     while time.perf_counter() < begun + seconds:
         if hz is not None:
@@ -123,7 +124,7 @@ def ask(port: int, seconds: float, hz: float | None, start: Any, results: Any) -
         asked = time.perf_counter()
         client.infer(observation)
         latencies.append(1e3 * (time.perf_counter() - asked))
-    results.put((latencies, time.perf_counter() - begun))
+    results.put((latencies, time.perf_counter() - begun, time.process_time() - used))
 
 
 def resident_mb(process: subprocess.Popen) -> float:
@@ -132,15 +133,22 @@ def resident_mb(process: subprocess.Popen) -> float:
     return int(next(line for line in status if line.startswith("VmRSS")).split()[1]) / 1024
 
 
+def processor_s(process: subprocess.Popen) -> float:
+    """Processor time that a process has taken, in all of its threads."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(clients), context.Queue()
+    start, results = context.Barrier(clients + 1), context.Queue()
     processes = [
         context.Process(target=ask, args=(port, args.seconds, args.hz, start, results)) for _ in range(clients)
     ]
     for process in processes:
         process.start()
-    memory, every = list[int](), list[tuple[list[float], float]]()
+    start.wait()
+    used, memory, every = processor_s(server), list[int](), list[tuple[list[float], float, float]]()
     while len(every) < clients:
         with contextlib.suppress(queue.Empty):
             every.append(results.get(timeout=args.seconds / 10))
@@ -148,12 +156,15 @@ def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> di
         memory.append(round(resident_mb(server)))
         failed = [process.exitcode for process in processes if process.exitcode]
         assert not failed, f"{len(failed)} clients ended with an error"
+    used = processor_s(server) - used
     for process in processes:
         process.join()
-    latencies = np.concatenate([latency for latency, _ in every])
-    rate = sum(len(latency) / seconds for latency, seconds in every)
+    latencies = np.concatenate([latency for latency, *_ in every])
+    rate = sum(len(latency) / seconds for latency, seconds, _ in every)
     p50, p95, p99 = np.percentile(latencies, (50, 95, 99))
     numbers = {"requests_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "longest_ms": latencies.max()}
+    numbers |= {"server_cpu_ms": 1e3 * used / len(latencies)}
+    numbers |= {"client_cpu_ms": 1e3 * sum(cpu for *_, cpu in every) / len(latencies)}
     requests = {"requests": len(latencies), "rss_mb": [*memory, round(resident_mb(server))]}
     return {k: round(float(v), 2) for k, v in numbers.items()} | requests
 
