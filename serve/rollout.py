@@ -256,10 +256,7 @@ def main(args: Args, console: Console) -> None:
                 append_episode(args.out, future.result())
                 left.remove(future)
                 progress.advance(bar)
-        except (
-            RuntimeError,
-            ConnectionClosed,
-        ) as e:  # an error of the server, as openpi-client raises it, or it is gone
+        except (RuntimeError, ConnectionClosed) as e:  # the server's error, as openpi-client raises it, or it is gone
             workers.shutdown(cancel_futures=True)
             for future in left:  # of episodes that ended meanwhile
                 if not future.cancelled() and future.exception() is None:
