@@ -118,8 +118,8 @@ def copied(kept: Path, tmp_path: Path) -> Path:
 def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) -> None:
     """From the same weights, the loss to the last bit or the one beside it; what a step makes of them up to rounding.
 
-    They are two programs, and a compiler that sees where the states come from orders sums behind them otherwise. A batch
-    has all that it had, but for the images.
+    They are two programs, and a compiler that sees where the states come from orders sums behind them otherwise. A
+    batch has all that it had, but for the images.
     """
     of = with_states(config, kept)
     loaders, trainers = [loader_of(c) for c in (config, of)], [c.trainer(c.mesh.create()) for c in (config, of)]
