@@ -112,6 +112,9 @@ def main(args: Args) -> Path:
     if final.exists():
         made_with = json.loads((final / "metadata.json").read_text())
         different = {k: (made_with.get(k), v) for k, v in recipe.items() if made_with.get(k) != v}
+        if different == {"texts": (None, recipe["texts"])}:
+            rich.print(f"{final} is complete, made before demonstrations had subtasks; delete it to make it with them")
+            return final
         if different:
             raise FileExistsError(
                 f"{final} was made with other settings (there, wanted): {different}; delete it or choose another --out"

@@ -70,10 +70,10 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _that_thought(episodes: list[Episode]) -> list[Episode]:
-    """Returns the first episode of each task in which the policy wrote what it acted by."""
+    """Returns an episode of each task, that of the first layout, in which the trained policy wrote what it acted by."""
     first: dict[tuple[str, str], Episode] = {}
-    for e in episodes:
-        if e.thoughts:
+    for e in sorted(episodes, key=lambda e: e.seed):
+        if e.thoughts and e.policy == "trained":
             first.setdefault((e.robot, e.task), e)
     return list(first.values())
 

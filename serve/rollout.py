@@ -18,7 +18,6 @@ import multiprocessing
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,11 +104,12 @@ class Pilot:
     """Chooses the actions of one episode: the policy's, the expert's, or, corrected, now the ones, now the others."""
 
     def __init__(self, args: Args, sim: Sim, client: WebsocketClientPolicy | None, seed: int) -> None:
-        self._args, self._sim, self._seed = args, sim, seed
+        self._args, self._sim, self._seed, self._thinks = args, sim, seed, False
         self._expert: Expert | None = None
         self.camera = None if client is None else Camera(client, sim)
         if client is not None:
-            execute_steps = client.get_server_metadata()["robots"][args.robot]["execute_steps"]
+            about = client.get_server_metadata()
+            execute_steps, self._thinks = about["robots"][args.robot]["execute_steps"], "think" in about["features"]
             self._broker = ActionChunkBroker(self.camera, action_horizon=execute_steps)
 
     def act(self, step: int, seen: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -127,6 +127,13 @@ class Pilot:
         self.camera.seen, self.camera.step = seen, step
         action = self._broker.infer({})["actions"]
         return action, action
+
+    def shown(self, frame: np.ndarray) -> np.ndarray:
+        """Returns a frame of the film: where the policy thinks, with what it acts by, if it is the one that acts."""
+        if self.camera is None or not self._thinks:
+            return frame
+        acts = self._expert is None and self.camera.thoughts
+        return _captioned(frame, self.camera.thoughts[-1][1] if acts else "")
 
 
 _worker: dict[str, Any] = {}  # of one worker process: its simulator, its connection, its recorder
@@ -147,7 +154,6 @@ def drive(task: str, seed: int) -> Episode:
     pilot = Pilot(args, sim, _worker["client"], seed)
     film = args.frames_dir is not None and seed == args.first_seed
     frames, steps, helped, left = [], 0, 0, 0
-    thoughts: tuple[tuple[int, str], ...] = ()
     if recorder is not None:
         said = {"task": task, "seed": seed, "renderer": sim.renderer, "rollout": str(args.out)}
         recorder.begin(sim.observe()["prompt"], said)
@@ -160,9 +166,8 @@ def drive(task: str, seed: int) -> Episode:
         seen = None if recorder is None else sim.observe()
         action, proposed = pilot.act(step, seen)
         helped += proposed is None
-        thoughts = () if pilot.camera is None else tuple(pilot.camera.thoughts)
         if film:
-            frames.append(_captioned(sim.frame(FRAME_SIZE), thoughts))
+            frames.append(pilot.shown(sim.frame(FRAME_SIZE)))
         if recorder is not None:
             time_s = step / sim.robot.control_hz  # of the simulated world
             recorder.step(seen, action, proposed=proposed, intervened=proposed is None, time_s=time_s)
@@ -171,17 +176,17 @@ def drive(task: str, seed: int) -> Episode:
     if recorder is not None:
         recorder.end(success)
     if film:
-        _save_film([*frames, _captioned(sim.frame(FRAME_SIZE), thoughts)], args.frames_dir / f"{args.robot}_{task}.gif")
-    latency = () if pilot.camera is None else tuple(round(ms, 3) for ms in pilot.camera.latency_ms)
+        _save_film([*frames, pilot.shown(sim.frame(FRAME_SIZE))], args.frames_dir / f"{args.robot}_{task}.gif")
+    camera = pilot.camera
+    latency = () if camera is None else tuple(round(ms, 3) for ms in camera.latency_ms)
+    thoughts = () if camera is None else tuple(camera.thoughts)
     return Episode(args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped, thoughts)
 
 
-def _captioned(frame: np.ndarray, thoughts: Sequence[tuple[int, str]]) -> np.ndarray:
-    """Returns a frame with the last of the thoughts below it, if there are any."""
-    if not thoughts:
-        return frame
-    lines = textwrap.wrap(thoughts[-1][1], FRAME_SIZE // 6)[:2]
-    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 24))
+def _captioned(frame: np.ndarray, text: str) -> np.ndarray:
+    """Returns a frame with a text below it, as much of it as there is room for."""
+    lines = textwrap.wrap(text, FRAME_SIZE // 6, max_lines=3, placeholder=" ...")
+    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 36))
     picture.paste(Image.fromarray(frame))
     ImageDraw.Draw(picture).multiline_text((3, frame.shape[0]), "\n".join(lines), spacing=1)
     return np.asarray(picture)
@@ -208,7 +213,10 @@ def drop_repeated(args: Args, todo: list[tuple[str, int]], console: Console) -> 
 
 def check_server(args: Args, port: int, sim: Sim) -> None:
     """Exits unless the server serves this robot, with images drawn as they were for training."""
-    client = WebsocketClientPolicy(args.host, port)
+    try:
+        client = WebsocketClientPolicy(args.host, port)
+    except OSError as e:
+        sys.exit(f"no policy server at {args.host}:{port} ({e}); start serve/policy_server.py first")
     robots = client.get_server_metadata()["robots"]
     client._ws.close()
     if args.robot not in robots:
@@ -256,12 +264,14 @@ def main(args: Args, console: Console) -> None:
                 append_episode(args.out, future.result())
                 left.remove(future)
                 progress.advance(bar)
-        except (RuntimeError, ConnectionClosed) as e:  # the server's error, as openpi-client raises it, or it is gone
+        except (RuntimeError, ConnectionClosed) as e:  # the first is an error of the server, as openpi-client has it
+            gone = isinstance(e, ConnectionClosed)
             workers.shutdown(cancel_futures=True)
             for future in left:  # of episodes that ended meanwhile
                 if not future.cancelled() and future.exception() is None:
                     append_episode(args.out, future.result())
-            sys.exit(f"stopped: {e}")
+            why = f"the policy server at {args.host}:{port} is gone ({e}); start it and run this again" if gone else e
+            sys.exit(f"stopped: {why}")
     episodes = [e for e in read_episodes(args.out) if (e.task, e.seed) in set(wanted)]
     for row in success_rows(episodes):
         interval = f"[{row['wilson_low']:.2f}, {row['wilson_high']:.2f}]"

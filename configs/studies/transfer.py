@@ -15,8 +15,7 @@ and training from scratch for as many steps, each driven at its best step by the
 episodes; all are normalised by their own episodes alone. Zero-shot is the pretrained policy itself, which has seen
 nothing of the arm: the arms have the same fields, and it is normalised by the statistics of the other four together.
 
-Two of the five rows have been run, see docs/training.md: 20 minutes each on two CPU cores beside other work; the data
-take six.
+On two CPU cores beside other work a row takes 20 minutes, and the data six; docs/training.md has the table.
 """
 
 import dataclasses

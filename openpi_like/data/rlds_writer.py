@@ -158,6 +158,9 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
     if not isinstance(episode.prompt, str) and len(episode.prompt) != steps:
         problems.append(f"{len(episode.prompt)} prompts, expected one, or {steps}")
     problems += [f"{k!r} has {len(x)} steps, expected {steps}" for k, x in episode.steps.items() if len(x) != steps]
+    for key, x in episode.steps.items():
+        if x.dtype.kind in "OSV" or (_is_text(x) and x.ndim != 1):
+            problems.append(f"{key!r} is of {x.dtype} {x.shape}, expected numbers, or one text (str) a step")
     size = sum(len(frame) for frames in episode.images.values() for frame in frames)
     if size > MAX_RECORD_BYTES:
         problems.append(

@@ -6,7 +6,8 @@ means of all steps up to there (ST-P3, Hu et al. 2022, arXiv 2207.07601); the av
 numbers. They also differ in what occupies the map: vehicles, or vehicles and pedestrians; that is a matter of the
 occupancy that is given.
 
-Rules are those of the code that is shared among these papers, its quirks included, each of which is a switch.
+Rules are those of the code that is shared among these papers, its quirks included; `PlanningRules` says which of them
+can be switched off.
 
 Letters: B samples, A steps of half a second, R rows (y ahead), C columns of an occupancy grid.
 """
@@ -43,6 +44,11 @@ class PlanningRules:
         sizes = {name: getattr(self, name) for name in ("length", "width", "cell", "reach")}
         if wrong := {name: value for name, value in sizes.items() if not 0 < value < float("inf")}:
             raise ValueError(f"PlanningRules: {wrong}, expected metres above 0")
+        if 0 in map(len, self.under_the_car()):
+            raise ValueError(
+                f"PlanningRules: a car of {self.length:g} x {self.width:g} m covers the middle of no cell of "
+                f"{self.cell:g} m, and would never collide; take smaller cells"
+            )
 
     @property
     def cells(self) -> int:
@@ -125,9 +131,15 @@ def _check_grid(plans: np.ndarray, occupancy: np.ndarray, rules: PlanningRules) 
     expected = (*plans.shape[:2], rules.cells, rules.cells)
     if occupancy.shape != expected:
         raise ValueError(f"occupancy of shape {occupancy.shape}, expected {expected}, cells of {rules.cell:g} m")
-    if not np.isfinite(plans).all():
-        b, a, _ = (int(i) for i in np.argwhere(~np.isfinite(plans))[0])
-        raise ValueError(f"plan {b} is not finite at step {a}; leave it out, and say so")
+    if occupancy.dtype != bool or plans.dtype.kind != "f":
+        raise ValueError(f"occupancy of {occupancy.dtype} and plans of {plans.dtype}, expected bool and floats")
+    _check_finite("plan", plans)
+
+
+def _check_finite(what: str, x: np.ndarray) -> None:
+    if not np.isfinite(x).all():
+        b, a, _ = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
+        raise ValueError(f"{what} {b} is not finite at step {a}; leave the sample out, and say so")
 
 
 @dataclasses.dataclass
@@ -148,15 +160,17 @@ class PlanningScores:
         valid_BA: Bool[np.ndarray, "B A"],
         occupancy_BARC: Bool[np.ndarray, "B A R C"],
     ) -> None:
-        """Counts some more samples; A is 6.
+        """Counts some more samples; A is 6. truth: may be NaN where it is not valid.
 
         Raises:
-            ValueError: shapes that do not fit, or a plan that is not finite.
+            ValueError: shapes that do not fit, or numbers that are not finite; nothing has been counted then.
         """
-        expected = (len(plans_BA2), len(self._distance), 2)
-        if plans_BA2.shape != expected or truth_BA2.shape != expected:
-            raise ValueError(f"plans {plans_BA2.shape} and truth {truth_BA2.shape}, expected {expected}")
-        rules = self.rules
+        expected, rules = (len(plans_BA2), len(self._distance), 2), self.rules
+        shapes = {"plans": plans_BA2.shape, "truth": truth_BA2.shape, "valid, once for x and y,": (*valid_BA.shape, 2)}
+        if problems := [f"{name} {shape}" for name, shape in shapes.items() if shape != expected]:
+            raise ValueError(f"{', '.join(problems)}, expected {expected}")
+        truth_BA2 = np.where(valid_BA[..., None] | np.isfinite(truth_BA2), truth_BA2, truth_BA2.dtype.type(0))
+        _check_finite("truth", truth_BA2)
         away = distances(plans_BA2, truth_BA2, valid_BA)
         collided, met = (of(plans_BA2, occupancy_BARC, rules) for of in (collisions, point_collisions))
         if rules.skip_truth_collisions:

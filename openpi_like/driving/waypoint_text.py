@@ -16,9 +16,9 @@ BEGIN, END = "<traj_start>", "<traj_end>"
 MOST_M = 1000.0
 """A coordinate beyond this, in metres, is no waypoint of three seconds."""
 
-_LIST = re.compile(r"\[(?=\s*\()")
+_LIST = re.compile(r"\[(?=\s*\()", re.ASCII)
 _NUMBER = r"[+-]?[0-9]{1,6}(?:\.[0-9]{1,9})?"
-_POINT = re.compile(rf"\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*")
+_POINT = re.compile(rf"\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*", re.ASCII)
 _SHOWN = 24  # characters of what is no point
 
 
@@ -42,6 +42,8 @@ def format_waypoints(points_A2: Float[np.ndarray, "A 2"]) -> str:
     Raises:
         ValueError: coordinates that are not finite, or farther than `MOST_M`.
     """
+    if points_A2.ndim != 2 or points_A2.shape[1] != 2:
+        raise ValueError(f"waypoints of shape {points_A2.shape}, expected (A, 2)")
     wrong = ~(np.abs(points_A2) <= MOST_M)
     if wrong.any():
         step, axis = (int(i) for i in np.argwhere(wrong)[0])
@@ -62,13 +64,16 @@ def parse_waypoints(text: str, count: int) -> Parsed:
         text: as a model wrote it.
         count: A, how many points a plan has.
     """
-    behind = text.rpartition(BEGIN)[2].partition(END)[0]
+    before, marked, behind = text.rpartition(BEGIN)
+    behind = behind.partition(END)[0]
     lists = list(_LIST.finditer(behind))
     if not lists:
         return Parsed(np.zeros((0, 2)), (f"no list of points [(x,y),...] in {_shown(behind)}",))
     points, problems, at = list[tuple[float, float]](), list[str](), lists[0].end()
     if len(lists) > 1:
         problems.append(f"{len(lists)} lists of points, expected one; the first is read")
+    if BEGIN in before:
+        problems.append(f"{before.count(BEGIN) + 1} times {BEGIN}, expected once; what is behind the last is read")
     while True:
         found = _POINT.match(behind, at)
         if found is None:
@@ -82,6 +87,9 @@ def parse_waypoints(text: str, count: int) -> Parsed:
         at = found.end() + 1
         mark = behind[found.end() : at]
         if mark == "]":
+            rest = behind[at:]
+            if (rest.strip() and marked) or _POINT.search(rest):  # without marks other words may follow
+                problems.append(f"behind the list: got {_shown(rest)}, expected its end")
             break
         if mark != ",":
             problems.append(f"after point {len(points) - 1}: got {_shown(behind[found.end() :])}, expected , or ]")

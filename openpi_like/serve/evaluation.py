@@ -50,7 +50,7 @@ def read_episodes(path: Path) -> list[Episode]:
     episodes = []
     for i, line in enumerate(lines):
         try:
-            values = json.loads(line)
+            values = dict(json.loads(line))
             thoughts = tuple((int(step), str(text)) for step, text in values.get("thoughts", ()))
             episodes.append(Episode(**{**values, "latency_ms": tuple(values["latency_ms"]), "thoughts": thoughts}))
         except (ValueError, TypeError, KeyError) as e:

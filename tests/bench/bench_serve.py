@@ -139,6 +139,15 @@ def processor_s(process: subprocess.Popen) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _check(clients: list[Any]) -> None:
+    """Ends the bench, and what is left of the clients, if one of them met an error."""
+    failed = [client.exitcode for client in clients if client.exitcode]
+    if failed:
+        for client in clients:
+            client.terminate()
+        sys.exit(f"{len(failed)} of {len(clients)} clients ended with an error, see above")
+
+
 def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(clients + 1), context.Queue()
@@ -147,6 +156,9 @@ def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> di
     ]
     for process in processes:
         process.start()
+    while start.n_waiting < clients:  # until all have connected
+        _check(processes)
+        time.sleep(0.02)
     start.wait()
     used, memory, every = processor_s(server), list[int](), list[tuple[list[float], float, float]]()
     while len(every) < clients:
@@ -154,8 +166,7 @@ def measure(server: subprocess.Popen, port: int, clients: int, args: Args) -> di
             every.append(results.get(timeout=args.seconds / 10))
             continue
         memory.append(round(resident_mb(server)))
-        failed = [process.exitcode for process in processes if process.exitcode]
-        assert not failed, f"{len(failed)} clients ended with an error"
+        _check(processes)
     used = processor_s(server) - used
     for process in processes:
         process.join()

@@ -152,6 +152,9 @@ def test_texts_of_steps_come_back(tmp_path, written):
     short = dataclasses.replace(episodes[0], steps={"subtask": np.array(["a", "b"])})
     with pytest.raises(ValueError, match=r"'subtask' has 2 steps, expected 3"):
         write(tmp_path / "short", {"train": [short]})
+    for texts in (np.array([["a", "b"]] * 3), np.array([b"a"] * 3), np.array(["a"] * 3, object)):
+        with pytest.raises(ValueError, match=r"'subtask' is of .*, expected numbers, or one text \(str\) a step"):
+            write(tmp_path / "other", {"train": [dataclasses.replace(episodes[0], steps={"subtask": texts})]})
 
 
 def test_metadata_is_readable_without_tfds(tmp_path, written):

@@ -1,5 +1,6 @@
 """Planning metrics: the shared code's numbers, a table by hand, geometry against a raster and against areas."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -58,10 +59,14 @@ def test_steps_whose_truth_is_unknown():
     np.testing.assert_array_equal(distances(plans, truth, valid)[1], [5, 5, 5, 5, 5, 0])
     got = {}
     for as_zero in (True, False):
-        scores = PlanningScores(PlanningRules(invalid_as_zero=as_zero, skip_truth_collisions=False))
+        scores = PlanningScores(PlanningRules(invalid_as_zero=as_zero))
         scores.add(plans, truth, valid, np.repeat(EMPTY, 2, 0))
         got[as_zero] = scores.steps["l2"][5]
     assert got == {True: 2.5, False: 5.0}
+    scores = PlanningScores()
+    with pytest.raises(ValueError, match="truth 1 is not finite at step 5"):
+        scores.add(plans, truth, np.ones((2, 6), bool), np.repeat(EMPTY, 2, 0))
+    assert scores.samples == 0
 
 
 def test_a_collision_that_the_driver_had_too_is_counted_only_where_that_is_wanted():
@@ -93,10 +98,17 @@ def test_the_car_covers_the_cells_that_lie_under_it(x, y, row, column):
         assert abs(there_left + x) <= 0.5
 
 
-def test_the_grid_of_vad_lies_the_other_way_round():
-    occupancy = np.random.default_rng(0).random((1, 2, 4, 6)) < 0.5
-    np.testing.assert_array_equal(from_shared_code(occupancy), np.flip(occupancy, 3))
-    np.testing.assert_array_equal(from_shared_code(occupancy, turned=True), np.flip(occupancy, (2, 3)))
+def test_where_the_files_of_the_shared_code_have_a_car_on_the_right_ahead():
+    """In files of UniAD columns go to the right; in those of VAD, rows go back as well."""
+    plan = np.zeros((1, 6, 2))
+    plan[:, 0] = 10.25, 20.25
+    row, right = 140, 120  # the middle of that cell is at y = 20.25, x = 10.25
+    uniad, vad = EMPTY.copy(), EMPTY.copy()
+    uniad[:, 0, row, right] = True
+    vad[:, 0, 199 - row, right] = True
+    for occupancy, turned in ((uniad, False), (vad, True)):
+        found = point_collisions(plan, from_shared_code(occupancy, turned=turned))
+        np.testing.assert_array_equal(found, [[True, *[False] * 5]])
 
 
 box = st.tuples(st.floats(-4, 4), st.floats(-4, 4), st.floats(-4, 4), st.floats(0.2, 5), st.floats(0.2, 3))
@@ -123,14 +135,29 @@ def test_going_on_as_now():
 
 
 def test_what_does_not_fit_is_refused():
-    plans, valid = np.zeros((1, 6, 2)), np.ones((1, 6), bool)
+    plans, valid, scores = np.zeros((1, 6, 2)), np.ones((1, 6), bool), PlanningScores()
     with pytest.raises(ValueError, match=r"occupancy of shape \(1, 6, 100, 200\), expected \(1, 6, 200, 200\)"):
-        PlanningScores().add(plans, plans, valid, EMPTY[:, :, :100])
-    with pytest.raises(ValueError, match=r"plans \(1, 5, 2\) .* expected \(1, 6, 2\)"):
-        PlanningScores().add(plans[:, :5], plans[:, :5], valid[:, :5], EMPTY[:, :5])
+        scores.add(plans, plans, valid, EMPTY[:, :, :100])
+    with pytest.raises(ValueError, match=r"plans \(1, 5, 2\), truth \(1, 5, 2\), .* expected \(1, 6, 2\)"):
+        scores.add(plans[:, :5], plans[:, :5], valid[:, :5], EMPTY[:, :5])
     with pytest.raises(ValueError, match="plan 0 is not finite at step 2"):
         collisions(np.where(np.arange(6)[:, None] == 2, np.nan, plans), EMPTY)
     with pytest.raises(ValueError, match="no samples yet"):
-        PlanningScores().uniad()
+        scores.uniad()
     with pytest.raises(ValueError, match=r"\{'cell': 0.0\}, expected metres above 0"):
         PlanningRules(cell=0.0)
+    with pytest.raises(ValueError, match=r"4.084 x 0.3 m covers the middle of no cell of 0.5 m"):
+        PlanningRules(width=0.3)
+
+
+def test_without_type_checks_numbers_of_other_kinds_are_refused():
+    """As in a program that is not under test, where nothing checks the signatures."""
+    plans, valid = np.zeros((1, 6, 2)), np.ones((1, 6), bool)
+    add, *others = (inspect.unwrap(of) for of in (PlanningScores.add, collisions, point_collisions))
+    with pytest.raises(ValueError, match=r"valid, once for x and y, \(6, 2\), expected \(1, 6, 2\)"):
+        add(PlanningScores(), plans, plans, valid[0], EMPTY)
+    for of in others:
+        with pytest.raises(ValueError, match="occupancy of uint8 and plans of float64, expected bool and floats"):
+            of(plans, EMPTY.astype(np.uint8))
+        with pytest.raises(ValueError, match="occupancy of bool and plans of int64"):
+            of(plans.astype(int), EMPTY)

@@ -1,5 +1,6 @@
 """Waypoints as text: what is written is read back, and what is read was written."""
 
+import inspect
 import re
 
 import numpy as np
@@ -71,6 +72,11 @@ def test_of_a_text_that_is_cut_the_points_before_the_cut_are_left(points, cut):
         ("[(1,2)] or rather [(3,4)]", 1, 1, "2 lists of points, expected one"),
         ("[(1.00,2.00", 1, 0, "point 0: got '(1.00,2.00'"),
         (f"{BEGIN}{END}[(1,2)]", 1, 0, "no list of points"),
+        ("[(1,2),(3,4)],(5,6)]", 2, 2, "behind the list: got ',(5,6)]', expected its end"),
+        ("[(1,2)](9,9)", 1, 1, "behind the list: got '(9,9)'"),
+        (f"{BEGIN}[(1,2)]]garbage{END}", 1, 1, "behind the list: got ']garbage'"),
+        (f"{BEGIN}[(1,2)]{END}{BEGIN}[(3,4)]{END}", 1, 1, "2 times <traj_start>, expected once"),
+        ("[(1\u2003,2)]", 1, 0, "point 0"),
     ],
 )
 def test_what_is_wrong_is_said(text, count, points, problem):
@@ -85,3 +91,12 @@ def test_what_cannot_be_written_is_refused():
         format_waypoints(np.array([[0.0, 1.0], [0.0, np.inf]]))
     with pytest.raises(ValueError, match=r"waypoint 0 has x=nan"):
         format_waypoints(np.array([[np.nan, 1.0]]))
+
+
+def test_words_may_stand_around_a_plan_without_marks():
+    assert parse_waypoints("I go on (slowly): [(1,2), (3,4)] and then I stop.", 2).whole
+
+
+def test_waypoints_have_two_coordinates():
+    with pytest.raises(ValueError, match=r"waypoints of shape \(2, 3\), expected \(A, 2\)"):
+        inspect.unwrap(format_waypoints)(np.zeros((2, 3)))

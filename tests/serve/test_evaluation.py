@@ -50,6 +50,10 @@ def test_a_line_that_is_no_episode_is_named(tmp_path):
     path.write_text(path.read_text() + '{"robot": "arm"}\n')
     with pytest.raises(ValueError, match="line 2: not an episode"):
         read_episodes(path)
+    for line in ("5", "[]", "null", '"x"'):
+        path.write_text(line + "\n")
+        with pytest.raises(ValueError, match="line 1: not an episode"):
+            read_episodes(path)
     assert read_episodes(tmp_path / "none.jsonl") == []
 
 

@@ -31,7 +31,8 @@ def run(tmp_path):
     for policy, wins in (("trained", 9), ("scratch", 3), ("untrained", 0), ("expert", 10)):
         for seed in range(10):
             latency = () if policy == "expert" else (float(seed),) * 2
-            thoughts = ((0, "go <there>"), (4, "grasp it")) if policy == "trained" and seed > 7 else ()
+            said = {"trained": ((0, "go <there>"), (4, "grasp it")), "scratch": ((0, "wander"),)}
+            thoughts = said.get(policy, ()) if seed > 7 else ()
             episode = Episode("arm", "lift", policy, seed, seed < wins, 5, "raycast", latency, thoughts=thoughts)
             append_episode(tmp_path / "rollouts" / f"arm_{policy}.jsonl", episode)
     (tmp_path / "frames").mkdir()

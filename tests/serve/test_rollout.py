@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 from rich.console import Console
 
 from openpi_like.robots.pusht import PUSHT
@@ -16,6 +17,7 @@ from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.sims import make_sim
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.serve.observation import ObservationError
+from openpi_like.serve.policy import Reply, Thought
 from openpi_like.serve.spool import open_spool
 from openpi_like.serve.takeover import TakeOver
 from tests.serve.running import Stub, serving
@@ -56,6 +58,51 @@ def test_an_episode_is_driven_and_films_are_kept(tmp_path):
     assert asked[0]["robot"] == "pusht"
     assert asked[0]["images"]["base"].shape == (96, 96, 3)
     assert (tmp_path / "frames" / "pusht_push-t.gif").stat().st_size > 1000
+
+
+class Thinking(Stub):
+    """Writes one thing in its first ten answers and another one later."""
+
+    def __init__(self):
+        super().__init__(_hold, _metadata("pygame"))
+        self.thinks, self.asked = True, 0
+
+    def sample(self, requests):
+        self.asked += 1
+        later = "push the T with all of the words that there is no room for below it"
+        text = "go around the T" if self.asked <= 10 else later
+        thought = Thought(np.zeros(1, np.int32), np.ones(1, bool), text)
+        return [Reply(_hold(request.observation), thought=thought) for request in requests]
+
+
+@pytest.mark.parametrize("policy", ["trained", "corrected"])
+def test_what_a_policy_thinks_is_noted_and_shown(tmp_path, policy):
+    """Below every frame of the film, and nothing is while the expert acts."""
+    takeover = TakeOver(share=1.0, late=0.0) if policy == "corrected" else TakeOver()
+    with serving(Thinking()) as server:
+        args = _args(tmp_path, policy=policy, port=server.port, frames_dir=tmp_path, first_seed=7, takeover=takeover)
+        ROLLOUT["start_worker"](args, server.port)
+        episode = ROLLOUT["drive"]("push-t", 7)
+        ROLLOUT["_worker"]["client"]._ws.close()
+    with Image.open(tmp_path / "pusht_push-t.gif") as film:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+    assert {frame.shape for frame in frames} == {(164, 128, 3)}
+    below = [frame[128:] for frame in frames]
+    if policy == "corrected":
+        assert episode.thoughts == ()
+        assert max(strip.max() for strip in below) < 40
+        return
+    changed = 10 * PUSHT.execute_steps
+    assert [step for step, _ in episode.thoughts] == [0, changed]
+    assert [text.split()[0] for _, text in episode.thoughts] == ["go", "push"]
+    assert min(strip.max() for strip in below) > 200
+    lit = [int((strip > 100).sum()) for strip in below]
+    assert lit[-1] > 1.5 * lit[0]  # the second is longer: three lines
+
+
+def test_a_server_that_is_gone_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"no policy server at 127.0.0.1:1 \(.*\); start serve/policy_server.py first"):
+        ROLLOUT["main"](_args(tmp_path, port=1), Console())
 
 
 def test_finished_episodes_are_not_driven_again(tmp_path):

@@ -35,7 +35,7 @@ _SUBTASKS = {
     "button-press-topdown": ("go above the button", "press down", (0.0, 0.0, 0.05), 0.06),
     "button-press": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
     "coffee-button": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
-    "handle-press": ("go above the handle", "push down", (0.0, -0.03, 0.01), 0.06),
+    "handle-press": ("go above the handle", "push down", (0.0, -0.03, 0.01), 0.04),
     "plate-slide": ("go to the plate", "slide it", (0.0, -0.045, 0.055), 0.06),
     "window-open": ("go to the handle", "slide it open", (-0.03, -0.03, -0.08), 0.06),
     "window-close": ("go to the handle", "slide it shut", (0.03, -0.03, -0.08), 0.06),
@@ -57,11 +57,14 @@ class SawyerExpert:
 
     def __init__(self, sim: "SawyerSim", policy: Any, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._policy, self._rng, self._noise = sim, policy, rng, noise
-        self.doing = ""
+        self.doing, self._there = "", False
 
     def act(self) -> Float[np.ndarray, "4"]:
         """See `Expert.act`."""
-        self.doing = self._sim.subtask
+        go, act, near = self._sim.subtasks
+        away = self._sim.away
+        self._there = away < near or (self._there and (away < 2.5 * near or self._sim.success))
+        self.doing = act if self._there else go
         return self._sim.from_package(self._sim.simulate_ahead(self._command).mean(0))
 
     def _command(self, observation: np.ndarray) -> np.ndarray:
@@ -134,11 +137,16 @@ class SawyerSim:
             self.success = self.success or bool(info["success"])
 
     @property
-    def subtask(self) -> str:
-        """What is to be done now, in words, from where hand and object are; privileged."""
-        go, act, place, near = _SUBTASKS[self._task]
+    def subtasks(self) -> tuple[str, str, float]:
+        """Where the hand goes, what it does there, and within how many metres of the place it does that."""
+        go, act, _, near = _SUBTASKS[self._task]
+        return go, act, near
+
+    @property
+    def away(self) -> float:
+        """How far the hand is from the place where it does what the task is, in metres; privileged."""
         hand, thing = self.privileged_observation[:3], self.privileged_observation[4:7]
-        return act if np.linalg.norm(hand - thing - place) < near else go
+        return float(np.linalg.norm(hand - thing - _SUBTASKS[self._task][2]))
 
     def simulate_ahead(self, command: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "steps 4"]:
         """Returns what `command` (privileged observation -> action) would do at 80 Hz for one control step.
