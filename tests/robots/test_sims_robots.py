@@ -81,13 +81,13 @@ def test_expert_succeeds(sims, robot, task, noisy):
 
 @pytest.mark.parametrize("task", SAWYER_TASKS)
 def test_sawyers_subtasks_are_the_way_there_and_then_the_task(sims, task):
-    """Once it is there it stays there, also while it is disturbed; in 101 and 102 the hand begins above the handle."""
+    """Once it is there it stays there, also while it is disturbed; in 101 the hand begins above the handle."""
     sim = sims("sawyer")
-    for seed in (0, 101, 102):
+    for seed in (0, 101):
         _, subtasks = run_expert(sim, task, seed, noise=sim.noises[1])
         runs = [name for name, _ in itertools.groupby(subtasks)]
         go, act, *_ = _SUBTASKS[task]
-        begins_there = task == "handle-press" and seed > 100
+        begins_there = task == "handle-press" and seed == 101
         assert runs == ([act] if begins_there else [go, act]), (seed, subtasks)
 
 
