@@ -80,7 +80,7 @@ chunking: setup
 	$(PY) train/chunking.py --run $(STUDIES)/chunking
 
 test: setup lint
-	$(PY) -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder  # two leave half of two cores idle
 
 lint: setup
 	$(PY) -m ruff check .
