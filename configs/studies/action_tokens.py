@@ -1,5 +1,5 @@
-"""Three ways to produce actions, on the same data for the same steps: flow matching, FAST tokens, and both with
-knowledge insulation, which also learns to write a subtask before it acts.
+"""Ways to produce actions, on the same data for the same steps: flow matching, FAST tokens, both with knowledge
+insulation, and that once more with a subtask written before it acts.
 
     make compare
 

@@ -18,7 +18,8 @@ MOST_M = 1000.0
 
 _LIST = re.compile(r"\[(?=\s*\()", re.ASCII)
 _NUMBER = r"[+-]?[0-9]{1,6}(?:\.[0-9]{1,9})?"
-_POINT = re.compile(rf"\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*", re.ASCII)
+_PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)", re.ASCII)
+_POINT = re.compile(rf"\s*{_PAIR.pattern}\s*", re.ASCII)
 _SHOWN = 24  # characters of what is no point
 
 
@@ -88,7 +89,7 @@ def parse_waypoints(text: str, count: int) -> Parsed:
         mark = behind[found.end() : at]
         if mark == "]":
             rest = behind[at:]
-            if (rest.strip() and marked) or _POINT.search(rest):  # without marks other words may follow
+            if (rest.strip() and marked) or _PAIR.search(rest):  # without marks other words may follow
                 problems.append(f"behind the list: got {_shown(rest)}, expected its end")
             break
         if mark != ",":
