@@ -33,6 +33,7 @@ import tyro
 
 from openpi_like.config import near_names
 from openpi_like.data.rlds_writer import Episode, dataset_directory, write_rlds
+from openpi_like.robots.robot import Robot
 from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.render import VARIABLE, renderer_name
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Sim
@@ -319,8 +320,15 @@ def _read_parts(parts: Path, jobs: list[Job], sim: Sim) -> Iterator[Episode]:
                     "renderer": sim.renderer,
                     "file_path": f"{sim.robot.name}/{job.split}/{job.task}/{job.index}",
                 },
-                steps={"subtask": part["subtask"]},
+                steps={"subtask": part["subtask"], **_known(sim.robot, len(part["action"]))},
             )
+
+
+def _known(robot: Robot, steps: int) -> dict[str, np.ndarray]:
+    """An expert's plan is known as a whole."""
+    if robot.plan is None or robot.plan.known is None:
+        return {}
+    return {robot.plan.known: np.full(steps, robot.action_horizon, np.int64)}
 
 
 def _summary(parts: Path, jobs: list[Job]) -> rich.table.Table:

@@ -120,7 +120,7 @@ class Pilot:
         if self.camera is None or helps:
             if self._expert is None:  # it plans from where the robot is now
                 self._expert = self._sim.expert(np.random.default_rng(self._seed), 0.0)
-            return self._expert.act(), None
+            return self._sim.robot.executed(self._expert.act()), None
         if self._expert is not None:
             self._expert = None
             self._broker.reset()  # what is left of its chunk was for where the robot was before

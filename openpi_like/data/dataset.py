@@ -158,9 +158,11 @@ class EpisodeDataset:
         A is the robot's action horizon; entry a is for control step a, which is `Robot.stride` RLDS steps long and
         whole inside the episode, without the last ones that the selection skips, and inside the expert's intervention
         where the selection asks for these. Masked entries repeat the last one
-        that is not.
+        that is not. Plans are those of the frames, and the mask is which entries are known.
         """
         episode, step = self._frames.place(frames)
+        if self.robot.plan is not None:
+            return self._values.plans(step)
         end = self.index.episode_start[episode + 1] - self._values.tail - self._skip_last
         if self._interventions is not None:
             end = np.minimum(end, step + interventions_left(self._interventions, step))

@@ -12,7 +12,7 @@ from openpi_like.data.camera_images import blind_steps, damaged_steps, describe_
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
-from openpi_like.data.step_values import describe_not_finite, moves, not_finite
+from openpi_like.data.step_values import StepValues, describe_not_finite, moves, not_finite
 from openpi_like.robots.robot import Camera, Robot, StateField
 
 OUTSIDE = 0.05  # of its range: a gripper value this far beyond open or closed says that these are wrong
@@ -57,8 +57,14 @@ def check_dataset(
                     f"{where}: takes values {field.start} to {field.start + field.size - 1} of {field.key!r}, "
                     f"which has {math.prod(column.shape[1:])}; correct its start or size"
                 )
+            elif what == "action" and robot.plan is not None and column.shape[1:-1] != (robot.action_horizon,):
+                problems.append(
+                    f"{where}: {field.key!r} has shape {column.shape[1:]} at each step, expected a plan of "
+                    f"{robot.action_horizon} entries, ({robot.action_horizon}, {field.start + field.size}) or more dims"
+                )
             else:
                 usable.append((what, field))
+    problems += _plan_problems(index, robot, part, selection, whole=not problems)
     known = [*index.texts, *index.episode_texts]
     if robot.language_key is not None:
         keys = (
@@ -80,6 +86,25 @@ def check_dataset(
     if problems:
         raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
     return first_image
+
+
+def _plan_problems(index: FrameIndex, robot: Robot, part: range, selection: Selection, *, whole: bool) -> list[str]:
+    """Returns what is wrong with plans, beside their shapes. whole: these are right."""
+    plan = robot.plan
+    if plan is None:
+        return []
+    if plan.known is not None:
+        if plan.known not in index.columns:
+            return [f"plan.known: {no_field(index, plan.known, list(index.columns))}"]
+        counts = index.columns[plan.known][part.start : part.stop]
+        wrong = counts.size != len(counts) or ~((counts.ravel() >= 0) & (counts.ravel() <= robot.action_horizon))
+        if np.any(wrong):
+            at = index.where(part.start + int(np.argmax(wrong)))
+            return [f"plan.known: {plan.known!r} at {at}, expected one number, 0 to {robot.action_horizon}"]
+    if selection.skip_not_finite or not whole:
+        return []
+    bad = StepValues(index, robot, part).plans_not_finite()
+    return [f"{len(bad)} plans are not finite, the first is at {index.where(int(bad[0]))}"] if len(bad) else []
 
 
 def no_field(index: FrameIndex, key: str, known: list[str]) -> str:

@@ -144,6 +144,7 @@ class _StepFilters:
             self._shown = describe_not_finite(index, robot.state, of_state)
             self._shown += describe_not_finite(index, robot.action, of_action)
             derived = not_finite(index, part, [f for f in robot.action if is_derived(f)])
+            of_action = np.union1d(of_action, values.plans_not_finite())
             self._not_finite = of_state, np.union1d(of_action, whole_episodes(index, derived))
         self._blind = blind_steps(index, part, robot.cameras)
         self._said = _labels(index, robot) if selection.labelled else {}
@@ -155,11 +156,15 @@ class _StepFilters:
         """Whether any step may be left out."""
         asked = (self._selection.success, self._handed_back, self._ranges, self._selection.idle_below)
         found = (*self._not_finite, self._blind)
-        return any(f is not None for f in asked) or self._selection.labelled or any(map(len, found))
+        plan = self._values.robot.plan
+        unknown = plan is not None and plan.known is not None
+        return any(f is not None for f in asked) or self._selection.labelled or any(map(len, found)) or unknown
 
     def kept(self, episode: np.ndarray, step: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (reason, whether a step is kept) for steps (n,) and their episodes."""
         values, selection, ranges, index = self._values, self._selection, self._ranges, self._values.index
+        if values.robot.plan is not None:
+            yield "no entry of the plan is known", values.known(step) > 0
         if selection.success is not None:
             good = _succeeded(index, selection.success, self._success_texts, episode, step)
             yield f"{selection.success} says no", good
@@ -172,8 +177,7 @@ class _StepFilters:
             i = np.searchsorted(ranges[:, 0], step, side="right") - 1
             yield "not in keep_ranges", (i >= 0) & (step < ranges[np.maximum(i, 0), 1])
         if any(map(len, self._not_finite)):
-            horizon = values.robot.action_horizon * values.robot.stride + values.tail
-            end = np.minimum(step + horizon, index.episode_start[episode + 1] - selection.skip_last)
+            end = np.minimum(step + values.reach, index.episode_start[episode + 1] - selection.skip_last)
             of_state, of_action = self._not_finite
             good = np.searchsorted(of_state, step) == np.searchsorted(of_state, step + 1)
             yield "not finite", good & (np.searchsorted(of_action, step) == np.searchsorted(of_action, end))

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from openpi_like.robots.robot import Robot, StateField
+from openpi_like.robots.robot import Plan, Robot, StateField
 
 EPSILON = 1e-6  # as in openpi, so that its statistics give its numbers
 # A dimension that varies less than this in the data (in its own unit) carries no scale. It is only centred, so a value
@@ -81,6 +81,7 @@ class Normalization:
     action_horizon: length of the chunks that were counted, or None where the source does not say: actions that are
         relative to the state before the chunk spread more in longer ones.
     fields, data: what was counted, of `fields_of` and of datasets, in words; () where the source does not say.
+    plan: of a robot whose chunks are plans, how these are normalised; there may be statistics for each entry.
     """
 
     robot: str
@@ -90,6 +91,7 @@ class Normalization:
     action_horizon: int | None = None
     fields: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("zscore", "quantile"):
@@ -101,15 +103,24 @@ class Normalization:
 
     @functools.cached_property
     def _action_affine(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self.plan is not None and self.plan.scale == "none":
+            one = np.ones(len(self.action.names))
+            return 0 * one, one, one
         return self.action.affine(self.mode)
+
+    def statistics_rows(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "..."]:
+        """Returns actions (..., A, J); in a row (..., A * J) where entries of a plan have statistics of their own."""
+        if self.plan is None or self.plan.scale != "per_step":
+            return x
+        return x.reshape(*x.shape[:-2], -1)
 
     def apply_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
         """Model space -> normalised, float32."""
         return _apply(x, self.state, self._state_affine)
 
     def apply_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
-        """Model space -> normalised, float32."""
-        return _apply(x, self.action, self._action_affine)
+        """Model space -> normalised, float32. Of a robot that plans: whole plans, (..., A, J)."""
+        return _apply(self.statistics_rows(x), self.action, self._action_affine).reshape(x.shape)
 
     def invert_state(self, x: Float[np.ndarray, "*batch De"]) -> Float[np.ndarray, "*batch De"]:
         """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
@@ -117,7 +128,7 @@ class Normalization:
 
     def invert_actions(self, x: Float[np.ndarray, "*batch J"]) -> Float[np.ndarray, "*batch J"]:
         """Normalised -> model space, float32; constant dims are scaled by how little they vary, see `FLOOR`."""
-        return _invert(x, self.action, self._action_affine)
+        return _invert(self.statistics_rows(x), self.action, self._action_affine).reshape(x.shape)
 
     def check(self, robot: Robot) -> None:
         """Raises ValueError, naming every difference, unless these are statistics of this robot."""
@@ -126,7 +137,8 @@ class Normalization:
             ("robot", self.robot, robot.name),
             ("mode", self.mode, robot.normalization),
             ("state dims", self.state.names, robot.state_names),
-            ("action dims", self.action.names, robot.action_names),
+            ("action dims", self.action.names, robot.statistics_names),
+            ("plan", self.plan, robot.plan),
         ):
             if got != expected:
                 problems.append(f"{what} {got}, expected {expected}")

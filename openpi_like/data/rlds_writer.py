@@ -32,7 +32,8 @@ class Episode:
     """One episode of T steps: observations, and the action taken after each of them.
 
     images: camera name -> T images, encoded as PNG or JPEG, each camera in one of them throughout a dataset.
-    state, action: robot space, in the order of `Robot.state` and `Robot.action`.
+    state, action: robot space, in the order of `Robot.state` and `Robot.action`. A robot that plans has a plan at each
+        step, (T, A, J); how much of it is known, where the robot says that some are not, is one of `steps`.
     prompt: of the whole episode, or of each step.
     metadata: strings, bools, ints and floats; the same keys in every episode of a dataset.
     steps: further numbers of each step, arrays (T, ...) by key, and texts, arrays (T,); the same keys, types and shapes
@@ -41,7 +42,7 @@ class Episode:
 
     images: Mapping[str, list[bytes]]
     state: Float[np.ndarray, "T Ds"]
-    action: Float[np.ndarray, "T J"]
+    action: Float[np.ndarray, "T *A J"]
     prompt: str | Sequence[str]
     success: bool
     metadata: Mapping[str, str | bool | int | float]
@@ -127,12 +128,12 @@ def write_rlds(
 def _check(episode: Episode, robot: Robot, where: str) -> None:
     steps = len(episode.action)
     problems = _robot_problems(robot)
-    for what, x, size in (
-        ("state", episode.state, robot.robot_state_size),
-        ("action", episode.action, robot.robot_action_size),
+    for what, x, shape in (
+        ("state", episode.state, (robot.robot_state_size,)),
+        ("action", episode.action, (*_entries(robot), robot.robot_action_size)),
     ):
-        if x.shape != (steps, size):
-            problems.append(f"{what} has shape {x.shape}, expected ({steps}, {size})")
+        if x.shape != (steps, *shape):
+            problems.append(f"{what} has shape {x.shape}, expected {(steps, *shape)}")
         elif not np.all(np.isfinite(x)):
             problems.append(f"{what} has values that are not finite")
     if steps == 0:
@@ -167,6 +168,8 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
             f"its images are {size / 2**30:.1f} GiB, and one record, an episode, holds less than 2; store them as "
             "JPEG, or smaller, or record shorter episodes"
         )
+    if robot.plan is not None and robot.plan.known not in (None, *episode.steps):
+        problems.append(f"no steps[{robot.plan.known!r}], expected how many entries of each plan are known")
     kinds = {k: type(v).__name__ for k, v in episode.metadata.items() if not isinstance(v, _METADATA_KINDS)}
     if kinds:
         problems.append(f"metadata of types {kinds}, expected str, bool, int or float")
@@ -206,6 +209,11 @@ def stored_actions(robot: Robot) -> list[ActionField]:
     return [f for f in robot.action if f.next_step is None and f.key not in states]
 
 
+def _entries(robot: Robot) -> tuple[int, ...]:
+    """Axes of the action of one step, before its dims: of a plan, its entries."""
+    return () if robot.plan is None else (robot.action_horizon,)
+
+
 def _robot_problems(robot: Robot) -> list[str]:
     """Returns why this robot's state, which is all that is written of it, does not tell what its actions read."""
     written = {(f.key, i) for f in robot.state for i in range(f.start, f.start + f.size)}
@@ -240,9 +248,11 @@ def _features(tfds: Any, robot: Robot, episode: Episode) -> Any:
     for camera in stored_cameras(robot):
         shape, encoding = (camera.height, camera.width, 3), image_format(episode.images[camera.name][0])
         _put(step, camera.key, tfds.features.Image(shape=shape, dtype=np.uint8, encoding_format=encoding))
-    for fields in (robot.state, stored_actions(robot)):
-        for key, size in _sizes(fields).items():
-            _put(step, key, tfds.features.Tensor(shape=(size,), dtype=np.float32))
+    fields: tuple[tuple[Sequence[StateField], tuple[int, ...]], ...]
+    fields = ((robot.state, ()), (stored_actions(robot), _entries(robot)))
+    for of, entries in fields:
+        for key, size in _sizes(of).items():
+            _put(step, key, tfds.features.Tensor(shape=(*entries, size), dtype=np.float32))
     for key, x in episode.steps.items():
         text = tfds.features.Text() if _is_text(x) else None
         _put(step, key, text or tfds.features.Tensor(shape=x.shape[1:], dtype=x.dtype.type))
@@ -268,11 +278,11 @@ def _texts(robot: Robot) -> tuple[str, ...]:
 def _example(robot: Robot, episode: Episode) -> dict[str, Any]:
     steps = len(episode.action)
     ends = itertools.accumulate(f.size for f in robot.action)
-    commands = [episode.action[:, end - f.size : end] for f, end in zip(robot.action, ends, strict=True)]
+    commands = [episode.action[..., end - f.size : end] for f, end in zip(robot.action, ends, strict=True)]
     fields = stored_actions(robot)
     arrays = _pack(robot.state, episode.state)
     if stored := [x for f, x in zip(robot.action, commands, strict=True) if f in fields]:
-        arrays |= _pack(fields, np.concatenate(stored, axis=1))
+        arrays |= _pack(fields, np.concatenate(stored, axis=-1))
     prompts = [episode.prompt] * steps if isinstance(episode.prompt, str) else episode.prompt
     out = []
     for t in range(steps):
@@ -304,11 +314,11 @@ def _sizes(fields: Sequence[StateField]) -> dict[str, int]:
 
 
 def _pack(fields: Sequence[StateField], x: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits (T, all fields) into one array per RLDS key."""
-    packed = {key: np.zeros((len(x), size), np.float32) for key, size in _sizes(fields).items()}
+    """Splits (T, ..., all fields) into one array per RLDS key."""
+    packed = {key: np.zeros((*x.shape[:-1], size), np.float32) for key, size in _sizes(fields).items()}
     start = 0
     for f in fields:
-        packed[f.key][:, f.start : f.start + f.size] = x[:, start : start + f.size]
+        packed[f.key][..., f.start : f.start + f.size] = x[..., start : start + f.size]
         start += f.size
     return packed
 

@@ -248,7 +248,7 @@ def blocks_of(datasets: Sequence[EpisodeDataset]) -> list[list[Block]]:
 
 def moments(robot: Robot) -> Start[Moments]:
     """Starts the first pass."""
-    return functools.partial(Moments, robot.state_size), functools.partial(Moments, robot.action_size)
+    return functools.partial(Moments, robot.state_size), functools.partial(Moments, len(robot.statistics_names))
 
 
 def counts(first: tuple[Moments, Moments]) -> Start[Counts]:
@@ -269,7 +269,7 @@ def accumulate(blocks: Iterable[Block], datasets: Sequence[EpisodeDataset], star
     for i, at in blocks:
         x, chunks, mask = datasets[i].encoded(np.arange(at, min(at + _BLOCK, len(datasets[i]))))
         state.add(x, (i, at))
-        action.add(chunks[mask], (i, at))
+        action.add(datasets[i].robot.statistics_rows(chunks, mask), (i, at))
     return state, action
 
 
@@ -293,7 +293,7 @@ def normalization_of(
 ) -> Normalization:
     """Returns the statistics of both passes. data: see `counted`."""
     state = field_stats(robot.state_names, first[0], second[0])
-    action = field_stats(robot.action_names, first[1], second[1])
+    action = field_stats(robot.statistics_names, first[1], second[1])
     return Normalization(
         robot.name,
         robot.normalization,
@@ -302,6 +302,7 @@ def normalization_of(
         action_horizon=robot.action_horizon,
         fields=fields_of(robot),
         data=data,
+        plan=robot.plan,
     )
 
 
@@ -402,6 +403,8 @@ def load_normalization(path: str | Path, robot: Robot) -> Normalization:
         raise ValueError(f"{path} holds no normalisation; make it again with data/stats.py")
     # The file has the numbers of both modes; which one is used is the robot's choice.
     normalization = dataclasses.replace(normalization, mode=robot.normalization)
+    if robot.plan is not None and normalization.plan is not None:
+        normalization = dataclasses.replace(normalization, plan=robot.plan)  # whose dims are checked with the others
     try:
         normalization.check(robot)
     except ValueError as e:

@@ -37,8 +37,39 @@ class StepValues:
         parts = [self._values(f, steps, 0, rows) for f in self.robot.state]
         return np.concatenate(parts, axis=1).astype(np.float32) if parts else np.zeros((len(steps), 0), np.float32)
 
+    @property
+    def reach(self) -> int:
+        """How many steps, from its first on, a chunk is read from."""
+        return 1 if self.robot.plan is not None else self.robot.action_horizon * self.robot.stride + self.tail
+
+    def known(self, steps: np.ndarray) -> np.ndarray:
+        """Returns how many entries of the plans at steps are known, (n,)."""
+        plan, most = self.robot.plan, self.robot.action_horizon
+        if plan is None or plan.known is None:
+            return np.full(len(steps), most)
+        return self.index.columns[plan.known][steps].reshape(len(steps)).astype(np.int64)
+
+    def plans(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the plans at steps, (n, A, sizes), and which entries are known, (n, A); others repeat the last."""
+        A, known = self.robot.action_horizon, self.known(steps)
+        read = [self.index.columns[f.key][steps][..., f.start : f.start + f.size] for f in self.robot.action]
+        plans = np.concatenate(read, axis=2).astype(np.float32)
+        at = np.minimum(np.arange(A), known[:, None] - 1)
+        return np.take_along_axis(plans, at[..., None], axis=1), np.arange(A) < known[:, None]
+
+    def plans_not_finite(self) -> np.ndarray:
+        """Returns the steps of the part at which a known entry of the plan is not finite, ascending."""
+        bad = [np.zeros(0, np.int64)]
+        for block in blocks(self.part) if self.robot.plan is not None else ():
+            plans, _ = self.plans(np.arange(block.start, block.stop))
+            bad.append(block.start + np.flatnonzero(~np.isfinite(plans).all(axis=(1, 2))))
+        return np.concatenate(bad)
+
     def commands(self, steps: np.ndarray, fields: Sequence[ActionField]) -> np.ndarray:
-        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, sizes)."""
+        """Returns the commands of the control steps that begin at `steps` and lie inside their episodes, (n, sizes).
+
+        Of plans, which are arrays (A, sizes), that is the first entry.
+        """
         stride = self.robot.stride
         rows: dict[tuple[str, int], np.ndarray] = {}
         parts = []

@@ -16,6 +16,7 @@ UNITS: dict[str, tuple[str, float]] = {
     "px": ("px", 1.0),
     "m/s": ("m/s", 1.0),
     "rad/s": ("rad/s", 1.0),
+    "m/s^2": ("m/s^2", 1.0),
     "1": ("1", 1.0),  # dimensionless, for example a normalised command in [-1, 1]
 }
 

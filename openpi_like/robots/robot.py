@@ -265,6 +265,27 @@ class ActionField(StateField):
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """Chunks that are plans: every RLDS step holds a whole one, of what is to come as seen from there.
+
+    Waypoints in the frame of now are not the first waypoints of the steps to come, so a plan is stored, an array
+    (A, size) under the key of its fields, and not put together of later actions. Its first entry is executed; then a
+    new one is made.
+
+    known: key of how many of its entries are known, the first ones (a recording ends); None: all of them.
+    scale: how a plan is normalised. "per_step": each entry by statistics of its own, as what is farther ahead spreads
+        more; "pooled": all by the same ones; "none": not at all, numbers stay as they are in model space.
+    """
+
+    known: str | None = None
+    scale: str = "per_step"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("per_step", "pooled", "none"):
+            raise ValueError(f"Plan: scale {self.scale!r}, expected 'per_step', 'pooled' or 'none'")
+
+
+@dataclasses.dataclass(frozen=True)
 class Robot:
     """One embodiment.
 
@@ -278,6 +299,7 @@ class Robot:
     stride: RLDS steps per control step, where the dataset was recorded faster than `control_hz`. An entry of a chunk
         does what so many stored commands do together, see `ActionField.combine`.
     language_alternatives: paths of further instructions that say the same; any of all of them may be empty.
+    plan: where a chunk is a plan, see `Plan`; None where it is the actions of the steps to come.
 
     Raises:
         ValueError: lists everything that is inconsistent.
@@ -295,6 +317,7 @@ class Robot:
     default_prompt: str | None = None
     stride: int = 1
     language_alternatives: tuple[str, ...] = ()
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -328,6 +351,7 @@ class Robot:
             problems.append("language_key and default_prompt are both None, expected one of them")
         if self.stride < 1:
             problems.append(f"stride {self.stride}, expected at least 1")
+        problems += self._plan_problems()
         texts = [t for t in (self.language_key, *self.language_alternatives) if t is not None]
         if self.language_alternatives and self.language_key is None:
             problems.append("language_alternatives without language_key, expected the first of them there")
@@ -335,6 +359,20 @@ class Robot:
             problems.append(f"language_key and language_alternatives name a text twice: {texts}")
         if problems:
             raise ValueError(f"Robot {self.name!r}: " + "; ".join(problems))
+
+    def _plan_problems(self) -> list[str]:
+        if self.plan is None:
+            return []
+        problems = [
+            f"plan with {name} {value}, expected 1: it is seen from its own step, and made anew at each"
+            for name, value in (("execute_steps", self.execute_steps), ("stride", self.stride))
+            if value != 1
+        ]
+        for field in self.action:
+            derived = field.gripper is not None and field.gripper.convention != "absolute"
+            if field.relative_to is not None or field.next_step is not None or derived:
+                problems.append(f"action {field.name!r} of a plan is derived from other steps, expected it as stored")
+        return problems
 
     @functools.cached_property
     def robot_state_size(self) -> int:
@@ -365,6 +403,28 @@ class Robot:
     def robot_action_names(self) -> tuple[str, ...]:
         """One name per action dim in robot space, e.g. "hand_0 [mm]"."""
         return tuple(n for f in self.action for n in f.dim_names)
+
+    @functools.cached_property
+    def statistics_names(self) -> tuple[str, ...]:
+        """What actions are normalised by, a name for each number: their dims; of a plan, those of each entry."""
+        if self.plan is None or self.plan.scale != "per_step":
+            return self.action_names
+        return tuple(f"{name} @{step}" for step in range(1, self.action_horizon + 1) for name in self.action_names)
+
+    def statistics_rows(
+        self, chunks: Float[np.ndarray, "B A J"], mask: Bool[np.ndarray, "B A"]
+    ) -> Float[np.ndarray, "N Jn"]:
+        """Returns what statistics are counted of, in model space: single actions, or plans that are known as a whole.
+
+        Jn: as many as `statistics_names`.
+        """
+        if self.plan is None or self.plan.scale != "per_step":
+            return chunks[mask]
+        return chunks[mask.all(axis=1)].reshape(-1, len(self.statistics_names))
+
+    def executed(self, action: Float[np.ndarray, "*A J"]) -> Float[np.ndarray, "J"]:
+        """Returns what is executed of what an expert says: an action itself, of a plan (A, J) the first."""
+        return action if self.plan is None else action[0]
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -84,6 +84,10 @@ def check_previous(
     size, horizon, problems = robot.robot_action_size, robot.action_horizon, []
     if max_delay is None:
         problems.append("previous, delay: this server was started without --real-time-chunking")
+    if robot.plan is not None:
+        problems.append(
+            "previous, delay: a plan is seen from where it was made, none goes on from another; leave them out"
+        )
     if not isinstance(actions, np.ndarray) or actions.dtype.kind != "f":
         got = f"{type(actions).__name__} {getattr(actions, 'dtype', '')}".strip()
         raise ObservationError("\n  ".join([*problems, f"previous: got {got}, expected a float array (n, {size})"]))

@@ -236,6 +236,7 @@ class Policy:
                 "control_hz": r.control_hz,
                 "action_horizon": r.action_horizon,
                 "execute_steps": r.execute_steps,
+                "plans": r.plan is not None,
                 "renderer": self._parts.renderer[r.name],
             }
             for r in self.robots.values()

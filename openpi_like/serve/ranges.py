@@ -68,7 +68,7 @@ class RobotRanges:
     """What a robot's states and actions are held against, worked out once."""
 
     def __init__(self, robot: Robot, normalization: Normalization, ranges: Ranges) -> None:
-        self._robot, self._ranges = robot, ranges
+        self._robot, self._ranges, self._normalization = robot, ranges, normalization
         self._state, self._action = Span(normalization.state), Span(normalization.action)
         self._lower, self._upper, *_ = robot.action_limits.arrays(robot.robot_action_size)
 
@@ -97,7 +97,8 @@ class RobotRanges:
         inside = np.clip(actions, self._lower, self._upper).astype(np.float32)
         cut = np.abs(actions - inside).max(1)
         far = cut > 1e-4 * np.maximum(1.0, np.abs(inside).max(1))
-        distances = self._action.beyond(encoded)
+        rows = self._normalization.statistics_rows(encoded)
+        distances = self._action.beyond(rows.reshape(len(encoded), -1, rows.shape[-1]))
         return [self._said(*row) for row in zip(inside, cut, far, distances, strict=True)]
 
     def _said(

@@ -105,6 +105,11 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
         if shape != _chunk_shape(robot)
     ]
     problems += _camera_problems(robot, sizes, recording.steps)
+    if robot.plan is not None:
+        problems.append(
+            f"robot {robot.name!r} learns plans, and what was recorded is what was executed of them; make plans of "
+            "what was driven, and write them with openpi_like.data.rlds_writer"
+        )
     turned = {c.name: c.upside_down or c.channel_order == "bgr" for c in stored_cameras(robot)}
     encodings = {c: "png" if turned[c] else " and ".join(sorted(found[c])) for c in turned if c in found}
     notes += [f"camera {c!r} is not the robot's, and is not written" for c in sizes if c not in _names(robot)]

@@ -165,6 +165,11 @@ class Runtime:
         if robot not in robots:
             raise ValueError(f"the server has no robot {robot!r}, it has {', '.join(robots)}")
         about = robots[robot]
+        if about.get("plans"):
+            raise ValueError(
+                f"robot {robot!r} is given plans, seen from where they were asked for, which do not follow each other "
+                "as the actions of chunks do; ask at every step, with `PolicyClient`, and drive by the newest"
+            )
         self._client, self._robot, self._stop_s = client, robot, stop_s
         self._hz = float(hz or about["control_hz"])
         trained = client.metadata.get("max_delay") or None

@@ -42,10 +42,13 @@ class Expert(Protocol):
 
     doing: str
 
-    def act(self) -> Float[np.ndarray, "J"]:
-        """Returns the clean action for the present state: robot space, cut to the valid range, float32."""
+    def act(self) -> Float[np.ndarray, "*A J"]:
+        """Returns the clean action for the present state: robot space, cut to the valid range, float32.
 
-    def disturb(self, action: Float[np.ndarray, "J"]) -> Float[np.ndarray, "J"]:
+        For a robot that plans, the whole plan (A, J), see `Robot.executed`.
+        """
+
+    def disturb(self, action: Float[np.ndarray, "*A J"]) -> Float[np.ndarray, "J"]:
         """Returns what to execute instead of the clean `action`, so that recoveries are demonstrated too.
 
         Record the clean action and execute this one (noise injection: Laskey et al. 2017, DART).
