@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from openpi_like.batch import ActionTokens, Batch
+from openpi_like.batch import ActionTokens, Batch, EntityTokens
 from openpi_like.config import load_run, override
 from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import open_dataset
@@ -87,6 +87,7 @@ class Shapes:
     reads_episodes: bool = False
     answer_len: int = 0
     robots: tuple[str, ...] = ()
+    entities: tuple[EntityTokens, ...] = ()
 
 
 def open_one(args: Args, console: Console) -> Loader:

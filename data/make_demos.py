@@ -21,7 +21,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,12 +255,15 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
     expert = sim.expert(rng, noise)
     states, actions, subtasks, prompt = [], [], [], ""
     images: dict[str, list[np.ndarray]] = {c.name: [] for c in sim.robot.cameras}
+    entities: dict[str, list[np.ndarray]] = {e.name: [] for e in sim.robot.entities}
     left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for _ in range(sim.max_steps):
         observation = sim.observe()
         action = expert.act()
         for name, image in observation["images"].items():
             images[name].append(_png(image))
+        for things in sim.robot.entities:
+            entities[things.name].append(observation["entities"][things.name])
         states.append(observation["state"])
         actions.append(action)
         subtasks.append(expert.doing)
@@ -273,6 +276,8 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
         return False
     arrays: dict[str, Any] = {f"png_{name}": np.concatenate(frames) for name, frames in images.items()}
     arrays |= {f"length_{name}": [len(f) for f in frames] for name, frames in images.items()}
+    arrays |= {f"entities_{name}": np.concatenate(seen) for name, seen in entities.items()}
+    arrays |= {f"things_{name}": [len(x) for x in seen] for name, seen in entities.items()}
     temporary = parts / f"{job.file}.{os.getpid()}"
     with temporary.open("wb") as f:
         np.savez(
@@ -320,7 +325,11 @@ def _read_parts(parts: Path, jobs: list[Job], sim: Sim) -> Iterator[Episode]:
                     "renderer": sim.renderer,
                     "file_path": f"{sim.robot.name}/{job.split}/{job.task}/{job.index}",
                 },
-                steps={"subtask": part["subtask"], **_known(sim.robot, len(part["action"]))},
+                steps={
+                    "subtask": part["subtask"],
+                    **_known(sim.robot, len(part["action"])),
+                    **_entities(sim.robot, part),
+                },
             )
 
 
@@ -329,6 +338,20 @@ def _known(robot: Robot, steps: int) -> dict[str, np.ndarray]:
     if robot.plan is None or robot.plan.known is None:
         return {}
     return {robot.plan.known: np.full(steps, robot.action_horizon, np.int64)}
+
+
+def _entities(robot: Robot, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Things around the robot, filled up with zeros to as many as there may be, and which of them there are."""
+    fields = {}
+    for things in robot.entities:
+        counts = part[f"things_{things.name}"]
+        there = np.arange(things.count) < counts[:, None]
+        values = np.zeros((*there.shape, things.size), np.float32)
+        values[there] = part[f"entities_{things.name}"]
+        fields[things.key] = values
+        if things.mask_key is not None:
+            fields[things.mask_key] = there.astype(np.int64)
+    return fields
 
 
 def _summary(parts: Path, jobs: list[Job]) -> rich.table.Table:

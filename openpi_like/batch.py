@@ -24,6 +24,9 @@ class Observation(TypedDict):
     # Where the policy writes text before it acts, and it is written already, see `DexVla.think`:
     thought: NotRequired[Array]  # int32 (B, T), 0 where padded
     thought_mask: NotRequired[Array]  # bool (B, T)
+    # Where the policy reads things beside images, by slot, see `EntityTokens`:
+    entities: NotRequired[dict[str, Array]]  # float32 (B, N, F), zeros where there is none
+    entity_mask: NotRequired[dict[str, Array]]  # bool (B, N)
     # Where they were kept, in the place of images, of which there are none then: what a frozen backbone makes of them,
     # see `Backbone.image_states`. In the policy's dtype.
     image_states: NotRequired[Array]  # (B, L + 1, T, D)
@@ -54,6 +57,22 @@ class ActionTokens:
     def first(self, vocab_size: int) -> int:
         """Returns the id of action token 0; token w is w less."""
         return vocab_size - 1 - self.skip
+
+
+@dataclasses.dataclass(frozen=True)
+class EntityTokens:
+    """Things around the robot (vehicles, lanes) that a model reads beside images: a slot, with a token for each thing.
+
+    count: things at most. size: numbers of each.
+    """
+
+    name: str
+    count: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.size < 1:
+            raise ValueError(f"EntityTokens {self.name!r}: count={self.count}, size={self.size}, expected at least 1")
 
 
 class TextBatch(TypedDict):

@@ -84,14 +84,17 @@ class Camera(BasePolicy):
     counts. thoughts: see `Episode`.
     """
 
-    def __init__(self, policy: BasePolicy, sim: Sim) -> None:
+    def __init__(self, policy: BasePolicy, sim: Sim, about: dict[str, Any]) -> None:
+        """about: what the server says of the robot."""
         self._policy, self._sim = policy, sim
+        self._asks = {"images", "state", "prompt"} | ({"entities"} if about.get("entities") else set())
         self.latency_ms: list[float] = []
         self.seen: dict[str, Any] | None = None
         self.step, self.thoughts = 0, list[tuple[int, str]]()
 
     def infer(self, obs: dict) -> dict:
-        observation = {**(self.seen or self._sim.observe()), "robot": self._sim.robot.name}
+        seen = self.seen or self._sim.observe()
+        observation = {"robot": self._sim.robot.name, **{k: v for k, v in seen.items() if k in self._asks}}
         started = time.perf_counter()
         reply = self._policy.infer(observation)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
@@ -106,11 +109,12 @@ class Pilot:
     def __init__(self, args: Args, sim: Sim, client: WebsocketClientPolicy | None, seed: int) -> None:
         self._args, self._sim, self._seed, self._thinks = args, sim, seed, False
         self._expert: Expert | None = None
-        self.camera = None if client is None else Camera(client, sim)
+        self.camera: Camera | None = None
         if client is not None:
             about = client.get_server_metadata()
-            execute_steps, self._thinks = about["robots"][args.robot]["execute_steps"], "think" in about["features"]
-            self._broker = ActionChunkBroker(self.camera, action_horizon=execute_steps)
+            robot, self._thinks = about["robots"][args.robot], "think" in about["features"]
+            self.camera = Camera(client, sim, robot)
+            self._broker = ActionChunkBroker(self.camera, action_horizon=robot["execute_steps"])
 
     def act(self, step: int, seen: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns an action, and what the policy proposed where it acts. seen: the observation, where there is one."""

@@ -195,6 +195,8 @@ class Assembler:
         actions = np.zeros((size, policy.action_horizon, policy.action_dim), np.float32)
         action_mask = np.zeros((size, policy.action_horizon, policy.action_dim), bool)
         episode, robots = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        entities = {e.name: np.zeros((size, e.count, e.size), np.float32) for e in policy.entities}
+        entity_mask = {e.name: np.zeros((size, e.count), bool) for e in policy.entities}
         # Per sample: the instruction, the state for the prompt, what is said, and the action tokens.
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
@@ -207,6 +209,10 @@ class Assembler:
             entry, robot = self.config.entries[i], dataset.robot
             normalization = self.normalizations[robot.name]
             states, chunks, mask = dataset.encoded(frames[rows])
+            for things in robot.entities:
+                values, there = dataset.entities(frames[rows], things)
+                entities[things.name][rows, : things.count] = values
+                entity_mask[things.name][rows, : things.count] = there
             if policy.robots:
                 robots[rows] = policy.robots.index(robot.name)
             episode[rows] = dataset.episodes_of(frames[rows])
@@ -273,6 +279,8 @@ class Assembler:
         )
         if policy.robots:
             batch["robot"] = robots
+        if policy.entities:
+            batch["entities"], batch["entity_mask"] = entities, entity_mask
         if policy.reads_episodes:
             batch["episode"] = episode
         if states_kept is not None:

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from openpi_like.batch import ActionTokens
+from openpi_like.batch import ActionTokens, EntityTokens
 from openpi_like.data.augment import Augment
 from openpi_like.data.dataset import EpisodeDataset, open_dataset
 from openpi_like.data.prompts import PromptFormat
@@ -49,6 +49,8 @@ class PolicyShape(Protocol):
     def reads_episodes(self) -> bool: ...
     @property
     def robots(self) -> tuple[str, ...]: ...
+    @property
+    def entities(self) -> tuple[EntityTokens, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)

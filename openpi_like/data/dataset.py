@@ -19,7 +19,7 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.data.step_values import StepValues
-from openpi_like.robots.robot import Camera, Robot
+from openpi_like.robots.robot import Camera, Entities, Robot
 
 _log = logging.getLogger(__name__)
 
@@ -171,6 +171,17 @@ class EpisodeDataset:
         steps = step[:, None] + np.minimum(a, whole[:, None] - 1) * self.robot.stride
         actions = self._values.commands(steps.reshape(-1), self.robot.action)
         return actions.reshape(*steps.shape, self.robot.robot_action_size), a < whole[:, None]
+
+    def entities(
+        self, frames: Int[np.ndarray, "B"], things: Entities
+    ) -> tuple[Float[np.ndarray, "B N F"], Bool[np.ndarray, "B N"]]:
+        """Returns the numbers of things around the robot, float32, 0 where there is none, and where there is one."""
+        steps = self.steps(frames)
+        values = self.index.columns[things.key][steps].astype(np.float32)
+        there = np.ones(values.shape[:2], bool)
+        if things.mask_key is not None:
+            there = self.index.columns[things.mask_key][steps] > 0
+        return np.where(there[..., None], values, 0), there
 
     def encoded(
         self, frames: Int[np.ndarray, "B"]

@@ -64,6 +64,7 @@ def check_dataset(
                 )
             else:
                 usable.append((what, field))
+    problems += _entity_problems(index, robot, part)
     problems += _plan_problems(index, robot, part, selection, whole=not problems)
     known = [*index.texts, *index.episode_texts]
     if robot.language_key is not None:
@@ -86,6 +87,32 @@ def check_dataset(
     if problems:
         raise DatasetError(f"{index.split} does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
     return first_image
+
+
+def _entity_problems(index: FrameIndex, robot: Robot, part: range) -> list[str]:
+    problems = []
+    for things in robot.entities:
+        where, found = f"entities {things.name!r}", []
+        fields = {things.key: (things.count, things.size), things.mask_key: (things.count,)}
+        for key, shape in fields.items():
+            if key is None:
+                continue
+            column = index.columns.get(key)
+            if column is None:
+                found.append(f"{where}: {no_field(index, key, list(index.columns))}")
+            elif column.shape[1:] != shape:
+                found.append(f"{where}: {key!r} has shape {column.shape[1:]} at each step, expected {shape}")
+        problems += found
+        for block in blocks(part) if not found else ():
+            values = index.columns[things.key][block]
+            bad = ~np.isfinite(values).all(axis=2)
+            if things.mask_key is not None:
+                bad &= index.columns[things.mask_key][block] > 0
+            if bad.any():
+                at = index.where(block.start + int(np.argmax(bad.any(axis=1))))
+                problems.append(f"{where}: {things.key!r} is not finite at {at}; mark it as not there")
+                break
+    return problems
 
 
 def _plan_problems(index: FrameIndex, robot: Robot, part: range, selection: Selection, *, whole: bool) -> list[str]:

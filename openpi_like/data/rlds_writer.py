@@ -170,6 +170,13 @@ def _check(episode: Episode, robot: Robot, where: str) -> None:
         )
     if robot.plan is not None and robot.plan.known not in (None, *episode.steps):
         problems.append(f"no steps[{robot.plan.known!r}], expected how many entries of each plan are known")
+    for things in robot.entities:
+        of = {things.key: (steps, things.count, things.size), things.mask_key: (steps, things.count)}
+        problems += [
+            f"steps[{key!r}], of entities {things.name!r}, has shape {got}, expected {shape}"
+            for key, shape in of.items()
+            if key is not None and (got := np.shape(episode.steps.get(key, np.zeros(0)))) != shape
+        ]
     kinds = {k: type(v).__name__ for k, v in episode.metadata.items() if not isinstance(v, _METADATA_KINDS)}
     if kinds:
         problems.append(f"metadata of types {kinds}, expected str, bool, int or float")

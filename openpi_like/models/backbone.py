@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.models.decoding import Decoding
+from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import Behind, KVCache, LanguageModel
 from openpi_like.models.sequences import Embedded, answers, given_beside
@@ -44,6 +45,7 @@ class Backbone(Decoding):
     vlm: LanguageModel
     causal: bool = False
     towers: tuple[str, ...] = ("vision",)
+    entities: EntityProjectors | None = None  # where the config has slots of things
 
     def embed_images(
         self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None
@@ -77,7 +79,8 @@ class Backbone(Decoding):
     ) -> Embedded:
         """Returns the tokens of cameras, in config order, and text, each where it stands.
 
-        after_images: further tokens, valid in every row, right behind those of the last camera.
+        Behind those of the last camera come tokens of the things around the robot, where the config has such.
+        after_images: further tokens, valid in every row, behind these.
         """
         cameras = self.config.cameras
         images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
@@ -91,14 +94,27 @@ class Backbone(Decoding):
         P, D = tokens.shape[1:]
         seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
         by_camera = lambda x: x.reshape(B, C, P, D)  # noqa: E731
-        extra = None if after_images is None else after_images.astype(tokens.dtype)
-        like = lambda value: None if extra is None else jnp.full(extra.shape[:2], value)  # noqa: E731
+        extra, extra_valid = self._behind_images(observation, after_images, tokens.dtype)
         nothing = None if extra is None else jnp.zeros_like(extra)
         return Embedded(
             pin(self.splice(by_camera(tokens), text, extra), "batch", None, None),
-            self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), text_mask, like(True)),
+            self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), text_mask, extra_valid),
             tuple(self.splice(by_camera(x), jnp.zeros_like(text), nothing) for x in deep),
         )
+
+    def _behind_images(
+        self, observation: Any, after_images: Float[Array, "B E D"] | None, dtype: Any
+    ) -> tuple[Float[Array, "B E2 D"], Bool[Array, "B E2"]] | tuple[None, None]:
+        """Returns the tokens behind the last camera, and which are valid; None where there are none."""
+        tokens, valid = [], []
+        if self.entities is not None:
+            things, there = self.entities(observation["entities"], observation["entity_mask"])
+            tokens, valid = [things.astype(dtype)], [there]
+        if after_images is not None:
+            tokens, valid = [*tokens, after_images.astype(dtype)], [*valid, jnp.ones(after_images.shape[:2], bool)]
+        if not tokens:
+            return None, None
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
 
     def splice(
         self,
@@ -297,7 +313,7 @@ class Backbone(Decoding):
     @property
     def images_first(self) -> bool:
         """Whether what images become depends on nothing that stands behind them, so that it can be kept for a frame."""
-        return self.causal and len(set(self.config.image_slots or (0,))) == 1
+        return self.causal and len(set(self.config.image_slots or (0,))) == 1 and self.entities is None
 
     def image_states(self, observation: Observation | TextBatch | Batch) -> Float[Array, "L1 B T D"]:
         """Returns the tokens up to the last of the images as `hidden_states`, of all layers, where `images_first`.

@@ -143,8 +143,8 @@ class LayerPolicy(Model):
         if not self.backbone.images_first:
             raise ValueError(
                 f"{type(config).__name__}: backbone={config.backbone}, image_slots={config.image_slots}; expected a "
-                "causal backbone, all cameras in one place of the text, and no FiLM: it reads what images are without "
-                "what stands behind them"
+                "causal backbone, all cameras in one place of the text, no FiLM and no entities: it reads what images "
+                "are without what stands behind them"
             )
         c, D, A = config, config.backbone.language.width, config.action_horizon
         self.queries = weight(key, "queries", (c.queries, D), (None, "embed"), zeros)

@@ -24,12 +24,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from openpi_like.batch import ActionTokens, Batch, Observation
+from openpi_like.batch import ActionTokens, Batch, EntityTokens, Observation
 from openpi_like.config import near_names
 from openpi_like.data.prompts import Pi0Prompt, PromptFormat
-from openpi_like.draws import RowKeys
+from openpi_like.draws import RowKeys, named_key
 from openpi_like.models.backbone import Backbone
 from openpi_like.models.backbone_config import BackboneConfig
+from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.formats import Format
 from openpi_like.models.stack import remat_problem
 from openpi_like.robots import Robot
@@ -48,6 +49,7 @@ class VisionLanguageConfig:
     cameras: slot names, in prefix order; any number. image_size: (height, width) pixels.
     resize: how frames of other sizes become this one, see `openpi_like.data.images.fit`.
     image_slots: of each camera, how many text tokens stand before its own; () puts all images before the text.
+    entities: slots of things that it reads beside images, as tokens behind those of the last camera.
     prompt_len: S, padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
     remat: what the backward pass recomputes, see `stack.remat_problem`; None recomputes nothing.
     unroll: compile layers one by one instead of as a loop: faster for a few layers, see `stack.run_layers`.
@@ -63,6 +65,7 @@ class VisionLanguageConfig:
     remat: str | None = None
     unroll: bool = False
     image_slots: tuple[int, ...] = ()
+    entities: tuple[EntityTokens, ...] = ()
 
     def __post_init__(self) -> None:
         problems = self._problems()
@@ -90,6 +93,9 @@ class VisionLanguageConfig:
                 f"image_slots={slots}, expected one for each of {len(self.cameras)} cameras, in order, each from 0 and "
                 f"less than prompt_len={self.prompt_len}"
             )
+        names = [slot.name for slot in self.entities]
+        if len(set(names)) != len(names):
+            problems.append(f"entities {names}, expected each named once")
         wrong = remat_problem(self.remat)
         if wrong is not None:
             problems.append(wrong)
@@ -127,6 +133,8 @@ class VisionLanguageConfig:
             **{name: row("bool", S) for name in masks},
             "images": {camera: row("uint8", *self.image_size, 3) for camera in self.cameras},
             "image_mask": {camera: row("bool") for camera in self.cameras},
+            **({"entities": {e.name: row("float32", e.count, e.size) for e in self.entities}} if self.entities else {}),
+            **({"entity_mask": {e.name: row("bool", e.count) for e in self.entities}} if self.entities else {}),
         }
 
     def batch_shapes(self, B: int) -> dict[str, Any]:
@@ -289,6 +297,9 @@ class Model(nnx.Module):
         """Use the config's `create`. Every weight's draw depends on `key` and its own name only."""
         self.config = config
         self.backbone: Backbone = config.backbone.create(config, key)
+        if config.entities:
+            width = config.backbone.language.width
+            self.backbone.entities = EntityProjectors(named_key(key, "entities"), config.entities, width)
 
     def with_parts(self, **parts: nnx.Module) -> Any:
         """Returns the same model with other modules in the place of its own; itself where they are its own."""
@@ -391,8 +402,8 @@ def _compare(inputs: Any, shapes: dict[str, Any]) -> None:
             problems.append(f"{name}: missing; got {sorted(inputs)}")
         elif not isinstance(shape, dict):
             expect(name, inputs[name], shape, str(shape.dtype))
-        else:  # by camera
-            got = inputs[name]
+        else:  # by camera, or slot of entities
+            what, got = "camera" if name.startswith("image") else "slot", inputs[name]
             for camera in shape:
                 if camera in got:
                     # Images that were changed in the step are float already.
@@ -402,6 +413,6 @@ def _compare(inputs: Any, shapes: dict[str, Any]) -> None:
                     problems.append(f"{name}[{camera!r}]: missing; {near_names(camera, list(got))}")
             for camera in sorted(set(got) - set(shape)):
                 near = near_names(camera, list(shape))
-                problems.append(f"{name}[{camera!r}]: the policy has no such camera; {near}; leave it out")
+                problems.append(f"{name}[{camera!r}]: the policy has no such {what}; {near}; leave it out")
     if problems:
         raise ValueError("inputs do not fit the policy's config:\n  " + "\n  ".join(problems))

@@ -4,11 +4,12 @@ from openpi_like.robots.dataset_copies import with_channel_order, with_upside_do
 from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.limits import Limits
 from openpi_like.robots.policy_fit import policy_problems
-from openpi_like.robots.robot import ActionField, Camera, Plan, Robot, StateField
+from openpi_like.robots.robot import ActionField, Camera, Entities, Plan, Robot, StateField
 
 __all__ = [
     "ActionField",
     "Camera",
+    "Entities",
     "Gripper",
     "Limits",
     "Plan",

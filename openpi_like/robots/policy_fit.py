@@ -10,7 +10,8 @@ from openpi_like.robots.robot import Robot
 def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
     """Returns what of a robot does not fit a policy's config: cameras without a slot, more dims or steps than it has.
 
-    policy: anything with cameras, state_dim, action_dim and action_horizon. drop_cameras: cameras it need not see.
+    policy: anything with cameras, entities, state_dim, action_dim and action_horizon.
+    drop_cameras: cameras it need not see.
     """
     problems = []
     for camera in robot.cameras:
@@ -19,6 +20,19 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
             problems.append(
                 f"camera {camera.name!r} is not a slot of the policy ({near}); add it to the policy's cameras, or to "
                 "drop_cameras"
+            )
+    slots = {slot.name: slot for slot in policy.entities}
+    for things in robot.entities:
+        slot = slots.get(things.name)
+        if slot is None:
+            near = near_names(things.name, list(slots)) if slots else "it reads none"
+            problems.append(
+                f"entities {things.name!r} have no slot of the policy ({near}); leave them out of the robot"
+            )
+        elif things.size != slot.size or things.count > slot.count:
+            problems.append(
+                f"entities {things.name!r}: {things.count} of {things.size} numbers, the policy reads {slot.count} of "
+                f"{slot.size}"
             )
     if policy.robots and robot.name not in policy.robots:
         problems.append(f"the policy has no parts for it; {near_names(robot.name, policy.robots)}")

@@ -265,6 +265,25 @@ class ActionField(StateField):
 
 
 @dataclasses.dataclass(frozen=True)
+class Entities:
+    """Things around the robot that a perception, or a simulator, says in numbers: vehicles, lanes.
+
+    name: the slot the model sees. key: of a field (count, size) of RLDS steps; numbers of about 1 in size, which are
+    not normalised. mask_key: of a field (count,), above 0 where there is a thing; None: at every row.
+    """
+
+    name: str
+    key: str
+    count: int
+    size: int
+    mask_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.size < 1:
+            raise ValueError(f"Entities {self.name!r}: count {self.count} and size {self.size}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Chunks that are plans: every RLDS step holds a whole one, of what is to come as seen from there.
 
@@ -300,6 +319,7 @@ class Robot:
         does what so many stored commands do together, see `ActionField.combine`.
     language_alternatives: paths of further instructions that say the same; any of all of them may be empty.
     plan: where a chunk is a plan, see `Plan`; None where it is the actions of the steps to come.
+    entities: what is known of the things around it, see `Entities`.
 
     Raises:
         ValueError: lists everything that is inconsistent.
@@ -318,15 +338,21 @@ class Robot:
     stride: int = 1
     language_alternatives: tuple[str, ...] = ()
     plan: Plan | None = None
+    entities: tuple[Entities, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
-        for what, items in (("camera", self.cameras), ("state field", self.state), ("action field", self.action)):
+        for what, items in (
+            ("camera", self.cameras),
+            ("state field", self.state),
+            ("action field", self.action),
+            ("entity slot", self.entities),
+        ):
             names = [item.name for item in items]
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 problems.append(f"{what} names {twice} are used twice")
-            if not items and what != "state field":
+            if not items and what in ("camera", "action field"):
                 problems.append(f"no {what}, expected at least one")
         for what, fields in (("state", self.state), ("action", self.action)):
             dims = [n for f in fields for n in f.names]

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from jaxtyping import Float32
 
 from openpi_like.config import near_names
 from openpi_like.data.images import decode, encoding
 from openpi_like.robots import Camera, Robot
 
-FIELDS = ("images", "state", "prompt", "robot", "seed", "previous", "delay")
+FIELDS = ("images", "state", "prompt", "robot", "seed", "previous", "delay", "entities")
 MAX_PIXELS = 4096 * 4096
 """Of an encoded picture, which is small on the wire whatever it becomes."""
 _NAMED, _SHOWN = 5, 80  # unknown names that are said, and characters of each
@@ -66,6 +67,40 @@ def check_observation(
     if problems:
         raise ObservationError(f"observation does not fit robot {robot.name!r}:\n  " + "\n  ".join(problems))
     return pictures
+
+
+def check_entities(observation: Mapping[str, Any], robot: Robot) -> dict[str, Float32[np.ndarray, "n F"]]:
+    """Returns what an observation says of the things around the robot, by slot; as many as there are.
+
+    Raises:
+        ObservationError: lists everything that does not fit.
+    """
+    given, slots = observation.get("entities"), {e.name: e for e in robot.entities}
+    if given is None and not slots:
+        return {}
+    if not isinstance(given, dict):
+        raise ObservationError(
+            f"entities: got {type(given).__name__}, expected a dict with {', '.join(slots) or 'nothing'}"
+        )
+    unknown = [name for name in given if name not in slots]
+    problems = [f"entities[{reprlib.repr(name)}]: the robot has no such slot" for name in unknown[:_NAMED]] + _more(
+        unknown
+    )
+    found = {}
+    for name, slot in slots.items():
+        x = given.get(name)
+        expected = f"a float array (n, {slot.size}), n up to {slot.count}"
+        if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+            problems.append(f"entities[{name!r}]: got {getattr(x, 'dtype', type(x).__name__)}, expected {expected}")
+        elif x.ndim != 2 or x.shape[1] != slot.size or len(x) > slot.count:
+            problems.append(f"entities[{name!r}]: got shape {x.shape}, expected {expected}")
+        elif not np.isfinite(_float32(x)).all():
+            problems.append(f"entities[{name!r}]: not finite, or too large for float32; leave such things out")
+        else:
+            found[name] = _float32(x)
+    if problems:
+        raise ObservationError("\n  ".join(problems))
+    return found
 
 
 def check_previous(

@@ -18,7 +18,7 @@ from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.chunking import Previous, previous_row
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
-from openpi_like.serve.observation import ObservationError, check_observation, check_previous, robot_of
+from openpi_like.serve.observation import ObservationError, check_entities, check_observation, check_previous, robot_of
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.protocol import PROTOCOL
 from openpi_like.serve.ranges import RangeError, RobotRanges
@@ -237,6 +237,7 @@ class Policy:
                 "action_horizon": r.action_horizon,
                 "execute_steps": r.execute_steps,
                 "plans": r.plan is not None,
+                "entities": {e.name: [e.count, e.size] for e in r.entities},
                 "renderer": self._parts.renderer[r.name],
             }
             for r in self.robots.values()
@@ -298,11 +299,11 @@ class Policy:
         warnings = self._ranges[robot.name].check_state(unscaled)
         encoded = normalization.apply_state(unscaled)
         prompt = observation.get("prompt") or robot.default_prompt or ""  # `check_observation` wants one of them
-        before = check_previous(observation, robot, self.max_delay)
+        before, entities = check_previous(observation, robot, self.max_delay), check_entities(observation, robot)
         own = observation.get("seed")
         words = (self.options.seed if seed is None else seed, 1 + number) if own is None else (int(own), 0)
         try:
-            request = self._request(robot, pictures, state, encoded, prompt, words, tuple(warnings))
+            request = self._request(robot, pictures, state, encoded, prompt, words, tuple(warnings), entities)
         except ValueError as e:
             raise ObservationError(f"prompt: {e}") from e
         if thought is not None:
@@ -334,8 +335,9 @@ class Policy:
         prompt: str,
         words: tuple[int, int],
         warnings: tuple[str, ...] = (),
+        entities: Mapping[str, np.ndarray] = {},
     ) -> Request:
-        """encoded: the state, normalised (De,).
+        """encoded: the state, normalised (De,). entities: of slots that have any.
 
         Raises:
             ValueError: the prompt is too long.
@@ -348,7 +350,7 @@ class Policy:
                 fit(pictures[name], images[name], resize=c.resize, fit=camera.fit)
         padded = np.zeros(c.state_dim, np.float32)
         padded[: robot.state_size] = encoded
-        row = {
+        row: dict[str, Any] = {
             "images": images,
             "image_mask": {name: np.bool_(name in pictures) for name in c.cameras},
             "state": padded,
@@ -356,6 +358,11 @@ class Policy:
             "prompt": ids,
             "prompt_mask": prompt_mask,
         }
+        if c.entities:
+            row["entities"] = {e.name: np.zeros((e.count, e.size), np.float32) for e in c.entities}
+            row["entity_mask"] = {e.name: np.arange(e.count) < len(entities.get(e.name, ())) for e in c.entities}
+            for name, values in entities.items():
+                row["entities"][name][: len(values)] = values
         if c.robots:
             row["robot"] = np.int32(c.robots.index(robot.name))
         mask = self._masks[robot.name]

@@ -147,6 +147,7 @@ class Shapes:
     reads_episodes: bool = False
     answer_len: int = 0
     robots: tuple[str, ...] = ()
+    entities: tuple[Any, ...] = ()
 
 
 def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: bool = False) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from openpi_like.batch import EntityTokens
 from openpi_like.data import rlds_writer
 from openpi_like.data.dataset import open_dataset
 from openpi_like.data.rlds_writer import Episode, write_rlds
@@ -14,10 +15,12 @@ from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.data.stats import compute_normalization, load_normalization, save_normalization
 from openpi_like.robots.ego_vehicle import EGO_VEHICLE
-from openpi_like.robots.robot import ActionField, Camera, Plan, Robot, StateField
-from openpi_like.serve.observation import ObservationError, check_previous
-from openpi_like.serve.ranges import Ranges, RobotRanges
+from openpi_like.robots.policy_fit import policy_problems
+from openpi_like.robots.robot import ActionField, Camera, Entities, Plan, Robot, StateField
+from openpi_like.serve.observation import ObservationError, check_entities, check_previous
+from openpi_like.serve.ranges import RangeError, Ranges, RobotRanges
 from openpi_like.serve.runtime import Runtime
+from tests.data.toy import Shapes
 
 pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("tensorflow")
@@ -118,11 +121,15 @@ def test_what_is_far_from_training_is_said_by_entry(written):
     normalization = compute_normalization(data)
     ranges = RobotRanges(ROBOT, normalization, Ranges())
     state, chunks, _ = data.encoded(np.arange(1))
-    ((_, said),) = ranges.check_actions(chunks, ROBOT.decode_actions(chunks, state))
-    assert not said
+
+    def said() -> list[str]:
+        (found,) = ranges.check_actions(chunks, ROBOT.decode_actions(chunks, state))
+        assert not isinstance(found, RangeError)
+        return found[1]
+
+    assert not said()
     chunks[0, 0, 1] = normalization.action.max[1] + (normalization.action.max[1] - normalization.action.min[1])
-    ((_, said),) = ranges.check_actions(chunks, ROBOT.decode_actions(chunks, state))
-    assert said == ["actions is beyond the training data in 1 of 6 dims: right_0 [m] @1 (1 times its range)"]
+    assert said() == ["actions is beyond the training data in 1 of 6 dims: right_0 [m] @1 (1 times its range)"]
 
 
 def test_plans_that_do_not_fit(written, tmp_path):
@@ -176,6 +183,55 @@ def test_robots_that_plan(written):
     # Selections of a step have nothing to do with the steps that come after it.
     data = open_dataset(written[0], ROBOT, "train", selection=Selection(skip_last=2))
     assert data.actions(np.array([3]))[1].all()
+
+
+def test_things_around_the_robot(written, tmp_path):
+    seeing = dataclasses.replace(ROBOT, entities=(Entities("agents", "observation/agents", 3, 2, "observation/there"),))
+    rng = np.random.default_rng(0)
+    values, there = rng.normal(size=(STEPS, 3, 2)).astype(np.float32), rng.random((STEPS, 3)) < 0.6
+    values[~there] = np.nan  # whatever is stored of what is not there
+    steps = {"plan_known": np.full(STEPS, 3), "observation/agents": values, "observation/there": there.astype(np.int64)}
+    path = write(tmp_path / "a", dataclasses.replace(episode(0), steps=steps), robot=seeing)
+    data = open_dataset(path, seeing, "train")
+    read, mask = data.entities(np.array([4, 1]), seeing.entities[0])
+    np.testing.assert_array_equal(mask, there[[4, 1]])
+    np.testing.assert_array_equal(read, np.nan_to_num(values[[4, 1]]))
+    # Failures: of the data, of the writer, of the policy
+    spoilt = steps | {"observation/there": np.ones((STEPS, 3), np.int64)}
+    bad = write(tmp_path / "b", dataclasses.replace(episode(0), steps=spoilt), robot=seeing)
+    with pytest.raises(DatasetError, match="'observation/agents' is not finite at"):
+        open_dataset(bad, seeing, "train")
+    with pytest.raises(DatasetError, match="no 'observation/agents'"):
+        open_dataset(written[0], seeing, "train")
+    with pytest.raises(ValueError, match=r"has shape \(0,\), expected \(6, 3, 2\)"):
+        write(tmp_path / "c", episode(0), robot=seeing)
+    policy = Shapes(cameras=("front",), entities=(EntityTokens("map", 3, 2),))
+    assert "no slot of the policy" in "; ".join(policy_problems(seeing, policy))
+    policy = Shapes(cameras=("front",), entities=(EntityTokens("agents", 2, 2),))
+    assert "3 of 2 numbers, the policy reads 2 of 2" in "; ".join(policy_problems(seeing, policy))
+    with pytest.raises(ValueError, match="used twice"):
+        dataclasses.replace(seeing, entities=seeing.entities * 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "got NoneType, expected a dict with agents"),
+        ({}, "agents.*expected a float array"),
+        ({"agents": np.zeros((1, 2), np.float32), "map": 0}, "'map'.*no such slot"),
+        ({"agents": np.zeros((4, 2), np.float32)}, "got shape \\(4, 2\\)"),
+        ({"agents": np.zeros((1, 3), np.float32)}, "got shape \\(1, 3\\)"),
+        ({"agents": np.zeros((1, 2), np.int64)}, "got int64"),
+        ({"agents": np.full((1, 2), np.nan, np.float32)}, "not finite"),
+    ],
+)
+def test_things_that_a_client_sends(given, said):
+    seeing = dataclasses.replace(ROBOT, entities=(Entities("agents", "observation/agents", 3, 2),))
+    with pytest.raises(ObservationError, match=said):
+        check_entities({} if given is None else {"entities": given}, seeing)
+    sent = {"agents": np.ones((2, 2), np.float64)}
+    np.testing.assert_array_equal(check_entities({"entities": sent}, seeing)["agents"], np.ones((2, 2)))
+    assert check_entities({}, ROBOT) == {}
 
 
 def test_plans_are_not_merged():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from openpi_like.batch import ActionTokens
+from openpi_like.batch import ActionTokens, EntityTokens
 from openpi_like.data import tfrecord
 from openpi_like.data.prompts import FastPrompt, Pi0Prompt, PromptFormat
 from openpi_like.data.selection import Selection
@@ -74,6 +74,7 @@ class Shapes:
     reads_episodes: bool = False
     thought_len: int = 0
     robots: tuple[str, ...] = ()
+    entities: tuple[EntityTokens, ...] = ()
 
     @property
     def answer_len(self) -> int:

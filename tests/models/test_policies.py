@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from openpi_like.batch import EntityTokens
 from openpi_like.models.ddim import Ddim
+from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.m2vla import M2VlaConfig
 from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
+from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.skill_memory import SkillMemoryConfig
@@ -35,6 +39,7 @@ PRISMATIC = PrismaticConfig(
     LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_kv_heads=2, head_dim=8, tied=True),
 )
 SKILLS = SkillMemoryConfig(size=12, recalled=3, layers=(0, 2), written=0.5)
+THINGS = (EntityTokens("agents", 3, 4), EntityTokens("map", 2, 5))
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
     "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
@@ -46,6 +51,8 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "vla_adapter": (VlaAdapterConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2}),
     "smolvla": (SmolVlaConfig, {"backbone": SMOLVLM, "expert": ExpertConfig(width=16, mlp_dim=32)}),
+    "pi0_entities": (Pi0Config, {"entities": THINGS}),
+    "openvla_entities": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2, "entities": THINGS}),
 }
 
 
@@ -68,7 +75,20 @@ def samples(config: Any, tiny_batch: Any) -> Any:
     """`tiny_batch` with the policy's horizon."""
     A = config.action_horizon
     cut = {k: tiny_batch[k][:, :A] for k in ("actions", "action_mask")}
-    return jax.tree.map(jnp.asarray, tiny_batch | cut)
+    return jax.tree.map(jnp.asarray, tiny_batch | cut | things(config, len(tiny_batch["state"])))
+
+
+def things(config: Any, B: int) -> dict[str, Any]:
+    """Draws what is around the robot, where the policy reads such; row 0 has none of it."""
+    if not config.entities:
+        return {}
+    rng = np.random.default_rng(5)
+    there = {e.name: (rng.random((B, e.count)) < 0.7) & (np.arange(B) > 0)[:, None] for e in config.entities}
+    values = {e.name: rng.normal(size=(B, e.count, e.size)).astype(np.float32) for e in config.entities}
+    return {
+        "entities": {name: np.where(there[name][..., None], x, 0) for name, x in values.items()},
+        "entity_mask": there,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +121,9 @@ def test_what_is_masked_does_not_matter(config: Any, samples: Any, functions: An
         "prompt": jnp.where(samples["prompt_mask"], samples["prompt"], 9),
         "images": samples["images"] | {"wrist_right": jnp.where(seen, samples["images"]["wrist_right"], 200)},
     }
+    if config.entities:
+        there = samples["entity_mask"]
+        other["entities"] = {k: jnp.where(there[k][..., None], x, 3.0) for k, x in samples["entities"].items()}
     np.testing.assert_allclose(loss(other, None)[0], expected, rtol=1e-5)
     mask = samples["action_mask"]
     first, second = (sample(config.observation(batch), mask) for batch in (samples, other))
@@ -136,3 +159,44 @@ def test_packed_samples_the_same(config: Any, model: Any, samples: Any, function
     packed = model.packed()
     again = jax.jit(lambda o, m: packed.sample_actions(KEY, o, action_mask=m))(observation, mask)
     np.testing.assert_allclose(again, functions[1](observation, mask), atol=2e-5)
+
+
+def test_a_policy_reads_the_things_that_are_there(tiny_policy: Any, tiny_batch: Any, filled: Any) -> None:
+    config = dataclasses.replace(tiny_policy, entities=THINGS)
+    batch = jax.tree.map(jnp.asarray, tiny_batch | things(config, len(tiny_batch["state"])))
+    model = filled(lambda: config.create(KEY))
+    without = filled(lambda: tiny_policy.create(KEY))
+    graph, _ = nnx.split(without)
+    _, state = nnx.split(model)
+    del state["backbone"]["entities"]
+    without = nnx.merge(graph, state)  # the same weights
+    loss, plain = (jax.jit(lambda b, m=m: m.loss(KEY, b)[1]["loss"]) for m in (model, without))
+    # Where there is nothing, all is as if the policy had no slots: a masked token takes no position.
+    own, bare = loss(batch), plain({k: v for k, v in batch.items() if not k.startswith("entit")})
+    np.testing.assert_allclose(own[0], bare[0], rtol=1e-5)
+    assert np.all(np.abs(np.asarray(own - bare)[1:]) > 1e-4)
+    # Each slot has a map of its own.
+    for name, numbers in (("agents", 4), ("map", 5)):
+        kernel = getattr(model.backbone.entities, name).first.kernel
+        assert kernel.shape == (numbers, tiny_policy.backbone.language.width)
+    with pytest.raises(ValueError, match=r"entities\['map'\]: missing"):
+        model.loss(KEY, batch | {"entities": {"agents": batch["entities"]["agents"]}})
+    with pytest.raises(ValueError, match=r"entities\['agents'\]: got float32 \(8, 3, 5\)"):
+        model.loss(KEY, batch | {"entities": batch["entities"] | {"agents": jnp.zeros((8, 3, 5))}})
+
+
+def test_projectors_have_the_published_sizes() -> None:
+    """OpenDriveVLA: three projectors of features of 256 numbers, 3.1, 14.2 and 41.3 million weights."""
+    slots = [EntityTokens(name, 1, 256) for name in ("scene", "agents", "map")]
+    for width, millions in ((896, 3.1), (2048, 14.2), (3584, 41.3)):
+        made = nnx.eval_shape(lambda width=width: EntityProjectors(KEY, slots, width))
+        assert round(sum(x.size for x in jax.tree.leaves(nnx.state(made))) / 1e6, 1) == millions
+
+
+def test_a_policy_of_kept_image_states_takes_no_entities(tiny_policy: Any) -> None:
+    common = {
+        f.name: getattr(tiny_policy, f.name) for f in dataclasses.fields(M2VlaConfig) if hasattr(tiny_policy, f.name)
+    }
+    own = {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "entities": THINGS}
+    with pytest.raises(ValueError, match="no entities"):
+        M2VlaConfig(**{**common, **own}).create(KEY)

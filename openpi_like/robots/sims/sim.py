@@ -82,7 +82,10 @@ class Sim(Protocol):
         """
 
     def observe(self) -> dict[str, Any]:
-        """Draws the cameras and returns {"images": {name: uint8 (H, W, 3)}, "state": float32 (Ds,), "prompt": str}."""
+        """Draws the cameras and returns {"images": {name: uint8 (H, W, 3)}, "state": float32 (Ds,), "prompt": str}.
+
+        Where the robot has `entities`, also {"entities": {slot: float32 (n, F)}}.
+        """
 
     def step(self, action: Float[np.ndarray, "J"]) -> None:
         """Executes one action for one control step. What lies outside the valid range is cut, as a controller does.
