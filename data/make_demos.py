@@ -270,7 +270,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
         prompt = observation["prompt"]
         sim.step(expert.disturb(action))
         left -= sim.success
-        if left == 0:
+        if left == 0 or sim.failed:
             break
     if not sim.success:
         return False

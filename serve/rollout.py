@@ -87,6 +87,7 @@ class Camera(BasePolicy):
     def __init__(self, policy: BasePolicy, sim: Sim, about: dict[str, Any]) -> None:
         """about: what the server says of the robot."""
         self._policy, self._sim = policy, sim
+        self._cameras = about["cameras"]
         self._asks = {"images", "state", "prompt"} | ({"entities"} if about.get("entities") else set())
         self.latency_ms: list[float] = []
         self.seen: dict[str, Any] | None = None
@@ -95,6 +96,7 @@ class Camera(BasePolicy):
     def infer(self, obs: dict) -> dict:
         seen = self.seen or self._sim.observe()
         observation = {"robot": self._sim.robot.name, **{k: v for k, v in seen.items() if k in self._asks}}
+        observation["images"] = {name: image for name, image in seen["images"].items() if name in self._cameras}
         started = time.perf_counter()
         reply = self._policy.infer(observation)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
@@ -163,7 +165,7 @@ def drive(task: str, seed: int) -> Episode:
         recorder.begin(sim.observe()["prompt"], said)
         left = math.ceil(SECONDS_AFTER_SUCCESS * sim.robot.control_hz)
     for step in range(sim.max_steps):
-        if sim.success and left == 0:
+        if (sim.success and left == 0) or sim.failed:
             break
         left -= sim.success
         steps += not sim.success
@@ -184,7 +186,8 @@ def drive(task: str, seed: int) -> Episode:
     camera = pilot.camera
     latency = () if camera is None else tuple(round(ms, 3) for ms in camera.latency_ms)
     thoughts = () if camera is None else tuple(camera.thoughts)
-    return Episode(args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped, thoughts)
+    about = (args.robot, task, args.policy, seed, success, steps, sim.renderer, latency, helped, thoughts)
+    return Episode(*about, measures=sim.measures())
 
 
 def _captioned(frame: np.ndarray, text: str) -> np.ndarray:

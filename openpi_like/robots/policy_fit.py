@@ -36,7 +36,8 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
             )
     if policy.robots and robot.name not in policy.robots:
         problems.append(f"the policy has no parts for it; {near_names(robot.name, policy.robots)}")
-    if not any(c.name in policy.cameras for c in robot.cameras):
+    unseen = [c.name for c in robot.cameras if c.name not in policy.cameras]
+    if len(unseen) == len(robot.cameras) and not set(unseen) <= set(drop_cameras):
         problems.append(f"none of its cameras is a slot of the policy: {', '.join(policy.cameras)}")
     for what, got, most in (
         ("state size", robot.state_size, policy.state_dim),

@@ -15,6 +15,7 @@ class Episode:
     policy: "trained", "scratch" (trained as long, from nothing), "untrained", "expert", or "corrected", a trained one
     from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
     time of each request as the robot saw it. renderer: what drew the frames. expert_steps: at which the expert acted.
+    measures: what the simulator measured beside success, see `Sim.measures`.
     thoughts: of a policy that writes before it acts: the control step from which on it acted by each text, and that.
     """
 
@@ -28,6 +29,7 @@ class Episode:
     latency_ms: tuple[float, ...] = ()
     expert_steps: int = 0
     thoughts: tuple[tuple[int, str], ...] = ()
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def append_episode(path: Path, episode: Episode) -> None:

@@ -328,7 +328,11 @@ def test_a_camera_may_be_dropped_when_asked_for(load: Any) -> None:
     batch = next(load(policy=Shapes(cameras=("base",)), drop_cameras=("wrist",)))
     assert list(batch["images"]) == ["base"]
     with pytest.raises(ValueError, match="none of its cameras is a slot of the policy: third"):
-        load(policy=Shapes(cameras=("third",)), drop_cameras=("wrist", "base"))
+        load(policy=Shapes(cameras=("third",)), drop_cameras=("wrist",))
+    # With all of them, to compare with: a policy that sees nothing.
+    blind = next(load(policy=Shapes(cameras=("third",)), drop_cameras=("wrist", "base")))
+    assert not blind["image_mask"]["third"].any()
+    assert not blind["images"]["third"].any()
 
 
 def test_wrist_cameras_are_slots_of_the_policy(load: Any) -> None:

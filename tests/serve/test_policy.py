@@ -296,6 +296,8 @@ def test_metadata_tells_a_robot_what_to_send(policy):
         "control_hz": 10.0,
         "action_horizon": 3,
         "execute_steps": 2,
+        "plans": False,
+        "entities": {},
         "renderer": None,
     }
     assert metadata["robots"]["cart"]["renderer"] == "egl"

@@ -27,7 +27,8 @@ ROLLOUT = runpy.run_path(PROGRAM, run_name="rollout")
 
 
 def _metadata(renderer):
-    return {"robots": {"pusht": {"renderer": renderer, "execute_steps": PUSHT.execute_steps}}}
+    about = {"renderer": renderer, "execute_steps": PUSHT.execute_steps, "cameras": {"base": [96, 96]}}
+    return {"robots": {"pusht": about}}
 
 
 def _hold(observation):

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from openpi_like.robots.aloha import ALOHA
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
-from openpi_like.robots.sims.sim import SlowNoise, check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, SlowNoise, check_action, prompt_of
 
 PROMPTS = {"transfer-cube": ("hand the red cube from the right arm to the left arm",)}
 
@@ -31,7 +31,7 @@ _TOP_POSITION, _TOP_TARGET, _TOP_FOVY = (0.05, 0.12, 0.62), (0.05, 0.5, 0.12), 4
 _MODEL_CAMERAS = {"base": "top", "wrist_right": "right_wrist"}
 
 
-class AlohaSim:
+class AlohaSim(Sim):
     """See `Sim`. A seed is a position of the cube, in a square of 20 cm in front of the right arm."""
 
     robot = ALOHA

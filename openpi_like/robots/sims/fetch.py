@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 
 from openpi_like.robots.fetch import FETCH
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
-from openpi_like.robots.sims.sim import check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, check_action, prompt_of
 
 PROMPTS = {
     "reach": ("move the hand to the red ball", "go to the red ball", "touch the red ball with the gripper"),
@@ -42,7 +42,7 @@ _LIFTED = 0.08  # m above the table
 _FINGER_OPEN = 0.05  # m, of one finger
 
 
-class FetchSim:
+class FetchSim(Sim):
     """See `Sim`. A seed is a position of the block and of the goal; what is solved at the start is left out."""
 
     robot = FETCH

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from openpi_like.robots.pusht import PUSHT
-from openpi_like.robots.sims.sim import SlowNoise, check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, SlowNoise, check_action, prompt_of
 
 PROMPTS = {"push-t": ("push the T onto the green outline",)}
 
@@ -18,7 +18,7 @@ _SIZE = 512.0  # px, of the world
 _DISC = 15.0  # px, radius of the disc
 
 
-class PushTSim:
+class PushTSim(Sim):
     """See `Sim`. A seed is a position of the disc and a pose of the T; the outline never moves."""
 
     robot = PUSHT

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 from openpi_like.robots.robosuite_arms import IIWA, KINOVA3, PANDA, SAWYER, UR5E
 from openpi_like.robots.robot import Robot
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
-from openpi_like.robots.sims.sim import check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, check_action, prompt_of
 
 PROMPTS = {
     "lift": ("lift the red cube", "pick up the red cube", "grasp the red block and raise it"),
@@ -48,7 +48,7 @@ _FLAT_MESHES = ("robot0_head_1", "robot0_head_4")
 _OVERLAPPING = (("robot0_right_arm_base_link", "robot0_right_l0"),)
 
 
-class ArmSim:
+class ArmSim(Sim):
     """See `Sim`. A seed is the positions and the turns of the cubes.
 
     model_name: of the arm in the package. closed, opened: metres between the middles of its gripper's pads.

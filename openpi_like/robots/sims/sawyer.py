@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
-from openpi_like.robots.sims.sim import check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, check_action, prompt_of
 
 # The simulator runs at 80 Hz; an action is held for four of its steps.
 _REPEAT = 4
@@ -79,7 +79,7 @@ class SawyerExpert:
         return np.clip(action + noise, -1.0, 1.0).astype(np.float32)
 
 
-class SawyerSim:
+class SawyerSim(Sim):
     """See `Sim`. A seed is a position of the object (or of the goal, where a task has one)."""
 
     robot = SAWYER

@@ -65,6 +65,7 @@ class Sim(Protocol):
     max_steps: control steps after which an episode counts as failed.
     noises: standard deviations that demonstrations are disturbed with, drawn per episode; units of the action.
     success: whether the task is done; stays True until the next reset.
+    failed: whether it cannot be done any more (a crash), so that there is no use in going on.
     """
 
     robot: Robot
@@ -73,6 +74,7 @@ class Sim(Protocol):
     max_steps: int
     noises: tuple[float, ...]
     success: bool
+    failed: bool = False
 
     def reset(self, task: str, seed: int) -> None:
         """Starts an episode. The same task and seed give the same episode; see `HELD_OUT_SEED`.
@@ -96,6 +98,10 @@ class Sim(Protocol):
 
     def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
         """Returns a square picture of the scene for people to look at."""
+
+    def measures(self) -> dict[str, float]:
+        """Returns what is measured of the episode so far beside success, by name; here nothing."""
+        return {}
 
     def expert(self, rng: np.random.Generator, noise: float) -> Expert:
         """Returns an expert for the episode just started, or, to correct a policy, from where it is now on.
