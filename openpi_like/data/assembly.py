@@ -291,6 +291,8 @@ class Assembler:
         self, dataset: EpisodeDataset, cameras: Sequence[Camera], frames: np.ndarray, positions: np.ndarray | None
     ) -> np.ndarray:
         """Returns (C, B), which cameras of which frames are read."""
+        if not cameras:  # all of them were dropped
+            return np.zeros((0, len(frames)), bool)
         present = np.stack([dataset.present(frames, camera) for camera in cameras])
         if positions is None or not self.config.camera_dropout:
             return present
