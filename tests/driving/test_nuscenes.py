@@ -169,4 +169,4 @@ def test_time_that_passes_unevenly_counts(scenes):
 
 def test_options_that_are_wrong():
     with pytest.raises(ValueError, match=r"beginning 'pad'.*; steering_ratio 0"):
-        Options(beginning="pad", steering_ratio=0)
+        Options(beginning="pad", steering_ratio=0.0)
