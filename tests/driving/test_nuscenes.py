@@ -164,6 +164,8 @@ def test_time_that_passes_unevenly_counts(scenes):
     uneven, _ = ego_states(dataclasses.replace(scene, samples=tuple(late)), NO_CAN_BUS, Options())
     np.testing.assert_allclose(uneven[0, 1], usual[0, 1] * 0.5 / 0.6, rtol=1e-6)
     np.testing.assert_allclose(uneven[1, 1], usual[1, 1] * 0.5 / 0.4, rtol=1e-6)
+    apart = [38 / 2 + 0.8 / 8 + 0.2 * k for k in (3, 4)]  # metres from one keyframe to the next
+    np.testing.assert_allclose(uneven[1, 4], (apart[1] / 0.4 - apart[0] / 0.6) / 0.5, rtol=1e-4)
     np.testing.assert_array_equal(uneven[:, 9:], usual[:, 9:])
 
 
