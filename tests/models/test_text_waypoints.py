@@ -439,9 +439,8 @@ def test_it_learns_a_batch_by_heart_and_is_saved_and_served(small: TextWaypoints
     # What it has learned is what it writes, to the half centimetre that two decimals leave; also when it is served.
     parts = load_policy_parts(tmp_path)
     act = nnx.jit(lambda m, o, k: m.sample_text(o, action_mask=k))
-    actions, *_, real, ruled_out = act(
-        parts.model, small.observation(jax.tree.map(jnp.asarray, batch)), batch["action_mask"]
-    )
+    whole = jax.tree.map(jnp.asarray, batch)
+    actions, _, real, ruled_out = act(parts.model, small.observation(whole), whole["action_mask"])
     np.testing.assert_allclose(actions, batch["actions"], atol=0.00501)
     assert int(ruled_out.sum()) <= 1 < int(real.sum())  # where the plan that is known in part was cut
     served = Policy(parts).infer(
