@@ -4,7 +4,8 @@
 
 Any other text can be encoded with it too, if need be byte by byte. Policies that start from released weights bring
 their own tokeniser. `--state-in-prompt` also fits to what pi0.5 and policies with action tokens write around
-instructions, and `--keys language_instruction subtask` to what a policy writes before it acts.
+instructions, `--keys language_instruction subtask` to what a policy writes before it acts, and `--waypoints` gives the
+characters of written waypoints tokens of their own, see `openpi_like.models.plan_text.Characters.fitted`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from openpi_like.config import near_names
 from openpi_like.data.index import open_index
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.text import TextTokenizer
+from openpi_like.driving.waypoint_text import CHARACTERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Args:
     """Fits a SentencePiece model to the instructions of RLDS datasets.
 
     data: TFDS directories. out: file to write. keys: step fields, that of the instruction, and of other texts.
-    state_in_prompt: for policies that read their state in the prompt, see `openpi_like.data.prompts`.
+    state_in_prompt: for policies that read their state in the prompt, see `openpi_like.data.prompts`. waypoints: for
+    policies that write waypoints.
     """
 
     data: tuple[Path, ...]
@@ -33,6 +36,7 @@ class Args:
     split: str = "train"
     vocab_size: int = 512
     state_in_prompt: bool = False
+    waypoints: bool = False
     index_dir: Path | None = None
 
 
@@ -50,7 +54,8 @@ def main(args: Args, console: Console) -> None:
         numbers = " ".join(map(str, range(10)))
         around = [f"Task: {text.lower()}, State: {numbers};" for text in texts]
         around += ["Action: ", "Subtask: ;", "|", "Next action:"]
-    model = fit_text_tokenizer([*texts, *around], args.vocab_size)
+    symbols = CHARACTERS if args.waypoints else ""
+    model = fit_text_tokenizer([*texts, *around], args.vocab_size, symbols=symbols)
     tokenizer = TextTokenizer(model, prompt_len=10_000)
     lengths = {text: int(tokenizer.encode(text)[1].sum()) for text in sorted(texts)}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -87,11 +87,13 @@ def _there(token: int) -> int | None:
     return None if token < 0 else token
 
 
-def fit_text_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def fit_text_tokenizer(texts: Iterable[str], vocab_size: int, *, symbols: str = "") -> SentencePieceTokenizer:
     """Fits a byte-pair SentencePiece model that can encode any text (by bytes, where it must), and returns it.
 
-    Special ids are those of Gemma: 0 padding, 1 EOS, 2 BOS, 3 unknown. The result depends on the set of texts only. It
-    has at most `vocab_size` tokens, fewer where the texts do not yield as many.
+    Special ids are those of Gemma: 0 padding, 1 EOS, 2 BOS, 3 unknown; 4 is a newline. The result depends on the set of
+    texts only. It has at most `vocab_size` tokens, fewer where the texts do not yield as many.
+
+    symbols: characters with ids from 5 on, in this order, whatever the texts; they are part of no other token.
 
     Raises:
         ValueError: no texts, or `vocab_size` is too small for 256 bytes, special tokens and the characters in use.
@@ -99,7 +101,7 @@ def fit_text_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTo
     cleaned = sorted({text.strip().replace("_", " ").replace("\n", " ") for text in texts} - {""})
     if not cleaned:
         raise ValueError("no texts to fit a tokenizer to, expected at least one that is not empty")
-    needed = 4 + 1 + 256 + len(set("".join(cleaned))) + 1
+    needed = 4 + 1 + 256 + len(symbols) + len(set("".join(cleaned)) - set(symbols)) + 1
     if vocab_size < needed:
         raise ValueError(f"vocab_size={vocab_size}, expected at least {needed}: bytes, special tokens and characters")
     out = io.BytesIO()
@@ -115,7 +117,7 @@ def fit_text_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTo
         eos_id=1,
         bos_id=2,
         unk_id=3,
-        user_defined_symbols=["\n"],
+        user_defined_symbols=["\n", *symbols],
         # As in Gemma: the text is taken as it is, so that nothing a robot is told is lost.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,

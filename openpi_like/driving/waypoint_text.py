@@ -15,6 +15,8 @@ from jaxtyping import Float
 BEGIN, END = "<traj_start>", "<traj_end>"
 MOST_M = 1000.0
 """A coordinate beyond this, in metres, is no waypoint of three seconds."""
+CHARACTERS = "0123456789-.,()[]"
+"""All that `format_waypoints` writes with."""
 
 _LIST = re.compile(r"\[(?=\s*\()", re.ASCII)
 _NUMBER = r"[+-]?[0-9]{1,6}(?:\.[0-9]{1,9})?"
@@ -38,7 +40,8 @@ class Parsed:
 
 
 def format_waypoints(points_A2: Float[np.ndarray, "A 2"]) -> str:
-    """Returns waypoints as text; what `parse_waypoints` reads of it is at most 5 mm away.
+    """Returns waypoints as text; what `parse_waypoints` reads of it is at most 5 mm away. What is rounded to zero has
+    no sign.
 
     Raises:
         ValueError: coordinates that are not finite, or farther than `MOST_M`.
@@ -52,7 +55,7 @@ def format_waypoints(points_A2: Float[np.ndarray, "A 2"]) -> str:
             f"waypoint {step} has {'xy'[axis]}={points_A2[step, axis]}, expected metres within {MOST_M:g}; check units "
             "and frame"
         )
-    return "[" + ",".join(f"({x:.2f},{y:.2f})" for x, y in points_A2.tolist()) + "]"
+    return "[" + ",".join(f"({x:z.2f},{y:z.2f})" for x, y in points_A2.tolist()) + "]"
 
 
 def parse_waypoints(text: str, count: int) -> Parsed:

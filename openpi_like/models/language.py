@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from qwix import QArray
@@ -105,10 +106,12 @@ class LanguageModel(nnx.Module):
         """Returns the table (V, D) that logits are products with."""
         return self.embedding
 
-    def logits(self, x_BSD: Float[Array, "B S D"], *, rows: slice = slice(None)) -> Float[Array, "B S V"]:
+    def logits(
+        self, x_BSD: Float[Array, "B S D"], *, rows: slice | Int[np.ndarray, "V"] = slice(None)
+    ) -> Float[Array, "B S V"]:
         """Returns x times the table, accumulated and returned in float32: a softmax over them follows.
 
-        rows: the part of the vocabulary that is asked for.
+        rows: the part of the vocabulary that is asked for, or the ids.
         """
         table = self.table()[...][rows].astype(self.dtype)
         logits = jnp.einsum("BSD,VD->BSV", x_BSD.astype(self.dtype), table, preferred_element_type=jnp.float32)

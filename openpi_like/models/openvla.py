@@ -19,7 +19,7 @@ from openpi_like.draws import RowKeys
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.policy import Model, PolicyConfig
-from openpi_like.models.sequences import Embedded
+from openpi_like.models.written import written_errors
 from openpi_like.robots import Robot
 
 BINS = 256
@@ -107,23 +107,8 @@ class OpenVla(Model):
 
     def token_errors(self, batch: Batch) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
         """Returns the cross-entropy of every token to be written, and which of them there are."""
-        backbone = self.backbone
         ids, real = self.targets(batch)
-        prefix = backbone.embed_prefix(self.config.observation(batch))
-        said = backbone.vlm.embed(ids[:, :-1])
-        tokens = jnp.concatenate([prefix.tokens, said], axis=1)
-        valid = jnp.concatenate([prefix.valid, real[:, :-1]], axis=1)
-        S, T = prefix.valid.shape[1], ids.shape[1]
-        deep = tuple(jnp.pad(x, ((0, 0), (0, T - 1), (0, 0))) for x in prefix.deep)
-        starts = jnp.broadcast_to(jnp.arange(S + T - 1) >= S, valid.shape)
-        rope = backbone.vlm.rope(backbone.positions(valid))
-        with jax.named_scope("vlm"):
-            out, _ = backbone.run(Embedded(tokens, valid, deep), backbone.mask(valid, starts), rope)
-        # Each token is read off the last real one before it.
-        at = jnp.where(valid, jnp.arange(S + T - 1), -1)
-        before = jax.lax.cummax(at, axis=1)[:, S - 1 :]
-        x_BTD = jnp.take_along_axis(out, jnp.maximum(before, 0)[..., None], axis=1)
-        return backbone.vlm.token_losses(x_BTD, ids), real
+        return written_errors(self.backbone, self.config.observation(batch), ids, real)[0], real
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None

@@ -29,6 +29,10 @@ def test_a_plan_comes_back_within_5_mm(points):
         assert format_waypoints(parsed.points) == format_waypoints(points)
 
 
+def test_what_is_rounded_to_zero_has_no_sign():
+    assert format_waypoints(np.array([[-0.004, -0.0], [-0.006, 0.005]])) == "[(0.00,0.00),(-0.01,0.01)]"
+
+
 texts = st.one_of(st.text(), nearly, pieces.map("".join))
 
 

@@ -18,12 +18,14 @@ from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.plan_text import Characters
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.skill_memory import SkillMemoryConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.smolvla_expert import ExpertConfig
 from openpi_like.models.smolvlm import SmolVlmConfig
+from openpi_like.models.text_waypoints import TextWaypointsConfig
 from openpi_like.models.vla_adapter import VlaAdapterConfig
 from openpi_like.models.vlm4vla import Vlm4VlaConfig
 
@@ -43,6 +45,7 @@ THINGS = (EntityTokens("agents", 3, 4), EntityTokens("map", 2, 5))
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
     "openvla": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2}),
+    "text_waypoints": (TextWaypointsConfig, {"characters": Characters.fitted(), "action_horizon": 2}),
     "openvla_oft": (OpenVlaOftConfig, {"head_width": 16}),
     "m2vla": (M2VlaConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "skills": SKILLS}),
     "m2vla_noise": (

@@ -21,11 +21,13 @@ from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
+from openpi_like.models.plan_text import Characters
 from openpi_like.models.policy import PolicyConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.smolvla_expert import ExpertConfig
 from openpi_like.models.smolvlm import SmolVlmConfig
+from openpi_like.models.text_waypoints import TextWaypointsConfig
 from openpi_like.partition import ShardingRules
 from openpi_like.train.hosts.places import Hosts
 from openpi_like.train.hosts.process_group import join
@@ -59,6 +61,7 @@ def policies() -> dict[str, PolicyConfig]:
             **common, expert=gemma, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, insulate=True
         ),
         "fast": Pi0FastConfig(**common, action_tokens=tokens),
+        "text_waypoints": TextWaypointsConfig(**common, characters=Characters.fitted()),
         "smolvla": SmolVlaConfig(**{**common, "backbone": small}, expert=ExpertConfig(width=16, mlp_dim=32)),
     }
 

@@ -1,4 +1,4 @@
-"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of four policies.
+"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of five policies.
 
 The suite runs pi0 on those that split weights in two ways or more, and on the one that splits everything two others,
 whose parts are those of all; OPENPI_LIKE_ALL_MESHES=1 runs all on all, which takes some minutes.
@@ -17,7 +17,8 @@ from tests.compile_flags import IN_A_HURRY
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
 EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
-POLICIES = ("pi0", "insulated", "fast", "smolvla") if EVERYTHING else ("pi0", "insulated", "smolvla")
+SOME = ("pi0", "insulated", "smolvla")
+POLICIES = (*SOME, "fast", "text_waypoints") if EVERYTHING else SOME
 STEPS = 20
 TOLERANCE = 2e-6  # of a loss, or of 1 where it is less: sums are taken in another order
 
