@@ -1,7 +1,7 @@
 """What a simulated drive knows of itself: who is around, where the lanes are, and both in words.
 
 All of it is in the car's frame of now: x to the right and y ahead, metres; headings in rad, counter-clockwise from
-ahead, so that one who drives as the car does has 0 and one who comes from the right and goes to the left a quarter turn.
+ahead, so that one who drives as the car does has 0, and one who comes from the right and crosses has a quarter turn.
 """
 
 import dataclasses

@@ -60,8 +60,10 @@ class Drive:
         """Goes on by `STEP_S` with controls held (m/s^2, rad). After a collision the car stands."""
         before = self.car
         self.traffic.step(before)
-        after = dataclasses.replace(before, speed=0.0, acceleration=0.0) if self.collided else moved(
-            before, acceleration, steering, STEP_S
+        after = (
+            dataclasses.replace(before, speed=0.0, acceleration=0.0)
+            if self.collided
+            else moved(before, acceleration, steering, STEP_S)
         )
         self.past = [*self.past[1:], after]
         self.seconds += STEP_S

@@ -24,9 +24,17 @@ class Path:
     Args:
         points: (N, 2) metres, at any distances from each other, those of the lanes one behind the other.
         limits: N speeds, m/s, that the lanes allow. ranks: N numbers; where paths meet, the higher goes first.
+        stop: metres to where cars wait that may not go yet; behind it they clear the way. inf: wherever it is free.
     """
 
-    def __init__(self, points: Float[np.ndarray, "N 2"], limits: Sequence[float], ranks: Sequence[float]) -> None:
+    def __init__(
+        self,
+        points: Float[np.ndarray, "N 2"],
+        limits: Sequence[float],
+        ranks: Sequence[float],
+        stop: float = math.inf,
+    ) -> None:
+        self.stop = stop
         along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
         even = np.arange(0.0, along[-1], STEP)
         xy = np.stack([np.interp(even, along, points[:, k]) for k in (0, 1)], axis=1)
@@ -125,9 +133,7 @@ def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
         # Ranks just behind the beginning: there each is still on the lane that it comes from.
         here, across = own.rank[min(run[0] + 1, run[-1])], other.rank[min(a + 1, b)]
         ends = float(own.along[run[0]]), float(own.along[run[-1]])
-        found.append(
-            Meeting(*ends, float(other.along[a]), float(other.along[b]), joined, int(np.sign(across - here)))
-        )
+        found.append(Meeting(*ends, float(other.along[a]), float(other.along[b]), joined, int(np.sign(across - here))))
     return tuple(found)
 
 

@@ -17,6 +17,7 @@ _DT = 0.1  # s
 _PER_WAYPOINT = 5
 _EASY = -2.0  # m/s^2, that a change of lanes may cost the car or who is behind it
 _HURRIED = 0.7  # s of gap, that count as enough to change
+_ROOM = 14.0  # m, to steer out of a lane that ends
 _FAST = 11.0  # m/s, above which the car is on a highway
 
 
@@ -65,7 +66,7 @@ class Pilot:
         if s > self._change.begin - 80.0:
             acceleration = min(acceleration, _beside(own, beside, manner))
         if math.isfinite(self._change.end):  # the lane ends
-            acceleration = min(acceleration, standing(car.speed, self._path.length - s - LENGTH, manner))
+            acceleration = min(acceleration, standing(car.speed, self._path.length - s - _ROOM, manner))
         return acceleration, steering, "wait for a gap" if s >= self._change.begin else doing
 
     def _along(
@@ -116,7 +117,9 @@ def _beside(own: Mover, beside: Sequence[Mover], manner: Manner) -> float:
         ahead = other.s - own.s
         apart = abs(ahead) - 0.5 * (own.length + other.length)
         if 0.0 <= ahead < 40.0:
-            best = min(best, max(-1.5, manner.acceleration + following(own.speed, max(apart, 1.0), other.speed, manner)))
+            best = min(
+                best, max(-1.5, manner.acceleration + following(own.speed, max(apart, 1.0), other.speed, manner))
+            )
         elif -25.0 < ahead < 0.0 and other.speed > own.speed - 1.0 and apart < 8.0:
             best = min(best, -1.0)
     return best

@@ -5,6 +5,7 @@ Of its environments only the functions that lay roads are used.
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from openpi_like.driving.paths import Meetings, Path
 LANES = 4  # of the highway
 HIGHWAY_M = 1200.0
 STOP_LINE = 100.0  # m along a path through the intersection
-RAMP_BESIDE = (232.0, 305.0)  # m along the ramp: from where to where a car can change to the highway
+RAMP_BESIDE = (232.0, 312.0)  # m along the ramp: from where to where a car can change to the highway
 NETWORKS = ("highway", "merge", "roundabout", "intersection")
 _TOP = {"highway": 25.0, "merge": 20.0, "roundabout": 10.0, "intersection": 10.0}  # m/s
 _SAMPLED = 1.0  # m between the points of a lane
@@ -28,7 +29,7 @@ LINES = ("none", "striped", "continuous", "continuous")  # names of highway-env'
 LaneIndex = tuple[str, str, int]
 
 
-def mirrored(position: Sequence[float], heading: float) -> tuple[np.ndarray, float]:
+def mirrored(position: Sequence[float] | np.ndarray, heading: float) -> tuple[np.ndarray, float]:
     """Takes a place and a heading from highway-env's world to ours, or back: there y points south and turns are
     clockwise, so that a left turn stays a left turn."""
     return np.array([position[0], -position[1]]), -heading
@@ -111,7 +112,9 @@ def _lane(lane: Any) -> Lane:
 
 
 def _path(graph: Any, indices: list[LaneIndex], name: str) -> Path:
-    points, limits, ranks = [], [], []
+    points: list[np.ndarray] = []
+    limits: list[float] = []
+    ranks: list[float] = []
     for index in indices:
         lane = graph.get_lane(index)
         xy = _sampled(lane)
@@ -121,7 +124,7 @@ def _path(graph: Any, indices: list[LaneIndex], name: str) -> Path:
         points.append(xy)
         limits += [min(lane.speed_limit, _TOP[name])] * len(xy)
         ranks += [float(goes_first or lane.priority)] * len(xy)
-    return Path(np.concatenate(points), limits, ranks)
+    return Path(np.concatenate(points), limits, ranks, STOP_LINE if name == "intersection" else math.inf)
 
 
 def _highway() -> dict[str, list[LaneIndex]]:
@@ -131,9 +134,7 @@ def _highway() -> dict[str, list[LaneIndex]]:
 
 def _merge() -> dict[str, list[LaneIndex]]:
     """The ramp's path ends where its lane does; see `_join`."""
-    paths: dict[str, list[LaneIndex]] = {
-        f"lane {i}": [(a, b, i) for a, b in ("ab", "bc", "cd")] for i in (0, 1)
-    }
+    paths: dict[str, list[LaneIndex]] = {f"lane {i}": [(a, b, i) for a, b in ("ab", "bc", "cd")] for i in (0, 1)}
     return paths | {"ramp": [("j", "k", 0), ("k", "b", 0), ("b", "c", 2)]}
 
 
@@ -153,7 +154,7 @@ def _roundabout() -> dict[str, list[LaneIndex]]:
         for exits, turn in enumerate(("right", "ahead", "left"), start=1):
             leaves = sides[(i + exits) % 4]
             nodes = [ring[(2 * i + k) % 8] for k in range(2 * exits)]
-            around = [(a, b, 1) for a, b in zip(nodes, nodes[1:], strict=False)]
+            around = [(a, b, 1) for a, b in itertools.pairwise(nodes)]
             way_in: list[LaneIndex] = [(f"{side}er", f"{side}es", 0), (f"{side}es", f"{side}e", 0)]
             way_out: list[LaneIndex] = [(f"{leaves}x", f"{leaves}xs", 0), (f"{leaves}xs", f"{leaves}xr", 0)]
             paths[f"{i} {turn}"] = [*way_in, *around, *way_out]

@@ -61,7 +61,9 @@ PROMPTS = {
     ),
 }
 LIGHTS = ("day", "dusk", "fog")
-BUILDINGS = 24  # that are moved about; see `street_scene`
+BUILDINGS = 24  # at most
+FOOTPRINTS = ((10.0, 9.0), (14.0, 11.0), (18.0, 14.0))
+"""Length and width of buildings in metres, in turns."""
 _SEEDED = 20_11_29  # apart from other uses of the same small seeds
 
 
@@ -116,12 +118,12 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Building:
-    """Its middle in the world in metres, heading in rad, length along it, width and height in metres, and a colour."""
+    """Its middle in the world and its height in metres, heading in rad; see `FOOTPRINTS`."""
 
     x: float
     y: float
     heading: float
-    size: tuple[float, float, float]
+    height: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +200,8 @@ def _merge(roads: str, turn: str, rng: np.random.Generator, seed: int) -> Scenar
         others = _in_lanes(roads, 2, rng, beside, (s - 60.0, s + 130.0), 9, (14.0, 18.0), clear=0.0)
         scenario = _scenario(roads, "ramp", s, speed, 370.0, Manner(float(rng.uniform(16.0, 18.0))), others)
         change = Change("lane 1", *RAMP_BESIDE)
-        phases = ((0.0, "drive up the ramp"), (RAMP_BESIDE[0] - 5.0, "merge to the left"))
-        return dataclasses.replace(scenario, change=change, phases=phases)
+        climbs = ((0.0, "drive up the ramp"), (RAMP_BESIDE[0] - 5.0, "merge to the left"))
+        return dataclasses.replace(scenario, change=change, phases=climbs)
     s, speed = float(rng.uniform(120.0, 150.0)), float(rng.uniform(15.0, 18.0))
     others = _in_lanes(roads, 2, rng, ("lane 1", s), (s - 60.0, s + 110.0), 6, (14.0, 18.0))
     taken = iter([i for i in rng.permutation(len(BODIES)).tolist() if i not in {o.body for o in others}])
@@ -243,20 +245,20 @@ def _junction(roads: str, turn: str, rng: np.random.Generator, seed: int) -> Sce
         enters, leaves = STOP_LINE, path.length - STOP_LINE
         s, goal = enters - float(rng.uniform(26.0, 42.0)), leaves + float(rng.uniform(20.0, 30.0))
         does = {"left": "turn left", "right": "turn right", "ahead": "cross the intersection"}[turn]
-        phases = ((0.0, "drive up to the intersection"), (enters - 4.0, does), (leaves, "drive away"))
+        phases = [(0.0, "drive up to the intersection"), (enters - 4.0, does), (leaves, "drive away")]
     else:
         enters, leaves = 143.0, path.length - 145.0
         s, goal = enters - float(rng.uniform(18.0, 30.0)), path.length - 127.0 + float(rng.uniform(0.0, 6.0))
-        phases = (
+        phases = [
             (0.0, "drive up to the roundabout"),
             (enters - 4.0, "enter the roundabout"),
             (enters + 6.0, "go around the roundabout"),
             (leaves - 6.0, "leave the roundabout"),
-        )
+        ]
     speed = float(rng.uniform(6.0, 8.5))
     others = _at_junction(net, rng, (name, s), int(rng.integers(6, 12)), enters)
     manner = Manner(float(rng.uniform(8.5, 10.0)))
-    return dataclasses.replace(_scenario(roads, name, s, speed, goal, manner, others), phases=phases)
+    return dataclasses.replace(_scenario(roads, name, s, speed, goal, manner, others), phases=tuple(phases))
 
 
 def _at_junction(
@@ -299,13 +301,12 @@ def _buildings(net: Network, scenario: Scenario, rng: np.random.Generator) -> tu
     found: list[Building] = []
     for _ in range(40 * BUILDINGS):
         x, y = sides[int(rng.integers(len(sides)))] + rng.uniform(-45.0, 45.0, 2)
-        size = tuple(float(v) for v in rng.uniform((8.0, 8.0, 5.0), (20.0, 16.0, 22.0)))
-        clear = math.hypot(size[0], size[1]) / 2 + 6.0
-        if np.min((net.middles[:, 0] - x) ** 2 + (net.middles[:, 1] - y) ** 2) < (clear + 2.0) ** 2:
+        height, clear = float(rng.uniform(5.0, 22.0)), math.hypot(*FOOTPRINTS[len(found) % len(FOOTPRINTS)]) / 2 + 8.0
+        if np.min((net.middles[:, 0] - x) ** 2 + (net.middles[:, 1] - y) ** 2) < clear**2:
             continue
-        if any(math.hypot(x - b.x, y - b.y) < 22.0 for b in found):
+        if any(math.hypot(x - b.x, y - b.y) < 24.0 for b in found):
             continue
-        found.append(Building(float(x), float(y), float(rng.uniform(-0.2, 0.2)), (size[0], size[1], size[2])))
+        found.append(Building(float(x), float(y), float(rng.uniform(-0.2, 0.2)), height))
         if len(found) == BUILDINGS:
             break
     return tuple(found)

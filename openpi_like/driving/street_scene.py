@@ -4,23 +4,24 @@ Roads and their markings are two meshes, so that a ray caster, whose time goes w
 for curves. One model is compiled per road network and light; other vehicles and buildings are moved about in it.
 """
 
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from openpi_like.driving.ego_motion import LENGTH, WIDTH, CarState
 from openpi_like.driving.road_networks import Lane, Network, network
-from openpi_like.driving.scenarios import BODIES, BUILDINGS, Building
-from openpi_like.robots.sims.render import Renderer, import_mujoco, make_renderers
+from openpi_like.driving.scenarios import BODIES, BUILDINGS, FOOTPRINTS, Building
+from openpi_like.robots.sims.render import Renderer, import_mujoco, make_renderers, renderer_name
 
 HEIGHT, FRAME_WIDTH = 48, 80  # px of the cameras' frames
 OWN_COLOUR = (0.95, 0.95, 0.2)
 _EYE = 1.6  # m above the road
 _ABOVE = 45.0  # m, of the camera for people
+_TALLEST = 24.0  # m
+_HORIZON, _WALLS_AROUND = 400.0, 12  # m
 _FAR_BELOW = -500.0  # m, where vehicles and buildings wait that a scene does not have
 _ROAD_Z, _LINE_Z = 0.03, 0.06  # m
 _LINE_WIDTH, _STRIPE, _STRIPE_GAP = 0.18, 3.0, 4.5  # m
@@ -48,7 +49,7 @@ VIEWS = {
 
 
 class _Light(NamedTuple):
-    """Colours of sky and ground, brightness of what is lit, and where fog begins and ends, in metres (none: 0)."""
+    """Colours of sky and ground, brightness of what is lit, and where it begins and ends to fade into the sky, m."""
 
     sky: tuple[float, float, float]
     ground: tuple[float, float, float]
@@ -57,8 +58,8 @@ class _Light(NamedTuple):
 
 
 _LIGHTS = {
-    "day": _Light((0.55, 0.75, 0.95), (0.36, 0.5, 0.28), 1.0, (0.0, 0.0)),
-    "dusk": _Light((0.45, 0.3, 0.4), (0.16, 0.18, 0.14), 0.5, (0.0, 0.0)),
+    "day": _Light((0.55, 0.75, 0.95), (0.36, 0.5, 0.28), 1.0, (150.0, 390.0)),
+    "dusk": _Light((0.45, 0.3, 0.4), (0.16, 0.18, 0.14), 0.5, (100.0, 390.0)),
     "fog": _Light((0.72, 0.74, 0.76), (0.5, 0.55, 0.48), 0.85, (15.0, 75.0)),
 }
 _WALLS = ((0.62, 0.42, 0.34), (0.75, 0.7, 0.6), (0.5, 0.52, 0.56), (0.68, 0.6, 0.45))
@@ -72,7 +73,6 @@ class StreetScene:
         self._mujoco = mujoco
         self.model = mujoco.MjModel.from_xml_string(_xml(network(roads), _LIGHTS[light]))
         self.data = mujoco.MjData(self.model)
-        self._fog = _LIGHTS[light].fog[1] > 0
         self._views: dict[str, Renderer] = {}
         self._above: dict[int, Renderer] = {}
 
@@ -81,15 +81,16 @@ class StreetScene:
         for i in range(BUILDINGS):
             if i < len(buildings):
                 b = buildings[i]
-                # Of the box that all are made of only the height is the same: it goes into the ground.
-                tall = b.size[2] - _TALLEST / 2
-                self._put(f"building {i}", b.x, b.y, tall, b.heading)
+                # All boxes are equally tall: they go into the ground.
+                self._put(f"building {i}", b.x, b.y, b.height - _TALLEST / 2, b.heading)
             else:
                 self._put(f"building {i}", 0.0, 0.0, _FAR_BELOW, 0.0)
 
     def place(self, car: CarState, slots: Sequence[int], poses: Float[np.ndarray, "N 4"]) -> None:
         """Moves the car and the others: numbers of `BODIES`, and x, y, heading, speed of each."""
         self._put("car", car.x, car.y, 0.0, car.heading)
+        # The ray caster has a sky of its own.
+        self._put("sky", car.x, car.y, _FAR_BELOW if renderer_name() == "raycast" else 0.0, 0.0)
         there = dict(zip(slots, poses, strict=True))
         for i in range(len(BODIES)):
             if i in there:
@@ -103,7 +104,7 @@ class StreetScene:
     def views(self) -> dict[str, UInt8[np.ndarray, "48 80 3"]]:
         """Returns what the six cameras see."""
         if not self._views:
-            made = make_renderers(self.model, HEIGHT, FRAME_WIDTH, tuple(VIEWS), fog=self._fog)
+            made = make_renderers(self.model, HEIGHT, FRAME_WIDTH, tuple(VIEWS), fog=True)
             self._views = dict(zip(VIEWS, made, strict=True))
         return {name: renderer.render(self.data) for name, renderer in self._views.items()}
 
@@ -119,38 +120,33 @@ class StreetScene:
         self.data.mocap_quat[index] = (math.cos(heading / 2), 0.0, 0.0, math.sin(heading / 2))
 
 
-@functools.lru_cache(maxsize=12)
-def street_scene(roads: str, light: str) -> StreetScene:
-    """Returns the scene of a network and a light, made once."""
-    return StreetScene(roads, light)
-
-
-_TALLEST = 24.0  # m
-_WIDE = ((10.0, 9.0), (14.0, 11.0), (18.0, 14.0))  # m, of buildings in turns
-
-
 def _xml(net: Network, light: _Light) -> str:
     b = light.brightness
     asphalt, lines = _mesh_xml("asphalt", _asphalt(net)), _mesh_xml("lines", _lines(net))
-    fog = f'fogstart="{light.fog[0] / 100}" fogend="{light.fog[1] / 100}"' if light.fog[1] else ""
     sky = _rgb(light.sky)
+    # OpenGL leaves what nothing covers as it was, and MuJoCo's own sky is not drawn by every driver: walls all around,
+    # so far away that they have faded.
+    walls = "".join(
+        f'<geom type="box" pos="{_HORIZON * math.cos(a)} {_HORIZON * math.sin(a)} 0" euler="0 0 {math.degrees(a)}" '
+        f'size="1 {_HORIZON * math.tan(math.pi / _WALLS_AROUND) + 2} {_HORIZON}" rgba="{sky} 1"/>'
+        for a in (2 * math.pi * k / _WALLS_AROUND for k in range(_WALLS_AROUND))
+    )
     bodies = [_vehicle_xml(f"vehicle {i}", (v.length, v.width, v.height), v.colour, b) for i, v in enumerate(BODIES)]
     houses = [
         f'<body name="building {i}" mocap="true"><geom type="box" size="{w / 2} {d / 2} {_TALLEST / 2}" '
         f'rgba="{_rgb(_WALLS[i % len(_WALLS)], b)} 1"/></body>'
         for i in range(BUILDINGS)
-        for w, d in (_WIDE[i % len(_WIDE)],)
+        for w, d in (FOOTPRINTS[i % len(FOOTPRINTS)],)
     ]
     cameras = [_camera_xml(name, view) for name, view in VIEWS.items()]
     return f"""<mujoco>
   <statistic center="0 0 0" extent="100"/>
   <visual>
-    <map znear="0.003" zfar="6" {fog}/>
+    <map znear="0.003" zfar="6" fogstart="{light.fog[0] / 100}" fogend="{light.fog[1] / 100}"/>
     <rgba fog="{sky} 1"/>
     <headlight ambient="{_rgb((0.55, 0.55, 0.55), b)}" diffuse="{_rgb((0.25, 0.25, 0.25), b)}" specular="0 0 0"/>
   </visual>
   <asset>
-    <texture type="skybox" builtin="gradient" rgb1="{sky}" rgb2="{sky}" width="32" height="192"/>
     {asphalt}{lines}
   </asset>
   <worldbody>
@@ -159,7 +155,7 @@ def _xml(net: Network, light: _Light) -> str:
     <geom type="mesh" mesh="asphalt" contype="0" conaffinity="0" rgba="{_rgb((0.33, 0.33, 0.35), b)} 1"/>
     <geom type="mesh" mesh="lines" contype="0" conaffinity="0" rgba="{_rgb((0.98, 0.98, 0.98), b)} 1"/>
     {_vehicle_xml("car", (LENGTH, WIDTH, 1.5), OWN_COLOUR, b, "".join(cameras))}
-    {"".join(bodies)}{"".join(houses)}
+    {"".join(bodies)}{"".join(houses)}<body name="sky" mocap="true">{walls}</body>
   </worldbody>
 </mujoco>"""
 

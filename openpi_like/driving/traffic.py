@@ -44,6 +44,8 @@ class _Ego(ControlledVehicle):
 class _InLanes(IDMVehicle):
     """Keeps and changes lanes as highway-env has it, with a size and a manner of its own."""
 
+    speed: float
+
     def __init__(self, road: Road, start: Start, net: Network) -> None:
         x, y, heading = net.paths[start.path].at(start.s)
         super().__init__(road, *mirrored((x, y), heading), start.speed, target_speed=start.manner.speed)
@@ -75,6 +77,8 @@ class _InLanes(IDMVehicle):
 
 class _OnPath(Vehicle):
     """Follows a path exactly, at the speed that `traffic_rules` choose."""
+
+    speed: float
 
     def __init__(self, road: Road, start: Start, net: Network) -> None:
         self.path, self.s, self.net = net.paths[start.path], start.s, net
@@ -142,9 +146,7 @@ class Traffic:
                 vehicle.act()
         for vehicle in self.vehicles:
             vehicle.step(STEP_S)
-        gone = [
-            i for i, v in enumerate(self.vehicles) if isinstance(v, _OnPath) and v.s > v.path.length - v.LENGTH
-        ]
+        gone = [i for i, v in enumerate(self.vehicles) if isinstance(v, _OnPath) and v.s > v.path.length - v.LENGTH]
         for i in reversed(gone):
             del self.vehicles[i], self.slots[i]
         self._road.vehicles = [self._ego, *self.vehicles]
@@ -177,5 +179,3 @@ class Traffic:
     def stop(self, which: int) -> None:
         """One that was hit brakes until it stands."""
         self.vehicles[which].stopped = True
-
-

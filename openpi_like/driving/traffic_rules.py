@@ -15,6 +15,7 @@ _SEEN = 70.0  # m ahead
 _LINE = 1.0  # m between the front of a car that waits and what it waits for
 _CLEAR = 0.9  # s between one car leaving a crossing and the other coming
 _MERGE = 1.4  # s ahead of a car that has to be let in front of
+_QUEUE = 4.0  # m; who stands farther than that from where cars enter waits for somebody else
 _FIRM = 4.0  # m/s^2; who would have to brake harder than that to stop before a crossing drives on
 
 
@@ -91,6 +92,8 @@ def _because_of(own: Mover, other: Mover, meeting: Meeting, manner: Manner, alon
         if inside and own.s >= meeting.begin:
             return alone, "free"  # it is behind
     line = meeting.begin - 0.5 * own.length - _LINE
+    if not _entered(own):
+        line = min(line, own.path.stop - 0.5 * own.length)
     left = line - own.s
     if left < -0.5 * own.length or own.speed**2 > 2 * _FIRM * max(left, 0.0) + 4.0:
         return alone, "free"  # already there, or too late to stop
@@ -99,19 +102,31 @@ def _because_of(own: Mover, other: Mover, meeting: Meeting, manner: Manner, alon
     return standing(own.speed, left, manner), "give way"
 
 
+def _entered(mover: Mover) -> bool:
+    return mover.s + 0.5 * mover.length > mover.path.stop + 0.5
+
+
 def _may_go(own: Mover, other: Mover, meeting: Meeting, line: float) -> bool:
+    """Whether a car need not wait at `line` for another one that comes to where their paths meet."""
     arrives = meeting.other_begin - 0.5 * other.length - 0.5
     if meeting.joined is None:
         leaves, own_leaves = meeting.other_end + 0.5 * other.length, meeting.end + 0.5 * own.length
     else:
         shared = meeting.joined - meeting.begin
         leaves, own_leaves = meeting.other_begin + shared + 0.5 * other.length, meeting.joined + 0.5 * own.length
-    if other.s > leaves:
+    queues = other.speed < 0.5 and other.s + 0.5 * other.length < other.path.stop - _QUEUE < math.inf
+    if other.s > leaves or queues:
         return True
-    own_in, own_out = (_seconds(own, s - own.s) for s in (line, own_leaves))
+    own_in = _seconds(own, meeting.begin - 0.5 * own.length - own.s)
+    own_out = _seconds(own, own_leaves - own.s)
     other_in = _seconds(other, arrives - other.s)
-    if other.s < arrives:
-        committed = other.speed**2 > 2 * _FIRM * (arrives - other.s) and other_in < own_in
+    inside, other_inside = _entered(own), _entered(other)
+    if inside and other_inside:
+        return other.s < arrives and own_in < other_in
+    if inside:
+        return other.s < arrives
+    if other.s < arrives and not other_inside:
+        committed = other.speed**2 > 2 * _FIRM * (min(arrives, other.path.stop) - other.s) and other_in < own_in
         own_first = meeting.first < 0 or (meeting.first == 0 and own_in < other_in)
         if own_first and not committed:
             return True

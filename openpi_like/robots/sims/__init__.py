@@ -1,4 +1,4 @@
-"""Simulated robots: closed-loop evaluation, and a source of demonstrations. Need the extras `sim`, `arms` or `driving`."""
+"""Simulated robots: closed-loop evaluation, and a source of demonstrations; each needs an extra, see `SIMS`."""
 
 import importlib
 from typing import NamedTuple

@@ -9,6 +9,7 @@ from jaxtyping import Float, Float32, UInt8
 from openpi_like.driving.annotations import Annotations, annotate
 from openpi_like.driving.ego_motion import (
     LEAST_ACCELERATION,
+    LENGTH,
     MOST_ACCELERATION,
     MOST_STEERING,
     controls_towards,
@@ -16,7 +17,7 @@ from openpi_like.driving.ego_motion import (
 from openpi_like.driving.episode import Comfort, Drive
 from openpi_like.driving.pilot import Pilot
 from openpi_like.driving.scenarios import PROMPTS, make_scenario
-from openpi_like.driving.street_scene import FRAME_WIDTH, HEIGHT, StreetScene, street_scene
+from openpi_like.driving.street_scene import FRAME_WIDTH, HEIGHT, StreetScene
 from openpi_like.driving.traffic import STEP_S as TICK_S
 from openpi_like.robots.ego_vehicle import EGO_CONTROLS, EGO_VEHICLE, STEP_S
 from openpi_like.robots.robot import Robot
@@ -47,14 +48,14 @@ class _DrivingSim:
         self.renderer = renderer_name()
         self._prompt = ""
         self._drive: Drive | None = None
-        self._scene: StreetScene | None = None
+        self._scenes: dict[tuple[str, str], StreetScene] = {}  # by road network and light
 
     def reset(self, task: str, seed: int) -> None:
         """See `Sim.reset`."""
         self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
         scenario = make_scenario(task, seed)
         self._drive = Drive(scenario)
-        self._scene = street_scene(scenario.network, scenario.light)
+        self._scene.place_buildings(scenario.buildings)
 
     @property
     def drive(self) -> Drive:
@@ -107,16 +108,21 @@ class _DrivingSim:
 
     def annotations(self) -> Annotations:
         """Returns who and what is around the car now, and a caption."""
-        _, doing = Pilot(self.drive.scenario).plan(self.drive.car, self.drive.traffic.movers())
-        return annotate(self.drive, doing)
+        drive = self.drive
+        *_, doing = Pilot(drive.scenario).controls(drive.car, drive.traffic.movers())
+        return annotate(drive, doing)
+
+    @property
+    def _scene(self) -> StreetScene:
+        key = self.drive.scenario.network, self.drive.scenario.light
+        if key not in self._scenes:
+            self._scenes[key] = StreetScene(*key)
+        return self._scenes[key]
 
     def _placed(self) -> StreetScene:
-        drive = self.drive
-        assert self._scene is not None
-        # Sims of the same process share scenes, so buildings are put up again.
-        self._scene.place_buildings(drive.scenario.buildings)
-        self._scene.place(drive.car, drive.traffic.slots, drive.traffic.poses())
-        return self._scene
+        scene, drive = self._scene, self.drive
+        scene.place(drive.car, drive.traffic.slots, drive.traffic.poses())
+        return scene
 
     def _state(self) -> Float32[np.ndarray, "17"]:
         """As `EGO_VEHICLE` has it."""
@@ -203,10 +209,9 @@ class ControlsExpert:
         return _cut(np.array([acceleration, steering]))
 
     def disturb(self, action: Float[np.ndarray, "2"]) -> Float32[np.ndarray, "2"]:
-        """Slowly varying noise; see `Expert.disturb`. On the steering so much that it pushes to the side as hard as
-        ahead, and no more than a tenth of it in rad, where the car is slow."""
-        speed = self._sim.drive.car.speed
-        per_radian = max(0.5 * speed**2 / 2.5, 10.0)  # m/s^2 to the side, for a little steering
+        """Slowly varying noise on both; see `Expert.disturb`. It pushes to the side as hard as ahead; where the car is
+        slow, it turns the wheels by no more than a tenth of its size in rad."""
+        per_radian = max(self._sim.drive.car.speed**2 / LENGTH, 10.0)  # m/s^2 to the side
         scale = self._noise * np.array([1.0, 1.0 / per_radian])
         return _cut(action + scale * self._drift.next(self._rng))
 
