@@ -1,4 +1,4 @@
-"""Simulated robots: closed-loop evaluation, and a source of demonstrations. Need the extras `sim` or `arms`."""
+"""Simulated robots: closed-loop evaluation, and a source of demonstrations; each needs an extra, see `SIMS`."""
 
 import importlib
 from typing import NamedTuple
@@ -26,6 +26,8 @@ SIMS = {
     "robosuite_ur5e": _Where("robosuite_arms", "UR5eSim", "arms"),
     "robosuite_iiwa": _Where("robosuite_arms", "IIWASim", "arms"),
     "robosuite_kinova3": _Where("robosuite_arms", "Kinova3Sim", "arms"),
+    "ego_vehicle": _Where("ego_vehicle", "EgoVehicleSim", "driving"),
+    "ego_controls": _Where("ego_vehicle", "EgoControlsSim", "driving"),
 }
 
 

@@ -5,6 +5,7 @@ differ, so demonstrations record the one that drew them.
 """
 
 import atexit
+import copy
 import ctypes
 import functools
 import importlib
@@ -42,12 +43,13 @@ class GLRenderer:
     """OpenGL, off screen, without shadows, reflections and multisampling: those are nine tenths of a frame's time.
 
     A GL context belongs to the thread that made it: build and use a renderer in one thread.
+    fog: draws the model's fog.
 
     Raises:
         RuntimeError: this process has imported TensorFlow.
     """
 
-    def __init__(self, name: str, model: Any, height: int, width: int, camera: str) -> None:
+    def __init__(self, name: str, model: Any, height: int, width: int, camera: str, fog: bool = False) -> None:
         if "tensorflow" in sys.modules:
             # Mesa's driver and TensorFlow each bring an LLVM: whichever comes second dies of a segmentation fault.
             raise RuntimeError(
@@ -69,10 +71,21 @@ class GLRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._option = mujoco.MjvOption()
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = model.camera(camera).id
+        self._camera = self._fixed(camera)
         self._rectangle = mujoco.MjrRect(0, 0, width, height)
+        self._fog = fog
+
+    def _fixed(self, camera: str) -> Any:
+        fixed = self._mujoco.MjvCamera()
+        fixed.type = self._mujoco.mjtCamera.mjCAMERA_FIXED
+        fixed.fixedcamid = self._model.camera(camera).id
+        return fixed
+
+    def of(self, camera: str) -> "GLRenderer":
+        """Returns a renderer of another camera that shares this one's context, which takes a while to make."""
+        other = copy.copy(self)
+        other._camera = self._fixed(camera)
+        return other
 
     def render(self, data: Any) -> UInt8[np.ndarray, "height width 3"]:
         """See `Renderer.render`."""
@@ -82,6 +95,7 @@ class GLRenderer:
         mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, everything, self._scene)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_FOG] = self._fog
         frame = np.empty((self._rectangle.height, self._rectangle.width, 3), np.uint8)
         mujoco.mjr_render(self._rectangle, self._scene, self._context)
         mujoco.mjr_readPixels(frame, None, self._rectangle, self._context)
@@ -104,6 +118,20 @@ def make_renderer(model: Any, height: int, width: int, camera: str) -> Renderer:
 
         return RayCaster(model, height, width, camera)
     return GLRenderer(name, model, height, width, camera)
+
+
+def make_renderers(
+    model: Any, height: int, width: int, cameras: tuple[str, ...], fog: bool = False
+) -> tuple[Renderer, ...]:
+    """Returns a renderer for each of several cameras of one size, see `make_renderer`.
+
+    fog: draws the model's fog; the ray caster has none.
+    """
+    name = renderer_name()
+    if name == "raycast":
+        return tuple(make_renderer(model, height, width, camera) for camera in cameras)
+    first = GLRenderer(name, model, height, width, cameras[0], fog)
+    return first, *(first.of(camera) for camera in cameras[1:])
 
 
 def aim(
