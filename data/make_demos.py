@@ -278,6 +278,7 @@ def _record_episode(sim: Sim, job: Job, attempt: int, parts: Path) -> bool:
     arrays |= {f"length_{name}": [len(f) for f in frames] for name, frames in images.items()}
     arrays |= {f"entities_{name}": np.concatenate(seen) for name, seen in entities.items()}
     arrays |= {f"things_{name}": [len(x) for x in seen] for name, seen in entities.items()}
+    arrays |= {f"note_{key}": np.asarray(x) for key, x in sim.notes().items()}
     temporary = parts / f"{job.file}.{os.getpid()}"
     with temporary.open("wb") as f:
         np.savez(
@@ -329,6 +330,7 @@ def _read_parts(parts: Path, jobs: list[Job], sim: Sim) -> Iterator[Episode]:
                     "subtask": part["subtask"],
                     **_known(sim.robot, len(part["action"])),
                     **_entities(sim.robot, part),
+                    **{key.removeprefix("note_"): part[key] for key in part.files if key.startswith("note_")},
                 },
             )
 
@@ -340,7 +342,7 @@ def _known(robot: Robot, steps: int) -> dict[str, np.ndarray]:
     return {robot.plan.known: np.full(steps, robot.action_horizon, np.int64)}
 
 
-def _entities(robot: Robot, part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _entities(robot: Robot, part: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Things around the robot, filled up with zeros to as many as there may be, and which of them there are."""
     fields = {}
     for things in robot.entities:

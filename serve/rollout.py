@@ -40,7 +40,6 @@ from openpi_like.serve.spool import drop, open_spool
 from openpi_like.serve.takeover import TakeOver
 
 FRAMES = 60  # of a film strip, at most
-FRAME_SIZE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Args:
     takes over as `takeover` says; the others only name the results. out: JSONL file, one line per episode. tasks:
     default all. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the server
     writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a simulator and
-    a connection. record: spool that keeps what the robot did, see serve/record.py; only of layouts that evaluation
+    a connection. frame_size: pixels of a side of the film. record: spool that keeps what the robot did, see
+    serve/record.py; only of layouts that evaluation
     does not use.
     """
 
@@ -66,6 +66,7 @@ class Args:
     port_file: Path | None = None
     frames_dir: Path | None = None
     workers: int = 2
+    frame_size: int = 128
     record: Path | None = None
     takeover: TakeOver = TakeOver()
 
@@ -173,7 +174,7 @@ def drive(task: str, seed: int) -> Episode:
         action, proposed = pilot.act(step, seen)
         helped += proposed is None
         if film:
-            frames.append(pilot.shown(sim.frame(FRAME_SIZE)))
+            frames.append(pilot.shown(sim.frame(args.frame_size)))
         if recorder is not None:
             time_s = step / sim.robot.control_hz  # of the simulated world
             recorder.step(seen, action, proposed=proposed, intervened=proposed is None, time_s=time_s)
@@ -182,7 +183,7 @@ def drive(task: str, seed: int) -> Episode:
     if recorder is not None:
         recorder.end(success)
     if film:
-        _save_film([*frames, pilot.shown(sim.frame(FRAME_SIZE))], args.frames_dir / f"{args.robot}_{task}.gif")
+        _save_film([*frames, pilot.shown(sim.frame(args.frame_size))], args.frames_dir / f"{args.robot}_{task}.gif")
     camera = pilot.camera
     latency = () if camera is None else tuple(round(ms, 3) for ms in camera.latency_ms)
     thoughts = () if camera is None else tuple(camera.thoughts)
@@ -192,7 +193,7 @@ def drive(task: str, seed: int) -> Episode:
 
 def _captioned(frame: np.ndarray, text: str) -> np.ndarray:
     """Returns a frame with a text below it, as much of it as there is room for."""
-    lines = textwrap.wrap(text, FRAME_SIZE // 6, max_lines=3, placeholder=" ...")
+    lines = textwrap.wrap(text, frame.shape[1] // 6, max_lines=3, placeholder=" ...")
     picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 36))
     picture.paste(Image.fromarray(frame))
     ImageDraw.Draw(picture).multiline_text((3, frame.shape[0]), "\n".join(lines), spacing=1)

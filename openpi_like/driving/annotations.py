@@ -18,8 +18,12 @@ REACH_M = 50.0
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """Another vehicle: the middle of its box; its velocity over the ground, m/s, as its place in the car's frame."""
+    """Another vehicle: the middle of its box; its velocity over the ground, m/s, as its place in the car's frame.
 
+    number: which of the others it is, the same throughout a drive.
+    """
+
+    number: int
     kind: str
     right: float
     ahead: float
@@ -60,11 +64,12 @@ def annotate(drive: Drive, doing: str) -> Annotations:
 
 def _agents(drive: Drive) -> tuple[Agent, ...]:
     car, found = drive.car, []
-    for body, (x, y, heading, speed) in zip(drive.traffic.bodies, drive.traffic.poses().tolist(), strict=True):
+    others = zip(drive.traffic.bodies, drive.traffic.poses().tolist(), strict=True)
+    for number, (body, (x, y, heading, speed)) in enumerate(others):
         right, ahead = car.to_car(x, y)
         turned = math.remainder(heading - car.heading, 2 * math.pi)
         velocity = (-speed * math.sin(turned), speed * math.cos(turned))
-        found.append(Agent(body.kind, right, ahead, turned, body.length, body.width, velocity))
+        found.append(Agent(number, body.kind, right, ahead, turned, body.length, body.width, velocity))
     return tuple(sorted((a for a in found if a.distance <= REACH_M), key=lambda a: a.distance))
 
 

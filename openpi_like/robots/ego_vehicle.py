@@ -7,7 +7,7 @@ given (OpenDriveVLA, Zhou et al. 2025, arXiv 2503.23463, section 3.5).
 import dataclasses
 
 from openpi_like.robots.limits import Limits
-from openpi_like.robots.robot import ActionField, Camera, Plan, Robot, StateField
+from openpi_like.robots.robot import ActionField, Camera, Entities, Plan, Robot, StateField
 
 HISTORY = 4  # places where the car was, the farthest back first
 STEP_S = 0.5  # from one waypoint, and one place of the history, to the next
@@ -31,6 +31,14 @@ STATE = (
         unit="m",
         names=tuple(f"{axis}_{STEP_S * k:g}s_ago" for k in range(HISTORY, 0, -1) for axis in ("right", "ahead")),
     ),
+)
+
+AGENTS, AGENT_NUMBERS = 16, 12  # other vehicles, see `openpi_like.driving.scene_entities`
+LINES, LINE_NUMBERS = 32, 24  # of the map
+
+ENTITIES = (
+    Entities("agents", "observation/agents", AGENTS, AGENT_NUMBERS, "observation/agents_there"),
+    Entities("map", "observation/map", LINES, LINE_NUMBERS, "observation/map_there"),
 )
 
 EGO_VEHICLE = Robot(
@@ -59,6 +67,10 @@ EGO_CONTROLS = Robot(
     action_horizon=20,
     execute_steps=5,
 )
+
+# The same car with a perception, or a simulator, that says what is around it.
+EGO_VEHICLE_SCENE = dataclasses.replace(EGO_VEHICLE, entities=ENTITIES)
+EGO_CONTROLS_SCENE = dataclasses.replace(EGO_CONTROLS, entities=ENTITIES)
 
 # The same car, whose plan is given and written in metres as they are, for policies that write digits.
 EGO_VEHICLE_METRES = dataclasses.replace(EGO_VEHICLE, plan=Plan(known="plan_known", scale="none"))

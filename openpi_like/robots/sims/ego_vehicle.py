@@ -1,12 +1,15 @@
 """Simulated driving, with plans at 2 Hz or with controls at 10 Hz: `openpi_like.driving` behind the interface `Sim`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from openpi_like.driving.annotations import Annotations, annotate
+from openpi_like.driving.drive_log import DriveLog
 from openpi_like.driving.ego_motion import (
     LEAST_ACCELERATION,
     LENGTH,
@@ -17,14 +20,16 @@ from openpi_like.driving.ego_motion import (
 from openpi_like.driving.episode import Comfort, Drive
 from openpi_like.driving.pilot import Pilot
 from openpi_like.driving.scenarios import PROMPTS, make_scenario
+from openpi_like.driving.scene_entities import entities
 from openpi_like.driving.street_scene import FRAME_WIDTH, HEIGHT, StreetScene
 from openpi_like.driving.traffic import STEP_S as TICK_S
-from openpi_like.robots.ego_vehicle import EGO_CONTROLS, EGO_VEHICLE, STEP_S
+from openpi_like.robots.ego_vehicle import EGO_CONTROLS_SCENE, EGO_VEHICLE_SCENE, STEP_S
 from openpi_like.robots.robot import Robot
 from openpi_like.robots.sims.render import renderer_name
-from openpi_like.robots.sims.sim import SlowNoise, check_action, prompt_of
+from openpi_like.robots.sims.sim import Sim, SlowNoise, check_action, prompt_of
 
 _LIMIT_S = 40.0
+_SHOWN = ("front_left", "front", "front_right", "back_left", "back", "back_right")
 _FAR = 5.0  # m; waypoints that are nearer than that are disturbed less
 
 
@@ -34,7 +39,7 @@ def _with_frames(robot: Robot) -> Robot:
     return dataclasses.replace(robot, cameras=cameras)
 
 
-class _DrivingSim:
+class _DrivingSim(Sim):
     """What both have in common: see `Sim`. A seed is a start, other vehicles, the light and the buildings.
 
     A collision, or leaving the road, ends the chance of success; the sim goes on. Actions are cut to what the car can
@@ -56,6 +61,8 @@ class _DrivingSim:
         scenario = make_scenario(task, seed)
         self._drive = Drive(scenario)
         self._scene.place_buildings(scenario.buildings)
+        self._look()
+        self._log = DriveLog((self.tasks.index(task), seed))
 
     @property
     def drive(self) -> Drive:
@@ -68,10 +75,9 @@ class _DrivingSim:
             raise RuntimeError(f"the simulated robot {self.robot.name!r} has no episode yet; call reset first")
         return self._drive
 
-    @property
-    def success(self) -> bool:
-        """Whether the goal was reached, without a collision and on the road, since the last reset."""
-        return self._drive is not None and self._drive.reached
+    def _look(self) -> None:
+        """See `Sim`: done is who reached the goal without a collision and on the road; after either there is no way."""
+        self.success, self.failed = self.drive.reached, self.drive.collided or self.drive.off_road
 
     @property
     def collided(self) -> bool:
@@ -100,17 +106,48 @@ class _DrivingSim:
 
     def observe(self) -> dict[str, Any]:
         """See `Sim.observe`."""
-        return {"images": self._placed().views(), "state": self._state(), "prompt": self._prompt}
+        annotations, doing = self._annotated()
+        self._log.add(self.drive, annotations, doing)
+        seen = {"images": self._placed().views(), "state": self._state(), "prompt": self._prompt}
+        return {**seen, "entities": entities(annotations)}
 
     def frame(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
-        """See `Sim.frame`: from above, the car driving up."""
-        return self._placed().above(size)
+        """See `Sim.frame`: from above, the car driving up; below it what its cameras see."""
+        scene = self._placed()
+        high, wide = size // 5, size // 3
+        picture = np.zeros((size, size, 3), np.uint8)
+        picture[: size - 2 * high] = scene.above(size)[high : size - high]
+        views = scene.views()
+        for i, name in enumerate(_SHOWN):
+            row, column = size - (2 - i // 3) * high, (i % 3) * wide
+            small = cv2.resize(views[name], (wide, high), interpolation=cv2.INTER_AREA)
+            picture[row : row + high, column : column + wide] = small
+        return picture
+
+    def measures(self) -> dict[str, float]:
+        """See `Sim.measures`: shares (0 or 1 for what happened), seconds, and the largest accelerations (m/s^2) and
+        jerk (m/s^3)."""
+        return {
+            "progress": self.progress,
+            "collided": float(self.collided),
+            "off_road": float(self.off_road),
+            "seconds": self.drive.seconds,
+            **dataclasses.asdict(self.comfort),
+        }
+
+    def notes(self) -> dict[str, Sequence[str] | np.ndarray]:
+        """See `Sim.notes` and `DriveLog.notes`."""
+        return self._log.notes(round(STEP_S * self.robot.control_hz))
 
     def annotations(self) -> Annotations:
         """Returns who and what is around the car now, and a caption."""
+        return self._annotated()[0]
+
+    def _annotated(self) -> tuple[Annotations, str]:
+        """Annotations, and what the car does, in words."""
         drive = self.drive
         *_, doing = Pilot(drive.scenario).controls(drive.car, drive.traffic.movers())
-        return annotate(drive, doing)
+        return annotate(drive, doing), doing
 
     @property
     def _scene(self) -> StreetScene:
@@ -140,7 +177,7 @@ class _DrivingSim:
 class EgoVehicleSim(_DrivingSim):
     """See `Sim`; an action is the place, right and ahead of the car in metres, to be at half a second from now."""
 
-    robot = _with_frames(EGO_VEHICLE)
+    robot = _with_frames(EGO_VEHICLE_SCENE)
     max_steps = round(_LIMIT_S / STEP_S)
     noises: tuple[float, ...] = (0.0, 0.08, 0.15)  # m
 
@@ -150,6 +187,7 @@ class EgoVehicleSim(_DrivingSim):
         acceleration, steering = controls_towards(self.drive.car, float(right), float(ahead), STEP_S)
         for _ in range(round(STEP_S / TICK_S)):
             self.drive.step(acceleration, steering)
+        self._look()
 
     def expert(self, rng: np.random.Generator, noise: float) -> "PlanExpert":
         """See `Sim.expert`."""
@@ -159,7 +197,7 @@ class EgoVehicleSim(_DrivingSim):
 class EgoControlsSim(_DrivingSim):
     """See `Sim`; an action is acceleration in m/s^2 and steering in rad, to the left, held for a tenth of a second."""
 
-    robot = _with_frames(EGO_CONTROLS)
+    robot = _with_frames(EGO_CONTROLS_SCENE)
     max_steps = round(_LIMIT_S / TICK_S)
     noises: tuple[float, ...] = (0.0, 0.25, 0.5)  # m/s^2; see `ControlsExpert.disturb`
 
@@ -167,6 +205,7 @@ class EgoControlsSim(_DrivingSim):
         """See `Sim.step`."""
         acceleration, steering = check_action(action, self.robot)
         self.drive.step(float(acceleration), float(steering))
+        self._look()
 
     def expert(self, rng: np.random.Generator, noise: float) -> "ControlsExpert":
         """See `Sim.expert`."""

@@ -1,10 +1,10 @@
 """What every simulated robot offers: to a policy the observations of the wire, to demonstrations an expert."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from openpi_like.config import near_names
 from openpi_like.robots.robot import Robot
@@ -101,6 +101,11 @@ class Sim(Protocol):
 
     def measures(self) -> dict[str, float]:
         """Returns what is measured of the episode so far beside success, by name; here nothing."""
+        return {}
+
+    def notes(self) -> dict[str, Sequence[str] | Shaped[np.ndarray, "T ..."]]:
+        """Returns what a dataset has of every step that was observed since the reset, beside the observation, by key of
+        the step: texts, and numbers; here nothing."""
         return {}
 
     def expert(self, rng: np.random.Generator, noise: float) -> Expert:
