@@ -20,7 +20,7 @@ REACH_M = 50.0
 class Agent:
     """Another vehicle: the middle of its box; its velocity over the ground, m/s, as its place in the car's frame.
 
-    number: which of the others it is, the same throughout a drive.
+    number: which of `BODIES` it has; no other has it in the same drive.
     """
 
     number: int
@@ -64,8 +64,9 @@ def annotate(drive: Drive, doing: str) -> Annotations:
 
 def _agents(drive: Drive) -> tuple[Agent, ...]:
     car, found = drive.car, []
-    others = zip(drive.traffic.bodies, drive.traffic.poses().tolist(), strict=True)
-    for number, (body, (x, y, heading, speed)) in enumerate(others):
+    traffic = drive.traffic
+    others = zip(traffic.slots, traffic.bodies, traffic.poses().tolist(), strict=True)
+    for number, body, (x, y, heading, speed) in others:
         right, ahead = car.to_car(x, y)
         turned = math.remainder(heading - car.heading, 2 * math.pi)
         velocity = (-speed * math.sin(turned), speed * math.cos(turned))
