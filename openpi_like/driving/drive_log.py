@@ -53,7 +53,7 @@ class DriveLog:
         step, rng = self._steps[i], np.random.default_rng((*self._seed, i))
         texts = texts_of(step.annotations, step.doing, rng)
         later = self._steps[i + every : i + (_FORECAST + 1) * every : every]
-        stay = np.all([s.there for s in later], axis=0)
+        stay = np.all([step.there, *(s.there for s in later)], axis=0)
         agents = [(n, a) for n, a in enumerate(step.annotations.agents) if stay[a.number]]
         if len(later) < _FORECAST or not agents:
             return {**texts, "forecast_question": "", "forecast": ""}
