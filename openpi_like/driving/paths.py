@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 
 STEP = 0.5  # m between the points of a path
 _SMOOTHED = 2.5  # m to each side over which corners where lanes are joined are rounded
@@ -116,9 +117,7 @@ class Meetings:
 def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
     if own is other:
         return (Meeting(0.0, own.length, 0.0, own.length, 0.0, 0),)
-    apart = np.hypot(*(own.xy[:, None] - other.xy[None]).transpose(2, 0, 1))
-    nearest = apart.argmin(1)
-    distance = apart[np.arange(len(own.xy)), nearest]
+    distance, nearest = cKDTree(other.xy).query(own.xy)
     turned = np.cos(own.heading - other.heading[nearest])
     near = np.flatnonzero(distance < _NEAR)
     found = []
@@ -128,7 +127,7 @@ def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
         same = run[(distance[run] < _SAME) & (turned[run] > 0.9)]
         joined = float(own.along[same[0]]) if len(same) * STEP > 4.0 else None
         # Of paths that cross, all of the other that is near; of those that join, what lies beside the own.
-        there = nearest[run] if joined is not None else np.flatnonzero(apart[run].min(0) < _NEAR)
+        there = nearest[run] if joined is not None else np.flatnonzero(cKDTree(own.xy[run]).query(other.xy)[0] < _NEAR)
         a, b = int(there.min()), int(there.max())
         # Ranks just behind the beginning: there each is still on the lane that it comes from.
         here, across = own.rank[min(run[0] + 1, run[-1])], other.rank[min(a + 1, b)]
