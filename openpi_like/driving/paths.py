@@ -98,20 +98,12 @@ class Meeting:
         return self.begin + share * (self.end - self.begin)
 
 
-class Meetings:
-    """Where paths meet, found once for every pair."""
+class Meetings(dict[tuple[Path, Path], tuple[Meeting, ...]]):
+    """Where the second path of a pair comes near the first, in the order along that; found when first asked for."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Meeting, ...]] = {}
-        self._paths: dict[int, Path] = {}  # keeps the ids that are keys in use
-
-    def of(self, own: Path, other: Path) -> tuple[Meeting, ...]:
-        """Returns the stretches on which `other` comes near `own`, in the order along `own`."""
-        key = id(own), id(other)
-        if key not in self._known:
-            self._paths |= {id(own): own, id(other): other}
-            self._known[key] = _meetings(own, other)
-        return self._known[key]
+    def __missing__(self, key: tuple[Path, Path]) -> tuple[Meeting, ...]:
+        self[key] = _meetings(*key)
+        return self[key]
 
 
 def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
