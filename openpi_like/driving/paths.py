@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 
 STEP = 0.5  # m between the points of a path
 _SMOOTHED = 2.5  # m to each side over which corners where lanes are joined are rounded
@@ -97,28 +98,18 @@ class Meeting:
         return self.begin + share * (self.end - self.begin)
 
 
-class Meetings:
-    """Where paths meet, found once for every pair."""
+class Meetings(dict[tuple[Path, Path], tuple[Meeting, ...]]):
+    """Where the second path of a pair comes near the first, in the order along that; found when first asked for."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Meeting, ...]] = {}
-        self._paths: dict[int, Path] = {}  # keeps the ids that are keys in use
-
-    def of(self, own: Path, other: Path) -> tuple[Meeting, ...]:
-        """Returns the stretches on which `other` comes near `own`, in the order along `own`."""
-        key = id(own), id(other)
-        if key not in self._known:
-            self._paths |= {id(own): own, id(other): other}
-            self._known[key] = _meetings(own, other)
-        return self._known[key]
+    def __missing__(self, key: tuple[Path, Path]) -> tuple[Meeting, ...]:
+        self[key] = _meetings(*key)
+        return self[key]
 
 
 def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
     if own is other:
         return (Meeting(0.0, own.length, 0.0, own.length, 0.0, 0),)
-    apart = np.hypot(*(own.xy[:, None] - other.xy[None]).transpose(2, 0, 1))
-    nearest = apart.argmin(1)
-    distance = apart[np.arange(len(own.xy)), nearest]
+    distance, nearest = cKDTree(other.xy).query(own.xy)
     turned = np.cos(own.heading - other.heading[nearest])
     near = np.flatnonzero(distance < _NEAR)
     found = []
@@ -128,7 +119,7 @@ def _meetings(own: Path, other: Path) -> tuple[Meeting, ...]:
         same = run[(distance[run] < _SAME) & (turned[run] > 0.9)]
         joined = float(own.along[same[0]]) if len(same) * STEP > 4.0 else None
         # Of paths that cross, all of the other that is near; of those that join, what lies beside the own.
-        there = nearest[run] if joined is not None else np.flatnonzero(apart[run].min(0) < _NEAR)
+        there = nearest[run] if joined is not None else np.flatnonzero(cKDTree(own.xy[run]).query(other.xy)[0] < _NEAR)
         a, b = int(there.min()), int(there.max())
         # Ranks just behind the beginning: there each is still on the lane that it comes from.
         here, across = own.rank[min(run[0] + 1, run[-1])], other.rank[min(a + 1, b)]

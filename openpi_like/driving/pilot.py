@@ -10,7 +10,7 @@ from openpi_like.driving.ego_motion import LENGTH, CarState, moved, steering_for
 from openpi_like.driving.paths import Path
 from openpi_like.driving.road_networks import network
 from openpi_like.driving.scenarios import Scenario
-from openpi_like.driving.traffic_rules import Manner, Mover, drive, following, standing
+from openpi_like.driving.traffic_rules import Manner, Mover, drive, following, matters, standing
 
 PLAN = 6
 _DT = 0.1  # s
@@ -36,7 +36,7 @@ class Pilot:
         The others are taken to keep their speeds, within what their paths allow.
         """
         now, doing, points = car, "", []
-        movers = list(others)
+        movers = self._relevant(car, others)
         for k in range(PLAN * _PER_WAYPOINT):
             acceleration, steering, words = self.controls(now, movers)
             doing = doing or words
@@ -45,6 +45,11 @@ class Pilot:
             if k % _PER_WAYPOINT == _PER_WAYPOINT - 1:
                 points.append(car.to_car(now.x, now.y))
         return np.array(points, np.float32), doing
+
+    def _relevant(self, car: CarState, others: Sequence[Mover]) -> list[Mover]:
+        """Those who can be in the car's way, or beside it where it changes to."""
+        owns = [Mover(path, path.project(car.x, car.y)[0], car.speed, LENGTH) for path in {self._path, self._target}]
+        return [other for other in others if any(matters(own, other, self._net.meetings) for own in owns)]
 
     def controls(self, car: CarState, others: Sequence[Mover]) -> tuple[float, float, str]:
         """Returns acceleration in m/s^2, steering in rad, and what is being done, in words."""

@@ -122,7 +122,7 @@ def _path(graph: Any, indices: list[LaneIndex], name: str) -> Path:
         # Who is in the roundabout or on the highway goes first; at the intersection highway-env has set who does.
         goes_first = {"roundabout": type(lane).__name__ == "CircularLane", "merge": index[0] in "abc"}.get(name, False)
         points.append(xy)
-        limits += [min(lane.speed_limit, _TOP[name])] * len(xy)
+        limits += [min(float(lane.speed_limit), _TOP[name])] * len(xy)
         ranks += [float(goes_first or lane.priority)] * len(xy)
     return Path(np.concatenate(points), limits, ranks, STOP_LINE if name == "intersection" else math.inf)
 

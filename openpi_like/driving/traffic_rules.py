@@ -12,6 +12,7 @@ from openpi_like.driving.paths import Meeting, Meetings, Path
 
 _HARDEST = -8.0  # m/s^2
 _SEEN = 70.0  # m ahead
+_PAST = 5.0  # m behind the end of a stretch, where a car is not in the way any more
 _LINE = 1.0  # m between the front of a car that waits and what it waits for
 _CLEAR = 0.9  # s between one car leaving a crossing and the other coming
 _MERGE = 1.4  # s ahead of a car that has to be let in front of
@@ -72,13 +73,21 @@ def drive(own: Mover, others: Iterable[Mover], meetings: Meetings, manner: Manne
     best, why = free(own.path, own.s, own.speed, manner), "free"
     alone = best
     for other in others:
-        for meeting in meetings.of(own.path, other.path):
-            if own.s > meeting.end or meeting.begin - own.s > _SEEN:
+        for meeting in meetings[own.path, other.path]:
+            if own.s > meeting.end or meeting.begin - own.s > _SEEN or other.s > meeting.other_end + _PAST:
                 continue
             acceleration, reason = _because_of(own, other, meeting, manner, alone)
             if acceleration < best:
                 best, why = acceleration, reason
     return max(best, _HARDEST), why
+
+
+def matters(own: Mover, other: Mover, meetings: Meetings) -> bool:
+    """Returns whether the car can meet the other on its way in what it sees ahead."""
+    return any(
+        own.s <= m.end and m.begin - own.s <= 2 * _SEEN and other.s <= m.other_end + _PAST
+        for m in meetings[own.path, other.path]
+    )
 
 
 def _because_of(own: Mover, other: Mover, meeting: Meeting, manner: Manner, alone: float) -> tuple[float, str]:

@@ -7,13 +7,14 @@ import traceback
 from pathlib import Path
 
 from openpi_like.config import near_names
+from openpi_like.robots.ego_vehicle import EGO_CONTROLS
 from openpi_like.robots.oxe import ROBOTS as OXE
 from openpi_like.robots.representations import ROTATIONS, UNITS
 from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.robot import Robot
 
 # Those that do not have a file each
-ROBOTS = {**OXE, **ARMS}
+ROBOTS = {**OXE, **ARMS, EGO_CONTROLS.name: EGO_CONTROLS}
 
 # What may stand in the blanks of a draft, by the name of the argument
 _BLANKS = {
