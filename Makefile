@@ -5,12 +5,12 @@ PY := $(VENV)/bin/python
 # The newest tested interpreter that is there; override with `make PYTHON=/path/to/python3`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-EXTRAS := train,sim,rlds,beam,formats,trackers,tracing,dev
-# These five declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
+EXTRAS := train,sim,driving,rlds,beam,formats,trackers,tracing,dev
+# These six declare bounds that rule out a current stack although they work with it: gym-pusht wants the OpenCV build that
 # needs a display, gym-aloha wants dm_control (only its model files are used), gymnasium-robotics takes MuJoCo 4, on which
 # Fetch fails, openpi-client wants numpy<2, apache-beam wants older numpy, protobuf, pyarrow and pillow (whose resizing
-# differs by a level from that of the pinned one).
-NO_DEPS := gym-pusht gym-aloha gymnasium-robotics openpi-client apache-beam
+# differs by a level from that of the pinned one), highway-env a fork of pygame that cannot stand beside it.
+NO_DEPS := gym-pusht gym-aloha gymnasium-robotics openpi-client apache-beam highway-env
 # So does robosuite, of `make arms`: it wants packages that are compiled, for keyboards, and the same OpenCV. 1.5.2 wants
 # numpy<2.
 ARMS_NO_DEPS := robosuite==1.5.1
