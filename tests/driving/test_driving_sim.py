@@ -6,12 +6,25 @@ import math
 import numpy as np
 import pytest
 
+from openpi_like.driving.ego_motion import CarState
 from openpi_like.driving.scenarios import PROMPTS, make_scenario
 from openpi_like.robots.ego_vehicle import EGO_CONTROLS, EGO_VEHICLE
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, Expert, Sim, check_action
 
 NAMES = ("ego_vehicle", "ego_controls")
+WORDS = {
+    "highway-keep": "keep the lane",
+    "highway-left": "change to the left lane",
+    "highway-right": "change to the right lane",
+    "merge": "pass the ramp",
+    "roundabout-right": "enter the roundabout",
+    "roundabout-ahead": "go around the roundabout",
+    "roundabout-left": "leave the roundabout",
+    "intersection-left": "turn left",
+    "intersection-ahead": "cross the intersection",
+    "intersection-right": "turn right",
+}
 
 
 def run(sim, task, seed, noise=0.0, steps=None):
@@ -110,20 +123,31 @@ def test_layouts_differ_between_seeds(task):
 
 
 @pytest.mark.parametrize("task", PROMPTS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_expert_succeeds_with_plans(cars, task, seed):
-    """Even seeds undisturbed, odd ones with most noise."""
+def test_expert_succeeds_with_plans(cars, task):
+    """With most noise; the words are those of the task, and turns go where they are named: left is positive."""
     sim = cars("ego_vehicle")
-    actions, states, doing = run(sim, task, seed, noise=sim.noises[-1] if seed else 0.0)
+    actions, states, doing = run(sim, task, 1, noise=sim.noises[-1])
     assert sim.success
     assert (sim.collided, sim.off_road, sim.progress) == (False, False, 1.0)
     assert actions.dtype == np.float32
     assert actions.shape[1:] == (6, 2)
-    assert all(doing)
     assert 5.0 < sim.seconds < 40.0
     assert sim.seconds == pytest.approx(0.5 * len(actions))
     assert sim.comfort.lateral < 5.0
     np.testing.assert_array_less(np.hypot(states[:, 0], states[:, 1]), 30.0)
+    assert all(doing)
+    assert WORDS[task] in doing
+    roads, _, turn = task.partition("-")
+    if roads in ("intersection", "roundabout"):
+        turned, aside = {"left": (90, -1), "ahead": (0, 0), "right": (-90, 1)}[turn]
+        scenario, car = sim.drive.scenario, sim.drive.car
+        begin = CarState(*sim.drive.net.paths[scenario.path].at(scenario.s), 0.0)
+        assert math.degrees(car.heading - begin.heading) == pytest.approx(turned, abs=20)
+        right, ahead = begin.to_car(car.x, car.y)
+        assert ahead > 10
+        assert right * aside > 15 if aside else abs(right) < 4
+        if roads == "intersection" and aside:
+            assert np.sign(-states[:, 2].sum()) == aside
 
 
 @pytest.mark.parametrize("task", ["highway-right", "merge", "roundabout-right", "intersection-left"])
@@ -139,24 +163,13 @@ def test_expert_succeeds_with_controls(cars, task):
     assert len(set(doing)) > 1
 
 
-def test_words_are_those_of_the_route(cars):
-    sim = cars("ego_vehicle")
-    for task, words in {
-        "highway-left": "change to the left lane",
-        "roundabout-right": "go around the roundabout",
-        "intersection-left": "turn left",
-    }.items():
-        *_, doing = run(sim, task, 0)
-        assert words in doing
-
-
 @pytest.mark.parametrize("task", ["highway-left", "merge", "roundabout-left", "intersection-right"])
 def test_first_waypoint_is_where_the_expert_is_half_a_second_later(cars, task):
     """Within 2 cm: the plan's half second has five controls, the way there is one arc; limits are not reached."""
     sim = cars("ego_vehicle")
     sim.reset(task, 4)
     expert = sim.expert(np.random.default_rng(0), 0.0)
-    for _ in range(20):
+    for _ in range(12):
         plan = expert.act()
         before = sim.drive.car
         sim.step(expert.disturb(plan))
@@ -181,30 +194,6 @@ def test_expert_takes_over_from_a_disturbed_car(cars):
 
 
 # ---- left is left
-
-
-@pytest.mark.parametrize(("task", "turn"), [("left", 90), ("ahead", 0), ("right", -90)])
-@pytest.mark.parametrize("roads", ["intersection", "roundabout"])
-def test_turns_are_where_they_are_named(cars, roads, task, turn):
-    """Headings are counter-clockwise, and the car ends up on that side of where it began."""
-    sim = cars("ego_vehicle")
-    sim.reset(f"{roads}-{task}", 1)
-    begin = sim.drive.car
-    expert = sim.expert(np.random.default_rng(0), 0.0)
-    yaw = []
-    while not sim.success:
-        sim.step(expert.disturb(expert.act()))
-        yaw.append(sim._state()[2])
-    assert math.degrees(sim.drive.car.heading - begin.heading) == pytest.approx(turn, abs=15)
-    right, ahead = begin.to_car(sim.drive.car.x, sim.drive.car.y)
-    assert ahead > 20
-    if turn:
-        assert np.sign(-right) == np.sign(turn)
-        assert abs(right) > 20
-    else:
-        assert abs(right) < 3
-    if roads == "intersection" and turn:
-        assert np.sign(sum(yaw)) == np.sign(turn)
 
 
 def test_a_left_turn_of_highway_env_is_one_of_ours():
@@ -347,8 +336,8 @@ def test_others_brake_for_a_car_that_stands(cars, task):
         ]
         if behind:
             break
-    for _ in range(120):
-        sim.step(np.array([-2.0, 0.0]))
+    for _ in range(90):
+        sim.step(np.array([-3.0, 0.0]))
     assert drive.car.speed == 0.0
     assert not sim.collided
 
