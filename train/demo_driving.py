@@ -1,8 +1,8 @@
 """Driving, end to end, in the simulator: what `make demo-driving` runs.
 
-Demonstrations of ten manoeuvres seen through six cameras, a policy that plans six waypoints from them, its drives closed
-loop against a server and its plans beside recorded drives, the expert beside both, and a report. Each step is one of
-the project's own programs. It can be stopped at any moment and goes on where it was.
+Demonstrations of ten manoeuvres seen through six cameras, a policy that plans six waypoints from them, its drives
+closed loop against a server and its plans beside recorded drives, the expert beside both, and a report. Each step is
+one of the project's own programs. It can be stopped at any moment and goes on where it was.
 """
 
 import dataclasses

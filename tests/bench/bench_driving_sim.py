@@ -45,19 +45,21 @@ def main() -> None:
                 for _ in range(sim.max_steps):
                     action = timed("ms per plan" if args.robot == "ego_vehicle" else "ms per action", expert.act)
                     timed("ms per step", sim.step, expert.disturb(action))
-                    if sim.success or sim.collided or sim.off_road:
+                    if sim.success or sim.failed:
                         break
-                fits = {"success": sim.success, "collided": sim.collided, "off road": sim.off_road, "late": True}
-                ends[next(end for end, fit in fits.items() if fit)] += 1
-                seconds.append(sim.seconds)
-                largest.append((sim.comfort.acceleration, sim.comfort.lateral))
+                drive = sim.measures()
+                fits = {"success": sim.success, "collided": drive["collided"], "off road": drive["off_road"]}
+                ends[next((end for end, fit in fits.items() if fit), "late")] += 1
+                seconds.append(drive["seconds"])
+                largest.append((drive["acceleration"], drive["lateral"]))
             total += ends["success"]
             low, high = wilson(ends["success"], args.episodes)
             wrong = ", ".join(f"{end} {count}" for end, count in ends.items() if end != "success")
             ahead, aside = np.mean(largest, axis=0)
             print(
                 f"noise {noise:<5g}{task:20}{ends['success']:4}/{args.episodes} [{low:.2f}, {high:.2f}]  "
-                f"{np.mean(seconds):5.1f} s, at most {max(seconds):4.1f}  {ahead:.1f} ahead, {aside:.1f} aside  {wrong}",
+                f"{np.mean(seconds):5.1f} s, at most {max(seconds):4.1f}  {ahead:.1f} ahead, {aside:.1f} aside  "
+                f"{wrong}",
                 flush=True,
             )
         episodes = args.episodes * len(tasks)

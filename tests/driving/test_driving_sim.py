@@ -141,7 +141,8 @@ def test_expert_succeeds_with_plans(cars, task):
     if roads in ("intersection", "roundabout"):
         turned, aside = {"left": (90, -1), "ahead": (0, 0), "right": (-90, 1)}[turn]
         scenario, car = sim.drive.scenario, sim.drive.car
-        begin = CarState(*sim.drive.net.paths[scenario.path].at(scenario.s), 0.0)
+        x, y, heading = sim.drive.net.paths[scenario.path].at(scenario.s)
+        begin = CarState(x, y, heading, 0.0)
         assert math.degrees(car.heading - begin.heading) == pytest.approx(turned, abs=20)
         right, ahead = begin.to_car(car.x, car.y)
         assert ahead > 10
