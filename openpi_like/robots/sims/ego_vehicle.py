@@ -48,6 +48,7 @@ class _DrivingSim(Sim):
 
     robot: Robot
     tasks = tuple(PROMPTS)
+    success = False  # before the first reset
 
     def __init__(self) -> None:
         self.renderer = renderer_name()
