@@ -41,12 +41,15 @@ ENTITIES = (
     Entities("map", "observation/map", LINES, LINE_NUMBERS, "observation/map_there"),
 )
 
+# Where to be half a second from now, and on to 3 s. A car is driven by the first, and asks again.
+_WAYPOINT = ActionField("waypoint", "plan", 2, unit="m", names=("right", "ahead"))
+
 EGO_VEHICLE = Robot(
     name="ego_vehicle",
     cameras=CAMERAS,
     state=STATE,
-    # Where to be half a second from now, and on to 3 s. A car is driven by the first, and asks again.
-    action=(ActionField("waypoint", "plan", 2, unit="m", names=("right", "ahead")),),
+    # A model says how far each is from where the present velocity would lead: most of a plan is told by that.
+    action=(dataclasses.replace(_WAYPOINT, relative_to="velocity"),),
     control_hz=1 / STEP_S,
     action_horizon=6,
     execute_steps=1,
@@ -73,4 +76,4 @@ EGO_VEHICLE_SCENE = dataclasses.replace(EGO_VEHICLE, entities=ENTITIES)
 EGO_CONTROLS_SCENE = dataclasses.replace(EGO_CONTROLS, entities=ENTITIES)
 
 # The same car, whose plan is given and written in metres as they are, for policies that write digits.
-EGO_VEHICLE_METRES = dataclasses.replace(EGO_VEHICLE, plan=Plan(known="plan_known", scale="none"))
+EGO_VEHICLE_METRES = dataclasses.replace(EGO_VEHICLE, action=(_WAYPOINT,), plan=Plan(known="plan_known", scale="none"))

@@ -202,7 +202,8 @@ class ActionField(StateField):
     command: "absolute" (a target), "delta" (a change per control step) or "velocity" (a rate that is held for a control
         step), as the controller takes it.
     relative_to: name of a state field. The model then predicts an absolute command relative to that state at the first
-        step of the chunk: by subtraction, or by composition `state^-1 * action` for rotations.
+        step of the chunk: by subtraction, or by composition `state^-1 * action` for rotations. In a plan it is a
+        velocity, and the model predicts how far each entry is from where that would lead by then.
     next_step: the dataset has no such command; it is derived from a recorded state, which `key` and `start` point to.
         "value": the target is what the state is one RLDS step later. "change": the command is how the state changes to
         the next step; for rotations the turn about axes of the base that leads there, `next * now^-1`. On Bridge, which
@@ -394,11 +395,22 @@ class Robot:
             for name, value in (("execute_steps", self.execute_steps), ("stride", self.stride))
             if value != 1
         ]
+        states = {f.name: f for f in self.state}
         for field in self.action:
             derived = field.gripper is not None and field.gripper.convention != "absolute"
-            if field.relative_to is not None or field.next_step is not None or derived:
+            if field.next_step is not None or derived:
                 problems.append(f"action {field.name!r} of a plan is derived from other steps, expected it as stored")
+            state = states.get(field.relative_to or "")
+            if state is not None and (state.rotation is not None or state.model_unit != f"{field.model_unit}/s"):
+                problems.append(
+                    f"action {field.name!r} of a plan [{field.model_unit}] is relative to {state.name!r} "
+                    f"[{state.model_unit}], expected a velocity [{field.model_unit}/s]"
+                )
         return problems
+
+    def _seconds(self, steps: int) -> float | Float[np.ndarray, "A 1"]:
+        """What the state is multiplied by that entries are relative to: in a plan, their times; else nothing."""
+        return 1.0 if self.plan is None else np.arange(1, steps + 1)[:, None] / self.control_hz
 
     @functools.cached_property
     def robot_state_size(self) -> int:
@@ -508,7 +520,7 @@ class Robot:
             reference, s = states[field.relative_to]
             s = np.broadcast_to(s[..., None, :], x.shape)
             if field.rotation is None:
-                parts.append(field.to_model(x) - reference.to_model(s))
+                parts.append(field.to_model(x) - self._seconds(x.shape[-2]) * reference.to_model(s))
             else:
                 relative = reference.to_rotation(s).inv() * field.to_rotation(x)
                 to_array = ROTATIONS[field.model_rotation or field.rotation][2]
@@ -532,7 +544,7 @@ class Robot:
             reference, s = states[field.relative_to]
             s = np.broadcast_to(s[..., None, :], (*x.shape[:-1], reference.size))
             if field.rotation is None:
-                parts.append(field.to_robot(x + reference.to_model(s)))
+                parts.append(field.to_robot(x + self._seconds(x.shape[-2]) * reference.to_model(s)))
             else:
                 from_array = ROTATIONS[field.model_rotation or field.rotation][1]
                 target = reference.to_rotation(s) * from_array(x.reshape(-1, field.model_size))

@@ -116,6 +116,19 @@ def test_statistics_of_each_entry_of_all_or_none(written, tmp_path, scale):
         load_normalization(tmp_path / "stats.json", other)
 
 
+def test_a_plan_may_be_relative_to_where_the_velocity_leads(written):
+    action = (dataclasses.replace(ROBOT.action[0], relative_to="speed"), ROBOT.action[1])
+    robot = dataclasses.replace(ROBOT, action=action)
+    data = open_dataset(written[0], robot, "train")
+    state, (actions, _) = data.state(np.arange(4)), data.actions(np.arange(4))
+    _, encoded, _ = data.encoded(np.arange(4))
+    # By hand: metres ahead, less metres a second times 0.5, 1 and 1.5 s.
+    expected = 1e-3 * actions[..., 0] - state * [0.5, 1.0, 1.5]
+    np.testing.assert_allclose(encoded[..., 0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(encoded[..., 1], actions[..., 1])
+    np.testing.assert_allclose(robot.decode_actions(encoded, state), actions, rtol=1e-5, atol=1e-3)
+
+
 def test_what_is_far_from_training_is_said_by_entry(written):
     data = open_dataset(written[0], ROBOT, "train")
     normalization = compute_normalization(data)
@@ -170,7 +183,7 @@ def test_robots_that_plan(written):
     for change, said in (
         ({"execute_steps": 2}, "plan with execute_steps 2"),
         ({"stride": 2}, "plan with stride 2"),
-        ({"action": (ActionField("speed", "plan", 1, unit="m/s", relative_to="speed"),)}, "derived from other steps"),
+        ({"action": (ActionField("ahead", "plan", 1, relative_to="speed"),)}, r"expected a velocity \[1/s\]"),
         ({"action": (ActionField("speed", "plan", 1, next_step="value"),)}, "derived from other steps"),
     ):
         with pytest.raises(ValueError, match=said):
