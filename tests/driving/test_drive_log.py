@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from openpi_like.robots.ego_vehicle import (
 pytest.importorskip("highway_env")
 pytest.importorskip("mujoco")
 
-from openpi_like.robots.sims import make_sim
+from openpi_like.robots.sims.ego_vehicle import EgoVehicleSim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,10 +43,11 @@ def agent(number, right, ahead, heading=0.0, speed=5.0, kind="van"):
 @pytest.fixture(scope="module")
 def drive():
     """The expert on a left turn: (observations, notes, plans)."""
-    sim = make_sim("ego_vehicle")
+    sim = EgoVehicleSim()
     sim.reset("intersection-left", 3)
     expert = sim.expert(np.random.default_rng(0), 0.0)
-    seen, plans, annotations = [], [], []
+    seen: list[dict[str, Any]] = []
+    plans, annotations = [], []
     while not sim.success and len(seen) < sim.max_steps:
         seen.append(sim.observe())
         annotations.append(sim.annotations())
@@ -115,7 +117,8 @@ def test_a_drive_keeps_poses_and_forecasts_that_came_true(drive):
     # Annotations are the boxes, seen from the car.
     for t in (0, steps // 2):
         for found in annotations[t].agents:
-            place = in_frame_of(*pose[t], boxes[t, found.number, :2][None])[0]
+            x, y, heading = pose[t].tolist()
+            place = in_frame_of(x, y, heading, boxes[t, found.number, :2][None])[0]
             np.testing.assert_allclose(place, [found.right, found.ahead], atol=1e-3)
             assert notes["boxes_there"][t][found.number] == 1
     forecasts = 0
@@ -124,9 +127,10 @@ def test_a_drive_keeps_poses_and_forecasts_that_came_true(drive):
             assert t >= steps - 6 or not question
             continue
         forecasts += 1
-        number = int(re.match(r"where will agent (\d+),", question).group(1))
+        number = int(question.removeprefix("where will agent ").partition(",")[0])
         who = annotations[t].agents[number - 1].number
-        future = in_frame_of(*boxes[t, who, :3], boxes[t + 1 : t + 7, who, :2])
+        x, y, heading = boxes[t, who, :3].tolist()
+        future = in_frame_of(x, y, heading, boxes[t + 1 : t + 7, who, :2])
         parsed = parse_waypoints(answer, 6)
         assert parsed.whole
         np.testing.assert_allclose(parsed.points, future, atol=0.006)
@@ -136,7 +140,7 @@ def test_a_drive_keeps_poses_and_forecasts_that_came_true(drive):
 
 def test_texts_are_of_the_layout_alone():
     """Not of what was drawn or driven before."""
-    sim = make_sim("ego_vehicle")
+    sim = EgoVehicleSim()
     found = []
     for _ in range(2):
         sim.reset("highway-keep", 8)
