@@ -1,5 +1,5 @@
-"""What a planner plans by: flow.py, without the car's state, without cameras, with one scale for all waypoints, and with
-a perfect perception.
+"""What a planner plans by: flow.py, without the car's state, without cameras, with one scale for all waypoints, and
+with a perfect perception.
 
     python data/stats.py --config configs/driving/no_state.py
     python train/study.py configs/driving/ablations.py --run runs/driving/ablations

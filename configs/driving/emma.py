@@ -4,9 +4,10 @@
     python serve/policy_server.py runs/driving/emma
     python serve/policy_server.py runs/driving/emma --think-every 0
 
-The description is the caption of the step: light, road, speed, what the car does, and who is near. The same policy plans
-with it (the first server) and without (the second). It has learned both: a quarter of the samples have no description,
-and these are fewer so that, asked to think, the likeliest first word is one. All else is as in text.py.
+The description is the caption of the step: light, road, speed, what the car does, and who is near. The same policy
+plans with it (the first server) and without (the second), and has learned both: a quarter of the samples have no
+description. They are the fewer ones, so that the likeliest first word is that of a description where one is asked for.
+All else is as in text.py.
 """
 
 import dataclasses

@@ -12,16 +12,14 @@ Data, statistics and tokenizers of all configs of this folder but controls.py an
     python data/fit_text.py --data runs/driving/data/ego_vehicle_sim/1.0.0 --out runs/driving/text.model \\
         --keys language_instruction subtask caption agent_question agent_caption question answer forecast_question \\
         forecast --waypoints --state-in-prompt --vocab-size 1024
-    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512
+    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 60
 """
 
 from openpi_like.driving.scenarios import PROMPTS
 from openpi_like.train.study import Arm, Study
 
 study = Study(
-    arms={
-        name: Arm(f"configs/driving/{name}.py") for name in ("flow", "fast", "text", "query", "insulated", "senna")
-    },
+    arms={name: Arm(f"configs/driving/{name}.py") for name in ("flow", "fast", "text", "query", "insulated", "senna")},
     robot="ego_vehicle",
     tasks=tuple(PROMPTS),
     episodes=10,

@@ -223,6 +223,20 @@ def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
     assert "think: got 3, expected true, false or nothing" in str(session.receive(pack({**OBSERVATION, "think": 3})))
 
 
+def test_a_server_that_does_not_think_does_so_when_asked_to() -> None:
+    policy = Thinker()
+    policy.think_every, policy.no_thought = 0, Thought(np.zeros(2, np.int32), np.zeros(2, bool), "")
+    session = Session(lambda: policy)
+
+    def say(**more: Any) -> str:
+        ask = session.receive(pack({**OBSERVATION, **more}))
+        assert isinstance(ask, Ask)
+        reply = Reply(np.ones((1, 2), np.float32), thought=ask.request.thought)
+        return unpack(session.answer(ask, Answer(reply, 0.0, 0.0, 1)))["thought"]  # type: ignore[arg-type]
+
+    assert [say(), say(think=True), say(), say(think=False), say(think=True)] == ["", "thought 1", "", "", "thought 2"]
+
+
 def test_policies_that_do_not_write_cannot_be_asked_to(session) -> None:
     said = session.receive(pack({**OBSERVATION, "think": True}))
     assert said.startswith("invalid: think: got True, but this policy writes no text before it acts")
