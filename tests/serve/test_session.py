@@ -186,6 +186,7 @@ class Thinker(Stub):
     def __init__(self) -> None:
         super().__init__(lambda observation: observation["state"][None])
         self.thinks, self.think_every, self.written = True, 3, 0
+        self.no_thought = Thought(np.zeros(2, np.int32), np.zeros(2, bool), "")
 
     def prepare(self, observation: Any, *, thought: Thought | None = None, **of: Any) -> Any:
         if thought is None:
@@ -225,7 +226,7 @@ def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
 
 def test_a_server_that_does_not_think_does_so_when_asked_to() -> None:
     policy = Thinker()
-    policy.think_every, policy.no_thought = 0, Thought(np.zeros(2, np.int32), np.zeros(2, bool), "")
+    policy.think_every = 0
     session = Session(lambda: policy)
 
     def say(**more: Any) -> str:
