@@ -19,8 +19,8 @@ class PolicyOptions:
     the rows of each batch (max_batch is rounded up to a multiple), but for a request that comes alone; each has all
     weights. real_time_chunking: take what is left of the chunk before. guidance: how policies that were not trained
     for that are led to it. think_every: chunks for which a policy that writes text before it acts keeps what it wrote,
-    for one session and prompt. ranges: what is said, and what is refused, of states and actions that training has not
-    seen.
+    for one session and prompt; 0: it writes nothing unless a client asks for it. ranges: what is said, and what is
+    refused, of states and actions that training has not seen.
     """
 
     robot: str | None = None
@@ -36,9 +36,9 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={getattr(self, name)}, expected at least 1"
-            for name in ("max_batch", "devices", "think_every")
-            if getattr(self, name) < 1
+            f"{name}={getattr(self, name)}, expected at least {least}"
+            for name, least in (("max_batch", 1), ("devices", 1), ("think_every", 0))
+            if getattr(self, name) < least
         ]
         if self.temperature is not None and not self.temperature >= 0:
             problems.append(f"temperature={self.temperature}, expected 0 or more, or none")

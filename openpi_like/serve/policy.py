@@ -1,6 +1,7 @@
 """A checkpoint as a policy: an observation from the wire in, actions in the robot's own units out."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -317,6 +318,15 @@ class Policy:
     def thinks(self) -> bool:
         """Whether it writes text before it acts."""
         return self._config.thought_len > 0
+
+    @functools.cached_property
+    def no_thought(self) -> Thought:
+        """What is acted by where nothing is to be written: what it was trained on at steps without a text."""
+        T, text = self._config.thought_len, self._parts.tokenizer
+        # Before action tokens nothing stands then; other policies have learned to end a text that they did not begin.
+        said = [] if self._config.action_tokens is not None else text.prompt_format.thought(text.tokenizer, "")
+        ids = np.array([*said, *[0] * (T - len(said))], np.int32)
+        return Thought(ids, np.arange(T) < len(said), "")
 
     @property
     def max_delay(self) -> int | None:

@@ -137,11 +137,13 @@ class Session:
         return pack(reply if ask.id is None else {**reply, "id": ask.id})
 
     def _kept(self, policy: Any, content: Mapping[str, Any], think: Any) -> dict[str, Any]:
-        """Returns the thought to act by once more, if there is one. think: the client's wish, None: as is usual."""
+        """Returns the thought to act by, if there is one already. think: the client's wish, None: as is usual."""
         if not isinstance(think, bool | None):
             raise ProtocolError(f"think: got {reprlib.repr(think)}, expected true, false or nothing")
         if think is not None and not policy.thinks:
             raise ProtocolError(f"think: got {think}, but this policy writes no text before it acts; leave it out")
+        if policy.think_every == 0 and not think:
+            return {"thought": policy.no_thought}
         asked = (policy, content.get("robot"), content.get("prompt"))
         fits = self._thought is not None and asked[0] is self._asked[0] and asked[1:] == self._asked[1:]
         anew = self._acted >= policy.think_every if think is None else think

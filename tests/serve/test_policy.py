@@ -449,6 +449,7 @@ def test_what_a_policy_wrote_is_said_and_can_be_acted_by_again(tiny_policy, obse
     assert any("thought: cut at thought_len=2 tokens, before its end" in line for line in cut.warnings)
     assert not any("thought" in line for line in complete.warnings)
     assert further.thought.ids.tolist() == other.ids.tolist()
+    assert not policy.no_thought.mask.any()  # before action tokens nothing stands
     plain = _policy(tiny_policy)
     assert not plain.thinks
     assert "think_every" not in plain.metadata()

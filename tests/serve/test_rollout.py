@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageSequence
 from rich.console import Console
 
+from openpi_like.robots.ego_vehicle import EGO_VEHICLE
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.sims import make_sim
@@ -26,14 +27,27 @@ PROGRAM = str(Path(__file__).resolve().parents[2] / "serve" / "rollout.py")
 ROLLOUT = runpy.run_path(PROGRAM, run_name="rollout")
 
 
+_STATE = [[f.name, f.size, f.unit] for f in PUSHT.state]
+
+
 def _metadata(renderer):
-    about = {"renderer": renderer, "execute_steps": PUSHT.execute_steps, "cameras": {"base": [96, 96]}}
+    about = {"renderer": renderer, "execute_steps": PUSHT.execute_steps, "cameras": {"base": [96, 96]}, "state": _STATE}
     return {"robots": {"pusht": about}}
 
 
 def _hold(observation):
     """Answers: stay where you are."""
     return np.repeat(observation["state"][None], PUSHT.action_horizon, 0)
+
+
+def test_a_server_is_told_the_state_that_it_asks_for():
+    places, (first, *_) = ROLLOUT["state_places"], EGO_VEHICLE.state
+    every = [[f.name, f.size, f.unit] for f in EGO_VEHICLE.state]
+    np.testing.assert_array_equal(places(every, EGO_VEHICLE), np.arange(17))
+    np.testing.assert_array_equal(places([every[3], every[0]], EGO_VEHICLE), [5, 6, 0, 1])
+    assert places([], EGO_VEHICLE).shape == (0,)
+    with pytest.raises(ValueError, match=r"asks for the state velocity:3 of 'ego_vehicle', which has velocity:2, yaw"):
+        places([[first.name, 3, "m/s"]], EGO_VEHICLE)
 
 
 def _args(tmp_path, **changes):

@@ -186,6 +186,7 @@ class Thinker(Stub):
     def __init__(self) -> None:
         super().__init__(lambda observation: observation["state"][None])
         self.thinks, self.think_every, self.written = True, 3, 0
+        self.no_thought = Thought(np.zeros(2, np.int32), np.zeros(2, bool), "")
 
     def prepare(self, observation: Any, *, thought: Thought | None = None, **of: Any) -> Any:
         if thought is None:
@@ -221,6 +222,20 @@ def test_a_thought_is_kept_for_some_chunks_of_one_prompt() -> None:
     assert unpack(session.receive(pack({"reset": True})).reply) == {"reset": True}  # type: ignore[union-attr]
     assert say() == "thought 12"
     assert "think: got 3, expected true, false or nothing" in str(session.receive(pack({**OBSERVATION, "think": 3})))
+
+
+def test_a_server_that_does_not_think_does_so_when_asked_to() -> None:
+    policy = Thinker()
+    policy.think_every = 0
+    session = Session(lambda: policy)
+
+    def say(**more: Any) -> str:
+        ask = session.receive(pack({**OBSERVATION, **more}))
+        assert isinstance(ask, Ask)
+        reply = Reply(np.ones((1, 2), np.float32), thought=ask.request.thought)
+        return unpack(session.answer(ask, Answer(reply, 0.0, 0.0, 1)))["thought"]  # type: ignore[arg-type]
+
+    assert [say(), say(think=True), say(), say(think=False), say(think=True)] == ["", "thought 1", "", "", "thought 2"]
 
 
 def test_policies_that_do_not_write_cannot_be_asked_to(session) -> None:

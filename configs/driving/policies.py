@@ -1,0 +1,27 @@
+"""Ways to plan on the same drives for the same steps: by flow matching, as action tokens, in plain digits, by a query,
+as tokens and by flow matching, and in digits after a decision in words.
+
+    python train/study.py configs/driving/policies.py --run runs/driving/policies
+
+Data, statistics and tokenizers of all configs of this folder but controls.py and no_state.py, once:
+
+    python data/make_demos.py --robot ego_vehicle --out runs/driving/data --episodes-per-task 60 \\
+        --val-episodes-per-task 6
+    python data/stats.py --config configs/driving/flow.py
+    python data/stats.py --config configs/driving/text.py
+    python data/fit_text.py --data runs/driving/data/ego_vehicle_sim/1.0.0 --out runs/driving/text.model \\
+        --keys language_instruction subtask caption agent_question agent_caption question answer forecast_question \\
+        forecast --waypoints --state-in-prompt --vocab-size 1024
+    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 60
+"""
+
+from openpi_like.driving.scenarios import PROMPTS
+from openpi_like.train.study import Arm, Study
+
+study = Study(
+    arms={name: Arm(f"configs/driving/{name}.py") for name in ("flow", "fast", "text", "query", "insulated", "senna")},
+    robot="ego_vehicle",
+    tasks=tuple(PROMPTS),
+    episodes=10,
+    varies=("data",),  # plans are normalised as each policy wants them, and the last reads a text of the steps too
+)

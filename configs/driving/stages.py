@@ -1,0 +1,132 @@
+"""OpenDriveVLA's staged training (Zhou et al. 2025, arXiv 2503.23463, table 1) at tiny size: one table, and the runs
+that are derived from it, `stages.py:stage1_alignment` and so on. Each has a file of its own, too.
+
+    python data/stats.py --config configs/driving/text.py
+    python train/train.py configs/driving/stage1_alignment.py
+    python train/train.py configs/driving/stage2_questions.py
+    python train/train.py configs/driving/stage2b_forecasting.py
+    python train/train.py configs/driving/stage3_planning.py
+
+A language model that reads six cameras, and the vehicles and lines of a perception, here the simulator's: it learns to
+say what these are, to answer questions, to say where others will be, and then to plan. `single_stage.py` has learned
+nothing before it plans, and does it for as many steps as all stages together.
+
+What is trained is the published table, with one exception: there, language model and 2D backbone were pretrained. At
+tiny size nothing was, and what is frozen as it was drawn can teach nothing. So each stage names what is trained as
+published, and what is trained here besides: the language model in stage 1, and the 2D backbone up to stage 3, where it
+is frozen as published. The same holds for rates. Published are 1e-4, then a tenth of it, for weights that were trained
+for long; here it is half.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from openpi_like.batch import EntityTokens
+from openpi_like.config import load_run
+from openpi_like.data.config import MixtureEntry
+from openpi_like.data.selection import Selection
+from openpi_like.driving.scene_texts import CAPTION_PROMPT
+from openpi_like.robots.ego_vehicle import ENTITIES
+from openpi_like.train.checkpoints.warm_start import WarmStart
+from openpi_like.train.config import TrainConfig
+from openpi_like.train.state import Trainable
+
+PARTS = {
+    "2D backbone": r"^vision/(?!head/)",
+    "projectors": r"^(entities|vision/head)/",
+    "language model": r"^vlm/",
+}
+"""All weights of the policy, as patterns of names. The map behind the image tower is the projector of the scene."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A question that is answered in words. question, answer: fields of the steps; None asks for a caption.
+
+    weight: beside the other texts of its stage.
+    """
+
+    question: str | None
+    answer: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    trained: parts that are trained as published. besides: those that are trained here too, as nothing was before.
+    rate: of learning, beside that of flow.py. texts: what is asked, () where it plans. start: the stage before, None
+    for weights as they are drawn.
+    """
+
+    trained: tuple[str, ...]
+    besides: tuple[str, ...]
+    rate: float
+    texts: tuple[Text, ...]
+    start: str | None
+    steps: int
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the weights that are not trained."""
+        return tuple(pattern for part, pattern in PARTS.items() if part not in (*self.trained, *self.besides))
+
+
+CAPTION = Text(None, "caption")
+AGENT = Text("agent_question", "agent_caption")
+QUESTION = Text("question", "answer", weight=2.0)
+FORECAST = Text("forecast_question", "forecast")
+TAUGHT = ("projectors", "language model")
+
+STAGES = {
+    "stage1_alignment": Stage(("projectors",), ("language model", "2D backbone"), 1.0, (CAPTION, AGENT), None, 1_000),
+    "stage2_questions": Stage(TAUGHT, ("2D backbone",), 0.5, (QUESTION, CAPTION), "stage1_alignment", 1_000),
+    "stage2b_forecasting": Stage(TAUGHT, ("2D backbone",), 0.5, (FORECAST,), "stage2_questions", 1_000),
+    "stage3_planning": Stage(TAUGHT, (), 0.5, (), "stage2b_forecasting", 1_500),
+}
+ALL_AT_ONCE = Stage(tuple(PARTS), (), 1.0, (), None, sum(stage.steps for stage in STAGES.values()))
+
+base = load_run(Path(__file__).with_name("text.py"))
+(plain,) = base.data.entries
+plans = dataclasses.replace(plain, robot=dataclasses.replace(plain.robot, entities=ENTITIES))
+
+
+def entry(text: Text) -> MixtureEntry:
+    """Returns the steps that have a question, each with its answer and no plan."""
+    robot = dataclasses.replace(plans.robot, language_key=text.question, default_prompt=CAPTION_PROMPT)
+    return dataclasses.replace(
+        plans,
+        robot=robot,
+        text_key=text.answer,
+        actions=False,
+        weight=text.weight,
+        label=text.answer,
+        selection=Selection(labelled=text.question is not None),
+    )
+
+
+def run(name: str, stage: Stage) -> TrainConfig:
+    """Returns the run of a stage. Its policy has room for the longest of its texts; weights do not depend on that."""
+    start = None if stage.start is None else WarmStart(f"runs/driving/{stage.start}")
+    rate = base.optimizer.peak_lr * stage.rate
+    return dataclasses.replace(
+        base,
+        run_dir=f"runs/driving/{name}",
+        model=dataclasses.replace(
+            base.model,
+            entities=tuple(EntityTokens(e.name, e.count, e.size) for e in ENTITIES),
+            prompt_len=32 if stage.texts else base.model.prompt_len,  # questions have no state in them
+            thought_len=112 if stage.texts else 0,
+        ),
+        data=dataclasses.replace(base.data, entries=tuple(map(entry, stage.texts)) or (plans,)),
+        warm_start=start,
+        trainable=Trainable(frozen=stage.frozen),
+        steps=stage.steps,
+        optimizer=dataclasses.replace(base.optimizer, peak_lr=rate, end_lr=rate / 100, decay_steps=stage.steps),
+        validate_every=stage.steps // 2,
+        save_every=stage.steps // 2,
+    )
+
+
+configs = {name: run(name, stage) for name, stage in {**STAGES, "single_stage": ALL_AT_ONCE}.items()}
