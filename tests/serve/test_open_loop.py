@@ -182,9 +182,7 @@ def test_a_robot_that_does_not_plan_is_refused(path, tmp_path):
 
 
 def test_a_server_that_is_not_there_is_said(path, tmp_path):
-    with pytest.raises(
-        SystemExit, match=r"no policy server at .*start serve/policy_server.py first, or give --base"
-    ):
+    with pytest.raises(SystemExit, match=r"no policy server at .*start serve/policy_server.py first, or give --base"):
         _run(_args(path, tmp_path, port=1))
     assert not (tmp_path / "ours.jsonl").exists()
 
