@@ -22,6 +22,7 @@ from openpi_like.driving.open_loop_scores import (
     BASELINES,
     CONSTANT_VELOCITY,
     CONVENTIONS,
+    DRIVERS_PLAN,
     METRICS,
     STANDING_STILL,
     FrameResult,
@@ -138,12 +139,19 @@ def _named(path: Path) -> str:
 # ---- Plots -----------------------------------------------------------------------------------------------------------
 
 
-def success_plot(policies: list[dict[str, Any]]) -> Figure:
+def colours(numbers: dict[str, Any]) -> dict[str, str]:
+    """Returns the colour of each policy, the same in all plots."""
+    named = [row["policy"] for row in numbers["closed_loop"]]
+    named += [row["name"] for group in numbers["open_loop"] for row in group["rows"] if row["name"] not in BASELINES]
+    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(dict.fromkeys(named))}
+
+
+def success_plot(policies: list[dict[str, Any]], colour_of: dict[str, str]) -> Figure:
     """Success of every policy over all tasks, with its interval."""
     figure = Figure(figsize=(11, 0.45 * len(policies) + 0.9), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(policies):
-        colour, rate = _COLOURS[y % len(_COLOURS)], row["successes"] / row["episodes"]
+        colour, rate = colour_of[row["policy"]], row["successes"] / row["episodes"]
         axes.plot(row["interval"], [y, y], color=colour, lw=3, solid_capstyle="round")
         axes.plot(rate, y, "o", color=colour, ms=8)
         axes.annotate(f"{rate:.0%}", (rate, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
@@ -155,17 +163,16 @@ def success_plot(policies: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def horizon_plot(group: dict[str, Any]) -> Figure:
+def horizon_plot(group: dict[str, Any], colour_of: dict[str, str]) -> Figure:
     """Distance to the truth, waypoint by waypoint; without standing still, which is far above."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
-    dashed = iter(("#9ca3af", "#4b5563"))
-    for i, row in enumerate(r for r in group["rows"] if r["name"] != STANDING_STILL):
+    grey = {CONSTANT_VELOCITY: "#9ca3af", DRIVERS_PLAN: "#4b5563"}
+    for row in (r for r in group["rows"] if r["name"] != STANDING_STILL):
         numbers = np.array(row["horizon"], float)  # None becomes NaN
         seconds = np.arange(1, len(numbers) + 1) / STEPS_PER_S
-        baseline = row["name"] in BASELINES
-        colour = next(dashed) if baseline else _COLOURS[(i + 1) % len(_COLOURS)]
-        axes.plot(seconds, numbers[:, 0], "--" if baseline else "o-", color=colour, ms=4, label=row["name"])
+        colour, line = {**colour_of, **grey}[row["name"]], "--" if row["name"] in grey else "o-"
+        axes.plot(seconds, numbers[:, 0], line, color=colour, ms=4, label=row["name"])
         axes.fill_between(seconds, numbers[:, 1], numbers[:, 2], color=colour, alpha=0.15, lw=0)
     axes.set_xlabel("seconds ahead")
     axes.set_ylabel("metres from the truth")
@@ -183,7 +190,7 @@ def _share(row: dict[str, Any]) -> str:
     return f"{row['successes']}/{row['episodes']}  [{low:.2f}, {high:.2f}]"
 
 
-def _closed_loop(policies: list[dict[str, Any]]) -> Iterator[str]:
+def _closed_loop(policies: list[dict[str, Any]], colour_of: dict[str, str]) -> Iterator[str]:
     head = ["policy", "success", "collided", "off the road", "progress", "seconds", "p", "only it / only the first"]
     body = []
     for row in policies:
@@ -191,7 +198,7 @@ def _closed_loop(policies: list[dict[str, Any]]) -> Iterator[str]:
         time = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         wrong = [f"{row[what]}/{row['episodes']}" for what in ("collided", "off_road")]
         body.append([row["policy"], _share(row), *wrong, f"{row['progress']:.0%}", time, *beside])
-    yield html_page.plot(success_plot(policies))
+    yield html_page.plot(success_plot(policies, colour_of))
     yield html_page.table(head, body)
     paired = sorted({row["paired"] for row in policies[1:]})
     said = f" in the {' or '.join(map(str, paired))} episodes that both drove" if paired else ""
@@ -220,8 +227,8 @@ def _by_task(policies: list[dict[str, Any]]) -> str:
     return html_page.table(["task", *(row["policy"] for row in policies)], body)
 
 
-def _open_loop(group: dict[str, Any]) -> Iterator[str]:
-    yield html_page.plot(horizon_plot(group))
+def _open_loop(group: dict[str, Any], colour_of: dict[str, str]) -> Iterator[str]:
+    yield html_page.plot(horizon_plot(group, colour_of))
     for convention in CONVENTIONS:
         body = [
             [
@@ -275,12 +282,12 @@ def _headline(numbers: dict[str, Any]) -> list[tuple[str, str]]:
 
 def page(numbers: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """Returns the report as HTML. pictures: name -> GIF."""
-    policies = numbers["closed_loop"]
+    policies, colour_of = numbers["closed_loop"], colours(numbers)
     sections = [
-        html_page.section("Closed loop", *_closed_loop(policies)),
+        html_page.section("Closed loop", *_closed_loop(policies, colour_of)),
         html_page.section("Success by task", _by_task(policies)),
         *(
-            html_page.section(f"Open loop, against {_AGAINST[g['against']]}", *_open_loop(g))
+            html_page.section(f"Open loop, against {_AGAINST[g['against']]}", *_open_loop(g, colour_of))
             for g in numbers["open_loop"]
         ),
         html_page.section(

@@ -15,7 +15,7 @@ import numpy as np
 
 from openpi_like.data.rlds_writer import Episode, write_rlds
 from openpi_like.driving.scenarios import BODIES
-from openpi_like.robots.ego_vehicle import EGO_VEHICLE, EGO_VEHICLE_SCENE
+from openpi_like.robots.ego_vehicle import AGENTS, EGO_VEHICLE, EGO_VEHICLE_SCENE, LINES
 from openpi_like.robots.robot import Robot
 
 START, HEADING = np.array([31.5, -12.25]), 0.7
@@ -70,8 +70,8 @@ def _episode(task: str, without: Sequence[str]) -> Episode:
         "boxes": boxes,
         "boxes_there": there,
         **{e.key: seen[e.name] for e in EGO_VEHICLE_SCENE.entities},
-        "observation/agents_there": (np.arange(16) < 1).astype(np.int64)[None].repeat(n, 0),
-        "observation/map_there": np.zeros((n, 32), np.int64),
+        "observation/agents_there": (np.arange(AGENTS) < 1).astype(np.int64)[None].repeat(n, 0),
+        "observation/map_there": np.zeros((n, LINES), np.int64),
     }
     return Episode(
         images=images,

@@ -12,7 +12,7 @@ from openpi_like.driving.nuscenes.truth import occupied
 from openpi_like.driving.open_loop import SIM_RULES, FrameTruth, Judged, RecordedDrives, car_boxes, judge, overlaps
 from openpi_like.driving.open_loop_scores import FrameResult, Scored, append_frame, read_frames, rows, shown
 from openpi_like.driving.planning_metrics import PlanningRules, PlanningScores
-from openpi_like.robots.ego_vehicle import EGO_VEHICLE
+from openpi_like.robots.ego_vehicle import EGO_VEHICLE, EGO_VEHICLE_METRES
 from tests.driving import made_drives
 from tests.driving.made_drives import ASIDE, RADIUS, A, way, write_drives
 
@@ -95,7 +95,7 @@ def test_a_dataset_without_poses_is_refused(tmp_path):
 
 
 def test_a_robot_without_a_velocity_is_refused(path):
-    blind = open_dataset(path, dataclasses.replace(EGO_VEHICLE, state=EGO_VEHICLE.state[1:]), "val")
+    blind = open_dataset(path, dataclasses.replace(EGO_VEHICLE_METRES, state=EGO_VEHICLE.state[1:]), "val")
     with pytest.raises(ValueError, match=r"robot 'ego_vehicle' does not plan: expected .* a velocity of 2 numbers"):
         RecordedDrives(blind)
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from openpi_like.driving.open_loop_scores import read_frames
-from openpi_like.robots.ego_vehicle import EGO_CONTROLS, EGO_VEHICLE
+from openpi_like.robots.ego_vehicle import EGO_CONTROLS, EGO_VEHICLE, ENTITIES
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policy import Reply, Thought
 from tests.driving.made_drives import ASIDE, A, write_drives
@@ -17,6 +17,7 @@ from tests.serve.running import Stub, serving
 
 PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[2] / "serve" / "open_loop.py"), run_name="open_loop")
 WHOLE = [(0, step) for step in range(6)] + [(1, step) for step in range(4)]  # (episode, step)
+SLOTS = {e.name: [e.count, e.size] for e in ENTITIES}
 AHEAD = np.arange(1, A + 1)[:, None] * np.array([0.0, 1.0])  # a waypoint each metre
 
 
@@ -89,13 +90,14 @@ def test_frames_are_evenly_spaced_and_cameras_as_the_server_says(path, tmp_path)
         asked.append(observation)
         return _going_on(observation)
 
-    with serving(Stub(infer, _metadata(cameras={}, entities={"agents": [16, 12]}))) as server:
+    with serving(Stub(infer, _metadata(cameras={}, entities=SLOTS))) as server:
         (tmp_path / "port").write_text(str(server.port))
         _run(_args(path, tmp_path, port_file=tmp_path / "port", frames=4))
     assert [(r.episode, r.step) for r in read_frames(tmp_path / "ours.jsonl")] == [WHOLE[i] for i in (0, 3, 6, 9)]
     assert [o["images"] for o in asked] == [{}] * 4
-    # One agent is there, whose numbers are the step.
+    # One agent is there, whose numbers are the step; of the map nothing.
     assert [o["entities"]["agents"].tolist() for o in asked] == [[[float(s)] * 12] for s in (0, 3, 0, 3)]
+    assert asked[0]["entities"]["map"].shape == (0, ENTITIES[1].size)
 
 
 def test_what_is_done_is_not_asked_again(path, tmp_path):
