@@ -77,13 +77,14 @@ def plot(figure: Figure, dpi: int = 110) -> str:
     return f'<img class="plot" alt="" src="{data_uri(buffer.getvalue(), "png")}">\n'
 
 
-def gallery(pictures: Iterable[tuple[str, bytes, str]]) -> str:
-    """Returns pictures in six columns. pictures: (caption, content of the file, kind, like "jpeg")."""
+def gallery(pictures: Iterable[tuple[str, bytes, str]], columns: int = 6) -> str:
+    """Returns pictures in columns. pictures: (caption, content of the file, kind, like "jpeg")."""
     figures = (
         f'<figure><img alt="" src="{data_uri(content, kind)}">{html.escape(caption)}</figure>'
         for caption, content, kind in pictures
     )
-    return f'<div class="films">{"".join(figures)}</div>'
+    style = f' style="grid-template-columns: repeat({columns}, 1fr)"' if columns != 6 else ""
+    return f'<div class="films"{style}>{"".join(figures)}</div>'
 
 
 def data_uri(content: bytes, kind: str) -> str:
