@@ -31,13 +31,18 @@ from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear, normal, use, weight, zeros
 from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.models.scene_decoder import SceneDecoder, SceneDecoderConfig, SceneReader
+from openpi_like.models.scene_perception import Perceived, PerceptionConfig, ScenePerception
 from openpi_like.models.sequences import Seen
 from openpi_like.models.vit import LayerNorm
 from openpi_like.partition import lookup
+from openpi_like.robots import Robot
 
 ACTORS = ("student", "teacher")
 LEFT_BEHIND = (r"^vlm/", r"^teacher/")
 """Weights of `DimaConfig` that `DimaStudentConfig` has no place for: for `WarmStart.drop`."""
+
+# A share of the loss, and the mean of it and the metrics by sample.
+_Part = tuple[float, tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]]
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
@@ -48,15 +53,34 @@ class DimaStudentConfig(PolicyConfig):
     """Sizes and options of the student alone, which has no language model; see `PolicyConfig`.
 
     backbone: of the teacher, for the towers, which see images without the text. student: sizes of its decoder.
+    perception: sees `entities` in the images; observations need not have any then, and training needs those of all
+        robots. None: they are given.
     """
 
     student: SceneDecoderConfig
+    perception: PerceptionConfig | None = None
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
         if getattr(self.backbone, "film", False):
             problems.append("backbone.film=True, expected False: the student has no language model to look with")
+        if self.perception is not None and not self.entities:
+            problems.append("perception without entities, expected slots for what it sees")
         return problems
+
+    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
+        """Returns slots that a robot has not, where they are learned: of it, nothing would seem to be around it."""
+        missing = sorted({slot.name for slot in self.entities} - {things.name for things in robot.entities})
+        if self.perception is None or not missing:
+            return []
+        return [f"entities without {', '.join(missing)}, expected all that the perception learns"]
+
+    def input_shapes(self, B: int, *, actions: bool) -> dict[str, Any]:
+        """As `PolicyConfig.input_shapes`; what a perception sees, an observation need not have."""
+        shapes = super().input_shapes(B, actions=actions)
+        if self.perception is not None and not actions:
+            shapes = {name: of for name, of in shapes.items() if name not in ("entities", "entity_mask")}
+        return shapes
 
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> Any:
@@ -121,7 +145,6 @@ class Student(nnx.Module):
     def __init__(self, config: DimaStudentConfig, key: Key[Array, ""]) -> None:
         c, D, W = config, config.backbone.language.width, config.student.width
         draw = normal(W**-0.5)
-        self.dtype = c.dtype
         self.words = weight(key, "words", (c.vocab_size, W), ("vocab", "embed"), draw, table=True)
         self.state_in = Linear(named_key(key, "state_in"), "BJ,JW->BW", (c.state_dim, W), ("action", "embed"))
         self.waypoint = weight(key, "waypoint", (c.action_horizon, W), (None, "embed"), draw)
@@ -143,10 +166,10 @@ class Student(nnx.Module):
 
         The feature is the mean of the waypoints' queries behind the decoder.
         """
-        tokens, there = self.images_in(seen._replace(tokens=seen.tokens.astype(self.dtype)))
+        tokens, there = self.images_in(seen)
         if backbone.entities is not None:
             things, there_too = backbone.entities(observation["entities"], observation["entity_mask"])
-            things_BEW = self.things_in(self.things_norm(things.astype(self.dtype)))
+            things_BEW = self.things_in(self.things_norm(things.astype(tokens.dtype)))
             tokens, there = jnp.concatenate([tokens, things_BEW], axis=1), jnp.concatenate([there, there_too], axis=1)
         queries_BAW = self._told(observation)[:, None] + use(self.waypoint, jnp.float32)
         read_BAW = self.decoder(queries_BAW, tokens, there)
@@ -186,7 +209,78 @@ def divergence(of_BD: Float[Array, "B D"], to_BD: Float[Array, "B D"]) -> Float[
 # ---- Policies --------------------------------------------------------------------------------------------------------
 
 
-class DimaStudent(OnePassPolicy):
+class ScenePolicy(OnePassPolicy):
+    """What student and both have in common: they look once, and may see for themselves what is around the car."""
+
+    config: DimaStudentConfig
+
+    def __init__(self, config: DimaStudentConfig, key: Key[Array, ""]) -> None:
+        """Use the config's `create`."""
+        super().__init__(config, key)
+        c = config
+        self.student = Student(c, named_key(key, "student"))
+        if c.perception is not None:
+            self.perception = ScenePerception(
+                named_key(key, "perception"),
+                c.perception,
+                c.entities,
+                cameras=len(c.cameras),
+                token_width=c.backbone.language.width,
+                unroll=c.unroll,
+                remat=c.remat,
+            )
+
+    def looked(self, observation: Observation) -> tuple[Observation, Seen, Perceived | None]:
+        """Returns what acting plans from: the observation with the things that are seen in the images, where there is a
+        perception, what the towers see, and what the perception does."""
+        seen = self.backbone.see(observation)
+        if self.config.perception is None:
+            return observation, seen, None
+        perceived = self.perception(seen)
+        return _with_entities(observation, perceived), seen, perceived
+
+    def looked_in_training(self, batch: Batch) -> tuple[Observation, Seen, Perceived | None]:
+        """As `looked`; what is read of the things around the car is as `PerceptionConfig` has it."""
+        given, of = self.config.observation(batch), self.config.perception
+        observation, seen, perceived = self.looked(given)
+        if of is None or perceived is None:
+            return observation, seen, perceived
+        if of.reads == "annotations":
+            observation = given
+        elif of.detached:
+            observation = _with_entities(given, jax.lax.stop_gradient(perceived))
+        return observation, seen, perceived
+
+    def perception_parts(
+        self, perceived: Perceived | None, batch: Batch, counts: dict[str, Float[Array, ""]] | None
+    ) -> dict[str, _Part]:
+        """Returns the perception's loss, and without a weight what it is made of."""
+        if perceived is None or self.config.perception is None:
+            return {}
+        errors_B, parts = self.perception.errors(perceived, batch["entities"], batch["entity_mask"])
+        samples = None if counts is None else counts["samples"]
+        whole = masked_means(errors_B[:, None], jnp.ones((len(errors_B), 1), bool), samples)
+        named = {name: (0.0, masked_means(*of)) for name, of in parts.items()}
+        return {"perception_loss": (self.config.perception.weight, whole), **named}
+
+    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """As `OnePassPolicy.loss_counts`, and "samples"."""
+        return super().loss_counts(batch) | {"samples": jnp.float32(len(batch["action_mask"]))}
+
+    def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
+        """Returns "loss" and each of its parts, NaN where no sample of the batch has it."""
+        loss, metrics = self.loss(key, batch)
+        parts = [name for name in metrics if f"{name}_valid" in metrics]
+        return {"loss": loss, **{k: metrics[k].sum() / metrics[f"{k}_valid"].sum() for k in parts}}
+
+    def loss(
+        self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+        """Returns the scalar and metrics by sample. counts: see `loss_counts`."""
+        raise NotImplementedError
+
+
+class DimaStudent(ScenePolicy):
     """The student alone: `loss` to train it, `sample_actions` to use it."""
 
     config: DimaStudentConfig
@@ -195,29 +289,29 @@ class DimaStudent(OnePassPolicy):
         """Use `DimaStudentConfig.create`."""
         super().__init__(config, key)
         del self.backbone.vlm
-        self.student = Student(config, named_key(key, "student"))
 
     def predict(self, observation: Observation) -> Float[Array, "B A J"]:
         """Returns normalised waypoints."""
-        return self.student(self.backbone, observation, self.backbone.see(observation)).plan
+        observation, seen, _ = self.looked(observation)
+        return self.student(self.backbone, observation, seen).plan
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean absolute error of a sample's valid entries, then over samples; `key` is not used.
 
-        Metrics: "loss" and "valid". counts: see `loss_counts`.
+        With a perception, its loss is added. Metrics: "loss" and "valid", and those of `perception_parts`.
+        counts: see `loss_counts`.
         """
         self.config.check_inputs(batch, actions=True)
-        plan = self.predict(self.config.observation(batch))
-        return _l1(plan, batch["actions"], batch["action_mask"], None if counts is None else counts["actions"])
+        observation, seen, perceived = self.looked_in_training(batch)
+        plan = self.student(self.backbone, observation, seen).plan
+        total = None if counts is None else counts["actions"]
+        of_plan = _l1(plan, batch["actions"], batch["action_mask"], total)
+        return _sum({"student_loss": (1.0, of_plan), **self.perception_parts(perceived, batch, counts)})
 
-    def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns "loss"."""
-        return {"loss": self.loss(key, batch)[0]}
 
-
-class Dima(OnePassPolicy):
+class Dima(ScenePolicy):
     """Both: `loss` to train them, `sample_actions` to use the one that `acts_as` names."""
 
     config: DimaConfig
@@ -225,25 +319,22 @@ class Dima(OnePassPolicy):
     def __init__(self, config: DimaConfig, key: Key[Array, ""]) -> None:
         """Use `DimaConfig.create`."""
         super().__init__(config, key)
-        self.student = Student(config, named_key(key, "student"))
         self.teacher = Teacher(config, named_key(key, "teacher"))
 
-    def both(self, observation: Observation) -> tuple[Planned, Planned]:
-        """Returns what the student and the teacher plan; images are looked at once."""
-        seen = self.backbone.see(observation)
-        return tuple(plans(self.backbone, observation, seen) for plans in (self.student, self.teacher))  # type: ignore[return-value]
+    def both(self, observation: Observation, seen: Seen) -> tuple[Planned, Planned]:
+        """Returns what the student and the teacher plan. seen: see `looked`."""
+        return self.student(self.backbone, observation, seen), self.teacher(self.backbone, observation, seen)
 
     def predict(self, observation: Observation) -> Float[Array, "B A J"]:
         """Returns normalised waypoints of the one that acts; the other is not run."""
         plans = self.student if self.config.acts_as == "student" else self.teacher
-        return plans(self.backbone, observation, self.backbone.see(observation)).plan
+        observation, seen, _ = self.looked(observation)
+        return plans(self.backbone, observation, seen).plan
 
     def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A2 J"]:
         """Returns both plans, the student's first."""
-        student, teacher = self.both(self.config.observation(batch))
-        return jnp.concatenate([student.plan, teacher.plan], axis=1)
-
-    # ---- Training ----------------------------------------------------------------------------------------------------
+        observation, seen, _ = self.looked(self.config.observation(batch))
+        return jnp.concatenate([planned.plan for planned in self.both(observation, seen)], axis=1)
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
@@ -251,12 +342,13 @@ class Dima(OnePassPolicy):
         """Returns the mean absolute error of both plans, plus what draws the student to the teacher; `key` is not used.
 
         Each part is a mean over a sample's valid entries, then over samples that have any. Metrics: "loss" and "valid",
-        and each part with its own "..._valid": "student_loss", "teacher_loss", "feature_loss", "imitation_loss".
-        counts: see `loss_counts`.
+        and each part with its own "..._valid": "student_loss", "teacher_loss", "feature_loss", "imitation_loss", and
+        those of `perception_parts`. counts: see `loss_counts`.
         """
         self.config.check_inputs(batch, actions=True)
         c, mask, total = self.config, batch["action_mask"], None if counts is None else counts["actions"]
-        student, teacher = self.both(c.observation(batch))
+        observation, seen, perceived = self.looked_in_training(batch)
+        student, teacher = self.both(observation, seen)
         with jax.named_scope("distillation"):
             apart = divergence(self.teacher.match(student.feature), jax.lax.stop_gradient(teacher.feature))
             feature = masked_means(apart[:, None], mask.any((1, 2))[:, None], total)
@@ -267,19 +359,12 @@ class Dima(OnePassPolicy):
             "feature_loss": (c.feature_weight, feature),
             "imitation_loss": (c.imitation_weight, imitation),
         }
-        metrics = {
-            "loss": jnp.stack([share * each["loss"] for share, (_, each) in parts.values()]).sum(0),
-            "valid": parts["student_loss"][1][1]["valid"],
-            **{name: each["loss"] for name, (_, (_, each)) in parts.items()},
-            **{f"{name}_valid": each["valid"] for name, (_, (_, each)) in parts.items()},
-        }
-        return jnp.stack([share * loss for share, (loss, _) in parts.values()]).sum(), metrics
+        return _sum(parts | self.perception_parts(perceived, batch, counts))
 
-    def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
-        """Returns "loss" and each of its parts."""
-        loss, metrics = self.loss(key, batch)
-        parts = [name for name in metrics if f"{name}_valid" in metrics]
-        return {"loss": loss, **{k: metrics[k].sum() / metrics[f"{k}_valid"].sum() for k in parts}}
+
+def _with_entities(observation: Observation, perceived: Perceived) -> Observation:
+    values, there = perceived.entities()
+    return {**observation, "entities": values, "entity_mask": there}
 
 
 def _l1(
@@ -290,3 +375,14 @@ def _l1(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
     """Returns the mean absolute error, see `masked_means`."""
     return masked_means(jnp.abs(plan_BAJ - jnp.where(mask_BAJ, to_BAJ, 0.0)), mask_BAJ, samples)
+
+
+def _sum(parts: dict[str, _Part]) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
+    """Returns the weighted sum of parts, and metrics by sample: the sum, and each part."""
+    metrics = {
+        "loss": jnp.stack([share * each["loss"] for share, (_, each) in parts.values()]).sum(0),
+        "valid": jnp.stack([each["valid"] for _, (_, each) in parts.values()]).max(0),
+    }
+    for name, (_, (_, each)) in parts.items():
+        metrics |= {name: each["loss"], f"{name}_valid": each["valid"]}
+    return jnp.stack([share * loss for share, (loss, _) in parts.values()]).sum(), metrics

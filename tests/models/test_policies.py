@@ -22,6 +22,7 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.plan_text import Characters
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.scene_decoder import SceneDecoderConfig
+from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.skill_memory import SkillMemoryConfig
 from openpi_like.models.smolvla import SmolVlaConfig
@@ -64,6 +65,10 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
         {"student": STUDENT, "teacher_width": 16, "acts_as": "teacher", "backbone": PRISMATIC, "entities": THINGS},
     ),
     "dima_student_entities": (DimaStudentConfig, {"student": STUDENT, "entities": THINGS}),
+    "dima_perception": (
+        DimaConfig,
+        {"student": STUDENT, "teacher_width": 16, "entities": THINGS, "perception": PerceptionConfig(decoder=STUDENT)},
+    ),
     "pi0_entities": (Pi0Config, {"entities": THINGS}),
     "openvla_entities": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2, "entities": THINGS}),
 }
