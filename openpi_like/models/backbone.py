@@ -29,7 +29,7 @@ from openpi_like.models.decoding import Decoding
 from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.gemma import attention_mask, token_positions
 from openpi_like.models.language import Behind, KVCache, LanguageModel
-from openpi_like.models.sequences import Embedded, answers, given_beside
+from openpi_like.models.sequences import Embedded, Seen, answers, given_beside
 from openpi_like.partition import pin
 
 
@@ -74,32 +74,43 @@ class Backbone(Decoding):
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
 
+    def see(self, observation: Observation | TextBatch | Batch, text_BSD: Float[Array, "B S D"] | None = None) -> Seen:
+        """Returns the tokens of all cameras. text: the embedded prompt, see `image_condition`; without it, images are
+        seen with nothing."""
+        cameras = self.config.cameras
+        images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
+        # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
+        B, C = images.shape[:2]
+        language = None
+        if text_BSD is not None:
+            language = self.image_condition(text_BSD, observation["prompt_mask"] & ~answers(observation))
+        if language is not None:
+            language = jnp.repeat(language, C, axis=0)
+        tokens, deep = self.embed_images(images.reshape(B * C, *images.shape[2:]), language)
+        by_camera = lambda x: x.reshape(B, C, *x.shape[1:])  # noqa: E731
+        there = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
+        return Seen(by_camera(tokens), there, tuple(by_camera(x) for x in deep))
+
     def embed_prefix(
-        self, observation: Observation | TextBatch | Batch, after_images: Float[Array, "B E D"] | None = None
+        self,
+        observation: Observation | TextBatch | Batch,
+        after_images: Float[Array, "B E D"] | None = None,
+        seen: Seen | None = None,
     ) -> Embedded:
         """Returns the tokens of cameras, in config order, and text, each where it stands.
 
         Behind those of the last camera come tokens of the things around the robot, where the config has such.
-        after_images: further tokens, valid in every row, behind these.
+        after_images: further tokens, valid in every row, behind these. seen: what `see` returns of this observation,
+            where there is need of it elsewhere too.
         """
-        cameras = self.config.cameras
-        images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
         text, text_mask = self.vlm.embed(observation["prompt"]), observation["prompt_mask"]
-        language = self.image_condition(text, text_mask & ~answers(observation))
-        # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
-        B, C = images.shape[:2]
-        if language is not None:
-            language = jnp.repeat(language, C, axis=0)
-        tokens, deep = self.embed_images(images.reshape(B * C, *images.shape[2:]), language)
-        P, D = tokens.shape[1:]
-        seen = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
-        by_camera = lambda x: x.reshape(B, C, P, D)  # noqa: E731
-        extra, extra_valid = self._behind_images(observation, after_images, tokens.dtype)
+        seen = self.see(observation, text) if seen is None else seen
+        extra, extra_valid = self._behind_images(observation, after_images, seen.tokens.dtype)
         nothing = None if extra is None else jnp.zeros_like(extra)
         return Embedded(
-            pin(self.splice(by_camera(tokens), text, extra), "batch", None, None),
-            self.splice(jnp.broadcast_to(seen[..., None], (B, C, P)), text_mask, extra_valid),
-            tuple(self.splice(by_camera(x), jnp.zeros_like(text), nothing) for x in deep),
+            pin(self.splice(seen.tokens, text, extra), "batch", None, None),
+            self.splice(jnp.broadcast_to(seen.there[..., None], seen.tokens.shape[:3]), text_mask, extra_valid),
+            tuple(self.splice(x, jnp.zeros_like(text), nothing) for x in seen.deep),
         )
 
     def _behind_images(
@@ -249,15 +260,16 @@ class Backbone(Decoding):
         *,
         bidirectional: bool = False,
         everything_sees_everything: bool = False,
+        seen: Seen | None = None,
     ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
         """Runs cameras, text and queries; returns all tokens after the final norm, queries last, and which are valid.
 
         queries: embeddings that stand behind everything, valid in every row, and see all that is valid before them.
-        after_images: see `embed_prefix`. bidirectional: queries see all queries, not those before them only.
+        after_images, seen: see `embed_prefix`. bidirectional: queries see all queries, not those before them only.
         everything_sees_everything: what is valid sees all that is valid, queries and prefix.
         """
-        seen = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
-        sequence, mask, rope = self._with_queries(observation, queries_BQD, after_images, **seen)
+        who = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
+        sequence, mask, rope = self._with_queries(observation, queries_BQD, after_images, seen, **who)
         with jax.named_scope("vlm"):
             return self.run(sequence, mask, rope)[0], sequence.valid
 
@@ -278,8 +290,8 @@ class Backbone(Decoding):
         """
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
         queries = jnp.zeros((B, 0, D)) if queries_BQD is None else queries_BQD
-        seen = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
-        sequence, mask, rope = self._with_queries(observation, queries, after_images, **seen)
+        who = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
+        sequence, mask, rope = self._with_queries(observation, queries, after_images, None, **who)
         with jax.named_scope("vlm"):
             states = self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
         return states[np.asarray(layers)], sequence.valid
@@ -289,12 +301,13 @@ class Backbone(Decoding):
         observation: Observation | TextBatch | Batch,
         queries_BQD: Float[Array, "B Q D"],
         after_images: Float[Array, "B E D"] | None,
+        seen: Seen | None,
         *,
         bidirectional: bool = False,
         everything_sees_everything: bool = False,
     ) -> tuple[Embedded, Bool[Array, "B S S"], Float[Array, "2 B S half"]]:
         """Returns a sequence, what sees what in it, and its rotations; see `run_queries`."""
-        prefix = self.embed_prefix(observation, after_images)
+        prefix = self.embed_prefix(observation, after_images, seen)
         (B, S), Q = prefix.valid.shape, queries_BQD.shape[1]
         behind = lambda x, value: jnp.pad(x, [(0, 0), (0, Q), (0, 0)][: x.ndim], constant_values=value)  # noqa: E731
         tokens = jnp.concatenate([prefix.tokens, queries_BQD.astype(prefix.tokens.dtype)], axis=1)
@@ -323,7 +336,7 @@ class Backbone(Decoding):
         begin = slice(0, self.image_starts()[0])
         before: Any = {**observation, **{k: observation[k][:, begin] for k in ("prompt", "prompt_mask")}}
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
-        sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None)
+        sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None, None)
         with jax.named_scope("vlm"):
             return self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
 

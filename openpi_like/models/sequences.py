@@ -1,6 +1,6 @@
 """A sequence before a language model: tokens of cameras and text, and what of the text sees what is before it alone.
 
-Letters: B batch, S tokens, D width, T tokens of a thought.
+Letters: B batch, C cameras, P tokens of one image, S tokens, D width, T tokens of a thought.
 """
 
 from typing import Any, NamedTuple
@@ -20,6 +20,17 @@ class Embedded(NamedTuple):
 
     tokens: Leaf
     valid: Leaf
+    deep: tuple[Leaf, ...] = ()
+
+
+class Seen(NamedTuple):
+    """What a backbone's image towers make of all cameras, in config order. tokens: (B, C, P, D). there: (B, C).
+
+    deep: as in `Embedded`, each (B, C, P, D).
+    """
+
+    tokens: Leaf
+    there: Leaf
     deep: tuple[Leaf, ...] = ()
 
 

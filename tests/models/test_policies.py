@@ -11,6 +11,7 @@ from flax import nnx
 
 from openpi_like.batch import EntityTokens
 from openpi_like.models.ddim import Ddim
+from openpi_like.models.dima import DimaConfig, DimaStudentConfig
 from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.m2vla import M2VlaConfig
@@ -20,6 +21,8 @@ from openpi_like.models.openvla_oft import OpenVlaOftConfig
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.plan_text import Characters
 from openpi_like.models.prismatic import PrismaticConfig
+from openpi_like.models.scene_decoder import SceneDecoderConfig
+from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.skill_memory import SkillMemoryConfig
 from openpi_like.models.smolvla import SmolVlaConfig
@@ -41,6 +44,7 @@ PRISMATIC = PrismaticConfig(
     LlamaConfig.tiny(width=16, depth=2, mlp_dim=32, num_kv_heads=2, head_dim=8, tied=True),
 )
 SKILLS = SkillMemoryConfig(size=12, recalled=3, layers=(0, 2), written=0.5)
+STUDENT = SceneDecoderConfig(width=16, depth=2, num_heads=2, mlp_dim=32)
 THINGS = (EntityTokens("agents", 3, 4), EntityTokens("map", 2, 5))
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "vlm4vla": (Vlm4VlaConfig, {"binary_dims": (3,), "head_width": 16}),
@@ -54,6 +58,17 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "vla_adapter": (VlaAdapterConfig, {"backbone": PRISMATIC, "queries": 4, "head_heads": 2}),
     "smolvla": (SmolVlaConfig, {"backbone": SMOLVLM, "expert": ExpertConfig(width=16, mlp_dim=32)}),
+    "dima": (DimaConfig, {"student": STUDENT, "teacher_width": 16}),
+    "dima_student": (DimaStudentConfig, {"student": STUDENT}),
+    "dima_teacher": (
+        DimaConfig,
+        {"student": STUDENT, "teacher_width": 16, "acts_as": "teacher", "backbone": PRISMATIC, "entities": THINGS},
+    ),
+    "dima_student_entities": (DimaStudentConfig, {"student": STUDENT, "entities": THINGS}),
+    "dima_perception": (
+        DimaConfig,
+        {"student": STUDENT, "teacher_width": 16, "entities": THINGS, "perception": PerceptionConfig(decoder=STUDENT)},
+    ),
     "pi0_entities": (Pi0Config, {"entities": THINGS}),
     "openvla_entities": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2, "entities": THINGS}),
 }
