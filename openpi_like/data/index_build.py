@@ -31,7 +31,7 @@ from openpi_like.data.index_columns import file_name, index_columns
 from openpi_like.data.index_shard import index_shard
 from openpi_like.data.schema import DatasetError, Feature, Schema, Shard, Split
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 SHOWN_RECORDS = 50  # damaged records listed in one message
 
 Progress = Callable[[int, int], None]  # bytes that are done, bytes of all shards

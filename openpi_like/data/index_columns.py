@@ -7,8 +7,9 @@ import numpy as np
 
 from openpi_like.data.schema import Feature, Schema
 
-# Step fields with more values than this (sentence embeddings, point clouds) would dwarf the rest of the index.
-MAX_STEP_VALUES = 256
+# Step fields with more values than this (sentence embeddings, point clouds) would dwarf the rest of the index; tables,
+# such as of the lanes around a car, may have more.
+MAX_STEP_VALUES, MAX_TABLE_VALUES = 256, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,9 @@ def index_columns(schema: Schema) -> tuple[list[IndexColumn], dict[str, str]]:
     for level, features in (("step", schema.steps), ("episode", schema.episode)):
         for key, f in features.items():
             shape = tuple(d for d in f.shape if d is not None)
-            if f.kind == "numeric" and not 0 < math.prod(shape) <= MAX_STEP_VALUES:
-                left_out[key] = f"it has {math.prod(shape)} values, more than {MAX_STEP_VALUES}"
+            most = MAX_TABLE_VALUES if len(shape) == 2 else MAX_STEP_VALUES
+            if f.kind == "numeric" and not 0 < math.prod(shape) <= most:
+                left_out[key] = f"it has {math.prod(shape)} values, more than {most}"
                 if not math.prod(shape):
                     left_out[key] = f"it has no values, its shape is {shape}"
             elif f.kind == "numeric":

@@ -65,9 +65,9 @@ def test_rows_of_agents_and_lines_by_hand():
     np.testing.assert_allclose(rows["agents"], [expected], atol=1e-6)
     assert rows["map"].shape == (2, LINE_NUMBERS)
     # The nearest comes first; its points are evenly spaced.
-    np.testing.assert_allclose(rows["map"][0, :8:2], 0)
-    np.testing.assert_allclose(rows["map"][0, 1:8:2], np.linspace(10, 30, 4) / REACH_M, rtol=1e-6)
-    np.testing.assert_array_equal(rows["map"][:, 8:], [[0, 1, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(rows["map"][0, :20:2], 0)
+    np.testing.assert_allclose(rows["map"][0, 1:20:2], np.linspace(10, 30, 10) / REACH_M, rtol=1e-6)
+    np.testing.assert_array_equal(rows["map"][:, 20:], [[0, 1, 0, 0], [0, 0, 0, 1]])
     nobody = entities(Annotations((), (), ""))
     assert (nobody["agents"].shape, nobody["map"].shape) == ((0, AGENT_NUMBERS), (0, LINE_NUMBERS))
 
