@@ -29,7 +29,7 @@ SIM_RULES = PlanningRules(length=LENGTH, width=WIDTH, ahead=0.0, invalid_as_zero
 """The simulator's car: its frame begins in its middle. Steps that are not known are left out."""
 
 Against = Literal["driven", "plan"]
-_STANDS = 0.05  # m from one waypoint to the next; in less there is no direction
+_STANDS = 0.3  # m from one waypoint to the next; in less, what a policy jitters by would turn the car
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -104,7 +104,7 @@ def test_a_robot_without_a_velocity_is_refused(path):
 
 
 def test_the_car_points_where_it_goes():
-    plan = np.array([[0.0, 2.0], [1.0, 3.0], [1.0, 3.01], [3.0, 3.01], [3.0, 1.0], [3.0, 1.0]])
+    plan = np.array([[0.0, 2.0], [1.0, 3.0], [0.8, 3.0], [3.0, 3.0], [3.0, 1.0], [3.0, 1.0]])
     boxes = car_boxes(plan, PlanningRules(length=5.0, width=2.0, ahead=1.0))
     quarter = np.pi / 4
     headings = np.array([2, 1, 1, 0, -2, -2]) * quarter
