@@ -14,11 +14,24 @@ from openpi_like.data import tfrecord
 from openpi_like.data.dataset import EpisodeDataset
 from openpi_like.data.images import decode
 from openpi_like.data.index import open_index
+from openpi_like.data.index_columns import index_columns
 from openpi_like.data.layouts.tfds import read_schema
-from openpi_like.data.schema import DatasetError
+from openpi_like.data.schema import DatasetError, Feature, Schema
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.crosscheck import assert_same_as_tfds
 from tests.data.toy import ARM, LENGTHS, change_record, shard
+
+
+def test_tables_may_have_more_numbers_than_vectors() -> None:
+    shapes = {"embedding": (512,), "vector": (256,), "lanes": (32, 24), "points": (1024, 3), "boxes": (2, 8, 32)}
+    steps = {key: Feature(key, "numeric", "float32", shape) for key, shape in shapes.items()}
+    columns, left_out = index_columns(Schema(steps, {}))
+    assert {column.feature.key for column in columns} == {"vector", "lanes"}
+    assert left_out == {
+        "embedding": "it has 512 values, more than 256",
+        "points": "it has 3072 values, more than 1024",
+        "boxes": "it has 512 values, more than 256",
+    }
 
 
 @pytest.mark.parametrize("split", list(LENGTHS))
