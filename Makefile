@@ -19,7 +19,7 @@ import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; extra
 print(*p["dependencies"], *(r for e in "$(EXTRAS)".split(",") for r in extras[e]), sep="\n")
 endef
 
-.PHONY: setup arms ray demo compare transfer chunking test lint constraints clean
+.PHONY: setup arms ray demo demo-driving compare transfer chunking test lint constraints clean
 setup: $(VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml constraints.txt
@@ -50,6 +50,10 @@ ray: setup
 # It can be stopped at any moment and goes on where it was. DEMO_SCALE=full does a longer run.
 demo: setup
 	$(PY) train/demo.py --scale $${DEMO_SCALE:-demo}
+
+# A simulated car: demonstrations, training, driving and plans beside the expert's, a report.
+demo-driving: setup
+	$(PY) train/demo_driving.py
 
 # Flow matching, FAST tokens and knowledge insulation on the same data, see configs/studies/action_tokens.py.
 STUDIES := runs/studies
