@@ -9,7 +9,8 @@ The paper's: one scene encoder for both, trained by both; KL divergence between 
 language model; losses that are summed without weights; a planner that is trained alone before (60 epochs, and 30
 together). Ours: features are of the last layer, not of the one before it; the divergence is that of softmaxes over
 channels, and moves the student alone; the student imitates the teacher's plan too; L1. Not here: VAD's and UniAD's
-encoders, questions and answers, masked and future bird's-eye views, scene editing.
+encoders, questions and answers, masked and future bird's-eye views, scene editing. What is said of the paper is from
+its abstract and public notes on it; its text and code were not at hand.
 
 Letters: B batch, C cameras, P tokens of one image, S tokens, D width of the language model, W width of the student,
 H width of the teacher's head, A action horizon, J action dims.
@@ -254,7 +255,7 @@ class ScenePolicy(OnePassPolicy):
     def perception_parts(
         self, perceived: Perceived | None, batch: Batch, counts: dict[str, Float[Array, ""]] | None
     ) -> dict[str, _Part]:
-        """Returns the perception's loss, and without a weight what it is made of."""
+        """Returns the perception's loss and, for the metrics, what that is made of; nothing without a perception."""
         if perceived is None or self.config.perception is None:
             return {}
         errors_B, parts = self.perception.errors(perceived, batch["entities"], batch["entity_mask"])

@@ -81,8 +81,10 @@ class SlotHead(nnx.Module):
     def __init__(self, key: Key[Array, ""], slot: EntityTokens, width: int) -> None:
         """width: W."""
         self.query = weight(key, "query", (slot.count, width), (None, "embed"), normal(width**-0.5))
-        self.presence = Linear(named_key(key, "presence"), "BNW,WF->BNF", (width, 1), ("embed", None))
-        self.values = Linear(named_key(key, "values"), "BNW,WF->BNF", (width, slot.size), ("embed", None))
+        # What comes out are numbers, as actions are, which an optimiser like Muon is not for.
+        axes = ("embed", "action")
+        self.presence = Linear(named_key(key, "presence"), "BNW,WF->BNF", (width, 1), axes)
+        self.values = Linear(named_key(key, "values"), "BNW,WF->BNF", (width, slot.size), axes)
 
 
 class ScenePerception(nnx.Module):

@@ -225,6 +225,13 @@ def test_a_perception_learns_from_robots_that_have_what_it_sees(tiny_policy: Any
     assert dataclasses.replace(config, perception=None).robot_problems(EGO_VEHICLE, None) == []
 
 
+def test_numbers_that_come_out_are_no_inner_maps(tiny_policy: Any) -> None:
+    """For Muon."""
+    maps = {name for name in ModelDef(config_of(tiny_policy)).maps if name.startswith("perception/")}
+    assert "perception/images_in/map/kernel" in maps
+    assert not {name for name in maps if "presence" in name or "values/" in name}
+
+
 def test_a_perception_has_a_query_for_each_row(tiny_policy: Any) -> None:
     sizes = PerceptionConfig(decoder=SIZES)
     made = nnx.eval_shape(

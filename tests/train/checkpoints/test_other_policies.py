@@ -1,4 +1,4 @@
-"""Policies with a memory, and with parts for each robot, through a checkpoint to a served policy."""
+"""Policies with a memory, with parts for each robot, and with a teacher, through a checkpoint to a served policy."""
 
 import dataclasses
 from pathlib import Path
@@ -11,19 +11,21 @@ import pytest
 
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.dexvla import DexVlaConfig
+from openpi_like.models.dima import LEFT_BEHIND, DimaConfig, DimaStudentConfig
 from openpi_like.models.m2vla import FROZEN, M2VlaConfig
 from openpi_like.models.scale_dp import ScaleDpConfig
-from openpi_like.models.weights import flatten, unflatten
+from openpi_like.models.weights import WeightsError, flatten, unflatten
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, save_policy
 from openpi_like.train.checkpoints.contract import contract_problems
 from openpi_like.train.checkpoints.load import load_policy_parts
+from openpi_like.train.checkpoints.warm_start import WarmStart, warm_start
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef, Trainable, Trainer
-from tests.models.test_policies import PRISMATIC, SKILLS
+from tests.models.test_policies import PRISMATIC, SKILLS, STUDENT
 from tests.train.run_files import ORDER, run_config
 
 
@@ -107,3 +109,33 @@ def test_a_robot_acts_by_its_own_maps_after_a_thought(policy: Any, contract_of: 
         Policy(load_policy_parts(tmp_path / "0"), dataclasses.replace(served.options, temperature=0.5))
     kept = Policy(load_policy_parts(tmp_path / "0"), dataclasses.replace(served.options, think_every=3))
     assert kept.metadata()["think_every"] == 3
+
+
+def test_a_student_is_served_without_its_teacher(policy: Any, contract_of: Any, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"backbone": PRISMATIC, "student": STUDENT}
+    both = DimaConfig(**common(DimaConfig, policy), **own, teacher_width=16)
+    alone = DimaStudentConfig(**common(DimaStudentConfig, policy), **own)
+    rng = np.random.default_rng(0)
+    shapes = flatten(ModelDef(both).shapes)
+    weights = {name: 0.2 * rng.standard_normal(x.shape).astype(np.float32) for name, x in shapes.items()}
+    save_policy(tmp_path / "both", unflatten(weights), contract=contract_of(both), origin="a test")
+
+    def started(config: Any, drop: tuple[str, ...], name: str) -> Path:
+        """As a run of no steps does."""
+        trainer = Trainer(
+            ModelDef(config), OptimizerConfig().create(), ema_decay=None, seed=0, mesh=MeshConfig(fsdp=2).create(),
+            rules=ShardingRules(), dataset_names=("sawyer",),
+        )  # fmt: skip
+        params, plan = warm_start(WarmStart(str(tmp_path / "both"), drop=drop), trainer)
+        assert all(row["from"] == "checkpoint" for row in plan.report)
+        save_policy(tmp_path / name, jax.device_get(params), contract=contract_of(config), origin="a test")
+        return tmp_path / name
+
+    student = started(alone, LEFT_BEHIND, "student")
+    teacher = started(dataclasses.replace(both, acts_as="teacher"), (), "teacher")
+    served = [Policy(load_policy_parts(run)) for run in (tmp_path / "both", student, teacher)]
+    actions = [policy.infer(observation(policy))["actions"] for policy in served]
+    np.testing.assert_allclose(actions[1], actions[0], atol=1e-6)
+    assert np.abs(actions[2] - actions[0]).max() > 1e-3
+    with pytest.raises(WeightsError, match=r"(?s)vlm/embedding: not used.*warm_start\.drop"):
+        started(alone, ("^teacher/",), "none")
