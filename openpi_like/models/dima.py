@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from openpi_like.batch import Array as Leaf
-from openpi_like.batch import Batch, Observation
+from openpi_like.batch import Batch, EntityTokens, Observation
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import Backbone, masked_means
 from openpi_like.models.paligemma import PaliGemmaConfig
@@ -76,12 +76,10 @@ class DimaStudentConfig(PolicyConfig):
             return []
         return [f"entities without {', '.join(missing)}, expected all that the perception learns"]
 
-    def input_shapes(self, B: int, *, actions: bool) -> dict[str, Any]:
-        """As `PolicyConfig.input_shapes`; what a perception sees, an observation need not have."""
-        shapes = super().input_shapes(B, actions=actions)
-        if self.perception is not None and not actions:
-            shapes = {name: of for name, of in shapes.items() if name not in ("entities", "entity_mask")}
-        return shapes
+    @property
+    def entities_asked(self) -> tuple[EntityTokens, ...]:
+        """As `PolicyConfig.entities_asked`: none with a perception."""
+        return self.entities if self.perception is None else ()
 
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> Any:

@@ -225,6 +225,8 @@ class PolicyConfig(VisionLanguageConfig):
         chunk = (self.action_horizon, self.action_dim)
         shapes: dict[str, Any] = {"state": row("float32", self.state_dim), "state_mask": row("bool", self.state_dim)}
         shapes |= self.text_shapes(B, answers=answers)
+        if not actions and not self.entities_asked:
+            shapes = {name: of for name, of in shapes.items() if name not in ("entities", "entity_mask")}
         if self.robots:
             shapes["robot"] = row("int32")
         if actions:
@@ -250,6 +252,11 @@ class PolicyConfig(VisionLanguageConfig):
     def sampling_shapes(self) -> dict[str, Any]:
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
         return {}
+
+    @property
+    def entities_asked(self) -> tuple[EntityTokens, ...]:
+        """Slots that an observation fills: all; those that the policy sees for itself, it need not have."""
+        return self.entities
 
     @property
     def takes_previous(self) -> bool:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from openpi_like.batch import Observation
+from openpi_like.batch import EntityTokens, Observation
 from openpi_like.config import near_names
 from openpi_like.data.images import fit
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
@@ -82,6 +82,13 @@ class Reply:
     thought: Thought | None = None
 
 
+def _asked(robot: Robot, slots: Sequence[EntityTokens]) -> Robot:
+    """Returns a robot without the things around it that a policy sees for itself. slots: those that it asks for."""
+    names = {slot.name for slot in slots}
+    asked = tuple(things for things in robot.entities if things.name in names)
+    return robot if asked == robot.entities else dataclasses.replace(robot, entities=asked)
+
+
 _WHOLE, _ROWS = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("rows")
 
 
@@ -148,7 +155,8 @@ class Policy:
                 temperature, or knows no flow matching and is to go on from chunks; or there are not so many devices.
         """
         self.options = o = options or PolicyOptions()
-        robots, kind = {r.name: r for r in parts.robots}, type(parts.model).__name__
+        robots = {r.name: _asked(r, parts.model.config.entities_asked) for r in parts.robots}
+        kind = type(parts.model).__name__
         if o.robot is not None and o.robot not in robots:
             raise ValueError(
                 f"the checkpoint was trained for {', '.join(robots)}, not for robot {o.robot!r}; "
@@ -368,9 +376,9 @@ class Policy:
             "prompt": ids,
             "prompt_mask": prompt_mask,
         }
-        if c.entities:
-            row["entities"] = {e.name: np.zeros((e.count, e.size), np.float32) for e in c.entities}
-            row["entity_mask"] = {e.name: np.arange(e.count) < len(entities.get(e.name, ())) for e in c.entities}
+        if asked := c.entities_asked:
+            row["entities"] = {e.name: np.zeros((e.count, e.size), np.float32) for e in asked}
+            row["entity_mask"] = {e.name: np.arange(e.count) < len(entities.get(e.name, ())) for e in asked}
             for name, values in entities.items():
                 row["entities"][name][: len(values)] = values
         if c.robots:

@@ -1,4 +1,4 @@
-"""Policies with a memory, with parts for each robot, and with a teacher, through a checkpoint to a served policy."""
+"""Policies with a memory, parts for each robot, a teacher, or a perception, through a checkpoint to a served policy."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,12 @@ from openpi_like.models.dexvla import DexVlaConfig
 from openpi_like.models.dima import LEFT_BEHIND, DimaConfig, DimaStudentConfig
 from openpi_like.models.m2vla import FROZEN, M2VlaConfig
 from openpi_like.models.scale_dp import ScaleDpConfig
+from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.weights import WeightsError, flatten, unflatten
 from openpi_like.partition import ShardingRules
+from openpi_like.robots.robot import Entities
 from openpi_like.robots.sawyer import SAWYER
+from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, save_policy
 from openpi_like.train.checkpoints.contract import contract_problems
@@ -25,7 +28,7 @@ from openpi_like.train.checkpoints.warm_start import WarmStart, warm_start
 from openpi_like.train.optimizer import OptimizerConfig
 from openpi_like.train.sharding import MeshConfig
 from openpi_like.train.state import ModelDef, Trainable, Trainer
-from tests.models.test_policies import PRISMATIC, SKILLS, STUDENT
+from tests.models.test_policies import PRISMATIC, SKILLS, STUDENT, THINGS
 from tests.train.run_files import ORDER, run_config
 
 
@@ -139,3 +142,26 @@ def test_a_student_is_served_without_its_teacher(policy: Any, contract_of: Any, 
     assert np.abs(actions[2] - actions[0]).max() > 1e-3
     with pytest.raises(WeightsError, match=r"(?s)vlm/embedding: not used.*warm_start\.drop"):
         started(alone, ("^teacher/",), "none")
+
+
+def test_who_sees_for_itself_is_not_told(policy: Any, contract_of: Any, tmp_path: Path) -> None:
+    things = tuple(Entities(e.name, f"observation/{e.name}", e.count, e.size) for e in THINGS)
+    own: dict[str, Any] = {"backbone": PRISMATIC, "student": STUDENT, "entities": THINGS}
+    told = DimaStudentConfig(**common(DimaStudentConfig, policy) | own)
+    given = {"agents": np.ones((2, 4), np.float32), "map": np.zeros((0, 5), np.float32)}
+    for config in (told, dataclasses.replace(told, perception=PerceptionConfig(decoder=STUDENT))):
+        contract = dataclasses.replace(contract_of(config), robots=(dataclasses.replace(SAWYER, entities=things),))
+        assert contract_problems(contract) == []
+        rng, shapes = np.random.default_rng(0), flatten(ModelDef(config).shapes)
+        weights = {name: 0.2 * rng.standard_normal(x.shape).astype(np.float32) for name, x in shapes.items()}
+        run = tmp_path / str(config.perception is None)
+        save_policy(run, unflatten(weights), contract=contract, origin="a test")
+        served = Policy(load_policy_parts(run))
+        asks, plain = served.metadata()["robots"]["sawyer"]["entities"], observation(served)
+        needed, refused = (
+            (plain | {"entities": given}, plain) if config is told else (plain, plain | {"entities": given})
+        )
+        assert asks == ({"agents": [3, 4], "map": [2, 5]} if config is told else {})
+        assert np.isfinite(served.infer(needed)["actions"]).all()
+        with pytest.raises(ObservationError, match=r"entities"):
+            served.infer(refused)
