@@ -1,8 +1,9 @@
 """Driving, end to end, in the simulator: what `make demo-driving` runs.
 
-Demonstrations of ten manoeuvres seen through six cameras, a policy that plans six waypoints from them, its drives
-closed loop against a server and its plans beside recorded drives, the expert beside both, and a report. Each step is
-one of the project's own programs. It can be stopped at any moment and goes on where it was.
+Demonstrations of ten manoeuvres, a policy that plans six waypoints from six cameras and from what the simulator says
+of vehicles and lanes, its drives closed loop against a server, its plans beside recorded drives, the expert beside
+both, and a report. Each step is one of the project's own programs. It can be stopped at any moment and goes on where it
+was.
 """
 
 import dataclasses
@@ -16,10 +17,10 @@ from rich.console import Console
 from openpi_like.job import SIMULATED, Job
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/driving/flow.py"
+CONFIG = "configs/driving/scene.py"
 # Demonstrations of each task for training and for validation, training steps, drives of each task, recorded frames.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"demos": 60, "val": 6, "steps": 3_000, "drives": 10, "frames": 300},
+    "demo": {"demos": 60, "val": 6, "steps": 1_500, "drives": 10, "frames": 300},
     "pulse": {"demos": 1, "val": 1, "steps": 2, "drives": 1, "frames": 4},
 }
 
@@ -61,23 +62,23 @@ def main(args: Args, console: Console) -> None:
 
     # ---- 2. Training -------------------------------------------------------------------------------------------------
     length = [f"steps={n['steps']}", f"optimizer.decay_steps={max(n['steps'], 100)}"]
-    job.step("train", ["train/train.py", CONFIG, f"run_dir={run}/flow", *sets, *length])
+    job.step("train", ["train/train.py", CONFIG, f"run_dir={run}/scene", *sets, *length])
 
     # ---- 3. Driving, and plans beside recorded drives ----------------------------------------------------------------
-    port = ["--port-file", f"{run}/flow.port"]
+    port = ["--port-file", f"{run}/scene.port"]
 
     def rollout(policy: str, *more: str) -> list[str]:
-        out = ["--out", f"{run}/rollouts/{'flow' if policy == 'trained' else policy}.jsonl"]
+        out = ["--out", f"{run}/rollouts/{'scene' if policy == 'trained' else policy}.jsonl"]
         episodes = ["--episodes", str(n["drives"]), *workers, *tasks]
         return ["serve/rollout.py", "--robot", "ego_vehicle", "--policy", policy, *episodes, *out, *more]
 
     films = ["--frames-dir", f"{run}/frames", "--frame-size", "192"]
-    beside = ["--data", data, "--robot", "ego_vehicle", "--label", "flow", "--frames", str(n["frames"])]
+    beside = ["--data", data, "--robot", "ego_vehicle", "--label", "scene", "--frames", str(n["frames"])]
     job.step(
         "drive",
         rollout("trained", *port, *films),
-        ["serve/open_loop.py", *beside, "--out", f"{run}/open_loop/flow.jsonl", *port],
-        server=["serve/policy_server.py", f"{run}/flow", "--port", "0", *port, *SIMULATED],
+        ["serve/open_loop.py", *beside, "--out", f"{run}/open_loop/scene.jsonl", *port],
+        server=["serve/policy_server.py", f"{run}/scene", "--port", "0", *port, *SIMULATED],
     )
     job.step("the expert on the same routes", rollout("expert"))
 
