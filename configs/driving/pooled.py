@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openpi_like.config import load_run
 from openpi_like.robots.ego_vehicle import EGO_VEHICLE
-from openpi_like.robots.robot import Plan
+from openpi_like.robots.plan import Plan
 
 base = load_run(Path(__file__).with_name("flow.py"))
 (entry,) = base.data.entries

@@ -19,7 +19,8 @@ from openpi_like.data.index import FrameIndex, open_index
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.data.step_values import StepValues
-from openpi_like.robots.robot import Camera, Entities, Robot
+from openpi_like.robots.entities import Entities
+from openpi_like.robots.robot import Camera, Robot
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from openpi_like.robots.robot import Plan, Robot, StateField
+from openpi_like.robots.plan import Plan
+from openpi_like.robots.robot import Robot, StateField
 
 EPSILON = 1e-6  # as in openpi, so that its statistics give its numbers
 # A dimension that varies less than this in the data (in its own unit) carries no scale. It is only centred, so a value

@@ -6,8 +6,10 @@ given (OpenDriveVLA, Zhou et al. 2025, arXiv 2503.23463, section 3.5).
 
 import dataclasses
 
+from openpi_like.robots.entities import Entities
 from openpi_like.robots.limits import Limits
-from openpi_like.robots.robot import ActionField, Camera, Entities, Plan, Robot, StateField
+from openpi_like.robots.plan import Plan
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 
 HISTORY = 4  # places where the car was, the farthest back first
 STEP_S = 0.5  # from one waypoint, and one place of the history, to the next

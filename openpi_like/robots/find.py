@@ -29,6 +29,8 @@ _BLANK = re.compile(r'\b(\w+)="\?"')
 # Files of this folder that define no robot
 _NO_ROBOTS = (
     "robot",
+    "entities",
+    "plan",
     "representations",
     "limits",
     "lerobot_fields",

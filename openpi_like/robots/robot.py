@@ -22,8 +22,10 @@ from jaxtyping import Bool, Float, Shaped
 from scipy.spatial.transform import Rotation
 
 from openpi_like.config import near_names
+from openpi_like.robots.entities import Entities
 from openpi_like.robots.gripper import Gripper
 from openpi_like.robots.limits import Limits, excess_problems, joined
+from openpi_like.robots.plan import Plan
 from openpi_like.robots.representations import ROTATIONS, UNITS
 
 _NO_ROTATION = 1e-6  # a quaternion shorter than this has no direction
@@ -263,46 +265,6 @@ class ActionField(StateField):
         for k in range(1, commands.shape[-2]):
             total = self.to_rotation(commands[..., k, :]) * total
         return self.from_rotation(total).reshape(*commands.shape[:-2], self.size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entities:
-    """Things around the robot that a perception, or a simulator, says in numbers: vehicles, lanes.
-
-    name: the slot the model sees. key: of a field (count, size) of RLDS steps; numbers of about 1 in size, which are
-    not normalised. mask_key: of a field (count,), above 0 where there is a thing; None: at every row.
-    """
-
-    name: str
-    key: str
-    count: int
-    size: int
-    mask_key: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.size < 1:
-            raise ValueError(f"Entities {self.name!r}: count {self.count} and size {self.size}, expected at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Chunks that are plans: every RLDS step holds a whole one, of what is to come as seen from there.
-
-    Waypoints in the frame of now are not the first waypoints of the steps to come, so a plan is stored, an array
-    (A, size) under the key of its fields, and not put together of later actions. Its first entry is executed; then a
-    new one is made.
-
-    known: key of how many of its entries are known, the first ones (a recording ends); None: all of them.
-    scale: how a plan is normalised. "per_step": each entry by statistics of its own, as what is farther ahead spreads
-        more; "pooled": all by the same ones; "none": not at all, numbers stay as they are in model space.
-    """
-
-    known: str | None = None
-    scale: str = "per_step"
-
-    def __post_init__(self) -> None:
-        if self.scale not in ("per_step", "pooled", "none"):
-            raise ValueError(f"Plan: scale {self.scale!r}, expected 'per_step', 'pooled' or 'none'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,10 @@ from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.data.stats import compute_normalization, load_normalization, save_normalization
 from openpi_like.robots.ego_vehicle import EGO_VEHICLE
+from openpi_like.robots.entities import Entities
+from openpi_like.robots.plan import Plan
 from openpi_like.robots.policy_fit import policy_problems
-from openpi_like.robots.robot import ActionField, Camera, Entities, Plan, Robot, StateField
+from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 from openpi_like.serve.observation import ObservationError, check_entities, check_previous
 from openpi_like.serve.ranges import RangeError, Ranges, RobotRanges
 from openpi_like.serve.runtime import Runtime

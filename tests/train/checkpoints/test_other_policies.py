@@ -17,7 +17,7 @@ from openpi_like.models.scale_dp import ScaleDpConfig
 from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.weights import WeightsError, flatten, unflatten
 from openpi_like.partition import ShardingRules
-from openpi_like.robots.robot import Entities
+from openpi_like.robots.entities import Entities
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policy import Policy
