@@ -57,8 +57,13 @@ class Args:
 def normalised(
     dataset: EpisodeDataset, normalization: Normalization, frames: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns normalised chunks, the same and their first states in robot space, and the mask within the episode."""
+    """Returns normalised chunks, the same and their first states in robot space, and the mask within the episode.
+
+    Plans are those that are known as a whole, as tokens are learned of no others.
+    """
     state, (actions, mask) = dataset.state(frames), dataset.actions(frames)
+    if dataset.robot.plan is not None:
+        state, actions, mask = (x[mask.all(axis=1)] for x in (state, actions, mask))
     return normalization.apply_actions(dataset.robot.encode_actions(actions, state)), actions, state, mask
 
 

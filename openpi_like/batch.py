@@ -59,11 +59,14 @@ class ActionTokens:
         return vocab_size - 1 - self.skip
 
 
+_TAKEN = {"names", "config", "slots", "decoder", "images_in"}  # by modules that have a part for each slot
+
+
 @dataclasses.dataclass(frozen=True)
 class EntityTokens:
     """Things around the robot (vehicles, lanes) that a model reads beside images: a slot, with a token for each thing.
 
-    count: things at most. size: numbers of each.
+    name: an identifier, as weights have it in their names. count: things at most. size: numbers of each.
     """
 
     name: str
@@ -73,6 +76,8 @@ class EntityTokens:
     def __post_init__(self) -> None:
         if self.count < 1 or self.size < 1:
             raise ValueError(f"EntityTokens {self.name!r}: count={self.count}, size={self.size}, expected at least 1")
+        if not self.name.isidentifier() or self.name in _TAKEN:
+            raise ValueError(f"EntityTokens: name={self.name!r}, expected an identifier, and none of {sorted(_TAKEN)}")
 
 
 class TextBatch(TypedDict):

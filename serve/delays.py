@@ -141,6 +141,8 @@ def main(args: Args, console: Console) -> None:
     client.close()
     if args.robot not in about["robots"]:
         sys.exit(f"the server does not serve {args.robot!r}; {near_names(args.robot, list(about['robots']))}")
+    if about["robots"][args.robot].get("plans"):
+        sys.exit(f"robot {args.robot!r} is given plans, made anew at every step: a late one is of another place")
     if "real-time" in args.methods and not about["real_time_chunking"]:
         sys.exit("the server was started without --real-time-chunking, and method real-time needs it")
     done = {(e.label, e.method, e.delay, e.task, e.seed) for e in read(args.out)}

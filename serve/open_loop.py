@@ -41,6 +41,7 @@ from openpi_like.driving.planning_metrics import constant_velocity
 from openpi_like.robots.ego_vehicle import ENTITIES
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.robot import Robot
+from openpi_like.serve.asked import asked_for, state_places
 from openpi_like.serve.client import DeadlineError, PolicyClient, ServerError
 
 _TASK = "episode_metadata/task"
@@ -111,10 +112,16 @@ class Asker:
         ]
         if not about.get("plans", False):
             problems.append("actions that are no plans, expected a policy trained on plans")
+        try:
+            state_places(about["state"], robot)
+        except ValueError as e:
+            problems.append(str(e))
         if problems:
             raise ValueError(f"the server's robot {robot.name!r} has what recorded drives lack: " + "; ".join(problems))
         self.robot = dataclasses.replace(robot, entities=tuple(slots[name] for name in about.get("entities", {})))
-        self._client, self._cameras = client, [known[name] for name in cameras]
+        self._client, self._about, self._cameras = client, about, [known[name] for name in cameras]
+        # Which weights answer: a contract, and a step of its run.
+        self.source = f"{client.metadata['contract']}, step {client.metadata['step']}"
 
     def ask(self, dataset: EpisodeDataset, frame: int) -> tuple[np.ndarray, float, str | None]:
         """Returns the plan of a frame, the milliseconds that it took, and what was written before it, if anything was.
@@ -125,17 +132,16 @@ class Asker:
             ValueError: what came is not a plan.
         """
         at = np.array([frame])
-        observation: dict[str, Any] = {
-            "robot": self.robot.name,
+        seen: dict[str, Any] = {
             "images": {camera.name: dataset.image(frame, camera) for camera in self._cameras},
             "state": dataset.state(at)[0],
             "prompt": dataset.prompts(at)[0],
         }
-        if self.robot.entities:
-            observation["entities"] = {}
-            for things in self.robot.entities:
-                values, there = dataset.entities(at, things)
-                observation["entities"][things.name] = values[0][there[0]]
+        seen["entities"] = {}
+        for things in self.robot.entities:
+            values, there = dataset.entities(at, things)
+            seen["entities"][things.name] = values[0][there[0]]
+        observation = asked_for(seen, self._about, self.robot)
         self._client.infer({"reset": True, "seed": frame})
         started = time.perf_counter()
         reply = self._client.infer(observation)
@@ -176,6 +182,7 @@ def results(args: Args, dataset: EpisodeDataset, asker: Asker | None, frames: np
         yield FrameResult(
             data=dataset.frames_digest(),
             label=args.label,
+            source=None if asker is None else asker.source,
             episode=episode,
             step=step - int(dataset.index.episode_start[episode]),
             task=dataset.texts(_TASK, at)[0],
@@ -199,7 +206,9 @@ def choose(args: Args, dataset: EpisodeDataset, console: Console) -> np.ndarray:
     return whole[np.linspace(0, len(whole) - 1, count).round().astype(int)]
 
 
-def still_to_do(args: Args, dataset: EpisodeDataset, frames: np.ndarray) -> tuple[np.ndarray, set[tuple[int, int]]]:
+def still_to_do(
+    args: Args, dataset: EpisodeDataset, source: str | None, frames: np.ndarray
+) -> tuple[np.ndarray, set[tuple[int, int]]]:
     """Returns the frames that are not in the results yet, and the places, (episode, step), of all.
 
     Raises:
@@ -208,7 +217,7 @@ def still_to_do(args: Args, dataset: EpisodeDataset, frames: np.ndarray) -> tupl
     episodes = dataset.episodes_of(frames)
     steps = dataset.steps(frames) - dataset.index.episode_start[episodes]
     places = [(int(e), int(s)) for e, s in zip(episodes, steps, strict=True)]
-    own = {"data": dataset.frames_digest(), "label": args.label, "against": args.against}
+    own = {"data": dataset.frames_digest(), "label": args.label, "against": args.against, "source": source}
     done = read_frames(args.out)
     for result in done:
         if wrong := {k: (getattr(result, k), v) for k, v in own.items() if getattr(result, k) != v}:
@@ -216,6 +225,11 @@ def still_to_do(args: Args, dataset: EpisodeDataset, frames: np.ndarray) -> tupl
                 f"{args.out} holds other results (there, wanted): {wrong}; remove it, or give another --out"
             )
     known = {(r.episode, r.step) for r in done}
+    if others := known - set(places):
+        raise ValueError(
+            f"{args.out} has {len(others)} frames that are not among these {len(places)}, asked with other --frames or "
+            "another --split; remove it, or give another --out"
+        )
     return frames[[place not in known for place in places]], set(places)
 
 
@@ -245,7 +259,7 @@ def main(args: Args, console: Console) -> None:
     dataset = open_dataset(args.data, robot, args.split)
     frames = choose(args, dataset, console)
     dataset.check_text(_TASK)
-    todo, wanted = still_to_do(args, dataset, frames)
+    todo, wanted = still_to_do(args, dataset, None if asker is None else asker.source, frames)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         answers = results(args, dataset, asker, todo)

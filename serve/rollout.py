@@ -13,7 +13,6 @@ layouts have seeds that no demonstration used. Run again after an interruption, 
 
 import concurrent.futures
 import dataclasses
-import itertools
 import math
 import multiprocessing
 import sys
@@ -33,9 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from websockets.exceptions import ConnectionClosed
 
 from openpi_like.config import near_names
-from openpi_like.robots.robot import Robot
 from openpi_like.robots.sims import SIMS, make_sim
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, SECONDS_AFTER_SUCCESS, Expert, Sim
+from openpi_like.serve.asked import asked_for, state_places
 from openpi_like.serve.evaluation import Episode, append_episode, read_episodes, success_rows
 from openpi_like.serve.recorder import Recorder
 from openpi_like.serve.spool import drop, open_spool
@@ -80,23 +79,6 @@ class Args:
             )
 
 
-def state_places(asked: list[Any], robot: Robot) -> np.ndarray:
-    """Returns which numbers of the state of a simulated robot a server asks for. asked: name, size, unit of fields.
-
-    Raises:
-        ValueError: it asks for a field that the robot does not have.
-    """
-    ends = dict(zip((f.name for f in robot.state), itertools.accumulate(f.size for f in robot.state), strict=True))
-    sizes = {f.name: f.size for f in robot.state}
-    if unknown := [f"{name}:{size}" for name, size, _ in asked if sizes.get(name) != size]:
-        raise ValueError(
-            f"the server asks for the state {', '.join(unknown)} of {robot.name!r}, which has "
-            f"{', '.join(f'{name}:{size}' for name, size in sizes.items())}; serve a policy of this robot"
-        )
-    places = [np.arange(ends[name] - size, ends[name]) for name, size, _ in asked]
-    return np.concatenate([np.zeros(0, np.int64), *places])
-
-
 class Camera(BasePolicy):
     """Looks only when the server is really asked: an `ActionChunkBroker` asks once per chunk, and drawing is slow.
 
@@ -106,19 +88,14 @@ class Camera(BasePolicy):
 
     def __init__(self, policy: BasePolicy, sim: Sim, about: dict[str, Any]) -> None:
         """about: what the server says of the robot."""
-        self._policy, self._sim = policy, sim
-        self._cameras = about["cameras"]
-        self._state = state_places(about["state"], sim.robot)
-        self._asks = {"images", "state", "prompt"} | ({"entities"} if about.get("entities") else set())
+        self._policy, self._sim, self._about = policy, sim, about
+        state_places(about["state"], sim.robot)  # raises now what it would raise at the first request
         self.latency_ms: list[float] = []
         self.seen: dict[str, Any] | None = None
         self.step, self.thoughts = 0, list[tuple[int, str]]()
 
     def infer(self, obs: dict) -> dict:
-        seen = self.seen or self._sim.observe()
-        observation = {"robot": self._sim.robot.name, **{k: v for k, v in seen.items() if k in self._asks}}
-        observation["images"] = {name: image for name, image in seen["images"].items() if name in self._cameras}
-        observation["state"] = seen["state"][self._state]
+        observation = asked_for(self.seen or self._sim.observe(), self._about, self._sim.robot)
         started = time.perf_counter()
         reply = self._policy.infer(observation)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
@@ -266,6 +243,8 @@ def main(args: Args, console: Console) -> None:
     if unknown:
         near = "; ".join(f"{task!r}: {near_names(task, sim.tasks)}" for task in unknown)
         sys.exit(f"robot {args.robot!r} has no tasks {near}")
+    if args.record is not None and (sim.robot.plan is not None or sim.robot.entities):
+        sys.exit(f"--record of robot {args.robot!r}: recordings have neither plans nor the things around a robot")
     port = int(args.port_file.read_text()) if args.port_file is not None else args.port
     if args.policy != "expert":
         check_server(args, port, sim)

@@ -316,3 +316,21 @@ def test_a_run_says_what_is_wrong_with_its_inputs(demo):
     typo = _program(*_train(demo, "wrong"), "data.entires.0.weight=1")
     assert typo.returncode != 0
     assert "did you mean 'entries'" in typo.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_driving_demo_reports_drives_and_plans(tmp_path):
+    pytest.importorskip("highway_env")
+    run = tmp_path / "run"
+    options = ["--tasks", "intersection-right", "--run", str(run)]
+    done = _program("train/demo_driving.py", *PULSE, *options, XLA_FLAGS=IN_A_HURRY)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for policy in ("scene", "expert"):
+        (episode,) = read_episodes(run / "rollouts" / f"{policy}.jsonl")
+        assert episode.success == (policy == "expert")
+        assert 0 <= episode.measures["progress"] <= 1
+    plans = [json.loads(line) for line in (run / "open_loop" / "scene.jsonl").read_text().splitlines()]
+    assert len(plans) == 4
+    assert np.shape(plans[0]["plan"]) == (6, 2)
+    assert (run / "report.html").stat().st_size > 10_000

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/driving/scene.py"
 # Demonstrations of each task for training and for validation, training steps, drives of each task, recorded frames.
 SCALES: dict[str, dict[str, int]] = {
-    "demo": {"demos": 60, "val": 6, "steps": 1_500, "drives": 10, "frames": 300},
+    "demo": {"demos": 60, "val": 6, "steps": 2_000, "drives": 10, "frames": 300},
     "pulse": {"demos": 1, "val": 1, "steps": 2, "drives": 1, "frames": 4},
 }
 
@@ -34,7 +34,7 @@ class Args:
     """
 
     scale: Literal["demo", "pulse"] = "demo"
-    run: Path = Path("runs/driving")
+    run: Path = Path("runs/demo_driving")
     workers: int = 2
     tasks: tuple[str, ...] = ()
 

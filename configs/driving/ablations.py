@@ -2,6 +2,7 @@
 with a perfect perception.
 
     python data/stats.py --config configs/driving/no_state.py
+    python data/stats.py --config configs/driving/pooled.py
     python train/study.py configs/driving/ablations.py --run runs/driving/ablations
 
 All else that it needs is made as policies.py says.

@@ -2,7 +2,7 @@
 
     python train/train.py configs/driving/flow.py
 
-`make demo-driving` makes what it needs, and runs it. What the other policies of this folder are compared with.
+What the other policies of this folder are compared with; policies.py says how what they need is made.
 """
 
 from openpi_like.data.config import DataConfig, MixtureEntry

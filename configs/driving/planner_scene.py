@@ -1,4 +1,4 @@
-"""The planner of planner.py, told every vehicle and line of the map in numbers: no language model, nothing sampled.
+"""The planner of planner.py, told the nearest vehicles and lines of the map: no language model, nothing is sampled.
 
     python train/train.py configs/driving/planner_scene.py
 

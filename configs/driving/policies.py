@@ -3,7 +3,7 @@ as tokens and by flow matching, and in digits after a decision in words.
 
     python train/study.py configs/driving/policies.py --run runs/driving/policies
 
-Data, statistics and tokenizers of all configs of this folder but controls.py and no_state.py, once:
+Data, statistics and tokenizers, once; controls.py, no_state.py and pooled.py name what they need beside these:
 
     python data/make_demos.py --robot ego_vehicle --out runs/driving/data --episodes-per-task 60 \\
         --val-episodes-per-task 6

@@ -1,9 +1,7 @@
 """flow.py with one scale for all waypoints: half a second ahead is then a small number, and three seconds a large one.
 
-    python data/stats.py --config configs/driving/pooled.py
-    python train/train.py configs/driving/pooled.py
-
-The statistics are those that text.py has, too.
+python data/stats.py --config configs/driving/pooled.py
+python train/train.py configs/driving/pooled.py
 """
 
 import dataclasses
@@ -21,5 +19,5 @@ config = dataclasses.replace(
     base,
     run_dir="runs/driving/pooled",
     data=dataclasses.replace(base.data, entries=(dataclasses.replace(entry, robot=robot),)),
-    stats="runs/driving/stats_pooled",
+    stats="runs/driving/stats_one_scale",
 )

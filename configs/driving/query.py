@@ -2,8 +2,8 @@
 
     python train/train.py configs/driving/query.py
 
-All but the policy is that of fast.py. Unlike VLM4VLA's robots, a car is told how fast it goes, in the prompt, and
-nothing of a plan is cut: what is far ahead differs more than between its quantiles.
+All but the policy is that of fast.py. Unlike VLM4VLA's robots, a car is told how fast it goes, in the prompt, and plans
+may go three times as far as between their quantiles, as those of a hard turn do; what is beyond is cut.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ config = dataclasses.replace(
         vocab_size=1024,
         prompt_format=FastPrompt(),
         binary_dims=(),
-        clip=1.5,
+        clip=3.0,
     ),
     action_tokenizer=None,
 )

@@ -1,4 +1,4 @@
-"""Flow matching with a perfect perception: cameras, and every vehicle and line of the map in numbers.
+"""Flow matching with a perfect perception: cameras, and the nearest vehicles and lines of the map in numbers.
 
     python train/train.py configs/driving/scene.py
 

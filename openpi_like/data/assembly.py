@@ -201,6 +201,7 @@ class Assembler:
         prompts, states_in_prompt = [""] * size, [np.zeros(0, np.float32)] * size
         said: list[str | None] = [None] * size
         written: list[np.ndarray | None] = [None] * size
+        told = np.ones(size, bool)  # whether the answer teaches; tokens are of whole plans, and some are known in part
         draws = None if held_out else uniform_draws(self.config.seed, _PROMPT_STREAM, positions)
         for i in np.unique(ids):
             dataset = self.datasets[i]
@@ -232,6 +233,8 @@ class Assembler:
                     # Past the end of the episode its last action is repeated: tokens are of whole chunks.
                     tokens, outside = self._action_ids(dataset, chunks, frames[rows], held_out)
                     saturated += outside
+                    if robot.plan is not None:
+                        told[rows] = mask.all(axis=1)
                     for row, of in zip(rows, tokens, strict=True):
                         written[row] = of
                 actions[rows, : robot.action_horizon, : robot.action_size] = np.where(mask[..., None], chunks, 0)
@@ -266,6 +269,7 @@ class Assembler:
                     assert dataset is not None  # as above
                     raise DatasetError(f"{dataset.where(int(frame))}: {e}") from e
             text = {k: np.stack([getattr(row, k) for row in answers]) for k in TextRow._fields}
+            text["prompt_loss"] &= told[:, None]
         batch = Batch(  # type: ignore[typeddict-item]  # text
             images=images,
             image_mask=image_mask,

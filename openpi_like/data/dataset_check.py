@@ -57,13 +57,19 @@ def check_dataset(
                     f"{where}: takes values {field.start} to {field.start + field.size - 1} of {field.key!r}, "
                     f"which has {math.prod(column.shape[1:])}; correct its start or size"
                 )
-            elif what == "action" and robot.plan is not None and column.shape[1:-1] != (robot.action_horizon,):
+            elif (
+                what == "action"
+                and robot.plan is not None
+                and (column.shape[1:-1] != (robot.action_horizon,) or field.start + field.size > column.shape[-1])
+            ):
                 problems.append(
                     f"{where}: {field.key!r} has shape {column.shape[1:]} at each step, expected a plan of "
                     f"{robot.action_horizon} entries, ({robot.action_horizon}, {field.start + field.size}) or more dims"
                 )
             else:
                 usable.append((what, field))
+    # Of plans, entries that are not known may be anything, see `_plan_problems`.
+    finite = [(what, field) for what, field in usable if what == "state" or robot.plan is None]
     problems += _entity_problems(index, robot, part)
     problems += _plan_problems(index, robot, part, selection, whole=not problems)
     known = [*index.texts, *index.episode_texts]
@@ -81,7 +87,7 @@ def check_dataset(
             "chunk to learn from; record the robot's own steps, with openpi_like.serve.recorder on the client"
         )
     if not selection.skip_not_finite:
-        for what, field in usable:
+        for what, field in finite:
             problems += describe_not_finite(index, [field], not_finite(index, part, [field]), f"{what} field ")
     _warn_of_grippers(index, robot, part, usable)
     if problems:
@@ -168,7 +174,9 @@ def _selection_problems(index: FrameIndex, robot: Robot, selection: Selection) -
             for k in selection.keep_ranges_key
             if k not in index.episode_texts
         ]
-    if selection.idle_below is not None and not any(moves(f) for f in robot.action):
+    if selection.idle_below is not None and robot.plan is not None:
+        problems.append("selection.idle_below: a plan does not say whether its step moves; leave it out")
+    elif selection.idle_below is not None and not any(moves(f) for f in robot.action):
         problems.append(
             "selection.idle_below: no action field is a delta, a velocity or relative to a state, so whether the "
             "robot moves cannot be told"

@@ -140,9 +140,10 @@ class _StepFilters:
         self._not_finite = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._shown: list[str] = []
         if selection.skip_not_finite:
-            of_state, of_action = not_finite(index, part, robot.state), not_finite(index, part, robot.action)
+            stored = robot.action if robot.plan is None else ()
+            of_state, of_action = not_finite(index, part, robot.state), not_finite(index, part, stored)
             self._shown = describe_not_finite(index, robot.state, of_state)
-            self._shown += describe_not_finite(index, robot.action, of_action)
+            self._shown += describe_not_finite(index, stored, of_action)
             derived = not_finite(index, part, [f for f in robot.action if is_derived(f)])
             of_action = np.union1d(of_action, values.plans_not_finite())
             self._not_finite = of_state, np.union1d(of_action, whole_episodes(index, derived))

@@ -38,7 +38,7 @@ from openpi_like.data.index_build import (
     schema_digest,
     some_of,
 )
-from openpi_like.data.index_columns import file_name
+from openpi_like.data.index_columns import file_name, large_tables
 from openpi_like.data.layouts import read_dataset
 from openpi_like.data.schema import DatasetError, Feature, Schema, Split
 from openpi_like.data.storage import Pictures, Place, RecordError
@@ -256,7 +256,8 @@ def _fingerprint(split: Split, schema: Schema) -> dict[str, Any]:
         "shard sizes": [s and s.size for s in split.stats],
         "shard times": [s and s.stamp for s in split.stats],
     }
-    return known | ({"files beside the shards": split.companions} if split.companions else {})
+    more = {"tables": large_tables(schema), "files beside the shards": split.companions}
+    return known | {name: value for name, value in more.items() if value}
 
 
 def _default_roots(directory: Location) -> list[Path]:

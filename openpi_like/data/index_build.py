@@ -27,11 +27,11 @@ import numpy as np
 
 from openpi_like.data import files
 from openpi_like.data.files import Location
-from openpi_like.data.index_columns import file_name, index_columns
+from openpi_like.data.index_columns import file_name, index_columns, large_tables
 from openpi_like.data.index_shard import index_shard
 from openpi_like.data.schema import DatasetError, Feature, Schema, Shard, Split
 
-INDEX_VERSION = 4
+INDEX_VERSION = 3
 SHOWN_RECORDS = 50  # damaged records listed in one message
 
 Progress = Callable[[int, int], None]  # bytes that are done, bytes of all shards
@@ -217,7 +217,8 @@ def _shards(parts: Path, split: Split, schema: Schema) -> list[Shard | None]:
             shards.append(None)
             continue
         known = [INDEX_VERSION, schema_digest(schema), location.name, stat.size, stat.stamp, expected]
-        key = digest([*known, split.companions] if split.companions else known)
+        more = [part for part in (large_tables(schema), split.companions) if part]
+        key = digest([*known, *more])
         part = parts / f"{i:05d}-{key}.npz"
         shards.append(Shard(split, i, stat.size, schema, part))
     return shards

@@ -52,6 +52,12 @@ def index_columns(schema: Schema) -> tuple[list[IndexColumn], dict[str, str]]:
     return fields, left_out
 
 
+def large_tables(schema: Schema) -> list[str]:
+    """Returns the step fields that have a column as tables alone: indexes of before tables had one are without."""
+    shapes = {key: tuple(d for d in f.shape if d is not None) for key, f in schema.steps.items() if f.kind == "numeric"}
+    return sorted(k for k, s in shapes.items() if len(s) == 2 and MAX_STEP_VALUES < math.prod(s) <= MAX_TABLE_VALUES)
+
+
 def file_name(key: str) -> str:
     """Returns the name of a column's file."""
     return key.replace("%", "%25").replace("/", "%2F") + ".npy"

@@ -69,7 +69,8 @@ def fields_of(robot: Robot) -> tuple[str, ...]:
         return f"{what} {', '.join(differs)}"
 
     lines = [line("state", f) for f in robot.state] + [line("action", f) for f in robot.action]
-    rate = [f"{robot.control_hz:g} control steps a second"] if any(f.command == "delta" for f in robot.action) else []
+    timed = any(f.command == "delta" or (robot.plan is not None and f.relative_to is not None) for f in robot.action)
+    rate = [f"{robot.control_hz:g} control steps a second"] if timed else []
     return (*lines, *rate, f"stride={robot.stride}")
 
 

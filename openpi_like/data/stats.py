@@ -88,7 +88,15 @@ class Moments:
         return count, mean, np.sqrt(squares / count)
 
     def bins(self) -> list[list[int]]:
-        """Returns per dim the bins that the ranks wanted for the quantiles lie in."""
+        """Returns per dim the bins that the ranks wanted for the quantiles lie in.
+
+        Raises:
+            ValueError: there were no rows.
+        """
+        if not self._parts and len(self.low):
+            raise ValueError(
+                "no plan is known as a whole, which statistics of each of its entries are of; take Plan(scale='pooled')"
+            )
         ends = np.cumsum(self.counts, axis=1)
         return [sorted({int(np.searchsorted(e, r, side="right")) for r in _ranks(int(e[-1]))}) for e in ends]
 
@@ -269,7 +277,9 @@ def accumulate(blocks: Iterable[Block], datasets: Sequence[EpisodeDataset], star
     for i, at in blocks:
         x, chunks, mask = datasets[i].encoded(np.arange(at, min(at + _BLOCK, len(datasets[i]))))
         state.add(x, (i, at))
-        action.add(datasets[i].robot.statistics_rows(chunks, mask), (i, at))
+        rows = datasets[i].robot.statistics_rows(chunks, mask)
+        if len(rows):  # of plans that are known in part, a block may have no whole one
+            action.add(rows, (i, at))
     return state, action
 
 
@@ -439,6 +449,8 @@ def load_openpi_stats(path: str | Path, robot: Robot) -> Normalization:
         ValueError: not such a file, fewer dims than the robot has, or no quantiles where the robot needs them.
     """
     path = Path(path)
+    if robot.plan is not None:
+        raise ValueError(f"{path}: robot {robot.name!r} plans, and openpi's statistics are of actions; make own ones")
     try:
         stored = json.loads(path.read_text())["norm_stats"]
         rows = {"state": (stored["state"], robot.state_names), "actions": (stored["actions"], robot.action_names)}
@@ -463,7 +475,13 @@ def load_openpi_stats(path: str | Path, robot: Robot) -> Normalization:
 
 
 def save_openpi_stats(normalization: Normalization, path: str | Path) -> None:
-    """Writes statistics as openpi's `norm_stats.json`."""
+    """Writes statistics as openpi's `norm_stats.json`.
+
+    Raises:
+        ValueError: they are of plans, which openpi does not have.
+    """
+    if normalization.plan is not None:
+        raise ValueError(f"statistics of robot {normalization.robot!r} are of plans, which openpi cannot be told")
     stored = {
         what: {k: list(getattr(stats, k)) for k in ("mean", "std", "q01", "q99")}
         for what, stats in (("state", normalization.state), ("actions", normalization.action))

@@ -54,15 +54,15 @@ class StepValues:
         A, known = self.robot.action_horizon, self.known(steps)
         read = [self.index.columns[f.key][steps][..., f.start : f.start + f.size] for f in self.robot.action]
         plans = np.concatenate(read, axis=2).astype(np.float32)
-        at = np.minimum(np.arange(A), known[:, None] - 1)
+        at = np.minimum(np.arange(A), np.maximum(known[:, None] - 1, 0))
         return np.take_along_axis(plans, at[..., None], axis=1), np.arange(A) < known[:, None]
 
     def plans_not_finite(self) -> np.ndarray:
         """Returns the steps of the part at which a known entry of the plan is not finite, ascending."""
         bad = [np.zeros(0, np.int64)]
         for block in blocks(self.part) if self.robot.plan is not None else ():
-            plans, _ = self.plans(np.arange(block.start, block.stop))
-            bad.append(block.start + np.flatnonzero(~np.isfinite(plans).all(axis=(1, 2))))
+            plans, known = self.plans(np.arange(block.start, block.stop))
+            bad.append(block.start + np.flatnonzero(~np.isfinite(plans).all(axis=(1, 2)) & known.any(axis=1)))
         return np.concatenate(bad)
 
     def commands(self, steps: np.ndarray, fields: Sequence[ActionField]) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from openpi_like.robots.sims.sim import HELD_OUT_SEED
 from openpi_like.serve.evaluation import Episode, wilson
 from openpi_like.train.study import mcnemar
 
@@ -15,7 +16,8 @@ GENTLE = 3.0
 
 
 def problems(drives: Mapping[str, Sequence[Episode]]) -> list[str]:
-    """Returns what is wrong with drives, by policy: none, one twice, or a measure that is missing."""
+    """Returns what is wrong with drives, by policy: none, one twice, a measure that is missing, or a layout that
+    demonstrations may have used."""
     found = []
     for policy, episodes in drives.items():
         places = [(e.task, e.seed) for e in episodes]
@@ -25,6 +27,8 @@ def problems(drives: Mapping[str, Sequence[Episode]]) -> list[str]:
             found.append(f"{policy}: no drives; drive with serve/rollout.py")
         if twice:
             found.append(f"{policy}: {twice[0]} was driven twice; remove one of them")
+        if seeds := sorted({e.seed for e in episodes if e.seed < HELD_OUT_SEED}):
+            found.append(f"{policy}: layout {seeds[0]} is one for demonstrations, expected {HELD_OUT_SEED} or more")
         if missing:
             found.append(f"{policy}: no measure {', '.join(missing)}, expected drives of the simulated car")
     return found

@@ -12,7 +12,7 @@ from openpi_like.driving.scenarios import Scenario
 from openpi_like.driving.traffic import STEP_S, Traffic
 
 PAST_S = 2.0
-_OFF = 0.3  # m beyond the edge of a lane that the car's middle may be: half of the car is off then
+_OFF = 0.3  # m beyond the edge of a lane that the car's middle may be: two thirds of the car are off then
 _ON_ROUTE = 1.2  # m from the middle of the lane, where the goal counts as reached
 
 

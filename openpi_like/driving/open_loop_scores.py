@@ -36,10 +36,11 @@ Table = dict[str, dict[str, dict[str, list[float | None]]]]
 class FrameResult:
     """One frame.
 
-    data: digest of the dataset's frames. label: of the policy, "" where none was asked. episode, step: of the split,
-    and in the episode. against: see `openpi_like.driving.open_loop`. valid: which waypoints of the truth are known.
-    truth: as if it were a plan. answers: of the baselines, and of the policy under its label. latency_ms: of the
-    request, None without one. thought: what the policy wrote before.
+    data: digest of the dataset's frames. label: of the policy, "" where none was asked. source: contract and step of
+    its weights, None where none was asked. episode, step: of the split, and in the episode. against: see
+    `openpi_like.driving.open_loop`. valid: which waypoints of the truth are known. truth: as if it were a plan.
+    answers: of the baselines, and of the policy under its label. latency_ms: of the request, None without one. thought:
+    what the policy wrote before.
     """
 
     data: str
@@ -52,6 +53,7 @@ class FrameResult:
     truth: Judged
     answers: dict[str, Judged]
     latency_ms: float | None = None
+    source: str | None = None
     thought: str | None = None
 
 

@@ -161,7 +161,7 @@ def make_scenario(task: str, seed: int) -> Scenario:
     light = LIGHTS[int(rng.choice(3, p=(0.6, 0.2, 0.2)))]
     make = {"highway": _highway, "merge": _merge, "roundabout": _junction, "intersection": _junction}[roads]
     scenario = make(roads, turn, rng, seed)
-    buildings = _buildings(network(roads), scenario, np.random.default_rng((_SEEDED, 1, seed)))
+    buildings = _buildings(network(roads), scenario, np.random.default_rng((_SEEDED, len(PROMPTS), seed)))
     return dataclasses.replace(scenario, task=task, seed=seed, light=light, buildings=buildings)
 
 

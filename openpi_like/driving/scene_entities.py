@@ -10,14 +10,16 @@ from openpi_like.driving.annotations import REACH_M, Agent, Annotations, MapLine
 from openpi_like.robots.ego_vehicle import AGENT_NUMBERS, AGENTS, LINE_NUMBERS, LINES
 
 _KINDS = ("car", "small car", "van", "truck")
-_LINES = ("middle", "striped", "continuous", "none")
+_LINES = ("middle", "striped", "continuous")
 _POINTS = (LINE_NUMBERS - len(_LINES)) // 2
 
 
 def entities(annotations: Annotations) -> dict[str, Float32[np.ndarray, "n F"]]:
-    """Returns "agents", the nearest first, and "map", the lines that come nearest first; at most as many as there is
-    room for, of which those that are left out are the farthest."""
-    lines = sorted(annotations.lines, key=lambda line: float(np.hypot(*line.points.T).min()))
+    """Returns "agents", the nearest first, and "map": middles of lanes, then edges that are painted, of either those
+    that come nearest first. Beyond as many as there is room for, the farthest are left out, of edges first."""
+    drawn = [line for line in annotations.lines if line.kind != "none"]
+    order = lambda line: (line.kind != "middle", float(np.hypot(*line.points.T).min()))  # noqa: E731
+    lines = sorted(drawn, key=order)
     agents = [_agent(agent) for agent in annotations.agents[:AGENTS]]
     return {
         "agents": np.array(agents, np.float32).reshape(len(agents), AGENT_NUMBERS),

@@ -40,7 +40,7 @@ def forecast_texts(number: int, agent: Agent, future_A2: Float[np.ndarray, "A 2"
     number: its row, from 0. future: where it is in 0.5, 1, ... 3 s, in its own frame of now, right and ahead, metres
     (Zhou et al. 2025, arXiv 2503.23463, section 3.4).
     """
-    question = f"where will agent {number + 1}, at ({agent.right:.0f},{agent.ahead:.0f}), be?"
+    question = f"where will agent {number + 1}, at ({agent.right:z.0f},{agent.ahead:z.0f}), be?"
     return {"forecast_question": question, "forecast": format_waypoints(future_A2)}
 
 
@@ -53,18 +53,18 @@ def in_frame_of(x: float, y: float, heading: float, xy_A2: Float[np.ndarray, "A 
 def _caption(agent: Agent) -> str:
     speed = math.hypot(*agent.velocity)
     does = "stands" if speed < _MOVES else f"drives at {3.6 * speed:.0f} km/h"
-    return f"a {agent.kind} at ({agent.right:.0f},{agent.ahead:.0f}), it {does}"
+    return f"a {agent.kind} at ({agent.right:z.0f},{agent.ahead:z.0f}), it {does}"
 
 
 def _question(agents: tuple[Agent, ...], doing: str, rng: np.random.Generator) -> tuple[str, str]:
     """A question about the scene and its answer."""
-    ahead = [a for a in agents if a.ahead > 0 and abs(a.right) < 2.0]
+    ahead = [a for a in agents if a.ahead > 0 and abs(a.right) < 2.0]  # wherever its lane leads
     moving = sum(math.hypot(*a.velocity) >= _MOVES for a in agents)
     asked = {
         "how many vehicles are near?": str(len(agents)),
         "how many vehicles near move?": str(moving),
         "how far is the nearest vehicle?": f"{agents[0].distance:.0f} m" if agents else "there is none",
-        "is somebody ahead in the lane?": f"yes, {min(a.ahead for a in ahead):.0f} m ahead" if ahead else "no",
+        "is somebody straight ahead?": f"yes, {min(a.ahead for a in ahead):.0f} m ahead" if ahead else "no",
         "is somebody on the left?": "yes" if any(a.right < -2.0 for a in agents) else "no",
         "is somebody on the right?": "yes" if any(a.right > 2.0 for a in agents) else "no",
         "what does the car do?": doing,

@@ -146,7 +146,8 @@ class Traffic:
                 vehicle.act()
         for vehicle in self.vehicles:
             vehicle.step(STEP_S)
-        gone = [i for i, v in enumerate(self.vehicles) if isinstance(v, _OnPath) and v.s > v.path.length - v.LENGTH]
+        at = enumerate(zip(self.movers(), self.vehicles, strict=True))
+        gone = [i for i, (mover, vehicle) in at if mover.s > mover.path.length - vehicle.LENGTH]
         for i in reversed(gone):
             del self.vehicles[i], self.slots[i]
         self._road.vehicles = [self._ego, *self.vehicles]

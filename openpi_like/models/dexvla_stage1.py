@@ -27,6 +27,8 @@ class DexVlaStage1Config(ScaleDpPolicyConfig):
         problems = super()._problems()
         if not isinstance(self.backbone, ResNetBertConfig):
             return [*problems, f"backbone={type(self.backbone).__name__}, expected a ResNetBertConfig"]
+        if self.entities:
+            problems.append(f"entities={self.entities}, expected (): a ResNet and BERT have no place for them")
         if self.prompt_len > self.backbone.text.positions:
             positions = self.backbone.text.positions
             problems.append(f"prompt_len={self.prompt_len}, expected at most the {positions} positions of the text")

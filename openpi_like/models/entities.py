@@ -21,7 +21,7 @@ class EntityProjector(nnx.Module):
 
     def __init__(self, key: Key[Array, ""], size: int, width: int) -> None:
         """size: F. width: D."""
-        self.first = Linear(named_key(key, "first"), "BNF,FD->BND", (size, width), (None, "embed"))
+        self.first = Linear(named_key(key, "first"), "BNF,FD->BND", (size, width), ("action", "embed"))
         self.second = Linear(named_key(key, "second"), "BNF,FD->BND", (width, width), (None, "embed"))
 
     def __call__(self, values_BNF: Float[Array, "B N F"]) -> Float[Array, "B N D"]:

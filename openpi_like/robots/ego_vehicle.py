@@ -36,7 +36,7 @@ STATE = (
 )
 
 AGENTS, AGENT_NUMBERS = 16, 12  # other vehicles, see `openpi_like.driving.scene_entities`
-LINES, LINE_NUMBERS = 32, 24  # of the map
+LINES, LINE_NUMBERS = 32, 23  # of the map
 
 ENTITIES = (
     Entities("agents", "observation/agents", AGENTS, AGENT_NUMBERS, "observation/agents_there"),

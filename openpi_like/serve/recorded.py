@@ -105,6 +105,8 @@ def look(recording: Recording, robot: Robot, limits: Limits = Limits()) -> Looke
         if shape != _chunk_shape(robot)
     ]
     problems += _camera_problems(robot, sizes, recording.steps)
+    if robot.entities:
+        problems.append(f"robot {robot.name!r} learns of the things around it, which recordings do not have")
     if robot.plan is not None:
         problems.append(
             f"robot {robot.name!r} learns plans, and what was recorded is what was executed of them; make plans of "

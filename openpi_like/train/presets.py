@@ -20,6 +20,7 @@ from openpi_like.models.weights import abstract_model
 from openpi_like.train.state import Trainable
 
 MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
+ENTITIES = "entities"  # within the backbone, of the robot: projectors of the things around it, see `models.entities`
 _LAYERS = Lora().rules[0].pattern  # linear maps of the language model's and the expert's layers
 
 
@@ -40,9 +41,10 @@ def parts(policy: Any) -> Parts:
     """Returns the parts of a policy, of its config; allocates nothing."""
     model: Any = abstract_model(policy)
     tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    backbone = tuple(sorted(tree.pop(BACKBONE)))
+    within = set(tree.pop(BACKBONE))
+    backbone = tuple(sorted(within - {ENTITIES}))
     vision = tuple(name for name in model.backbone.towers if name in backbone)
-    return Parts(vision, backbone, tuple(sorted(tree)))
+    return Parts(vision, backbone, tuple(sorted({*tree, *(within & {ENTITIES})})))
 
 
 def full(policy: Any) -> Trainable:

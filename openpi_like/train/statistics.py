@@ -127,7 +127,8 @@ def pretrained(robot: Robot, name: str | None, start: Contract | None) -> Normal
             + "\n  ".join(problems)
             + "\nuse Own() (of train/finetune.py: --statistics own)"
         )
-    return dataclasses.replace(start.normalizations[theirs.name], robot=robot.name, mode=robot.normalization)
+    chosen = start.normalizations[theirs.name]
+    return dataclasses.replace(chosen, robot=robot.name, mode=robot.normalization, plan=robot.plan)
 
 
 def misfits(theirs: Robot, ours: Robot) -> list[str]:
@@ -135,6 +136,10 @@ def misfits(theirs: Robot, ours: Robot) -> list[str]:
     problems = []
     if theirs.normalization != ours.normalization:
         problems.append(f"normalization={ours.normalization!r}, theirs is {theirs.normalization!r}")
+    scales = [None if r.plan is None else r.plan.scale for r in (ours, theirs)]
+    if scales[0] != scales[1] or (scales[0] == "per_step" and ours.action_horizon != theirs.action_horizon):
+        of = [f"{r.plan} of {r.action_horizon} entries" for r in (ours, theirs)]
+        problems.append(f"plan={of[0]}, theirs is {of[1]}")
     fields: tuple[tuple[str, tuple[StateField, ...], tuple[StateField, ...]], ...] = (
         ("state", theirs.state, ours.state),
         ("action", theirs.action, ours.action),

@@ -7,13 +7,26 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from openpi_like.batch import EntityTokens
-from openpi_like.data import rlds_writer
+from openpi_like.batch import ActionTokens, EntityTokens
+from openpi_like.data import rlds_writer, stats
+from openpi_like.data.assembly import Assembler
+from openpi_like.data.config import DataConfig, MixtureEntry
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.fast import dct_coefficients, fit_fast
+from openpi_like.data.normalize import fields_of
+from openpi_like.data.prompts import FastPrompt
 from openpi_like.data.rlds_writer import Episode, write_rlds
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
-from openpi_like.data.stats import compute_normalization, load_normalization, save_normalization
+from openpi_like.data.sentencepiece_model import fit_text_tokenizer
+from openpi_like.data.stats import (
+    compute_normalization,
+    load_normalization,
+    load_openpi_stats,
+    save_normalization,
+    save_openpi_stats,
+)
+from openpi_like.data.text import TextTokenizer
 from openpi_like.robots.ego_vehicle import EGO_VEHICLE
 from openpi_like.robots.entities import Entities
 from openpi_like.robots.plan import Plan
@@ -22,6 +35,7 @@ from openpi_like.robots.robot import ActionField, Camera, Robot, StateField
 from openpi_like.serve.observation import ObservationError, check_entities, check_previous
 from openpi_like.serve.ranges import RangeError, Ranges, RobotRanges
 from openpi_like.serve.runtime import Runtime
+from openpi_like.train.statistics import misfits
 from tests.data.toy import Shapes
 
 pytest.importorskip("tensorflow_datasets")
@@ -131,6 +145,59 @@ def test_a_plan_may_be_relative_to_where_the_velocity_leads(written):
     np.testing.assert_allclose(robot.decode_actions(encoded, state), actions, rtol=1e-5, atol=1e-3)
 
 
+def test_statistics_of_blocks_without_a_whole_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats, "_BLOCK", 4)
+    part = [episode(0, known=[3, 3, 3, 3, 2, 1]), episode(1, known=[2] * STEPS)]
+    data = open_dataset(write(tmp_path / "a", *part), ROBOT, "train")
+    normalization = compute_normalization(data)
+    assert (normalization.action.count, normalization.state.count) == (4, 2 * STEPS)
+    nothing = open_dataset(write(tmp_path / "b", part[1]), ROBOT, "train")
+    with pytest.raises(ValueError, match="no plan is known as a whole"):
+        compute_normalization(nothing)
+    pooled = dataclasses.replace(ROBOT, plan=Plan("plan_known", scale="pooled"))
+    some = compute_normalization(open_dataset(tmp_path / "b" / "plans" / "1.0.0", pooled, "train"))
+    assert some.action.count == 2 * STEPS
+
+
+def test_statistics_of_plans_are_not_taken_for_others(written, tmp_path):
+    normalization = compute_normalization(open_dataset(written[0], ROBOT, "train"))
+    with pytest.raises(ValueError, match="openpi cannot be told"):
+        save_openpi_stats(normalization, tmp_path / "norm_stats.json")
+    with pytest.raises(ValueError, match="openpi's statistics are of actions"):
+        load_openpi_stats(tmp_path / "norm_stats.json", ROBOT)
+    relative = dataclasses.replace(ROBOT, action=(dataclasses.replace(ROBOT.action[0], relative_to="speed"),))
+    faster = dataclasses.replace(relative, control_hz=4.0)
+    assert fields_of(relative) != fields_of(faster)
+    assert not misfits(ROBOT, dataclasses.replace(ROBOT, plan=Plan("other")))
+    for other in ({"plan": Plan("plan_known", scale="none")}, {"action_horizon": 4}, {"plan": None}):
+        assert any("plan=" in line for line in misfits(dataclasses.replace(ROBOT, **other), ROBOT)), other
+
+
+def test_tokens_are_learned_of_whole_plans_alone(tmp_path):
+    """Beyond what is known the last entry is repeated, which is no plan."""
+    path = write(tmp_path / "a", episode(0, known=[3, 3, 2, 3, 1, 3]), episode(1))
+    entry = MixtureEntry(ROBOT, str(path), val_split=None)
+    data = open_dataset(path, ROBOT, "train")
+    normalization = compute_normalization(data)
+    _, chunks, mask = data.encoded(np.arange(len(data)))
+    coefficients = dct_coefficients(normalization.apply_actions(chunks[mask.all(1)]), 10.0).astype(np.int32)
+    fast = fit_fast([coefficients], scale=10.0, vocab_size=80)
+    policy = Shapes(
+        cameras=("front",),
+        prompt_len=60,
+        prompt_format=FastPrompt(),
+        vocab_size=600,
+        action_tokens=ActionTokens(max_len=40, count=200, skip=0),
+    )
+    text = TextTokenizer(fit_text_tokenizer(["go"], 300), 60, prompt_format=FastPrompt(), answer_len=40)
+    config = DataConfig(entries=(entry,), saturate_actions=True)
+    assembler = Assembler([data], policy, text, {"planner": normalization}, config, fast)
+    batch, _ = assembler(np.zeros(12, np.int64), np.arange(12), np.arange(12))
+    whole = np.array([True, True, False, True, False, True, *[True] * 6])
+    np.testing.assert_array_equal(batch["prompt_loss"].any(1), whole)
+    np.testing.assert_array_equal(batch["action_mask"][:, :3, 0].all(1), whole)
+
+
 def test_what_is_far_from_training_is_said_by_entry(written):
     data = open_dataset(written[0], ROBOT, "train")
     normalization = compute_normalization(data)
@@ -154,6 +221,7 @@ def test_plans_that_do_not_fit(written, tmp_path):
         ({"plan": Plan("known")}, "no 'known'"),
         ({"action": (ActionField("ahead", "observation/speed", 1),)}, "has shape \\(1,\\) at each step"),
         ({"action": (ActionField("ahead", "plan", 7),)}, "takes values 0 to 6"),
+        ({"action": (ActionField("ahead", "plan", 3),)}, r"expected a plan of 3 entries, \(3, 3\) or more dims"),
     ):
         with pytest.raises(DatasetError, match=said):
             open_dataset(path, dataclasses.replace(ROBOT, **change), "train")
@@ -178,6 +246,11 @@ def test_a_plan_that_is_not_finite_is_found_in_any_entry(tmp_path, monkeypatch):
         open_dataset(path, ROBOT, "train")
     data = open_dataset(path, ROBOT, "train", selection=Selection(skip_not_finite=True))
     assert data.removed == {"not finite": 1}
+    nothing = episode(2, known=[3, 3, 0, 3, 3, 3])
+    nothing.action[2] = np.nan  # of a step that is no frame
+    assert len(open_dataset(write(tmp_path / "c", nothing), ROBOT, "train")) == STEPS - 1
+    with pytest.raises(DatasetError, match=r"selection\.idle_below: a plan does not say"):
+        open_dataset(path, ROBOT, "train", selection=Selection(skip_not_finite=True, idle_below=0.1))
     assert np.isfinite(data.actions(np.arange(len(data)))[0]).all()
 
 

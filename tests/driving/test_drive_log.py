@@ -59,15 +59,15 @@ def drive():
 
 def test_rows_of_agents_and_lines_by_hand():
     line = MapLine("striped", np.array([[0.0, 10.0], [0.0, 30.0]]))
-    far = MapLine("none", np.array([[40.0, 0.0], [40.0, 10.0]]))
-    rows = entities(Annotations((agent(3, 5.0, 10.0, math.pi / 2),), (far, line), ""))
+    far, unseen = (MapLine(kind, np.array([[40.0, 0.0], [40.0, 10.0]])) for kind in ("middle", "none"))
+    rows = entities(Annotations((agent(3, 5.0, 10.0, math.pi / 2),), (line, unseen, far), ""))
     expected = [5 / 50, 10 / 50, 1.0, 0.0, 0.54, 0.2, -0.5, 0.0, 0.0, 0.0, 1.0, 0.0]
     np.testing.assert_allclose(rows["agents"], [expected], atol=1e-6)
     assert rows["map"].shape == (2, LINE_NUMBERS)
-    # The nearest comes first; its points are evenly spaced.
-    np.testing.assert_allclose(rows["map"][0, :20:2], 0)
-    np.testing.assert_allclose(rows["map"][0, 1:20:2], np.linspace(10, 30, 10) / REACH_M, rtol=1e-6)
-    np.testing.assert_array_equal(rows["map"][:, 20:], [[0, 1, 0, 0], [0, 0, 0, 1]])
+    # Middles come before edges; points are evenly spaced.
+    np.testing.assert_allclose(rows["map"][1, :20:2], 0)
+    np.testing.assert_allclose(rows["map"][1, 1:20:2], np.linspace(10, 30, 10) / REACH_M, rtol=1e-6)
+    np.testing.assert_array_equal(rows["map"][:, 20:], [[1, 0, 0], [0, 1, 0]])
     nobody = entities(Annotations((), (), ""))
     assert (nobody["agents"].shape, nobody["map"].shape) == ((0, AGENT_NUMBERS), (0, LINE_NUMBERS))
 
@@ -95,12 +95,12 @@ def test_answers_are_true():
         asked[texts["question"]] = texts["answer"]
         number = int(texts["agent_question"].split()[-1].rstrip("?"))
         does = ("it drives at 18 km/h", "it stands")[number - 1]
-        assert texts["agent_caption"] == f"a van at {('(-0,12)', '(4,-20)')[number - 1]}, {does}"
+        assert texts["agent_caption"] == f"a van at {('(0,12)', '(4,-20)')[number - 1]}, {does}"
     assert asked == {
         "how many vehicles are near?": "2",
         "how many vehicles near move?": "1",
         "how far is the nearest vehicle?": "12 m",
-        "is somebody ahead in the lane?": "yes, 12 m ahead",
+        "is somebody straight ahead?": "yes, 12 m ahead",
         "is somebody on the left?": "no",
         "is somebody on the right?": "yes",
         "what does the car do?": "turn left",

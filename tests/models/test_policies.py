@@ -14,6 +14,7 @@ from openpi_like.models.ddim import Ddim
 from openpi_like.models.dima import DimaConfig, DimaStudentConfig
 from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.llama import LlamaConfig
+from openpi_like.models.lora import Lora
 from openpi_like.models.m2vla import M2VlaConfig
 from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.openvla import OpenVlaConfig
@@ -31,6 +32,8 @@ from openpi_like.models.smolvlm import SmolVlmConfig
 from openpi_like.models.text_waypoints import TextWaypointsConfig
 from openpi_like.models.vla_adapter import VlaAdapterConfig
 from openpi_like.models.vlm4vla import Vlm4VlaConfig
+from openpi_like.train import presets
+from openpi_like.train.state import ModelDef, Trainable
 
 KEY = jax.random.key(0)
 SMOLVLM = SmolVlmConfig(
@@ -218,3 +221,14 @@ def test_a_policy_of_kept_image_states_takes_no_entities(tiny_policy: Any) -> No
     own = {"backbone": PRISMATIC, "queries": 4, "head_heads": 2, "entities": THINGS}
     with pytest.raises(ValueError, match="no entities"):
         M2VlaConfig(**{**common, **own}).create(KEY)
+
+
+def test_entity_projectors_belong_to_the_robot(tiny_policy: Any) -> None:
+    """Presets that leave the backbone alone train them: they are drawn anew for every robot."""
+    config = dataclasses.replace(tiny_policy, entities=THINGS)
+    names = {"entities/agents/first/kernel", "entities/map/second/bias"}
+    for trainable in (presets.lora(config), presets.expert_only(config), Trainable(lora=Lora())):
+        assert names <= ModelDef(config, trainable).trained
+    for name in ("names", "decoder", "a b", "1st", "a/b"):
+        with pytest.raises(ValueError, match="expected an identifier"):
+            EntityTokens(name, 1, 1)

@@ -11,6 +11,7 @@ from PIL import Image
 from openpi_like.driving.closed_loop import policy_rows
 from openpi_like.driving.open_loop import Judged
 from openpi_like.driving.open_loop_scores import BASELINES, FrameResult, append_frame
+from openpi_like.robots.sims.sim import HELD_OUT_SEED
 from openpi_like.serve.evaluation import Episode, append_episode
 
 REPORT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "serve" / "driving_report.py"))
@@ -18,11 +19,13 @@ TASKS = ("merge", "roundabout-left")
 
 
 def drive(task, policy, seed, success, **measures):
-    """A drive that arrives after 12 s, or leaves the road after 5 s and half of the way."""
+    """A drive that arrives after 12 s, or leaves the road after 5 s and half of the way; seed: counted from the first
+    for evaluation."""
     values = {"progress": 1.0, "collided": 0.0, "off_road": 0.0, "seconds": 12.0}
     values |= {"acceleration": 2.0, "lateral": 1.0, "jerk": 6.0}
     if not success:
         values |= {"progress": 0.5, "off_road": 1.0, "seconds": 5.0}
+    seed += HELD_OUT_SEED
     return Episode("ego_vehicle", task, policy, seed, success, 24, "raycast", measures={**values, **measures})
 
 
@@ -160,6 +163,7 @@ def test_everything_that_is_wrong_is_listed(run):
     for name, e in (("bare", bare), ("twice", drive("merge", "trained", 0, True))):
         for _ in range(1 + (name == "twice")):
             append_episode(run / "rollouts" / f"{name}.jsonl", e)
+    append_episode(run / "rollouts" / "seen.jsonl", drive("merge", "trained", 3 - HELD_OUT_SEED, True))
     (run / "rollouts" / "empty.jsonl").write_text("")
     (run / "rollouts" / "broken.jsonl").write_text("{}\n")
     (run / "open_loop" / "none.jsonl").write_text("")
@@ -171,7 +175,8 @@ def test_everything_that_is_wrong_is_listed(run):
         REPORT["main"](REPORT["Args"](run))
     for part in (
         "bare: no measure acceleration, collided, jerk",
-        "twice: ('merge', 0) was driven twice",
+        "twice: ('merge', 10000) was driven twice",
+        "seen: layout 3 is one for demonstrations, expected 10000 or more",
         "empty: no drives",
         "broken.jsonl, line 1: not an episode",
         "none: no frames",

@@ -28,7 +28,8 @@ def path(tmp_path_factory):
 
 def _metadata(robot="ego_vehicle", **changes):
     about = {"cameras": {c.name: None for c in EGO_VEHICLE.cameras}, "plans": True, "entities": {}}
-    return {"robots": {robot: {**about, **changes}}}
+    about["state"] = [[f.name, f.size, f.unit] for f in EGO_VEHICLE.state]
+    return {"robots": {robot: {**about, **changes}}, "contract": "abc", "step": 7}
 
 
 def _going_on(observation):
@@ -232,3 +233,28 @@ def test_labels_are_asked_for(path, tmp_path):
         _args(path, tmp_path, label="standing still")
     with pytest.raises(ValueError, match="--label 'ours' with --baselines-only"):
         _args(path, tmp_path, baselines_only=True)
+
+
+def test_a_policy_without_a_state_is_asked_without_one(path, tmp_path):
+    """And another checkpoint, or other frames, are no continuation of the same results."""
+    seen = []
+
+    def infer(observation):
+        seen.append(observation["state"].shape)
+        return np.zeros((6, 2), np.float32)
+
+    with serving(Stub(infer, _metadata(state=[]))) as server:
+        _run(_args(path, tmp_path, port=server.port, frames=4))
+        assert set(seen) == {(0,)}
+        with pytest.raises(ValueError, match="frames that are not among these 2"):
+            _run(_args(path, tmp_path, port=server.port, frames=2))
+    with (
+        serving(Stub(infer, {**_metadata(state=[]), "step": 8})) as server,
+        pytest.raises(ValueError, match=r"'source': \('abc, step 7', 'abc, step 8'\)"),
+    ):
+        _run(_args(path, tmp_path, port=server.port, frames=4))
+    with (
+        serving(Stub(infer, _metadata(state=[["heading", 1, "rad"]]))) as server,
+        pytest.raises(ValueError, match="asks for the state heading:1"),
+    ):
+        _run(_args(path, tmp_path, port=server.port, frames=4))

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from openpi_like.config import from_json, load_run, override, to_json
 from openpi_like.data.dataset import open_dataset
+from openpi_like.data.normalize import fields_of
 from openpi_like.data.rlds_writer import Episode, write_rlds
 from openpi_like.data.sentencepiece_model import fit_text_tokenizer
 from openpi_like.data.stats import compute_normalization, save_normalization
@@ -75,12 +76,14 @@ def test_statistics_in_one_directory_are_of_the_same_numbers() -> None:
     for name in CONFIGS:
         config = load_run(FOLDER / f"{name}.py")
         for entry in config.data.entries:
-            names = entry.robot.statistics_names, entry.robot.state_names
-            robots.setdefault((config.stats, entry.robot.name), set()).add(names)
+            robot = entry.robot
+            numbers = robot.statistics_names, robot.state_names, fields_of(robot)
+            robots.setdefault((config.stats, robot.name), set()).add(numbers)
     assert {key: len(of) for key, of in robots.items()} == {
         ("runs/driving/stats", "ego_vehicle"): 1,
         ("runs/driving/stats", "ego_controls"): 1,
         ("runs/driving/stats_pooled", "ego_vehicle"): 1,
+        ("runs/driving/stats_one_scale", "ego_vehicle"): 1,
         ("runs/driving/stats_no_state", "ego_vehicle"): 1,
     }
 

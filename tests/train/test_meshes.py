@@ -56,5 +56,6 @@ def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
     for line in lines + split:
         expected = alone[line["policy"]]
         assert len(line["losses"]) == STEPS
-        assert expected[-1] < 0.7 * expected[0]  # it learns: equal losses are no constants
+        # It learns: equal losses are no constants. Characters of a plan are learned more slowly.
+        assert expected[-1] < (0.7 if line["policy"] == "text_waypoints" else 0.6) * expected[0]
         assert line["losses"] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), (line["policy"], line["mesh"])

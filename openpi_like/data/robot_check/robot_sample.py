@@ -68,6 +68,11 @@ class RobotSample:
         Raises:
             DatasetError: the dataset does not have what the robot says, or no episode is left; lists all.
         """
+        if robot.plan is not None:
+            raise DatasetError(
+                f"{index.split}: robot {robot.name!r} plans, and what is checked here are commands of single steps, "
+                "beside the state; look at its plans with data/show.py"
+            )
         part = range(index.steps)
         # A wrong rate is a finding of `Rate`, which says more than an error here would.
         described = index.split.rate

@@ -2,12 +2,14 @@
 
 As published, and where (see the package for the sources):
 - plan, history: where the lidar is at the next six and at the last four keyframes, in its frame of now; the keyframes
-  are taken to be half a second apart (VAD, UniAD). `plan_known` says how many of the six are before the scene ends.
+  are taken to be half a second apart (VAD, UniAD; VAD has two of the past, OpenDriveVLA four).
+  `plan_known` says how many of the six are before the scene ends.
 - command: the side offset of the last known waypoint: 2 m or more to the right, or to the left, else straight (VAD,
   UniAD). It is read off the future, which every number that is reported with it owes to it.
 - velocity, yaw rate: by the difference to the keyframe before (VAD); acceleration: of the last two displacements
   (OpenDriveVLA).
-- felt, speed, steering: of the CAN bus (VAD): the message nearest in time.
+- speed, steering: of the CAN bus, the message nearest in time (VAD). Felt, too: VAD takes the first message behind the
+  keyframe for it.
 - beginning "extrapolate": where the past is not there, the car is taken to have come with its first displacement (VAD).
 
 Ours: velocities are divided by the time that passed, not by half a second, and are in the frame of now (VAD's two

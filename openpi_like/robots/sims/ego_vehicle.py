@@ -87,7 +87,7 @@ class _DrivingSim(Sim):
 
     @property
     def off_road(self) -> bool:
-        """Whether half of the car was beside the road."""
+        """Whether two thirds of the car were beside all lanes, those of oncoming traffic included."""
         return self.drive.off_road
 
     @property

@@ -57,7 +57,7 @@ class Expert(Protocol):
 
 @runtime_checkable
 class Sim(Protocol):
-    """A simulated robot and its tasks.
+    """A simulated robot and its tasks. Simulators inherit from it, for what most have no need to say.
 
     robot: what it is; observations and actions are in its robot space.
     tasks: names that `reset` takes.
