@@ -332,5 +332,5 @@ def test_the_driving_demo_reports_drives_and_plans(tmp_path):
         assert 0 <= episode.measures["progress"] <= 1
     plans = [json.loads(line) for line in (run / "open_loop" / "scene.jsonl").read_text().splitlines()]
     assert len(plans) == 4
-    assert np.shape(plans[0]["plan"]) == (6, 2)
+    assert np.shape(plans[0]["answers"]["scene"]["plan"]) == (6, 2)
     assert (run / "report.html").stat().st_size > 10_000

@@ -65,11 +65,12 @@ class Lora:
     """Which maps get an overlay, and which weights of the base are trained in full beside it.
 
     rules: the first that matches a map is taken. also_train: regular expressions of names; by default the projections
-    of states, actions, times and entities, which belong to the robot.
+    of states, actions and times, which belong to the robot; those of entities, where a policy has such, are
+    `^entities/`.
     """
 
     rules: tuple[LoraRule, ...] = (LoraRule(r"^(vlm|expert)/layers/(\w+/)?(q|kv|out|gate_up|down)$"),)
-    also_train: tuple[str, ...] = (r"^((action|state|time)_|entities/)",)
+    also_train: tuple[str, ...] = (r"^(action|state|time)_",)
 
     def __post_init__(self) -> None:
         if not self.rules:

@@ -67,13 +67,11 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
         DimaConfig,
         {"student": STUDENT, "teacher_width": 16, "acts_as": "teacher", "backbone": PRISMATIC, "entities": THINGS},
     ),
-    "dima_student_entities": (DimaStudentConfig, {"student": STUDENT, "entities": THINGS}),
     "dima_perception": (
         DimaConfig,
         {"student": STUDENT, "teacher_width": 16, "entities": THINGS, "perception": PerceptionConfig(decoder=STUDENT)},
     ),
     "pi0_entities": (Pi0Config, {"entities": THINGS}),
-    "openvla_entities": (OpenVlaConfig, {"bin_end": 300, "eos": 1, "action_horizon": 2, "entities": THINGS}),
 }
 
 
@@ -227,7 +225,8 @@ def test_entity_projectors_belong_to_the_robot(tiny_policy: Any) -> None:
     """Presets that leave the backbone alone train them: they are drawn anew for every robot."""
     config = dataclasses.replace(tiny_policy, entities=THINGS)
     names = {"entities/agents/first/kernel", "entities/map/second/bias"}
-    for trainable in (presets.lora(config), presets.expert_only(config), Trainable(lora=Lora())):
+    beside = Trainable(lora=Lora(also_train=("^entities/",)))
+    for trainable in (presets.lora(config), presets.expert_only(config), beside):
         assert names <= ModelDef(config, trainable).trained
     for name in ("names", "decoder", "a b", "1st", "a/b"):
         with pytest.raises(ValueError, match="expected an identifier"):

@@ -21,12 +21,24 @@ from tests.models.test_policies import OWN
 ADAPTER = ("head", "map_in", "norm_in", "queries", "state_in", "state_out")
 PI0 = ("action_in", "action_out", "action_time_in", "action_time_out", "state_in")
 ONE_TOWER = ("siglip",)
-VISION = {"prismatic": ("dino", "siglip"), "m2vla": ONE_TOWER, "m2vla_noise": ONE_TOWER, "vla_adapter": ONE_TOWER}
-EXPERT = {"pi0": ("expert",), "pi05": ("expert",), "smolvla": ("expert",)}
+VISION = {
+    "dima_teacher": ONE_TOWER,
+    "prismatic": ("dino", "siglip"),
+    "m2vla": ONE_TOWER,
+    "m2vla_noise": ONE_TOWER,
+    "vla_adapter": ONE_TOWER,
+}
+EXPERT = {"pi0": ("expert",), "pi05": ("expert",), "smolvla": ("expert",), "pi0_entities": ("expert",)}
+BLIND = ("dima_student",)  # has no language model, and so nothing that the preset of LoRA lies on
 SMALL = {
     "pi0": PI0,
     "smolvla": PI0,
     "pi05": ("action_in", "action_out", "time_in", "time_out"),
+    "pi0_entities": (*PI0, "entities"),
+    "dima": ("student", "teacher"),
+    "dima_student": ("student",),
+    "dima_teacher": ("entities", "student", "teacher"),
+    "dima_perception": ("entities", "perception", "student", "teacher"),
     "vlm4vla": ("action_head", "action_query"),
     "openvla_oft": ("action_head", "state_in", "state_out"),
     "prismatic": ("action_head", "state_in", "state_out"),
@@ -69,7 +81,7 @@ def test_parts_are_those_of_the_module(policies: dict[str, Any], kind: str) -> N
     of = parts(policies[kind])
     assert of.vision == VISION.get(kind, ("vision",))
     assert of.added == tuple(sorted({*EXPERT.get(kind, ()), *SMALL.get(kind, ())}))
-    assert {*of.vision, "vlm"} <= set(of.backbone)
+    assert {*of.vision, *(() if kind in BLIND else ("vlm",))} <= set(of.backbone)
     state = nnx.to_flat_state(nnx.state(abstract_model(policies[kind]), nnx.Param))
     tops = {str(path[1]) if path[0] == "backbone" else str(path[0]) for path, _ in state}
     assert tops == {*of.backbone, *of.added}
@@ -87,6 +99,10 @@ def test_presets_train_what_they_say(policies: dict[str, Any], kind: str) -> Non
     assert top(no) == set(tower)
     assert not top(yes) & set(tower)
 
+    if kind in BLIND:
+        with pytest.raises(ValueError, match="matches no linear map"):
+            trained(policy, lora(policy))
+        return
     yes, no = trained(policy, lora(policy))
     overlay = {name for name in yes if is_lora(name)}
     assert top(overlay) == {"vlm", *EXPERT.get(kind, ())}
