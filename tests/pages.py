@@ -151,7 +151,7 @@ def command_problems(line: str, root: Path = ROOT) -> list[str]:
     """Returns what is wrong with a command line: its program, an option, a config, one of its overrides, a robot."""
     words = [w for w in shlex.split(line, comments=True) if w != "&"]
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (root / "Makefile").read_text(), re.MULTILINE)
         return [f"{line}: no target {w}" for w in words[1:] if "=" not in w and w not in targets]
     if words[1].startswith("-"):  # a module of Python, such as venv
         return []

@@ -1,6 +1,6 @@
 """pi0-FAST that drives: the plan as action tokens, written behind cameras, state and command.
 
-    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 60
+    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 30
     python train/train.py configs/driving/fast.py
 
 All but the policy is that of flow.py, whose statistics it takes: here they bring numbers to [-1, 1].

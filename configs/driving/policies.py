@@ -12,7 +12,7 @@ Data, statistics and tokenizers, once; controls.py, no_state.py and pooled.py na
     python data/fit_text.py --data runs/driving/data/ego_vehicle_sim/1.0.0 --out runs/driving/text.model \\
         --keys language_instruction subtask caption agent_question agent_caption question answer forecast_question \\
         forecast --waypoints --state-in-prompt --vocab-size 1024
-    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 60
+    python data/fit_fast.py configs/driving/fast.py --out runs/driving/fast_tokens --vocab-size 512 --scale 30
 """
 
 from openpi_like.driving.scenarios import PROMPTS
