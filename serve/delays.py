@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openpi_like.config import near_names
+from openpi_like.json_lines import append_line, whole_lines
 from openpi_like.robots.sims import SIMS, make_sim
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
 from openpi_like.serve.chunks import Chunks, Ensemble, Merge, Newest, RealTime
@@ -105,12 +106,7 @@ def drive(method: str, delay: int, task: str, seed: int) -> Late:
 
 def read(path: Path) -> list[Late]:
     """Returns the episodes of a file, none where there is none. A line that a kill cut off is taken out of it."""
-    text = path.read_text() if path.exists() else ""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        path.write_text("".join(f"{line}\n" for line in lines[:-1]))
-        lines = lines[:-1]
-    return [Late(**{**values, "jumps": tuple(values["jumps"])}) for values in map(json.loads, lines)]
+    return [Late(**{**values, "jumps": tuple(values["jumps"])}) for values in map(json.loads, whole_lines(path))]
 
 
 def table(episodes: list[Late]) -> Table:
@@ -162,8 +158,7 @@ def main(args: Args, console: Console) -> None:
         initargs=(args, port),
     ) as workers:
         for future in concurrent.futures.as_completed([workers.submit(drive, *job) for job in todo]):
-            with args.out.open("a") as f:
-                f.write(json.dumps(dataclasses.asdict(future.result())) + "\n")
+            append_line(args.out, dataclasses.asdict(future.result()))
     console.print(table(read(args.out)))
 
 

@@ -35,7 +35,6 @@ from openpi_like.serve.evaluation import Episode, read_episodes
 
 _COLOURS = ("#16a34a", "#2563eb", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#db2777")
 _METRICS = {"l2": "L2, m", "collision": "collisions on the grid, %", "exact_collision": "collisions, exact, %"}
-_CONVENTIONS = {"uniad": "UniAD: at 1, 2 and 3 s", "stp3": "ST-P3: means up to 1, 2 and 3 s"}
 _AGAINST = {"driven": "what was driven", "plan": "the driver's own plan"}
 _THOUGHTS = 5  # of a drive, at most
 
@@ -229,7 +228,7 @@ def _by_task(policies: list[dict[str, Any]]) -> str:
 
 def _open_loop(group: dict[str, Any], colour_of: dict[str, str]) -> Iterator[str]:
     yield html_page.plot(horizon_plot(group, colour_of))
-    for convention in CONVENTIONS:
+    for convention, title in CONVENTIONS.items():
         body = [
             [
                 _METRICS[metric] if i == 0 else "",
@@ -239,7 +238,7 @@ def _open_loop(group: dict[str, Any], colour_of: dict[str, str]) -> Iterator[str
             for metric in METRICS
             for i, row in enumerate(group["rows"])
         ]
-        yield f"<p>{_CONVENTIONS[convention]}</p>"
+        yield f"<p>{title}</p>"
         yield html_page.table(["", "", "1 s", "2 s", "3 s", "avg"], body)
     latency = ", ".join(f"{name} {ms:.1f}" for name, ms in group["latency_ms"].items())
     yield html_page.note(

@@ -236,8 +236,7 @@ def still_to_do(
 def tables(found: list[FrameResult], label: str) -> Iterator[Table]:
     """Returns the table of either convention: a row for each name and metric."""
     scored = rows(found, label)
-    for convention in CONVENTIONS:
-        title = {"uniad": "UniAD: at 1, 2 and 3 s", "stp3": "ST-P3: means up to 1, 2 and 3 s"}[convention]
+    for convention, title in CONVENTIONS.items():
         table = Table("", "", "1 s", "2 s", "3 s", "avg", title=title, title_justify="left")
         for metric in METRICS:
             for row in scored:

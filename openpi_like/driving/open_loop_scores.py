@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float
 
 from openpi_like.driving.open_loop import SIM_RULES, Judged
 from openpi_like.driving.planning_metrics import SECONDS, STEPS_PER_S, PlanningRules, distances
+from openpi_like.json_lines import append_line, whole_lines
 from openpi_like.serve.evaluation import wilson
 
-CONVENTIONS = ("uniad", "stp3")
+CONVENTIONS = {"uniad": "UniAD: at 1, 2 and 3 s", "stp3": "ST-P3: means up to 1, 2 and 3 s"}
 METRICS = ("l2", "collision", "exact_collision")
 """Metres; shares on the grid as published, and of boxes with headings."""
 CONSTANT_VELOCITY, STANDING_STILL, DRIVERS_PLAN = "constant velocity", "standing still", "driver's plan"
@@ -59,8 +60,7 @@ class FrameResult:
 
 def append_frame(path: Path, result: FrameResult) -> None:
     """Adds one line to a JSONL file."""
-    with path.open("a") as f:
-        f.write(json.dumps(dataclasses.asdict(result)) + "\n")
+    append_line(path, dataclasses.asdict(result))
 
 
 def read_frames(path: Path) -> list[FrameResult]:
@@ -70,13 +70,8 @@ def read_frames(path: Path) -> list[FrameResult]:
     Raises:
         ValueError: a complete line is not a frame; names file and line.
     """
-    if not path.is_file():
-        return []
-    *lines, cut = path.read_text().split("\n")
-    if cut:
-        path.write_text("".join(line + "\n" for line in lines))
     results = []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(whole_lines(path)):
         try:
             values = dict(json.loads(line))
             answers = {name: _judged(answer) for name, answer in values["answers"].items()}

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from openpi_like.json_lines import append_line, whole_lines
+
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
@@ -34,8 +36,7 @@ class Episode:
 
 def append_episode(path: Path, episode: Episode) -> None:
     """Adds one line to a JSONL file."""
-    with path.open("a") as f:
-        f.write(json.dumps(dataclasses.asdict(episode)) + "\n")
+    append_line(path, dataclasses.asdict(episode))
 
 
 def read_episodes(path: Path) -> list[Episode]:
@@ -44,13 +45,8 @@ def read_episodes(path: Path) -> list[Episode]:
     Raises:
         ValueError: a complete line is not an episode; names file and line.
     """
-    if not path.is_file():
-        return []
-    *lines, cut = path.read_text().split("\n")
-    if cut:
-        path.write_text("".join(line + "\n" for line in lines))
     episodes = []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(whole_lines(path)):
         try:
             values = dict(json.loads(line))
             thoughts = tuple((int(step), str(text)) for step, text in values.get("thoughts", ()))

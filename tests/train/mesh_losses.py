@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from openpi_like.batch import ActionTokens
+from openpi_like.batch import ActionTokens, EntityTokens
 from openpi_like.data.prompts import FastPrompt
 from openpi_like.models.gemma import GemmaConfig
 from openpi_like.models.llama import LlamaConfig
@@ -60,6 +60,7 @@ def policies() -> dict[str, PolicyConfig]:
         "insulated": Pi0Config(
             **common, expert=gemma, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, insulate=True
         ),
+        "pi0_entities": Pi0Config(**common, expert=gemma, entities=(EntityTokens("agents", 3, 4),)),
         "fast": Pi0FastConfig(**common, action_tokens=tokens),
         "text_waypoints": TextWaypointsConfig(**common, characters=Characters.fitted()),
         "smolvla": SmolVlaConfig(**{**common, "backbone": small}, expert=ExpertConfig(width=16, mlp_dim=32)),
@@ -85,6 +86,10 @@ def batch_of(config: PolicyConfig) -> dict[str, Any]:
         "dataset_id": (np.arange(B) % 2).astype(np.int32),
         "position": np.stack([np.zeros(B), np.arange(B)], axis=1).astype(np.uint32),
     }
+    if config.entities:
+        there = {e.name: rng.random((B, e.count)) < 0.7 for e in config.entities}
+        values = {e.name: rng.standard_normal((B, e.count, e.size), np.float32) for e in config.entities}
+        batch |= {"entities": {k: np.where(there[k][..., None], x, 0) for k, x in values.items()}, "entity_mask": there}
     if config.answer_len:
         answer = at >= config.prompt_len
         batch |= {"prompt_causal": valid & answer, "prompt_loss": valid & answer, "prompt_action": valid & answer}
