@@ -1,5 +1,6 @@
-"""Ways to plan on the same drives for the same steps: by flow matching, as action tokens, in plain digits, by a query,
-as tokens and by flow matching, and in digits after a decision in words.
+"""Ways to plan on the same drives for the same steps, told the nearest vehicles and lines beside six cameras: by flow
+matching, as action tokens, in plain digits, by a query, as tokens and by flow matching, and in digits after a decision
+in words; and the slow and the fast part of AsyncDriver.
 
     python train/study.py configs/driving/policies.py --run runs/driving/policies
 
@@ -18,10 +19,13 @@ Data, statistics and tokenizers, once; controls.py, no_state.py and pooled.py na
 from openpi_like.driving.scenarios import PROMPTS
 from openpi_like.train.study import Arm, Study
 
+POLICIES = ("flow", "fast", "text", "query", "insulated", "senna", "async_driver")
+SHORTER = ("steps=1500", "optimizer.decay_steps=1500", "validate_every=500", "save_every=500")
+
 study = Study(
-    arms={name: Arm(f"configs/driving/{name}.py") for name in ("flow", "fast", "text", "query", "insulated", "senna")},
+    arms={name: Arm(f"configs/driving/scenes.py:{name}", SHORTER) for name in POLICIES},
     robot="ego_vehicle",
     tasks=tuple(PROMPTS),
     episodes=10,
-    varies=("data",),  # plans are normalised as each policy wants them, and the last reads a text of the steps too
+    varies=("data",),  # plans are normalised as each policy wants them, and some read a text of the steps too
 )

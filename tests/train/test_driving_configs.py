@@ -40,7 +40,8 @@ from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "driving"
 STUDIES = ("ablations", "open_drive_vla", "policies")
-CONFIGS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("stages", *STUDIES))
+SEVERAL = ("scenes", "stages")
+CONFIGS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in (*SEVERAL, *STUDIES))
 TABLE = runpy.run_path(str(FOLDER / "stages.py"))
 
 
@@ -58,6 +59,20 @@ def test_every_config_builds_and_can_be_stored(name: str) -> None:
         assert policy_problems(entry.robot, config.model, drop_cameras=config.data.drop_cameras) == []
         assert config.model.robot_problems(entry.robot, None) == []
     assert ModelDef(config.model, config.trainable).trained
+
+
+def test_policies_told_of_the_scene_differ_in_nothing_else() -> None:
+    for name, config in runpy.run_path(str(FOLDER / "scenes.py"))["configs"].items():
+        base = load_run(FOLDER / f"{name}.py")
+        assert {s.name for s in config.model.entities} == {e.name for e in ENTITIES}
+        for entry, before in zip(config.data.entries, base.data.entries, strict=True):
+            assert policy_problems(entry.robot, config.model, drop_cameras=config.data.drop_cameras) == []
+            assert dataclasses.replace(entry.robot, entities=()) == before.robot
+        assert dataclasses.replace(config.model, entities=()) == base.model
+        if base.warm_start is not None and config.warm_start is not None:
+            assert config.warm_start.checkpoint == f"{base.warm_start.checkpoint}_scene"
+        same = ("model", "data", "run_dir", "warm_start")
+        assert dataclasses.replace(config, **{f: getattr(base, f) for f in same}) == base
 
 
 @pytest.mark.parametrize("name", STUDIES)
