@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
-from openpi_like.serve.evaluation import Episode, wilson
-from openpi_like.train.study import mcnemar
+from openpi_like.serve.evaluation import Episode, mcnemar, wilson
 
 MEASURES = ("progress", "collided", "off_road", "seconds", "acceleration", "lateral", "jerk")
 """What the simulated car measures of a drive, see its `measures`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from openpi_like.json_lines import append_line, whole_lines
 class Episode:
     """One closed-loop episode.
 
-    policy: "trained", "scratch" (trained as long, from nothing), "untrained", "expert", or "corrected", a trained one
-    from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
+    policy: its name: "expert", or what who drove it calls it; of serve/rollout.py "trained", "scratch" (trained as long,
+    from nothing), "untrained", or "corrected", a trained one from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
     time of each request as the robot saw it. renderer: what drew the frames. expert_steps: at which the expert acted.
     measures: what the simulator measured beside success, see `Sim.measures`.
     thoughts: of a policy that writes before it acts: the control step from which on it acted by each text, and that.
@@ -68,6 +68,28 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def newcombe(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
+    """Returns a 95 % interval of the difference of two success rates, b - a (Newcombe 1998, method 10)."""
+    (p, n), (q, m) = ((sum(x) / len(x), len(x)) for x in (a, b))
+    (lower_a, upper_a), (lower_b, upper_b) = wilson(sum(a), n), wilson(sum(b), m)
+    d = q - p
+    return d - math.hypot(q - lower_b, upper_a - p), d + math.hypot(upper_b - q, p - lower_a)
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Returns the exact two-sided p-value that two policies do as well on the same episodes (McNemar 1947).
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"got {len(a)} and {len(b)} episodes, expected the same ones of both")
+    only_a, only_b = (sum(x and not y for x, y in zip(u, v, strict=True)) for u, v in ((a, b), (b, a)))
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def success_rows(episodes: Iterable[Episode]) -> list[dict[str, Any]]:

@@ -2,12 +2,11 @@
 of them, the same for several robots."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from openpi_like.config import near_names, to_json
-from openpi_like.serve.evaluation import wilson
+from openpi_like.serve.evaluation import mcnemar, newcombe, wilson
 from openpi_like.train.config import TrainConfig
 
 SAME = ("data", "batch_size", "steps", "seed")  # kept equal between the arms that are driven
@@ -220,28 +219,6 @@ def unequal_parts(study: Study | Matrix, configs: Mapping[str, Mapping[str, Trai
         runs = {part: of[name] for part, of in configs.items()}
         problems += [f"arm {name!r} of {p.removeprefix('arm ')}" for p in unequal(runs, ("data",))]
     return problems
-
-
-def newcombe(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
-    """Returns a 95 % interval of the difference of two success rates, b - a (Newcombe 1998, method 10)."""
-    (p, n), (q, m) = ((sum(x) / len(x), len(x)) for x in (a, b))
-    (lower_a, upper_a), (lower_b, upper_b) = wilson(sum(a), n), wilson(sum(b), m)
-    d = q - p
-    return d - math.hypot(q - lower_b, upper_a - p), d + math.hypot(upper_b - q, p - lower_a)
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Returns the exact two-sided p-value that two policies do as well on the same episodes (McNemar 1947).
-
-    Raises:
-        ValueError: they are not as many.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"got {len(a)} and {len(b)} episodes, expected the same ones of both")
-    only_a, only_b = (sum(x and not y for x, y in zip(u, v, strict=True)) for u, v in ((a, b), (b, a)))
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
-    return min(1.0, 2 * tail)
 
 
 def study_rows(

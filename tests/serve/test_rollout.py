@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from openpi_like.robots.ego_vehicle import EGO_VEHICLE
 from openpi_like.robots.pusht import PUSHT
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.robots.sims import make_sim
+from openpi_like.serve.asked import state_places
+from openpi_like.serve.closed_loop import Layout, StoppedError, Worker
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policy import Reply, Thought
@@ -41,7 +42,7 @@ def _hold(observation):
 
 
 def test_a_server_is_told_the_state_that_it_asks_for():
-    places, (first, *_) = ROLLOUT["state_places"], EGO_VEHICLE.state
+    places, (first, *_) = state_places, EGO_VEHICLE.state
     every = [[f.name, f.size, f.unit] for f in EGO_VEHICLE.state]
     np.testing.assert_array_equal(places(every, EGO_VEHICLE), np.arange(17))
     np.testing.assert_array_equal(places([every[3], every[0]], EGO_VEHICLE), [5, 6, 0, 1])
@@ -55,6 +56,15 @@ def _args(tmp_path, **changes):
     return ROLLOUT["Args"](**{**values, **changes})
 
 
+def _drive(args, task, seed):
+    worker = Worker(ROLLOUT["driving"](args, args.port))
+    try:
+        return worker.drive(Layout(args.robot, task, seed))
+    finally:
+        assert worker.client is not None
+        worker.client._ws.close()
+
+
 def test_an_episode_is_driven_and_films_are_kept(tmp_path):
     asked = []
 
@@ -64,9 +74,7 @@ def test_an_episode_is_driven_and_films_are_kept(tmp_path):
 
     with serving(Stub(infer, _metadata("pygame"))) as server:
         args = _args(tmp_path, port=server.port, frames_dir=tmp_path / "frames", first_seed=10_007)
-        ROLLOUT["start_worker"](args, server.port)
-        episode = ROLLOUT["drive"]("push-t", 10_007)
-        ROLLOUT["_worker"]["client"]._ws.close()
+        episode = _drive(args, "push-t", 10_007)
     assert (episode.success, episode.steps, episode.seed) == (False, 300, 10_007)
     # One request for every chunk, not for every step, and only then is the camera looked through.
     assert len(asked) == len(episode.latency_ms) == 300 / PUSHT.execute_steps
@@ -96,9 +104,7 @@ def test_what_a_policy_thinks_is_noted_and_shown(tmp_path, policy):
     takeover = TakeOver(share=1.0, late=0.0) if policy == "corrected" else TakeOver()
     with serving(Thinking()) as server:
         args = _args(tmp_path, policy=policy, port=server.port, frames_dir=tmp_path, first_seed=7, takeover=takeover)
-        ROLLOUT["start_worker"](args, server.port)
-        episode = ROLLOUT["drive"]("push-t", 7)
-        ROLLOUT["_worker"]["client"]._ws.close()
+        episode = _drive(args, "push-t", 7)
     with Image.open(tmp_path / "pusht_push-t.gif") as film:
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
     assert {frame.shape for frame in frames} == {(164, 128, 3)}
@@ -116,7 +122,9 @@ def test_what_a_policy_thinks_is_noted_and_shown(tmp_path, policy):
 
 
 def test_a_server_that_is_gone_is_said(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"no policy server at 127.0.0.1:1 \(.*\); start serve/policy_server.py first"):
+    with pytest.raises(
+        StoppedError, match=r"no policy server at 127.0.0.1:1 \(.*\); start serve/policy_server.py first"
+    ):
         ROLLOUT["main"](_args(tmp_path, port=1), Console())
 
 
@@ -137,13 +145,13 @@ def test_finished_episodes_are_not_driven_again(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (_metadata("egl"), "trained on images drawn by 'egl'.*set OPENPI_LIKE_RENDERER=egl"),
+        (_metadata("egl"), "trained on images of 'pusht' drawn by 'egl'.*set OPENPI_LIKE_RENDERER=egl"),
         ({"robots": {"pushed": {}}}, "does not serve robot 'pusht'; did you mean 'pushed'"),
     ],
 )
 def test_a_server_that_does_not_fit_is_refused(tmp_path, metadata, message):
-    with serving(Stub(_hold, metadata)) as server, pytest.raises(SystemExit, match=message):
-        ROLLOUT["check_server"](_args(tmp_path), server.port, SimpleNamespace(renderer="pygame"))
+    with serving(Stub(_hold, metadata)) as server, pytest.raises(StoppedError, match=message):
+        ROLLOUT["driving"](_args(tmp_path), server.port).check([(PUSHT, "pygame")])
 
 
 def test_unknown_robots_and_tasks_are_named(tmp_path):
@@ -157,11 +165,8 @@ def test_an_error_of_the_server_reaches_the_driver(tmp_path):
     def refuse(observation):
         raise ObservationError("state: got shape (3,)")
 
-    with serving(Stub(refuse, _metadata("pygame"))) as server:
-        ROLLOUT["start_worker"](_args(tmp_path), server.port)
-        with pytest.raises(RuntimeError, match="got shape"):
-            ROLLOUT["drive"]("push-t", 10_000)
-        ROLLOUT["_worker"]["client"]._ws.close()
+    with serving(Stub(refuse, _metadata("pygame"))) as server, pytest.raises(RuntimeError, match="got shape"):
+        _drive(_args(tmp_path, port=server.port), "push-t", 10_000)
 
 
 def test_corrections_are_recorded_as_they_were_executed(tmp_path):
@@ -182,9 +187,7 @@ def test_corrections_are_recorded_as_they_were_executed(tmp_path):
     with serving(Stub(hold, {"contract": "abc", "step": 7, "robots": {"sawyer": about}})) as server:
         changes = {"first_seed": 31, "record": tmp_path / "spool", "takeover": rule}
         args = _args(tmp_path, robot="sawyer", policy="corrected", port=server.port, **changes)
-        ROLLOUT["start_worker"](args, server.port)
-        episode = ROLLOUT["drive"]("coffee-button", 31)
-        ROLLOUT["_worker"]["client"]._ws.close()
+        episode = _drive(args, "coffee-button", 31)
     (recording,) = open_spool(tmp_path / "spool")
     steps = list(recording.read())
     expected = [rule.expert_acts(t, 125, 31) for t in range(len(steps))]
