@@ -32,7 +32,7 @@ class Job:
         self.record: dict[str, Any] = {"seconds": {}, "commands": {}, "done": []}
         if self.record_path.is_file():
             self.record = json.loads(self.record_path.read_text())
-        self.record["hardware"] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+        self.record["hardware"] = {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
         self.record["date"] = datetime.date.today().isoformat()
 
     def save(self) -> None:
@@ -90,7 +90,8 @@ def _policy_server(command: list[str]) -> Iterator[None]:
         process.wait(timeout=30)
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -14,9 +14,10 @@ from openpi_like.json_lines import append_line, whole_lines
 class Episode:
     """One closed-loop episode.
 
-    policy: its name: "expert", or what who drove it calls it; of serve/rollout.py "trained", "scratch" (trained as long,
-    from nothing), "untrained", or "corrected", a trained one from which the expert takes over. seed: of the layout. steps: control steps until success or the limit. latency_ms:
-    time of each request as the robot saw it. renderer: what drew the frames. expert_steps: at which the expert acted.
+    policy: its name: "expert", or as who drove it calls it; of serve/rollout.py "trained", "scratch" (trained as long,
+    from nothing), "untrained", or "corrected", a trained one from which the expert takes over. seed: of the layout.
+    steps: control steps until success or the limit. latency_ms: time of each request as the robot saw it. renderer:
+    what drew the frames. expert_steps: at which the expert acted.
     measures: what the simulator measured beside success, see `Sim.measures`.
     thoughts: of a policy that writes before it acts: the control step from which on it acted by each text, and that.
     """

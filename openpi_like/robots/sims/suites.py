@@ -1,0 +1,72 @@
+"""Suites of the simulators: which tasks, from which layouts, for how long. What counts as success is the simulator's.
+
+Layouts are seeds that no demonstration uses (`HELD_OUT_SEED`), the same for every policy. How long an episode may take
+is `Sim.max_steps`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from openpi_like.config import near_names
+from openpi_like.driving.scenarios import PROMPTS as DRIVES
+from openpi_like.robots.sims.sim import HELD_OUT_SEED
+
+_ARMS = ("panda", "sawyer", "ur5e", "iiwa", "kinova3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What policies are compared on.
+
+    about: in words, with its source. tasks: of each robot. success: when a task is done, in words. episodes: of each
+    task. first_seed: of the layouts.
+    """
+
+    about: str
+    tasks: Mapping[str, tuple[str, ...]]
+    success: str
+    episodes: int = 20
+    first_seed: int = HELD_OUT_SEED
+
+
+SUITES = {
+    "robosuite_arms": Suite(
+        "five arms at one table (robosuite 1.5, Zhu et al. 2020)",
+        {f"robosuite_{arm}": ("lift", "stack") for arm in _ARMS},
+        "the package's: the cube's middle is 4 cm above the table, or it lies on the other one and is let go",
+    ),
+    "fetch": Suite(
+        "a mobile manipulator's arm (gymnasium-robotics, Plappert et al. 2018)",
+        {"fetch": ("reach", "push", "lift", "pick-and-place")},
+        "what has to be there, hand or block, is within 5 cm of the mark; to lift, the block is 8 cm above the table",
+    ),
+    "aloha": Suite(
+        "two arms hand a cube over (gym-aloha, Zhao et al. 2023)",
+        {"aloha": ("transfer-cube",)},
+        "for 0.2 s the left gripper's fingers touch the cube, and neither the right one's nor the table do",
+        episodes=50,
+    ),
+    "pusht": Suite(
+        "a disc pushes a T onto its mark (gym-pusht, Chi et al. 2023)",
+        {"pusht": ("push-t",)},
+        "the package's: the T covers 95 % of its mark",
+        episodes=50,
+    ),
+    "driving": Suite(
+        "a car on highways, at a ramp, a roundabout and an intersection (roads: highway-env, Leurent 2018)",
+        {"ego_vehicle": tuple(DRIVES)},
+        "the goal of the route is reached without a collision and on the road",
+        episodes=10,
+    ),
+}
+
+
+def suite_of(name: str) -> Suite:
+    """Returns a suite by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in SUITES:
+        raise ValueError(f"no suite {name!r}; {near_names(name, list(SUITES))}")
+    return SUITES[name]

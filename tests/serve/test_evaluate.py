@@ -1,0 +1,265 @@
+"""Suites: driven against servers of openpi's protocol, resumed, compared, and refused where it would mean nothing."""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from openpi_client import msgpack_numpy
+from openpi_client.image_tools import resize_with_pad
+from rich.console import Console
+from websockets.sync.server import ServerConnection, serve
+
+from openpi_like.robots.aloha import ALOHA
+from openpi_like.robots.ego_vehicle import EGO_VEHICLE, EGO_VEHICLE_SCENE
+from openpi_like.robots.pusht import PUSHT
+from openpi_like.robots.sims import SIMS
+from openpi_like.robots.sims.suites import SUITES, suite_of
+from openpi_like.serve.closed_loop import Films, Layout, StoppedError
+from openpi_like.serve.dialects import DIALECTS
+from openpi_like.serve.evaluation import Episode, append_episode, mcnemar, newcombe, read_episodes
+from openpi_like.serve.pilot import GREY, SILENCE, Senses
+from openpi_like.serve.results import read_results, suite_rows
+from tests.conftest import REPOSITORY
+from tests.serve.running import Stub, serving
+
+EVALUATE = runpy.run_path(str(REPOSITORY / "serve" / "evaluate.py"), run_name="evaluate")
+STATE = [[f.name, f.size, f.unit] for f in PUSHT.state]
+ABOUT = {"renderer": "pygame", "execute_steps": PUSHT.execute_steps, "cameras": {"base": [96, 96]}, "state": STATE}
+OURS = {"robots": {"pusht": ABOUT}, "contract": "abc", "step": 7}
+
+
+def evaluate(tmp_path: Path, **changes: Any) -> str:
+    """Runs the program; returns what it prints."""
+    values = {"suite": "pusht", "policy": "held", "out": tmp_path, "episodes": 1, "workers": 1}
+    console = Console(record=True, width=200, file=io.StringIO())
+    EVALUATE["main"](EVALUATE["Args"](**{**values, **changes}), console)
+    return console.export_text()
+
+
+def hold(observation: Any) -> np.ndarray:
+    """Answers: stay where you are."""
+    return np.repeat(observation["state"][None], PUSHT.action_horizon, 0)
+
+
+@contextlib.contextmanager
+def as_openpi_serves(infer: Callable[[Any], np.ndarray]) -> Iterator[int]:
+    """Answers on a port as openpi's WebsocketPolicyServer does: a handshake of what its config says, here nothing."""
+
+    def talk(connection: ServerConnection) -> None:
+        connection.send(msgpack_numpy.packb({}))
+        for message in connection:
+            reply = {"actions": infer(msgpack_numpy.unpackb(message)), "server_timing": {"infer_ms": 0.1}}
+            connection.send(msgpack_numpy.packb(reply))
+
+    with serve(talk, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.socket.getsockname()[1]
+        server.shutdown()
+    thread.join()
+
+
+# ---- Suites ----------------------------------------------------------------------------------------------------------
+
+
+def test_suites_are_of_tasks_that_simulators_have() -> None:
+    for name, suite in SUITES.items():
+        assert set(suite.tasks) <= set(SIMS), name
+        for robot, tasks in suite.tasks.items():
+            if SIMS[robot].extra != "arms":  # which is not installed everywhere
+                module = importlib.import_module(f"openpi_like.robots.sims.{SIMS[robot].module}")
+                assert set(tasks) <= set(getattr(module, SIMS[robot].name).tasks), name
+    with pytest.raises(ValueError, match="no suite 'push-t'; did you mean 'pusht'"):
+        suite_of("push-t")
+
+
+def test_some_tasks_of_a_suite_are_chosen_by_name() -> None:
+    layouts, suite = EVALUATE["layouts"], SUITES["robosuite_arms"]
+    assert len(layouts(suite, (), None)) == 10 * 20
+    some = layouts(suite, ("lift", "robosuite_ur5e/stack"), 2)
+    assert len(some) == (5 + 1) * 2
+    assert some[:2] == [Layout("robosuite_panda", "lift", 10_000), Layout("robosuite_panda", "lift", 10_001)]
+    with pytest.raises(ValueError, match="no task 'lifts'; did you mean 'lift'"):
+        layouts(suite, ("lifts",), None)
+
+
+# ---- Driving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_suite_is_driven_filmed_resumed_and_compared(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def infer(observation: Any) -> np.ndarray:
+        asked.append(observation)
+        return hold(observation)
+
+    with serving(Stub(infer, OURS)) as server:
+        printed = evaluate(tmp_path, port=server.port)
+        assert "0/1 [0.00, 0.79]" in printed
+        assert f"{300 // PUSHT.execute_steps} requests" in printed
+        first = read_episodes(tmp_path / "pusht" / "held.jsonl")
+        before = len(asked)
+        evaluate(tmp_path, port=server.port, episodes=2, films=0)
+        assert read_episodes(tmp_path / "pusht" / "held.jsonl")[:1] == first
+        assert len(asked) == 2 * before
+        with pytest.raises(ValueError, match=r"driven otherwise: senses was .*'deaf': False.*another name"):
+            evaluate(tmp_path, port=server.port, deaf=True)
+    assert [f.name for f in (tmp_path / "pusht" / "films" / "held").iterdir()] == ["pusht_push-t_10000.gif"]
+    about = json.loads((tmp_path / "pusht" / "held.json").read_text())
+    assert about["server"] == {"policy": "default", "contract": "abc", "step": 7}
+    assert about["max_steps"] == {"pusht": 300}
+    assert [sorted(run) for run in about["runs"]] == [["command", "commit", "date", "hardware", "versions"]] * 2
+    printed = evaluate(tmp_path, policy="expert", beside="held")
+    assert "1/1 [0.21, 1.00]" in printed
+    assert "held of 1 [" in printed
+    assert "0/1 [0.00, 0.79]" in printed  # of the layout that both drove
+
+
+def test_a_server_of_openpi_is_driven_in_its_own_words(tmp_path: Path) -> None:
+    """Its handshake names no robots; its chunks are longer than what is executed of them."""
+    asked: list[Any] = []
+
+    def infer(observation: Any) -> np.ndarray:
+        asked.append(observation)
+        return np.repeat(observation["observation/state"][None], 50, 0)
+
+    with as_openpi_serves(infer) as port:
+        with pytest.raises(StoppedError, match="none of ours; say how it is asked, with --dialect openpi_libero"):
+            evaluate(tmp_path, port=port)
+        dialect: dict[str, Any] = {"port": port, "dialect": "openpi_libero"}
+        with pytest.raises(StoppedError, match=r"does not say how many actions .* say --execute-steps"):
+            evaluate(tmp_path, **dialect)
+        evaluate(tmp_path, **dialect, execute_steps=30, films=0)
+        with pytest.raises(StoppedError, match=r"actions of shape \(50, 2\), expected a chunk of at least 60"):
+            evaluate(tmp_path, **dialect, execute_steps=60, films=0, policy="longer")
+    assert len(asked) == 300 / 30 + 1
+    assert sorted(asked[0]) == ["observation/image", "observation/state", "prompt"]
+    assert asked[0]["observation/image"].shape == (224, 224, 3)
+    (episode,) = read_episodes(tmp_path / "pusht" / "held.jsonl")
+    assert (episode.success, episode.steps) == (False, 300)
+
+
+def test_what_cannot_be_evaluated_is_said_before_anything_is_driven(tmp_path: Path) -> None:
+    wrong = {"dialect": "openpi", "policy": "a/b", "episodes": 0}
+    with pytest.raises(ValueError, match=r"--dialect openpi; did you mean .*; --policy 'a/b'.*; --episodes 0"):
+        evaluate(tmp_path, **wrong)
+    with pytest.raises(ValueError, match="an expert is told and shown nothing"):
+        evaluate(tmp_path, policy="expert", blind=True)
+    words = tmp_path / "words.json"
+    for text, message in (
+        ("[", "not a JSON file"),
+        ('["push"]', "not a JSON file"),
+        ('{"push": ["now"]}', "no task 'push'; did you mean 'push-t'"),
+        ('{"push-t": [1]}', "expected texts"),
+    ):
+        words.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path, words=words)
+    other = Stub(hold, {"robots": {"sawyer": ABOUT}})
+    with serving(other) as server, pytest.raises(StoppedError, match="does not serve robot 'pusht'"):
+        evaluate(tmp_path, port=server.port)
+    assert not (tmp_path / "pusht").exists()
+
+
+# ---- What a policy is given ------------------------------------------------------------------------------------------
+
+
+def test_senses_change_what_they_say_and_nothing_else() -> None:
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    seen: dict[str, Any] = {"images": {"base": picture}, "state": np.ones(3), "prompt": "push"}
+    assert Senses().of(seen, "push-t", 3) == seen
+    blind = Senses(blind=True).of(seen, "push-t", 3)
+    assert (blind["images"]["base"] == GREY).all()
+    assert (blind["prompt"], seen["images"]["base"] is picture) == ("push", True)
+    assert Senses(deaf=True).of(seen, "push-t", 3)["prompt"] == SILENCE
+    told = Senses(words={"push-t": ("a", "b")})
+    assert [told.of(seen, task, seed)["prompt"] for task, seed in (("push-t", 4), ("push-t", 5), ("lift", 4))] == [
+        *("a", "b", "push")
+    ]
+    with pytest.raises(ValueError, match="words of 'lift': none; deaf, and words"):
+        Senses(deaf=True, words={"lift": ()})
+
+
+def test_dialects_of_openpi_have_the_keys_of_its_examples() -> None:
+    rng = np.random.default_rng(0)
+    images = {c.name: rng.integers(0, 256, (48, 64, 3), np.uint8) for c in ALOHA.cameras}
+    seen = {"images": images, "state": rng.random(14).astype(np.float32), "prompt": "hand over"}
+    said = DIALECTS["openpi_aloha"].served({}, ALOHA, 25).message(seen)
+    assert (sorted(said), sorted(said["images"])) == (
+        ["images", "prompt", "state"],
+        ["cam_high", "cam_right_wrist"],
+    )
+    base = resize_with_pad(images["base"], 224, 224)
+    np.testing.assert_array_equal(said["images"]["cam_high"], np.transpose(base, (2, 0, 1)))
+    np.testing.assert_array_equal(said["state"], seen["state"])
+    with pytest.raises(ValueError, match=r"has 6 cameras, this dialect 2 keys.*has entities.*say --execute-steps"):
+        DIALECTS["openpi_libero"].served({}, EGO_VEHICLE_SCENE, None)
+    with pytest.raises(ValueError, match="it is one of ours; leave --dialect out"):
+        DIALECTS["openpi_aloha"].served(OURS, PUSHT, 4)
+
+
+def test_our_own_dialect_asks_what_the_handshake_asks_for() -> None:
+    about = {**ABOUT, "cameras": {"front": [48, 80]}, "state": [["speed", 1, "m/s"]], "renderer": "egl"}
+    metadata = {"robots": {"ego_vehicle": about}, "features": ["think"]}
+    served = DIALECTS["own"].served(metadata, EGO_VEHICLE, None)
+    assert (served.execute_steps, served.renderer, served.thinks) == (PUSHT.execute_steps, "egl", True)
+    assert DIALECTS["own"].served(metadata, EGO_VEHICLE, 2).execute_steps == 2
+    seen = {"images": {"front": 1, "back": 2}, "state": np.arange(17.0), "prompt": "go"}
+    assert served.message(seen) == {"robot": "ego_vehicle", "images": {"front": 1}, "state": [7.0], "prompt": "go"}
+
+
+def test_films_are_of_failures_and_not_of_too_many(tmp_path: Path) -> None:
+    films, layout = Films(tmp_path, most=2), Layout("arm", "lift", 3)
+    assert films.path(layout, True) is None
+    assert films.path(layout, False) == tmp_path / "arm_lift_3.gif"
+    for seed in (1, 2):
+        (tmp_path / f"arm_lift_{seed}.gif").touch()
+    assert films.path(layout, False) is None
+    assert films.path(Layout("arm", "lift", 2), False) == tmp_path / "arm_lift_2.gif"
+    assert Films(tmp_path, seed=3).path(layout, True) == tmp_path / "arm_lift.gif"
+    assert Films(tmp_path, seed=4).path(layout, True) is None
+
+
+# ---- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def drove(folder: Path, policy: str, outcomes: dict[tuple[str, int], bool]) -> None:
+    for (task, seed), success in outcomes.items():
+        append_episode(folder / f"{policy}.jsonl", Episode("arm", task, policy, seed, success, 9, "egl"))
+
+
+def test_policies_are_compared_in_the_layouts_that_both_drove(tmp_path: Path) -> None:
+    drove(tmp_path, "expert", {("lift", s): True for s in range(10)} | {("stack", s): s < 5 for s in range(5)})
+    drove(tmp_path, "a", {("lift", s): s < 4 for s in range(8)})
+    rows = suite_rows(read_results(tmp_path), beside="a")
+    assert [row["policy"] for row in rows] == ["a", "expert"]
+    a, expert = rows
+    assert (a["successes"], a["episodes"], a["mean_of_tasks"]) == (4, 8, 0.5)
+    assert {t: r["successes"] for t, r in expert["tasks"].items()} == {"arm lift": 10, "arm stack": 5}
+    assert (expert["common"], expert["p"]) == (8, pytest.approx(2 * 0.5**4))  # four only the expert did
+    assert expert["difference"][0] < 0.5 < expert["difference"][1]
+    with pytest.raises(ValueError, match="no policy 'b' to be compared with"):
+        suite_rows(read_results(tmp_path), beside="b")
+    drove(tmp_path, "a", {("lift", 3): True})
+    with pytest.raises(ValueError, match=r"a.jsonl: 1 episodes twice"):
+        read_results(tmp_path)
+
+
+def test_differences_are_as_published() -> None:
+    """Newcombe 1998, table II, method 10: 56/70 and 48/80, and nothing against all."""
+    a, b = [True] * 48 + [False] * 32, [True] * 56 + [False] * 14
+    assert newcombe(a, b) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert newcombe([False] * 10, [True] * 10) == pytest.approx((0.6075, 1.0), abs=5e-5)
+    # Discordant 2 and 9: twice the tail of 11 fair coins.
+    ours, theirs = [True] * 9 + [False] * 2 + [True] * 5, [False] * 9 + [True] * 2 + [True] * 5
+    assert mcnemar(theirs, ours) == pytest.approx(2 * (1 + 11 + 55) / 2**11)
+    with pytest.raises(ValueError, match="got 1 and 2 episodes"):
+        mcnemar([True], [True, False])
