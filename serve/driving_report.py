@@ -1,8 +1,9 @@
 """Makes the report of driving: `python serve/driving_report.py runs/driving` writes report.html, one file without
 external resources, and report.json, the same numbers.
 
-It reads RUN/rollouts/*.jsonl (serve/rollout.py; a file is a policy, by its name), RUN/open_loop/*.jsonl
-(serve/open_loop.py), and RUN/frames/*.gif, or RUN/frames/POLICY/*.gif.
+It reads RUN/rollouts/*.jsonl (serve/rollout.py; a file is a policy, by its name), or RUN/*.jsonl of a study
+(train/study.py), RUN/open_loop/*.jsonl (serve/open_loop.py), and RUN/frames/*.gif, or RUN/frames/POLICY/*.gif; a study
+has no films.
 """
 
 import dataclasses
@@ -57,7 +58,9 @@ def collect(run: Path) -> dict[str, Any]:
     """
     drives, wrong = dict[str, list[Episode]](), list[str]()
     asked = dict[str, list[FrameResult]]()
-    for path in sorted((run / "rollouts").glob("*.jsonl")):
+    study = (run / "study.json").is_file()
+    rollouts = run if study else run / "rollouts"
+    for path in sorted(rollouts.glob("*.jsonl")):
         try:
             drives[path.stem] = read_episodes(path)
         except ValueError as e:
@@ -80,11 +83,11 @@ def collect(run: Path) -> dict[str, Any]:
         for label, against in sorted(set(about))
         if about.count((label, against)) > 1
     ]
-    if not any((run / "rollouts").glob("*.jsonl")):
-        wrong.append(f"no drives in {run / 'rollouts'}, see serve/rollout.py")
+    if not drives and not wrong:
+        wrong.append(f"no drives in {rollouts}, see serve/rollout.py")
     if not any((run / "open_loop").glob("*.jsonl")):
         wrong.append(f"no frames in {run / 'open_loop'}, see serve/open_loop.py")
-    if not films(run):
+    if not films(run) and not study:
         wrong.append(f"no films in {run / 'frames'}, see --frames-dir of serve/rollout.py")
     if wrong:
         sys.exit("cannot make the report:\n  " + "\n  ".join(wrong))

@@ -102,23 +102,27 @@ def together(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_arm(job: Job, args: Args, study: Study, part: str, name: str, config: TrainConfig | None) -> None:
     """Trains an arm of a study, and drives it where it has a `config`, as steps of the job. part: see `Study.parts`."""
     arm, folder, of = study.arms[name], args.run / slug(part), f"{part}: " if part else ""
-    run_dir = folder / slug(name)
+    run_dir = folder / slug(study.run_of(name))
     sets = [f"run_dir={run_dir}", *args.set, *arm.set]
     if arm.start is not None:
         sets += [f"warm_start.checkpoint={folder / slug(arm.start)}", f"warm_start.reinitialize={arm.reinitialize!r}"]
     if arm.own_statistics:
         sets.append(f"stats={run_dir / 'stats'}")
         job.step(f"{of}statistics of {name}", ["data/stats.py", "--config", arm.config, "--set", *sets])
-    job.step(f"{of}train {name}", ["train/train.py", arm.config, *sets])
+    if arm.same_run is None:
+        job.step(f"{of}train {name}", ["train/train.py", arm.config, *sets])
     if config is None:
         return
     port = ["--port-file", str(folder / f"{slug(name)}.port")]
     drive = ["serve/rollout.py", "--robot", study.robot, "--policy", "trained"]
     drive += ["--episodes", str(args.episodes or study.episodes), "--tasks", *study.tasks]
     drive += ["--out", str(folder / f"{slug(name)}.jsonl"), "--workers", str(args.workers)]
-    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port, *SIMULATED]
+    server = ["serve/policy_server.py", str(run_dir), "--port", "0", *port, *SIMULATED, *arm.serve]
     server += ["--step", "best"] if config.keep.best else []
     job.step(f"{of}drive {study.robot} with {name}", [*drive, *port], server=server)
+    if study.also:
+        also = [word.format(folder=folder, arm=slug(name)) for word in study.also]
+        job.step(f"{of}{Path(also[0]).stem} with {name}", [*also, *port], server=server)
 
 
 def main(args: Args, console: Console) -> None:
@@ -135,7 +139,7 @@ def main(args: Args, console: Console) -> None:
 
     configs = {
         part: {
-            name: override(load_run(arm.config), (*args.set, *arm.set))
+            name: override(load_run(of.config_of(name)[0]), (*args.set, *of.config_of(name)[1]))
             for name, arm in chosen(of.arms).items()
             if arm.driven
         }
@@ -163,7 +167,10 @@ def main(args: Args, console: Console) -> None:
         for name in driven
     }
     runs = {
-        name: {part: measured(folder / slug(name), configs[part][name]) for part, folder in folders.items()}
+        name: {
+            part: measured(folder / slug(study.parts[part].run_of(name)), configs[part][name])
+            for part, folder in folders.items()
+        }
         for name in driven
     }
     more = {name: together(list(of.values())) for name, of in runs.items()}

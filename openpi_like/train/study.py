@@ -19,7 +19,8 @@ class Arm:
     config: file of its run. set: dotted overrides of it. start: name of an arm above whose weights it begins with,
     besides those that `reinitialize` names. driven: False where it only prepares another one. own_statistics: it is
     normalised by what it is trained on, computed before it is. beside: name of the arm that it is compared with, whose
-    run is equal to its own in all of `SAME`; None: the first that is driven.
+    run is equal to its own in all of `SAME`; None: the first that is driven. same_run: name of an arm above whose run
+    is driven again, instead of one of its own. serve: further words for serve/policy_server.py.
     """
 
     config: str
@@ -29,6 +30,8 @@ class Arm:
     driven: bool = True
     own_statistics: bool = False
     beside: str | None = None
+    same_run: str | None = None
+    serve: tuple[str, ...] = ()
 
 
 def slug(name: str) -> str:
@@ -42,7 +45,8 @@ class Study:
 
     robot, tasks, episodes: what they are driven with, and how many episodes of each task. A run that ranks its steps
     (`TrainConfig.keep`) is driven at its best one, others at the last. varies: of what is otherwise kept equal
-    (`SAME`), that which the study is about.
+    (`SAME`), that which the study is about. also: words of a program that asks each server too, in which {folder} is
+    that of the study and {arm} the file name of the arm; it is given the server's --port-file.
     """
 
     arms: Mapping[str, Arm]
@@ -50,6 +54,7 @@ class Study:
     tasks: tuple[str, ...]
     episodes: int
     varies: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems, above = file_problems("arm", self.arms), set[str]()
@@ -64,6 +69,12 @@ class Study:
                 problems.append(f"arm {name!r}: start={arm.start!r}, expected one of the arms above: {sorted(above)}")
             if arm.start is None and arm.reinitialize:
                 problems.append(f"arm {name!r}: reinitialize={arm.reinitialize} without a start")
+            again = [n for n in above if self.arms[n].same_run is None]
+            if arm.same_run is not None and (arm.same_run not in again or arm.set or arm.start or arm.own_statistics):
+                problems.append(
+                    f"arm {name!r}: same_run={arm.same_run!r}, expected one of {sorted(again)}, trained above, "
+                    "and nothing else that is about training"
+                )
             above.add(name)
         if not driven:
             problems.append("no arm is driven, expected one at least")
@@ -76,6 +87,15 @@ class Study:
     def beside(self) -> dict[str, str]:
         """Arm -> the one that it names to be compared with."""
         return {name: arm.beside for name, arm in self.arms.items() if arm.beside is not None}
+
+    def run_of(self, name: str) -> str:
+        """Returns the arm whose run an arm is."""
+        return self.arms[name].same_run or name
+
+    def config_of(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Returns the file of the run that an arm is, and overrides of it."""
+        arm = self.arms[self.run_of(name)]
+        return arm.config, arm.set
 
     @property
     def parts(self) -> dict[str, "Study"]:

@@ -39,7 +39,7 @@ from openpi_like.train.study import unequal_parts
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "driving"
-STUDIES = ("ablations", "open_drive_vla", "policies")
+STUDIES = ("ablations", "distillation", "open_drive_vla", "policies")
 SEVERAL = ("scenes", "stages")
 CONFIGS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in (*SEVERAL, *STUDIES))
 TABLE = runpy.run_path(str(FOLDER / "stages.py"))
@@ -78,7 +78,8 @@ def test_policies_told_of_the_scene_differ_in_nothing_else() -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_compares_what_can_be_compared(name: str) -> None:
     study = runpy.run_path(str(FOLDER / f"{name}.py"))["study"]
-    configs = {n: override(load_run(REPOSITORY / arm.config), arm.set) for n, arm in study.arms.items()}
+    files = {n: study.config_of(n) for n in study.arms}
+    configs = {n: override(load_run(REPOSITORY / path), changes) for n, (path, changes) in files.items()}
     assert unequal_parts(study, {"": {n: c for n, c in configs.items() if study.arms[n].driven}}) == []
     for n, arm in study.arms.items():
         assert (configs[n].warm_start is None) == (arm.start is None)

@@ -52,6 +52,18 @@ def test_what_a_study_cannot_vary() -> None:
         Study(arms, "sawyer", ("button-press",), 1, varies=("date",))
 
 
+def test_what_a_run_that_is_driven_again_is() -> None:
+    arms = {"a": Arm("x.py", ("seed=1",)), "b": Arm("y.py", same_run="a", serve=("--think-every", "4"))}
+    study = Study(arms, "sawyer", ("button-press",), 1)
+    assert [study.run_of(n) for n in arms] == ["a", "a"]
+    assert study.config_of("b") == ("x.py", ("seed=1",))
+    for wrong in (Arm("x.py", same_run="c"), Arm("x.py", ("seed=2",), same_run="a"), Arm("x.py", same_run="b")):
+        with pytest.raises(
+            ValueError, match=r"arm 'd': same_run='.', expected one of \['a'\], which are trained above"
+        ):
+            Study({**arms, "d": wrong}, "sawyer", ("button-press",), 1)
+
+
 def test_what_arms_are_compared_with() -> None:
     arms = {"a": Arm("x.py", beside="b"), "b": Arm("x.py", driven=False, beside="a"), "c": Arm("x.py", beside="c")}
     message = (
