@@ -58,9 +58,7 @@ def test_what_a_run_that_is_driven_again_is() -> None:
     assert [study.run_of(n) for n in arms] == ["a", "a"]
     assert study.config_of("b") == ("x.py", ("seed=1",))
     for wrong in (Arm("x.py", same_run="c"), Arm("x.py", ("seed=2",), same_run="a"), Arm("x.py", same_run="b")):
-        with pytest.raises(
-            ValueError, match=r"arm 'd': same_run='.', expected one of \['a'\], trained above"
-        ):
+        with pytest.raises(ValueError, match=r"arm 'd': same_run='.', expected one of \['a'\], trained above"):
             Study({**arms, "d": wrong}, "sawyer", ("button-press",), 1)
 
 
