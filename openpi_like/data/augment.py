@@ -1,7 +1,8 @@
-"""Random changes of training images, on the device: one warp and one change of colours per image.
+"""Random changes of what a policy is trained on, on the device: one warp and one change of colours per image, and noise
+on the state.
 
 Every draw is a function of the run's seed, the sample's position and the camera, so a run that was stopped, or goes on
-with another number of hosts, sees the same images. Letters: B batch, H, W pixels.
+with another number of hosts, sees the same. Letters: B batch, H, W pixels.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from openpi_like.draws import named_key, sample_keys
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What is drawn for an image, uniformly from each range. The defaults change nothing.
+    """What is drawn for a sample; for an image, uniformly from each range. The defaults change nothing.
 
     scale: area of the part of the image that is kept, as a part of the whole. ratio: its width to its height, relative
         to those of the image. rotation: degrees to either side. What comes from outside the image is black.
@@ -25,6 +26,9 @@ class Augment:
         within 1 +- this, of the distance from grey. hue: turns about the axis of grey, to either side.
     colour_probability: part of the images whose colours are changed at all.
     wrist_cameras: slots whose images keep their geometry, which says where the hand is.
+    state_noise: standard deviation of what is added to each number of the state, normalised as it is: against policies
+        that go on as the state says instead of looking. state_dropout: part of the samples whose state is zero, the
+        middle of the data. Both are of states that are numbers to the policy, not words of its prompt.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -36,6 +40,8 @@ class Augment:
     hue: float = 0.0
     colour_probability: float = 1.0
     wrist_cameras: tuple[str, ...] = ()
+    state_noise: float = 0.0
+    state_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,10 +51,18 @@ class Augment:
         for name, most in (("rotation", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 problems.append(f"{name}={getattr(self, name)}, expected a value in [0, {most}]")
-        if not 0 <= self.colour_probability <= 1:
-            problems.append(f"colour_probability={self.colour_probability}, expected a value in [0, 1]")
+        for name in ("colour_probability", "state_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name}={getattr(self, name)}, expected a value in [0, 1]")
+        if not 0 <= self.state_noise < float("inf"):
+            problems.append(f"state_noise={self.state_noise}, expected a number of at least 0")
         if problems:
             raise ValueError("Augment: " + "; ".join(problems))
+
+    @property
+    def changes_states(self) -> bool:
+        """Whether anything is drawn for states."""
+        return bool(self.state_noise or self.state_dropout)
 
     @classmethod
     def openpi(cls, *, wrist_cameras: tuple[str, ...] = ()) -> "Augment":
@@ -76,14 +90,25 @@ class Augment:
 
 
 def augment_batch(key: Key[Array, ""], batch: Batch, config: Augment) -> Batch:
-    """Returns the batch with changed images, float32 in [-1, 1]; those of masked cameras stay black."""
+    """Returns the batch with changed images, float32 in [-1, 1], and states; what is masked stays black, or zero."""
     images = {}
     for name, image in batch["images"].items():
         keys = sample_keys(named_key(key, name), batch["position"])  # whatever other cameras there are
         one = functools.partial(augment_image, config=config, warp=name not in config.wrist_cameras)
         changed = jax.vmap(one)(keys, image)
         images[name] = jnp.where(batch["image_mask"][name][:, None, None, None], changed, -1.0)
-    return {**batch, "images": images}
+    if not config.changes_states:
+        return {**batch, "images": images}
+    keys = sample_keys(named_key(key, "state"), batch["position"])
+    states = jax.vmap(functools.partial(augment_state, config=config))(keys, batch["state"])
+    return {**batch, "images": images, "state": jnp.where(batch["state_mask"], states, 0.0)}
+
+
+def augment_state(key: Key[Array, ""], state: Float[Array, "Ds"], config: Augment) -> Float[Array, "Ds"]:
+    """Returns one changed state, normalised as it was."""
+    of_noise, of_dropout = jax.random.split(key)
+    noisy = state + config.state_noise * jax.random.normal(of_noise, state.shape)
+    return jnp.where(jax.random.bernoulli(of_dropout, config.state_dropout), 0.0, noisy)
 
 
 def augment_image(

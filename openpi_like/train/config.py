@@ -128,6 +128,12 @@ class TrainConfig:
             problems.append("save_frozen=False needs a warm_start checkpoint to read the frozen weights from again")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}, expected a value between 0 and 1, or None")
+        augment = self.data.augment
+        if augment is not None and augment.changes_states and self.model.prompt_format.state_in_prompt:
+            problems.append(
+                "augment.state_noise or state_dropout, and a policy whose state is in its prompt, where neither "
+                "changes it; leave them out"
+            )
         if self.tokenizer is None and self.warm_start is None:
             problems.append("tokenizer=None needs a warm_start checkpoint to take it from")
         if problems:

@@ -173,8 +173,30 @@ def test_wrist_cameras_keep_their_geometry_and_masked_ones_stay_black() -> None:
         np.testing.assert_array_equal(changed(of, each)["wrist"][1::2], -1.0)
 
 
+def test_states_are_disturbed_by_their_position_and_padding_is_not() -> None:
+    """Noise of the size that is asked for, a share of states that are nothing, and images that are what they were."""
+    count, rng = 4_000, np.random.default_rng(0)
+    mask = np.array([True, True, False])
+    state = rng.standard_normal((count, 3)).astype(np.float32) * mask
+    of: Any = {**batch(1), "state": state, "state_mask": np.tile(mask, (count, 1)), "images": {}, "image_mask": {}}
+    of["position"] = np.stack([np.zeros(count), np.arange(count)], 1).astype(np.uint32)
+    config = Augment(state_noise=0.2, state_dropout=0.25)
+    step = jax.jit(lambda key, batch: augment_batch(key, batch, config)["state"])
+    got = np.asarray(step(jax.random.key(0), of))
+    assert (got[:, 2] == 0).all()
+    gone = (got[:, :2] == 0).all(1)
+    assert gone.mean() == pytest.approx(0.25, abs=0.03)
+    noise = (got - state)[~gone, :2]
+    assert (noise.mean(), noise.std()) == (pytest.approx(0, abs=0.02), pytest.approx(0.2, abs=0.01))
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.05
+    turned: Any = jax.tree.map(lambda x: x[::-1], of)
+    np.testing.assert_array_equal(np.asarray(step(jax.random.key(0), turned))[::-1], got)
+    assert (np.asarray(step(jax.random.key(1), of))[~gone, 0] != got[~gone, 0]).mean() > 0.9
+    assert "state" not in augment_batch(jax.random.key(0), jax.device_put(batch(1)), Augment.octo())
+
+
 def test_ranges_without_meaning_are_listed() -> None:
     with pytest.raises(ValueError, match=r"scale=\(0.5, 1.5\), .*; ratio=\(1.1, 0.9\), .*; hue=0.6, expected .* 0.5\]"):
         Augment(scale=(0.5, 1.5), ratio=(1.1, 0.9), hue=0.6)
-    with pytest.raises(ValueError, match=r"colour_probability=2.0"):
-        Augment(colour_probability=2.0)
+    with pytest.raises(ValueError, match=r"colour_probability=2.0.*; state_dropout=-1.*; state_noise=nan"):
+        Augment(colour_probability=2.0, state_dropout=-1.0, state_noise=float("nan"))

@@ -1,10 +1,13 @@
 """Studies: tables that cannot be run are refused, and what is kept equal is compared."""
 
 import dataclasses
+import runpy
 
 import pytest
 
-from openpi_like.config import load_run, override
+from openpi_like.config import load_run, override, to_json
+from openpi_like.data.augment import Augment
+from openpi_like.robots.policy_fit import policy_problems
 from openpi_like.train.study import Arm, Matrix, Study, learning_curve, study_rows, unequal, unequal_parts
 
 
@@ -23,6 +26,36 @@ def test_what_a_study_keeps_equal() -> None:
         "arm 'two': steps is not that of 'one'",
         "arm 'two': seed is not that of 'one'",
     ]
+
+
+def test_what_helps_compares_what_can_be_compared() -> None:
+    """One change at a time: what a run of the study differs in from pi0.py, or from the policy that it is of."""
+    variables = runpy.run_path("configs/studies/what_helps.py")
+    study = variables["study"]
+    files = {name: study.config_of(name) for name in study.arms}
+    configs = {name: override(load_run(path), changes) for name, (path, changes) in files.items()}
+    assert unequal_parts(study, {"": {n: c for n, c in configs.items() if study.arms[n].driven}}) == []
+    assert {f"configs/studies/what_helps.py:{name}" for name in variables["configs"]} < {p for p, _ in files.values()}
+    for name, arm in study.arms.items():
+        assert (configs[name].warm_start is None) == (arm.start is None)
+        for entry in configs[name].data.entries:
+            assert policy_problems(entry.robot, configs[name].model) == []
+    base = configs["pi0"]
+
+    def changed(name: str) -> list[str]:
+        a, b = to_json(base), to_json(configs[name])
+        return [key for key in a if a[key] != b[key]]
+
+    assert changed("four draws of noise and time") == ["model"]
+    assert changed("augmented images") == changed("no state") == ["data"]
+    assert changed("chunks of 16") == ["model", "data"]
+    assert changed("no average of weights") == ["ema_decay"]
+
+
+def test_noise_on_a_state_that_stands_in_the_prompt_is_refused() -> None:
+    insulated = load_run("configs/studies/insulated.py")
+    with pytest.raises(ValueError, match="a policy whose state is in its prompt, where neither changes it; leave them"):
+        dataclasses.replace(insulated, data=dataclasses.replace(insulated.data, augment=Augment(state_noise=0.1)))
 
 
 def test_a_learning_curve_differs_in_its_data_alone() -> None:
