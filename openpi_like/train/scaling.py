@@ -51,8 +51,10 @@ def _losses(p: np.ndarray, relative: np.ndarray) -> np.ndarray:
     return p[0] + (p[1:4] * relative ** -p[4:7]).sum(-1)
 
 
-def fit(runs: Sequence[Run]) -> Curve:
+def fit(runs: Sequence[Run], start: Curve | None = None) -> Curve:
     """Returns the curve whose logarithm is nearest to that of the losses, in a sum that outliers do not rule (Huber).
+
+    start: where to look from; None looks from several places.
 
     Raises:
         ValueError: fewer runs than it has numbers, seven; or they do not differ in one of the three sizes.
@@ -71,6 +73,12 @@ def fit(runs: Sequence[Run]) -> Curve:
     def off(q: np.ndarray) -> np.ndarray:
         return np.log(_losses(np.exp(q), relative)) - np.log(losses)
 
+    def slope(q: np.ndarray) -> np.ndarray:
+        p = np.exp(q)
+        parts = p[1:4] * relative ** -p[4:7]
+        each = np.concatenate([np.full((len(runs), 1), p[0]), parts, -parts * np.log(relative) * p[4:7]], axis=1)
+        return each / _losses(p, relative)[:, None]
+
     starts = [
         np.log([floor * least, *[part * least] * 3, *[exponent] * 3])
         for floor in (0.2, 0.6)
@@ -79,7 +87,11 @@ def fit(runs: Sequence[Run]) -> Curve:
     ]
     low = np.log([1e-3 * least, *[1e-4 * least] * 3, *[1e-2] * 3])
     high = np.log([least, *[10 * least] * 3, *[3.0] * 3])
-    found = [least_squares(off, q, bounds=(low, high), loss="huber", f_scale=0.02) for q in starts]
+    if start is not None:
+        at = np.array(start.middle) / middle  # the same curve, about the middle of these runs
+        scale = np.array(start.scale) * at ** np.array(start.exponent)
+        starts = [np.clip(np.log([start.floor, *scale, *start.exponent]), low + 1e-6, high - 1e-6)]
+    found = [least_squares(off, q, slope, bounds=(low, high), loss="huber", f_scale=0.02) for q in starts]
     p = np.exp(min(found, key=lambda f: f.cost).x)
     return Curve(float(p[0]), *(tuple(map(float, of)) for of in (p[1:4], p[4:7], middle)))  # type: ignore[arg-type]
 
@@ -95,7 +107,7 @@ def predict(runs: Sequence[Run], sizes: np.ndarray, draws: int = 200, seed: int 
         drawn = [runs[i] for i in rng.integers(0, len(runs), len(runs))]
         if any(len({run.sizes()[k] for run in drawn}) < 2 for k in range(3)):
             continue
-        said.append(fit(drawn).loss(sizes) * float(np.exp(rng.choice(residuals))))
+        said.append(fit(drawn, curve).loss(sizes) * float(np.exp(rng.choice(residuals))))
     low, high = np.quantile(said, (0.025, 0.975))
     return curve.loss(sizes), float(low), float(high)
 
