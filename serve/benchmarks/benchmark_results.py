@@ -100,7 +100,7 @@ class Films:
         assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FRAMES)).round().astype(int))
-        images = [Image.fromarray(frames[i]).quantize(64) for i in chosen]
+        images = [Image.fromarray(frames[i]).quantize(64, method=Image.Quantize.FASTOCTREE) for i in chosen]
         path = self._directory / f"{re.sub(r'[^A-Za-z0-9]+', '_', task)}_{seed}.gif"
         images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
         self._kept[task] = self._kept.get(task, 0) + 1

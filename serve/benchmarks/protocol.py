@@ -325,7 +325,7 @@ def connected(args: argparse.Namespace) -> Iterator[tuple[Callable[[dict[str, An
         except ConnectionClosed as e:
             raise BenchmarkError(f"the policy server at {where} is gone ({e}); start it and run this again") from e
         except RuntimeError as e:  # as openpi-client hands on what the server says
-            raise BenchmarkError(str(e)) from e
+            raise BenchmarkError(str(e).replace("Error in inference server:\n", "the policy server says ")) from e
 
     try:
         yield infer, client.get_server_metadata()
