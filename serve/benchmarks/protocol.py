@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from benchmark_results import FIELDS, BenchmarkError, Films, append_line, read_lines, success_rates
+from benchmark_results import FIELDS, FRAMES, BenchmarkError, Films, append_line, read_lines, success_rates
 
 FLAT_SIZE = (224, 224)
 """Height and width that openpi's examples send (openpi, examples/libero/main.py, `resize_size`)."""
@@ -347,7 +347,7 @@ def drive(sim: Simulator, pilot: Pilot, task: str, seed: int, label: str, films:
             break
         steps += not sim.success
         action = pilot.act(step, sim)
-        if filmed:
+        if filmed and step % max(1, sim.horizon // FRAMES) == 0:
             frames.append(sim.frame())
         sim.step(action)
     success = bool(sim.success)

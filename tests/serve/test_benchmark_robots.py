@@ -1,6 +1,8 @@
 """SimplerEnv and CALVIN as clients of a policy, with fakes of their environments."""
 
-from types import SimpleNamespace
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import calvin_client
@@ -8,7 +10,7 @@ import numpy as np
 import protocol
 import pytest
 import simpler_env_client
-from benchmark_results import Films
+from benchmark_results import BenchmarkError, Films
 from scipy.spatial.transform import Rotation
 from simpler_scenes import SCENES
 
@@ -300,6 +302,38 @@ def test_calvin_says_how_far_chains_got() -> None:
     assert rates == ["75.0%", "75.0%", "50.0%", "50.0%", "50.0%"]
     assert texts[-1] == "mean length of 4 chains: 3.000"
     assert sim.tasks() == {"calvin": 1000}
+
+
+def test_what_is_used_of_calvin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where it looks for the texts and the oracle, and that it says where the chains are others."""
+    agent = tmp_path / "calvin_models" / "calvin_agent" / "__init__.py"
+    sequences = [({"led": 0}, CHAIN)]
+    parts: dict[str, dict[str, Any]] = {
+        "calvin_agent": {"__file__": str(agent)},
+        "calvin_agent.evaluation": {},
+        "calvin_agent.evaluation.multistep_sequences": {"get_sequences": lambda n: sequences * (n == 1000)},
+        "calvin_agent.evaluation.utils": {"get_env_state_for_initial_condition": lambda initial: initial},
+        "calvin_env": {},
+        "calvin_env.envs": {},
+        "calvin_env.envs.play_table_env": {"get_env": lambda folder, show_gui: ("env of", folder)},
+        "hydra": {"utils": SimpleNamespace(instantiate=lambda conf: ("oracle of", conf))},
+        "omegaconf": {"OmegaConf": SimpleNamespace(load=lambda path: path.relative_to(tmp_path))},
+    }
+    for name, values in parts.items():
+        module = ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(BenchmarkError, match=r"merged_config.yaml; give --data a split of CALVIN's dataset"):
+        calvin_client.installed(tmp_path)
+    (tmp_path / "validation" / ".hydra").mkdir(parents=True)
+    (tmp_path / "validation" / ".hydra" / "merged_config.yaml").touch()
+    package = calvin_client.installed(tmp_path)
+    assert package.env == ("env of", tmp_path / "validation")
+    conf = Path("calvin_models/conf")
+    assert package.oracle == ("oracle of", conf / "callbacks/rollout/tasks/new_playtable_tasks.yaml")
+    assert package.instructions == conf / "annotations/new_playtable_validation.yaml"
+    assert package.sequences == sequences
+    assert f"fingerprint {calvin_client.fingerprint(sequences)}, those of CALVIN fa03f01" in capsys.readouterr().err
 
 
 def test_chains_have_a_fingerprint() -> None:
