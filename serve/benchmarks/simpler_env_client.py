@@ -37,16 +37,17 @@ RECORDED: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
         "image/3rd_view_camera/rgb": ((480, 640, 3), "u"),
         "agent/qpos": ((8,), "f"),
         "agent/base_pose": ((7,), "f"),
-        "extra/tcp_pose": ((7,), "f"),
     },
     "google_robot": {
         "image/overhead_camera/rgb": ((512, 640, 3), "u"),
         "agent/qpos": ((11,), "f"),
         "agent/base_pose": ((7,), "f"),
-        "extra/tcp_pose": ((7,), "f"),
     },
 }
-"""What is read of an observation in mode "rgbd". Poses: position (m), quaternion w, x, y, z, in the world."""
+"""What is read of an observation in mode "rgbd". `base_pose`: position (m), quaternion w, x, y, z, in the world.
+
+The hand's pose is asked of the environment (`tcp`): scenes with drawers do not have it in their observations.
+"""
 FINGERS = {"widowx": (slice(-2, None), 0.015, 0.037), "google_robot": (slice(-4, -2), 1.3, 0.0)}
 """Of the joints: where the two fingers are, and their values closed and open (limits of the robots' URDF)."""
 TOP_DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
@@ -132,8 +133,8 @@ class SimplerEnv(Simulator):
         return str(self._env.unwrapped.get_language_instruction())
 
     def observe(self) -> Observation:
-        seen, agent = self._seen, self._seen["agent"]
-        base, hand = np.asarray(agent["base_pose"], np.float64), np.asarray(seen["extra"]["tcp_pose"], np.float64)
+        agent, tool = self._seen["agent"], self._env.unwrapped.tcp.pose
+        base, hand = np.asarray(agent["base_pose"], np.float64), np.concatenate([tool.p, tool.q]).astype(np.float64)
         inverse = base[3:] * np.array([1.0, -1.0, -1.0, -1.0])
         position = _matrix(inverse) @ (hand[:3] - base[:3])
         turn = _product(inverse, hand[3:])
@@ -227,13 +228,13 @@ class _NoiseEnv:
 
     def __init__(self, env_name: str, robot: str, max_episode_steps: int, **options: Any) -> None:
         self.unwrapped = self
+        self.tcp = SimpleNamespace(pose=SimpleNamespace(p=np.ones(3), q=np.full(4, 0.5)))
         self._table = RECORDED["google_robot" if robot.startswith("google") else "widowx"]
         self._random, self._steps, self._most = np.random.RandomState(0), 0, max_episode_steps
 
     def _look(self) -> Any:
         seen = recorded(self._table, self._random)
-        for pose in (seen["agent"]["base_pose"], seen["extra"]["tcp_pose"]):
-            pose[3:] /= np.linalg.norm(pose[3:])
+        seen["agent"]["base_pose"][3:] = 0.5
         return seen
 
     def get_language_instruction(self) -> str:

@@ -70,6 +70,9 @@ def test_simpler_env_has_the_published_episodes() -> None:
     np.testing.assert_allclose(np.roll(turned, -1), expected.as_quat(), atol=1e-12)
 
 
+FOOT = np.array([1.0, 2.0, 0.87])
+
+
 class SimplerSim:
     """An environment with a robot in a known pose; its instruction changes at a step, and it succeeds at some."""
 
@@ -87,15 +90,18 @@ class SimplerSim:
         self.commands.clear()
         return self.look(), {}
 
+    @property
+    def tcp(self) -> Any:
+        """The hand, which is 30 cm in front of the robot and 10 cm above its foot."""
+        position, turn = FOOT + self.base.apply([0.3, 0.0, 0.1]), self.base * self.hand
+        return SimpleNamespace(pose=SimpleNamespace(p=position, q=np.roll(turn.as_quat(), 1)))
+
     def look(self) -> Any:
         camera, height = self.image
-        foot = np.array([1.0, 2.0, 0.87])
-        hand = foot + self.base.apply([0.3, 0.0, 0.1])
-        pose = lambda position, turn: np.concatenate([position, np.roll(turn.as_quat(), 1)]).astype(np.float32)  # noqa: E731
+        base = np.concatenate([FOOT, np.roll(self.base.as_quat(), 1)]).astype(np.float32)
         return {
             "image": {camera: {"rgb": np.full((height, 640, 3), 9, np.uint8)}},
-            "agent": {"qpos": self.qpos, "base_pose": pose(foot, self.base)},
-            "extra": {"tcp_pose": pose(hand, self.base * self.hand)},
+            "agent": {"qpos": self.qpos, "base_pose": base},
         }
 
     def get_language_instruction(self) -> str:
