@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import math
 import re
@@ -80,6 +82,15 @@ def success_rates(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     together = [success for of in tasks.values() for success in of]
     mean = f"mean of the rates of {len(tasks)} tasks: {sum(rates) / len(rates):.1%}"
     return [*texts, mean, f"{counted(sum(together), len(together))}  all episodes together"]
+
+
+def versions(*packages: str) -> str:
+    """Returns "NAME VERSION, ..." of those that are installed: results of two simulators do not compare."""
+    found = []
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 class Films:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Mapping, Sequence
 
 import numpy as np
-from benchmark_results import BenchmarkError, counted
+from benchmark_results import BenchmarkError, counted, versions
 from protocol import (
     Observation,
     Simulator,
@@ -62,13 +62,12 @@ class Calvin(Simulator):
         "prompt": "prompt",
     }
     sizes = {"base": (200, 200), "wrist": (84, 84)}  # noqa: RUF012
-    renderer = "pybullet"
     execute_steps = 5
     horizon = LENGTH * SUBTASK_STEPS
 
     def __init__(self, package: Any) -> None:
         """package: see `installed`."""
-        self._package = package
+        self._package, self.renderer = package, package.renderer
 
     def tasks(self) -> dict[str, int]:
         return {TASK: SEQUENCES}
@@ -135,7 +134,7 @@ def fingerprint(sequences: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) ->
 
 
 def installed(data: Path) -> Any:
-    """Returns what is used of the packages: env, oracle, instructions, sequences, initial_condition.
+    """Returns what is used of the packages: env, oracle, instructions, sequences, initial_condition, renderer.
 
     Raises:
         BenchmarkError: they are not installed, or the dataset is not there.
@@ -167,6 +166,7 @@ def installed(data: Path) -> Any:
         instructions=OmegaConf.load(conf / texts),
         sequences=sequences,
         initial_condition=get_env_state_for_initial_condition,
+        renderer=versions("pybullet"),
     )
 
 
@@ -219,6 +219,7 @@ def main() -> None:
             instructions={name: [name.replace("_", " ")] for name in chain},
             sequences=[({}, chain)],
             initial_condition=lambda initial: (np.zeros(15), np.zeros(24)),
+            renderer="noise",
         )
         dry_run(Calvin(noise), env.executed, args)
         return

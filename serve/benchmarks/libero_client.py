@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from benchmark_results import BenchmarkError
+from benchmark_results import BenchmarkError, versions
 from protocol import (
     Observation,
     Simulator,
@@ -63,11 +63,10 @@ class Libero(Simulator):
         "prompt": "prompt",
     }
     sizes = {"base": (RENDER_SIZE, RENDER_SIZE), "wrist": (RENDER_SIZE, RENDER_SIZE)}  # noqa: RUF012
-    renderer = "libero"
     execute_steps = 5  # openpi's; openvla-oft executes its chunks of 8
 
     def __init__(self, suite: str, gripper: str, seed: int, package: Any) -> None:
-        """package: get_benchmark_dict, get_libero_path and OffScreenRenderEnv, as LIBERO has them.
+        """package: get_benchmark_dict, get_libero_path and OffScreenRenderEnv, as LIBERO has them; renderer.
 
         Raises:
             BenchmarkError: the package has no such suite.
@@ -76,7 +75,7 @@ class Libero(Simulator):
         if suite not in suites:
             raise BenchmarkError(f"LIBERO here has the suites {', '.join(suites)}, expected {suite}")
         self._suite, self._package = suites[suite](), package
-        self._gripper, self._seed = gripper, seed
+        self._gripper, self._seed, self.renderer = gripper, seed, package.renderer
         self._tasks = {self._suite.get_task(i).name: i for i in range(self._suite.n_tasks)}
         self.horizon = MAX_STEPS[suite]
         self._env: Any = None
@@ -169,6 +168,7 @@ def installed() -> Any:
         get_benchmark_dict=benchmark.get_benchmark_dict,
         get_libero_path=get_libero_path,
         OffScreenRenderEnv=OffScreenRenderEnv,
+        renderer=versions("libero", "hf-libero", "robosuite", "mujoco"),
     )
 
 
@@ -212,6 +212,7 @@ _NOISE = SimpleNamespace(
     get_benchmark_dict=lambda: {suite: _NoiseSuite for suite in MAX_STEPS},
     get_libero_path=lambda name: name,
     OffScreenRenderEnv=_NoiseEnv,
+    renderer="noise",
 )
 
 

@@ -41,10 +41,10 @@ class Simulator:
 
     robots: names of robots of ours that have these cameras, state and actions. keys: of the flat form, see `Flat`.
     sizes: height and width by camera of what a server of ours gets that asks for none. squash: whether images change
-    their aspect ratio where they are resized; else they are padded, as in openpi. renderer: what draws. execute_steps:
-    actions of a chunk that are executed, as published. horizon: control steps of an episode at most. stage: changes
-    where the rest of a chunk is for something that is over, such as the instruction before. success: of the episode as
-    it stands. ended: nothing more will be executed. ours: whether a server of ours is asked.
+    their aspect ratio where they are resized; else they are padded, as in openpi. renderer: what simulates and draws.
+    execute_steps: actions of a chunk that are executed, as published. horizon: control steps of an episode at most.
+    stage: changes where the rest of a chunk is for something that is over, such as the instruction before. success: of
+    the episode as it stands. ended: nothing more will be executed. ours: whether a server of ours is asked.
     """
 
     robots: tuple[str, ...] = ()

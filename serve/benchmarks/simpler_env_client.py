@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from benchmark_results import BenchmarkError
+from benchmark_results import BenchmarkError, versions
 from protocol import (
     Observation,
     Simulator,
@@ -96,7 +96,6 @@ class SimplerEnv(Simulator):
     """
 
     squash = True  # Bridge's images are 256 x 256 of a camera of 480 x 640
-    renderer = "sapien"
     execute_steps = 4  # of SimplerEnv-OpenVLA's client for openpi; SimplerEnv's own policies average chunks instead
 
     def __init__(self, setup: str, watch: str, seed: int, package: Any) -> None:
@@ -107,7 +106,7 @@ class SimplerEnv(Simulator):
         self.keys = {"base": "observation/primary_image", state: "observation/state", "prompt": "prompt"}
         self.sizes = {"base": (256, 320) if google else (256, 256)}  # of the datasets' images
         self._setup, self._google, self._watch, self._seed = setup, google, watch, seed
-        self._package, self._built = package, ""
+        self._package, self._built, self.renderer = package, "", package.renderer
         self._env: Any = None
 
     def tasks(self) -> dict[str, int]:
@@ -205,7 +204,7 @@ def _euler(m: np.ndarray) -> np.ndarray:
 
 
 def installed() -> Any:
-    """Returns what is used of the packages: `build` makes an environment, `assets` is the folder of their assets.
+    """Returns what is used of the packages: `build` makes an environment, `assets` is their folder of assets; renderer.
 
     Raises:
         BenchmarkError: they are not installed.
@@ -215,7 +214,7 @@ def installed() -> Any:
         from simpler_env.utils.env.env_builder import build_maniskill2_env
     except ImportError as e:
         raise BenchmarkError(f"SimplerEnv is not installed here ({e}); see docs/evaluation.md, or try --dry-run") from e
-    return SimpleNamespace(build=build_maniskill2_env, assets=ASSET_DIR)
+    return SimpleNamespace(build=build_maniskill2_env, assets=ASSET_DIR, renderer=versions("sapien"))
 
 
 # ---- The dry run -----------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parsed(parser())
-    noise = SimpleNamespace(build=_NoiseEnv, assets="assets")
+    noise = SimpleNamespace(build=_NoiseEnv, assets="assets", renderer="noise")
     sim = SimplerEnv(args.setup, args.gripper, args.seed, noise if args.dry_run else installed())
     if args.dry_run:
         dry_run(sim, _EXECUTED, args)

@@ -244,6 +244,10 @@ def test_libero_is_driven_and_goes_on_where_it_was_stopped(libero: type[LiberoEn
         ("libero", task, "mine", seed, True, 6) for task in ("lift_it", "drop_it") for seed in (0, 1)
     ]
     assert [len(e.latency_ms) for e in episodes] == [2] * 4
+    assert episodes[0].renderer == benchmark_results.versions(
+        "libero", "hf-libero", "robosuite", "mujoco", "no-such-package"
+    )
+    assert benchmark_results.versions("numpy") == f"numpy {np.__version__}"
     assert [row["successes"] for row in success_rows(episodes)] == [2, 2]
     assert said[-4:-2] == [f"   2/2    100.0% [34.2%, 100.0%]  {task}" for task in ("lift_it", "drop_it")]
     assert said[-2] == "mean of the rates of 2 tasks: 100.0%"

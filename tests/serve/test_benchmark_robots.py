@@ -125,7 +125,9 @@ def _simpler(setup: str, watch: str = "last", **how: Any) -> tuple[simpler_env_c
         made.append(SimplerSim(**how, **options))
         return made[-1]
 
-    return simpler_env_client.SimplerEnv(setup, watch, 0, SimpleNamespace(build=build, assets="/assets")), made
+    return simpler_env_client.SimplerEnv(
+        setup, watch, 0, SimpleNamespace(build=build, assets="/assets", renderer="")
+    ), made
 
 
 def test_widowx_says_its_pose_as_bridge_does() -> None:
@@ -259,6 +261,7 @@ def _calvin(*steps: int) -> tuple[calvin_client.Calvin, CalvinEnv]:
         instructions={name: [f"please {name}", "unused"] for name in CHAIN},
         sequences=[({"led": i}, CHAIN) for i in range(3)],
         initial_condition=lambda initial: (f"robot {initial['led']}", "scene"),
+        renderer="some 1.2",
     )
     return calvin_client.Calvin(package), env
 
@@ -280,6 +283,7 @@ def test_calvin_goes_through_a_chain(steps: tuple[int, ...], completed: int, exe
     assert env.resets == [("robot 2", "scene")]
     assert (line["seed"], line["success"], line["steps"]) == (2, completed == 5, executed)
     assert line["measures"] == {"completed": completed}
+    assert line["renderer"] == "some 1.2"
     assert len(env.commands) == executed
     prompts = [message["prompt"] for message in asked]
     if completed == 5:  # seven steps are two chunks of five
