@@ -200,8 +200,8 @@ class Ours:
         for name, asked in cameras.items():
             size = (self._size, self._size) if self._size else tuple(asked or self._sim.sizes[name])
             images[name] = resized(observation.images[name], (int(size[0]), int(size[1])), self._sim.squash)
-        return {"robot": self.robot, "images": images, "state": self._state(fields, observation.state),
-                "prompt": observation.prompt}  # fmt: skip
+        state = self._state(fields, observation.state)
+        return {"robot": self.robot, "images": images, "state": state, "prompt": observation.prompt}
 
     def _state(self, fields: list[tuple[str, int]], state: Mapping[str, np.ndarray]) -> np.ndarray:
         whole = np.concatenate([*state.values(), np.zeros(0)])
