@@ -176,6 +176,8 @@ def _argument_problems(root: Path, path: str, words: list[str]) -> Iterator[str]
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             if hasattr(program, "COMMANDS"):
                 args: Any = tyro.extras.subcommand_cli_from_dict(program.COMMANDS, args=words)
+            elif hasattr(program, "parser"):  # one of those that know nothing of tyro
+                args = program.parser().parse_args(words)
             else:
                 args = tyro.cli(program.Args, args=words)
     except SystemExit:

@@ -160,6 +160,7 @@ BAD = {
     "python data/stats.py --config configs/no_such_run.py": "no config file",
     "python data/fit_fast.py configs/studies/fast.py --out DIR --set no=1": "no field 'no'",
     "python serve/policy_server.py runs/x --dtype int3": "int3",
+    "python serve/benchmarks/libero_client.py --suite libero_11": "libero_11",
     "python train/plan.py configs/pretrain_pi0.py --search": "--search",
     "python train/checkpoints.py prunes RUN": "prunes",
     "python train/checkpoints.py prune RUN --older 3": "--older",
