@@ -91,10 +91,10 @@ def main(args: Args) -> Path:
     """
     sim = make_sim(args.robot)
     tasks = args.tasks or sim.tasks
-    unknown = [t for t in tasks if t not in sim.tasks]
+    unknown = [t for t in tasks if t not in sim.known_tasks()]
     if unknown:
         raise ValueError(
-            "; ".join(f"robot {args.robot} has no task {t!r}, {near_names(t, sim.tasks)}" for t in unknown)
+            "; ".join(f"robot {args.robot} has no task {t!r}, {near_names(t, sim.known_tasks())}" for t in unknown)
         )
     recipe = {
         "robot": args.robot,

@@ -239,9 +239,9 @@ def main(args: Args, console: Console) -> None:
     if args.robot not in SIMS:
         sys.exit(f"no simulator of robot {args.robot!r}; {near_names(args.robot, list(SIMS))}")
     sim = make_sim(args.robot)
-    unknown = [task for task in args.tasks if task not in sim.tasks]
+    unknown = [task for task in args.tasks if task not in sim.known_tasks()]
     if unknown:
-        near = "; ".join(f"{task!r}: {near_names(task, sim.tasks)}" for task in unknown)
+        near = "; ".join(f"{task!r}: {near_names(task, sim.known_tasks())}" for task in unknown)
         sys.exit(f"robot {args.robot!r} has no tasks {near}")
     if args.record is not None and (sim.robot.plan is not None or sim.robot.entities):
         sys.exit(f"--record of robot {args.robot!r}: recordings have neither plans nor the things around a robot")
