@@ -36,9 +36,10 @@ METHODS: dict[str, Merge] = {"newest": Newest(), "ensemble": Ensemble(), "real-t
 class Args:
     """Success, and jumps between chunks, of a policy whose answers come late.
 
-    robot: which simulated robot. out: JSONL file, one line per episode. tasks: default all. delays: in control steps.
-    methods: what becomes of chunks that overlap. label: of the policy, beside the method, in results. every: steps from
-    one request to the next, default `execute_steps` of the server, or the delay if that is longer. episodes: per task.
+    robot: which simulated robot. out: JSONL file, one line per episode. tasks: default `Sim.tasks`. delays: in control
+    steps. methods: what becomes of chunks that overlap. label: of the policy, beside the method, in results. every:
+    steps from one request to the next, default `execute_steps` of the server, or the delay if that is longer. episodes:
+    per task.
     """
 
     robot: str

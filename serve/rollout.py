@@ -49,11 +49,10 @@ class Args:
 
     robot: which simulated robot. policy: "expert" needs no server; "corrected" is the server's, from which the expert
     takes over as `takeover` says; the others only name the results. out: JSONL file, one line per episode. tasks:
-    default all. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the server
-    writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a simulator and
-    a connection. frame_size: pixels of a side of the film. record: spool that keeps what the robot did, see
-    serve/record.py; only of layouts that evaluation
-    does not use.
+    default `Sim.tasks`. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the
+    server writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a
+    simulator and a connection. frame_size: pixels of a side of the film. record: spool that keeps what the robot did,
+    see serve/record.py; only of layouts that evaluation does not use.
     """
 
     robot: str

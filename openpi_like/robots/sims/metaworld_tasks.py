@@ -162,6 +162,7 @@ TASKS = {
         "go behind the plate",
         "slide it back",
         (0.005, -0.065, 0.055),
+        held=True,
         ball=0.0,
     ),
     "plate-slide-back-side": _T(
@@ -226,6 +227,7 @@ TASKS = {
         "go to the block",
         "grasp it and put it onto the shelf",
         (0.005, 0.0, 0.045),
+        0.12,
         held=True,
     ),
     "soccer": _T(
