@@ -49,7 +49,7 @@ class Args:
     robot: which simulated robot, a name of `openpi_like.robots.sims.SIMS`.
     out: directory for datasets; this one becomes OUT/ROBOT_sim/1.0.0.
     episodes_per_task, val_episodes_per_task: episodes in splits train and val.
-    tasks: some of the robot's tasks, all of them by default.
+    tasks: some of the robot's tasks (`Sim.known_tasks`), by default `Sim.tasks`.
     seed: of layouts and noise.
     workers: processes that simulate.
     file_format: "array_record" is for readers that need random access; other RLDS readers want "tfrecord".
@@ -91,10 +91,10 @@ def main(args: Args) -> Path:
     """
     sim = make_sim(args.robot)
     tasks = args.tasks or sim.tasks
-    unknown = [t for t in tasks if t not in sim.tasks]
+    unknown = [t for t in tasks if t not in sim.known_tasks()]
     if unknown:
         raise ValueError(
-            "; ".join(f"robot {args.robot} has no task {t!r}, {near_names(t, sim.tasks)}" for t in unknown)
+            "; ".join(f"robot {args.robot} has no task {t!r}, {near_names(t, sim.known_tasks())}" for t in unknown)
         )
     recipe = {
         "robot": args.robot,

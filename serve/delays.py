@@ -36,9 +36,10 @@ METHODS: dict[str, Merge] = {"newest": Newest(), "ensemble": Ensemble(), "real-t
 class Args:
     """Success, and jumps between chunks, of a policy whose answers come late.
 
-    robot: which simulated robot. out: JSONL file, one line per episode. tasks: default all. delays: in control steps.
-    methods: what becomes of chunks that overlap. label: of the policy, beside the method, in results. every: steps from
-    one request to the next, default `execute_steps` of the server, or the delay if that is longer. episodes: per task.
+    robot: which simulated robot. out: JSONL file, one line per episode. tasks: default `Sim.tasks`. delays: in control
+    steps. methods: what becomes of chunks that overlap. label: of the policy, beside the method, in results. every:
+    steps from one request to the next, default `execute_steps` of the server, or the delay if that is longer. episodes:
+    per task.
     """
 
     robot: str
@@ -129,8 +130,8 @@ def main(args: Args, console: Console) -> None:
     if args.robot not in SIMS:
         sys.exit(f"no simulator of robot {args.robot!r}; {near_names(args.robot, list(SIMS))}")
     sim = make_sim(args.robot)
-    if unknown := [task for task in args.tasks if task not in sim.tasks]:
-        sys.exit(f"robot {args.robot!r} has no task {unknown[0]!r}; {near_names(unknown[0], sim.tasks)}")
+    if unknown := [task for task in args.tasks if task not in sim.known_tasks()]:
+        sys.exit(f"robot {args.robot!r} has no task {unknown[0]!r}; {near_names(unknown[0], sim.known_tasks())}")
     port = int(args.port_file.read_text()) if args.port_file is not None else args.port
     client = PolicyClient(args.host, port)
     about = client.metadata

@@ -36,11 +36,10 @@ class Args:
 
     robot: which simulated robot. policy: "expert" needs no server; "corrected" is the server's, from which the expert
     takes over as `takeover` says; the others only name the results. out: JSONL file, one line per episode. tasks:
-    default all. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the server
-    writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a simulator and
-    a connection. frame_size: pixels of a side of the film. record: spool that keeps what the robot did, see
-    serve/record.py; only of layouts that evaluation
-    does not use.
+    default `Sim.tasks`. episodes: per task. first_seed: of the layouts. port_file: read the port from this file, as the
+    server writes it. frames_dir: a GIF of each task's first episode goes there. workers: processes, each with a
+    simulator and a connection. frame_size: pixels of a side of the film. record: spool that keeps what the robot did,
+    see serve/record.py; only of layouts that evaluation does not use.
     """
 
     robot: str
@@ -98,9 +97,9 @@ def main(args: Args, console: Console) -> None:
     if args.robot not in SIMS:
         sys.exit(f"no simulator of robot {args.robot!r}; {near_names(args.robot, list(SIMS))}")
     sim = make_sim(args.robot)
-    unknown = [task for task in args.tasks if task not in sim.tasks]
+    unknown = [task for task in args.tasks if task not in sim.known_tasks()]
     if unknown:
-        near = "; ".join(f"{task!r}: {near_names(task, sim.tasks)}" for task in unknown)
+        near = "; ".join(f"{task!r}: {near_names(task, sim.known_tasks())}" for task in unknown)
         sys.exit(f"robot {args.robot!r} has no tasks {near}")
     if args.record is not None and (sim.robot.plan is not None or sim.robot.entities):
         sys.exit(f"--record of robot {args.robot!r}: recordings have neither plans nor the things around a robot")

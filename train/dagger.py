@@ -44,7 +44,7 @@ class Args:
 
     config: the run that trained the policy, whose data are joined; set: its overrides. start: the policy's run, of
     which the best step is taken where it keeps the best, else the newest; or a checkpoint of it.
-    robot: which simulated robot. run: directory for all that this makes. tasks: default all. rounds: how many.
+    robot: which simulated robot. run: directory for all that this makes. tasks: default `Sim.tasks`. rounds: how many.
     corrected: episodes per task and round. first_seed: of the first of their layouts. steps: of training per round.
     share: part of the samples that are corrections. episodes: per task, held out, to compare with. control: also train
     without corrections. workers: simulator processes.

@@ -9,8 +9,8 @@ import pytest
 from openpi_like.robots.find import find_robot
 from openpi_like.robots.robosuite_arms import ARMS
 from openpi_like.robots.sims import SIMS, make_sim
-from openpi_like.robots.sims.sawyer import _SUBTASKS
-from openpi_like.robots.sims.sawyer import PROMPTS as SAWYER_TASKS
+from openpi_like.robots.sims.metaworld_tasks import FIRST
+from openpi_like.robots.sims.metaworld_tasks import TASKS as META_WORLD
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, check_action
 
 PACKAGES = {
@@ -79,14 +79,14 @@ def test_expert_succeeds(sims, robot, task, noisy):
         assert actions.max() <= 512
 
 
-@pytest.mark.parametrize("task", SAWYER_TASKS)
+@pytest.mark.parametrize("task", FIRST)
 def test_sawyers_subtasks_are_the_way_there_and_then_the_task(sims, task):
     """Once it is there it stays there, also while it is disturbed; in 101 the hand begins above the handle."""
     sim = sims("sawyer")
     for seed in (0, 101):
         _, subtasks = run_expert(sim, task, seed, noise=sim.noises[1])
         runs = [name for name, _ in itertools.groupby(subtasks)]
-        go, act, *_ = _SUBTASKS[task]
+        go, act = META_WORLD[task].go, META_WORLD[task].act
         begins_there = task == "handle-press" and seed == 101
         assert runs == ([act] if begins_there else [go, act]), (seed, subtasks)
 

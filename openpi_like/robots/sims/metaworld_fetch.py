@@ -29,7 +29,8 @@ class MetaWorldFetchSim(SawyerSim):
         "drawer-open",
         "drawer-close",
         "door-close",
-    )  # others are beyond its reach
+    )  # others are beyond its reach, or not tried
+    more_tasks = ()
     view = ((0.6, -0.2, 0.8), (0.0, 0.68, 0.12), 42.0)
 
     def to_package(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:

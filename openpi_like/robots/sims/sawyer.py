@@ -1,5 +1,6 @@
 """Meta-World tasks (Yu et al. 2019; metaworld 3) from one camera and without privileged state."""
 
+import collections
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,44 +9,21 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from openpi_like.robots.sawyer import SAWYER
+from openpi_like.robots.sims.metaworld_tasks import FIRST, MT50, TASKS
 from openpi_like.robots.sims.render import Renderer, aim, import_mujoco, make_renderer, renderer_name
 from openpi_like.robots.sims.sim import Sim, check_action, prompt_of
 
 # The simulator runs at 80 Hz; an action is held for four of its steps.
 _REPEAT = 4
-
-PROMPTS = {
-    "button-press-topdown": ("press the button from above",),
-    "button-press": ("press the button",),
-    "coffee-button": ("press the button of the coffee machine",),
-    "handle-press": ("push the handle down",),
-    "plate-slide": ("slide the plate into the goal",),
-    "window-open": ("open the window",),
-    "window-close": ("close the window",),
-    "faucet-open": ("open the faucet",),
-    "faucet-close": ("close the faucet",),
-    "drawer-open": ("open the drawer",),
-    "drawer-close": ("close the drawer",),
-    "door-close": ("close the door",),
-}
-
-# Where the hand goes, what it does there, and where that is: metres from the object, and how near to it, as the hand
-# slides along what it moves.
-_SUBTASKS = {
-    "button-press-topdown": ("go above the button", "press down", (0.0, 0.0, 0.05), 0.06),
-    "button-press": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
-    "coffee-button": ("go to the button", "press it in", (0.0, -0.05, -0.06), 0.06),
-    "handle-press": ("go above the handle", "push down", (0.0, -0.03, 0.01), 0.04),
-    "plate-slide": ("go to the plate", "slide it", (0.0, -0.045, 0.055), 0.06),
-    "window-open": ("go to the handle", "slide it open", (-0.03, -0.03, -0.08), 0.06),
-    "window-close": ("go to the handle", "slide it shut", (0.03, -0.03, -0.08), 0.06),
-    "faucet-open": ("go to the lever", "turn it open", (-0.03, 0.02, 0.025), 0.06),
-    "faucet-close": ("go to the lever", "turn it shut", (0.03, 0.02, 0.025), 0.06),
-    "drawer-open": ("go to the handle", "pull", (0.0, 0.0, -0.02), 0.06),
-    "drawer-close": ("go to the drawer", "push it in", (0.0, -0.07, 0.0), 0.06),
-    "door-close": ("go to the door", "push it shut", (-0.06, 0.17, 0.07), 0.15),
-}
 _CAMERA = "corner2"
+# Balls at goals that nothing else shows: a colour that no scene has, and radii in metres of some pixels. The one below
+# a goal in the air is of a site that the package leaves at the robot's base and never uses.
+_GOAL_COLOUR, _GOAL_RADIUS = (1.0, 0.0, 1.0, 1.0), 0.03
+_BELOW, _BELOW_COLOUR, _BELOW_RADIUS = "basesite", (1.0, 1.0, 0.0, 1.0), 0.02
+# An expert presses down in vain whose hand stays within so many metres of height, while it is told to go down by more
+# than so much, for so many control steps; then it rises for so many. Of the noise it keeps a share where it must fit.
+_STILL, _DOWN, _PRESSED, _RISEN = 0.01, -0.1, 14, 5
+_CALM = 0.25
 
 
 class SawyerExpert:
@@ -53,19 +31,40 @@ class SawyerExpert:
 
     Holding its momentary command for four steps would make the arm swing around its path: its gains are too high for
     the delay. So its next four commands are found by simulating ahead, and their mean is the action.
+
+    Where fingers close before they are around what they should hold, the policy presses them down on it for ever: it
+    takes what is near for held. This expert then opens them, rises and lets the policy begin again. There it is also
+    disturbed less, as a hand that must fit has no room for more.
     """
 
     def __init__(self, sim: "SawyerSim", policy: Any, rng: np.random.Generator, noise: float) -> None:
         self._sim, self._policy, self._rng, self._noise = sim, policy, rng, noise
         self.doing, self._there = "", False
+        # Heights of the hand in m and commands along z, of the steps before; steps to go of beginning again.
+        self._pressing, self._again = collections.deque[tuple[float, float]](maxlen=_PRESSED), 0
 
     def act(self) -> Float[np.ndarray, "4"]:
         """See `Expert.act`."""
         go, act, near = self._sim.subtasks
         away = self._sim.away
         self._there = away < near or (self._there and (away < 2.5 * near or self._sim.success))
+        if self._sim.held and self._presses_in_vain():
+            self._pressing.clear()
+            self._again = _RISEN
+        if self._again:
+            self._again -= 1
+            self._there, self.doing = False, go
+            return self._sim.from_package(np.array([0.0, 0.0, 1.0, -1.0], np.float32))
         self.doing = act if self._there else go
-        return self._sim.from_package(self._sim.simulate_ahead(self._command).mean(0))
+        action = self._sim.simulate_ahead(self._command).mean(0)
+        self._pressing.append((float(self._sim.privileged_observation[2]), float(action[2])))
+        return self._sim.from_package(action)
+
+    def _presses_in_vain(self) -> bool:
+        if len(self._pressing) < _PRESSED:
+            return False
+        heights, commands = zip(*self._pressing, strict=True)
+        return max(heights) - min(heights) < _STILL and max(commands) < _DOWN
 
     def _command(self, observation: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():
@@ -74,8 +73,9 @@ class SawyerExpert:
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def disturb(self, action: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
-        """Gaussian noise on the hand's three axes; see `Expert.disturb`."""
-        noise = self._noise * self._rng.standard_normal(4) * [1, 1, 1, 0]
+        """Gaussian noise on the hand's three axes, less where it must fit; see `Expert.disturb`."""
+        sigma = self._noise * (_CALM if self._there and self._sim.held else 1.0)
+        noise = sigma * self._rng.standard_normal(4) * [1, 1, 1, 0]
         return np.clip(action + noise, -1.0, 1.0).astype(np.float32)
 
 
@@ -83,7 +83,8 @@ class SawyerSim(Sim):
     """See `Sim`. A seed is a position of the object (or of the goal, where a task has one)."""
 
     robot = SAWYER
-    tasks = tuple(PROMPTS)
+    tasks = FIRST
+    more_tasks = tuple(task for task in MT50 if task not in FIRST)
     max_steps = 500 // _REPEAT  # the benchmark's own horizon
     noises: tuple[float, ...] = (0.0, 0.15, 0.3)
     # Position, target and field of view of the camera. The package's own are upside down or show goals of one pixel;
@@ -104,13 +105,16 @@ class SawyerSim(Sim):
 
     def reset(self, task: str, seed: int) -> None:
         """See `Sim.reset`."""
-        self._prompt = prompt_of(PROMPTS, task, seed, self.robot)
+        prompts = {known: TASKS[known].prompts for known in self.known_tasks()}
+        self._prompt = prompt_of(prompts, task, seed, self.robot)
         if task not in self._envs:
             self._envs[task] = self._make_env(task)
         env = self._envs[task]
         env.seed(seed)
         self.privileged_observation, _ = env.reset()
         self._task, self.success = task, False
+        if task not in FIRST:
+            self._bring_up_to_date(env)
 
     def observe(self) -> dict[str, Any]:
         """See `Sim.observe`."""
@@ -139,14 +143,20 @@ class SawyerSim(Sim):
     @property
     def subtasks(self) -> tuple[str, str, float]:
         """Where the hand goes, what it does there, and within how many metres of the place it does that."""
-        go, act, _, near = _SUBTASKS[self._task]
-        return go, act, near
+        task = TASKS[self._task]
+        return task.go, task.act, task.near
+
+    @property
+    def held(self) -> bool:
+        """Whether fingers must fit around what the task is about."""
+        return TASKS[self._task].held
 
     @property
     def away(self) -> float:
         """How far the hand is from the place where it does what the task is, in metres; privileged."""
-        hand, thing = self.privileged_observation[:3], self.privileged_observation[4:7]
-        return float(np.linalg.norm(hand - thing - _SUBTASKS[self._task][2]))
+        task, hand = TASKS[self._task], self.privileged_observation[:3]
+        thing = self.privileged_observation[36:39] if task.goal else self.privileged_observation[4:7]
+        return float(np.linalg.norm(hand - thing - task.offset))
 
     def simulate_ahead(self, command: Callable[[np.ndarray], np.ndarray]) -> Float[np.ndarray, "steps 4"]:
         """Returns what `command` (privileged observation -> action) would do at 80 Hz for one control step.
@@ -192,9 +202,42 @@ class SawyerSim(Sim):
         aim(env.model, _CAMERA, *self.view)
         return env
 
+    def _bring_up_to_date(self, env: Any) -> None:
+        """Puts everything where the layout just drawn has it, and marks the goal.
+
+        The package moves bodies and goals without computing where that puts what is on them, so that the first picture
+        and observation would show some of them where they were before. That has been so in demonstrations of the tasks
+        of `FIRST`, and there it stays.
+        """
+        import mujoco
+
+        task, goal, model, data = TASKS[self._task], env._get_pos_goal(), env.model, env.data
+        if task.ball is not None:
+            _put_ball(model, env._target_site_config[0][0], np.add(goal, [0, 0, task.ball]), _GOAL_RADIUS, _GOAL_COLOUR)
+        mujoco.mj_forward(model, data)
+        if task.foot:
+            height = mujoco.mj_ray(model, data, goal, np.array([0.0, 0.0, -1.0]), None, 1, -1, np.zeros(1, np.int32))
+            _put_ball(model, _BELOW, np.subtract(goal, [0, 0, height]), _BELOW_RADIUS, _BELOW_COLOUR)
+            mujoco.mj_forward(model, data)
+        now = env._get_curr_obs_combined_no_goal()
+        self.privileged_observation = np.concatenate([now, now, goal])
+
     def _build(self, task: str) -> Any:
         """Returns the package's environment of a task."""
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
         make: Any = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[f"{task}-v3-goal-observable"]
         return make(seed=0)
+
+
+def _put_ball(
+    model: Any, site: str, position: Float[np.ndarray, "3"], radius: float, colour: tuple[float, float, float, float]
+) -> None:
+    """Makes a ball of a site: at `position` in the world, in metres."""
+    import mujoco
+
+    index = model.site(site).id
+    model.site_bodyid[index], model.site_sameframe[index] = 0, 0
+    model.site_type[index], model.site_size[index] = mujoco.mjtGeom.mjGEOM_SPHERE, radius
+    model.site_group[index], model.site_rgba[index] = 0, colour
+    model.site_pos[index] = position

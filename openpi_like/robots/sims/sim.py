@@ -60,7 +60,8 @@ class Sim(Protocol):
     """A simulated robot and its tasks. Simulators inherit from it, for what most have no need to say.
 
     robot: what it is; observations and actions are in its robot space.
-    tasks: names that `reset` takes.
+    tasks: names that `reset` takes, and that programs do all of when they are told none.
+    more_tasks: names that it takes, too; programs do those that they are told to.
     renderer: what draws the frames.
     max_steps: control steps after which an episode counts as failed.
     noises: standard deviations that demonstrations are disturbed with, drawn per episode; units of the action.
@@ -75,6 +76,11 @@ class Sim(Protocol):
     noises: tuple[float, ...]
     success: bool
     failed: bool = False
+    more_tasks: tuple[str, ...] = ()
+
+    def known_tasks(self) -> tuple[str, ...]:
+        """Returns all names that `reset` takes."""
+        return self.tasks + self.more_tasks
 
     def reset(self, task: str, seed: int) -> None:
         """Starts an episode. The same task and seed give the same episode; see `HELD_OUT_SEED`.
