@@ -113,8 +113,7 @@ class SawyerSim(Sim):
         env.seed(seed)
         self.privileged_observation, _ = env.reset()
         self._task, self.success = task, False
-        if task not in FIRST:
-            self._bring_up_to_date(env)
+        self._bring_up_to_date(env)
 
     def observe(self) -> dict[str, Any]:
         """See `Sim.observe`."""
@@ -206,8 +205,7 @@ class SawyerSim(Sim):
         """Puts everything where the layout just drawn has it, and marks the goal.
 
         The package moves bodies and goals without computing where that puts what is on them, so that the first picture
-        and observation would show some of them where they were before. That has been so in demonstrations of the tasks
-        of `FIRST`, and there it stays.
+        and observation would show some of them where they were before.
         """
         import mujoco
 
