@@ -114,12 +114,14 @@ def override(config: T, assignments: Sequence[str]) -> T:
     """Returns `config` with dotted `key=value` assignments applied, e.g. `["steps=100", "data.entries.0.weight=2"]`.
 
     A value is a Python literal, or a plain string. It must have the type of the value it replaces (an int may replace
-    a float, anything may replace None).
+    a float, anything may replace None). An object is made once, with all that is assigned inside it, so fields that
+    have to agree with each other can be changed together; of two values in one place the later one stays.
 
     Raises:
-        ValueError: lists every assignment that names no field or has the wrong type.
+        ValueError: lists every assignment that names no field or has the wrong type, and objects that refuse theirs.
     """
-    failures = []
+    failures: list[str] = []
+    root = _Assigned()
     for assignment in assignments:
         path, eq, text = assignment.partition("=")
         if not eq:
@@ -129,30 +131,67 @@ def override(config: T, assignments: Sequence[str]) -> T:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        try:
-            config = _replace(config, path.split("."), value, path)
-        except ValueError as e:
-            failures.append(str(e))
+        place = root
+        for key in path.split("."):
+            place = place.inside.setdefault(key, _Assigned())
+        place.path, place.value, place.inside = path, value, {}
+    config = _replace(config, root, failures)
     if failures:
         raise ValueError("cannot apply overrides:\n  " + "\n  ".join(failures))
     return config
 
 
-def _replace(obj: Any, keys: list[str], value: Any, path: str) -> Any:
+@dataclasses.dataclass
+class _Assigned:
+    """What is assigned in one place of a config: a value, where there is a path to it, and then places inside it."""
+
+    path: str | None = None
+    value: Any = None
+    inside: dict[str, "_Assigned"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first_path(self) -> str:
+        """Of what is assigned here or inside, the first as it was written."""
+        return self.path if self.path is not None else next(iter(self.inside.values())).first_path
+
+
+def _replace(obj: Any, assigned: _Assigned, failures: list[str]) -> Any:
+    """Returns `obj` with what is assigned inside it; says in `failures` what cannot be."""
+    changes = {}
+    for key, place in assigned.inside.items():
+        try:
+            old, takes_none = _field(obj, key, place)
+            new = old if place.path is None else _checked(old, takes_none, place.value, place.path)
+            changes[key] = _replace(new, place, failures) if place.inside else new
+        except ValueError as e:
+            failures.append(str(e))
     if isinstance(obj, tuple):
-        if not (keys[0].isdigit() and int(keys[0]) < len(obj)):
-            raise ValueError(f"{path!r}: {keys[0]!r} is not a position in a tuple of {len(obj)}, counted from 0")
-        i = int(keys[0])
-        return (*obj[:i], _assign(obj[i], keys[1:], value, path), *obj[i + 1 :])
+        return tuple(changes.get(str(i), x) for i, x in enumerate(obj))
+    try:
+        return dataclasses.replace(obj, **changes) if changes else obj
+    except ValueError as e:
+        failures.append(str(e))
+        return obj
+
+
+def _field(obj: Any, key: str, place: _Assigned) -> tuple[Any, bool]:
+    """Returns a field of an object, or an element of a tuple, and whether None may stand there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = place.first_path
+    if isinstance(obj, tuple):
+        if not (key.isdigit() and int(key) < len(obj)):
+            raise ValueError(f"{path!r}: {key!r} is not a position in a tuple of {len(obj)}, counted from 0")
+        return obj[int(key)], True
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
-        raise ValueError(f"{path!r}: {keys[0]!r} would be a field of {obj!r}, which has none")
+        raise ValueError(f"{path!r}: {key!r} would be a field of {obj!r}, which has none")
     annotations = {f.name: f.type for f in dataclasses.fields(obj)}
-    if keys[0] not in annotations:
-        near = near_names(keys[0], list(annotations))
-        raise ValueError(f"{path!r}: {type(obj).__name__} has no field {keys[0]!r}; {near}")
-    if value is None and len(keys) == 1 and not _takes_none(annotations[keys[0]]):
-        raise ValueError(f"{path!r}: got None, expected {type(getattr(obj, keys[0])).__name__}: it cannot be left out")
-    return dataclasses.replace(obj, **{keys[0]: _assign(getattr(obj, keys[0]), keys[1:], value, path)})
+    if key not in annotations:
+        near = near_names(key, list(annotations))
+        raise ValueError(f"{path!r}: {type(obj).__name__} has no field {key!r}; {near}")
+    return getattr(obj, key), _takes_none(annotations[key])
 
 
 def _takes_none(annotation: Any) -> bool:
@@ -160,10 +199,14 @@ def _takes_none(annotation: Any) -> bool:
     return not isinstance(annotation, type | GenericAlias) or annotation in (Any, object, NoneType)
 
 
-def _assign(old: Any, keys: list[str], value: Any, path: str) -> Any:
-    """Returns what stands in the place of `old`: `value`, or `old` with `value` somewhere inside."""
-    if keys:
-        return _replace(old, keys, value, path)
+def _checked(old: Any, takes_none: bool, value: Any, path: str) -> Any:
+    """Returns what stands in the place of `old`.
+
+    Raises:
+        ValueError: it has another type.
+    """
+    if value is None and not takes_none:
+        raise ValueError(f"{path!r}: got None, expected {type(old).__name__}: it cannot be left out")
     new = list_to_tuple(value)
     if isinstance(old, float) and type(new) is int:
         new = float(new)

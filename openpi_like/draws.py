@@ -1,5 +1,6 @@
 """Keys of random draws: functions of a seed, of names and of positions, whatever is drawn beside or before."""
 
+import contextlib
 import zlib
 
 import jax
@@ -11,8 +12,13 @@ RowKeys = Key[Array, ""] | Key[Array, "B"]
 
 
 def named_key(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """Returns the key of a named part: adding or reordering parts leaves the draws of all others unchanged."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    """Returns the key of a named part: adding or reordering parts leaves the draws of all others unchanged.
+
+    Of a key that is known while a function is traced it is a constant there, and nothing is compiled for it.
+    """
+    known = contextlib.nullcontext() if isinstance(key, jax.core.Tracer) else jax.ensure_compile_time_eval()
+    with known:
+        return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def sample_keys(key: Key[Array, ""], position_B2: UInt32[Array, "B 2"]) -> Key[Array, "B"]:

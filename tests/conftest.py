@@ -107,5 +107,6 @@ def tiny_batch(tiny_policy):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the file that takes longest first, so that the processes of the suite end together."""
-    items.sort(key=lambda item: item.path.name != "test_pulse.py")
+    """Puts the files that take longest first, so that the processes of the suite end together."""
+    longest = ("test_pulse.py", "test_meshes.py", "test_pulse_driving.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -112,6 +112,25 @@ def test_override_reports_all_failures_with_near_names():
     assert override(SAWYER, ["cameras.0.height=None"]).cameras[0].height is None
 
 
+def test_override_changes_fields_that_have_to_agree_together():
+    policy = load_run("configs/demo_pretrain.py").model
+    both = ["backbone.vlm.depth=2", "expert.depth=2"]
+    assert [x.depth for x in (override(policy, both).backbone.vlm, override(policy, both).expert)] == [2, 2]
+    with pytest.raises(ValueError, match=r"expert\.depth=3, expected the backbone's 2"):
+        override(policy, both[:1])
+
+
+def test_override_keeps_the_later_of_two_values():
+    assert override(SAWYER, ["control_hz=5", "control_hz=7"]).control_hz == 7
+    run = load_run("configs/demo_finetune_metaworld_fetch.py")
+    fresh = ["tokenizer=text.model", "warm_start=None"]
+    assert override(run, ["warm_start.checkpoint=here", *fresh]).warm_start is None
+    with pytest.raises(ValueError, match="'checkpoint' would be a field of None"):
+        override(run, [*fresh, "warm_start.checkpoint=here"])
+    with pytest.raises(ValueError, match=r"'data\.entires\.0\.weight': DataConfig has no field 'entires'"):
+        override(run, ["data.entires.0.weight=1"])
+
+
 def test_load_run_names_the_files_beside(tmp_path):
     (tmp_path / "good.py").write_text("config = 3\n")
     (tmp_path / "bad.py").write_text("value = 3\n")

@@ -3,13 +3,11 @@
 import contextlib
 import itertools
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -19,32 +17,23 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from openpi_like.config import load_run
+from openpi_like.config import load_run, override
+from openpi_like.job import SHALLOW
 from openpi_like.robots.sims.sawyer import SawyerSim
 from openpi_like.serve.evaluation import read_episodes
 from openpi_like.train.checkpoints.warm_start import base_plan, open_weights
 from openpi_like.train.state import ModelDef
 from openpi_like.train.watching.metrics import read_metrics
 from tests.compile_flags import IN_A_HURRY
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-# One device, as a user on a laptop has, and compiled programs shared between the runs: most of them are the same.
-CACHE = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-ENVIRONMENT = {**os.environ, **CACHE, "XLA_FLAGS": "", "OPENPI_LIKE_RENDERER": "raycast"}
-
-PULSE = ("--scale", "pulse", "--workers", "1")  # to start a process takes longer than to simulate an episode
-
-
-def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    env = ENVIRONMENT | environment
-    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=env, capture_output=True, text=True)
+from tests.conftest import REPOSITORY
+from tests.programs import ENVIRONMENT, PULSE, program
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
     """A finished demo of the smallest scale, compiled in a hurry; the runs below are optimised as those of users."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    done = _program("train/demo.py", *PULSE, "--run", str(run), XLA_FLAGS=IN_A_HURRY)
+    done = program("train/demo.py", *PULSE, "--run", str(run), XLA_FLAGS=IN_A_HURRY)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return run
 
@@ -99,7 +88,7 @@ def test_ways_to_produce_actions_are_compared(demo):
         [*fast, "--set", *files],
         ["train/study.py", f"{demo}/study.py", "--run", f"{demo}/study", "--set", *files, "steps=2", "batch_size=8"],
     ):
-        done = _program(*command, XLA_FLAGS=IN_A_HURRY)
+        done = program(*command, XLA_FLAGS=IN_A_HURRY)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads((demo / "study" / "results.json").read_text())
     assert [(row["arm"], row["episodes"]) for row in results["rows"]] == [("insulated_subtasks", 1)]
@@ -126,14 +115,14 @@ def test_fine_tuning_says_what_was_loaded_and_what_was_not(demo):
 
 def _plan(demo: Path, robot: str) -> list[dict[str, str]]:
     """What fine-tuning to a robot starts from, as its run prints it."""
-    config = load_run(f"configs/demo_finetune_{robot}.py")
+    config = override(load_run(f"configs/demo_finetune_{robot}.py"), SHALLOW)
     assert config.warm_start is not None
     return base_plan(config.warm_start, ModelDef(config.model), open_weights(demo / "pretrain")).report
 
 
 def test_a_finished_demo_is_not_done_again(demo):
     before = json.loads((demo / "demo.json").read_text())["seconds"]
-    again = _program("train/demo.py", *PULSE, "--run", str(demo))
+    again = program("train/demo.py", *PULSE, "--run", str(demo))
     assert again.returncode == 0
     assert again.stdout.count("done before") == len(before)
     assert json.loads((demo / "demo.json").read_text())["seconds"] == before
@@ -141,9 +130,9 @@ def test_a_finished_demo_is_not_done_again(demo):
 
 def _train(demo: Path, name: str, *, config: str = "configs/demo_pretrain.py") -> list[str]:
     paths = [f"data.entries.{i}.path={demo}/data/{robot}_sim/1.0.0" for i, robot in enumerate(("sawyer", "pusht"))]
-    often = ["steps=30", "batch_size=8", "log_every=1", "save_every=5", "validate_every=100", "validation_batches=1"]
+    often = [*SHALLOW, "steps=30", "log_every=1", "save_every=5", "validate_every=100"]
     files = [f"run_dir={demo}/{name}", f"stats={demo}/stats", f"tokenizer={demo}/text.model"]
-    return ["train/train.py", config, *files, *paths, *often, "validation_batch_size=8"]
+    return ["train/train.py", config, *files, *paths, *often]
 
 
 def _arrays(step: Path) -> dict[str, np.ndarray]:
@@ -172,7 +161,7 @@ config = dataclasses.replace(config, data=data)
 def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     config = demo / "augmented.py"
     config.write_text(AUGMENTED)
-    whole = _program(*_train(demo, "whole", config=str(config)), "profile=(20,22)")
+    whole = program(*_train(demo, "whole", config=str(config)), "profile=(20,22)")
     assert whole.returncode == 0, whole.stdout[-2000:] + whole.stderr[-2000:]
     _watched(demo / "whole", whole.stdout)
 
@@ -194,7 +183,7 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     process.wait()
     assert not (checkpoints / "30").exists()
 
-    resumed = _program(*_train(demo, "killed", config=str(config)))
+    resumed = program(*_train(demo, "killed", config=str(config)))
     assert resumed.returncode == 0, resumed.stdout[-2000:] + resumed.stderr[-2000:]
     assert "resumed at step" in resumed.stdout
     expected, got = (_arrays(demo / name / "checkpoints" / "30") for name in ("whole", "killed"))
@@ -206,12 +195,10 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_like_one_that_was_not(demo):
     assert steps == list(range(1, 31))
 
     # In groups of three episodes a position stands for another sample.
-    changed = _program(*_train(demo, "killed", config=str(config)), "data.group_episodes=3")
+    changed = program(*_train(demo, "killed", config=str(config)), "data.group_episodes=3")
     assert changed.returncode != 0
     assert "group_episodes: 2 -> 3" in changed.stderr
-    accepted = _program(
-        *_train(demo, "killed", config=str(config)), "data.group_episodes=3", "accept_changed_data=True"
-    )
+    accepted = program(*_train(demo, "killed", config=str(config)), "data.group_episodes=3", "accept_changed_data=True")
     assert accepted.returncode == 0, accepted.stdout[-2000:] + accepted.stderr[-2000:]
     assert "the order of samples has changed: group_episodes: 2 -> 3" in accepted.stdout
 
@@ -229,7 +216,7 @@ def _watched(run: Path, said: str) -> None:
     compiling = re.search(r"compiled in (\d+) s", said)
     assert compiling
     assert lines[0]["step_time"] < max(float(compiling[1]), 1) / 2  # the first step does not compile
-    where = _program("train/step_time.py", str(run))
+    where = program("train/step_time.py", str(run))
     assert where.returncode == 0, where.stderr
     assert "3 steps on 1 devices" in where.stdout
     rows = {line[:40].strip() for line in where.stdout.splitlines()}
@@ -240,11 +227,11 @@ def _watched(run: Path, said: str) -> None:
 def test_a_dagger_round_and_that_it_is_not_done_again(demo):
     """The policy acts, the expert corrects it, and its steps are trained on, all by the programs themselves."""
     task, data = _tasks(demo)[0], [f"data.entries.0.path={demo}/data/sawyer_sim/1.0.0", f"stats={demo}/stats"]
-    sets = ["--set", *data, f"data.entries.1.path={demo}/data/pusht_sim/1.0.0", "batch_size=8", "validation_batches=1"]
+    sets = ["--set", *data, f"data.entries.1.path={demo}/data/pusht_sim/1.0.0", *SHALLOW]
     few = ["--steps", "2", "--episodes", "1", "--corrected", "1", "--workers", "1", "--no-control", "--tasks", task]
     command = ["train/dagger.py", "configs/demo_pretrain.py", "--start", str(demo / "pretrain"), "--robot", "sawyer"]
     command += ["--run", str(demo / "dagger"), "--takeover.late", "0.1", *few, *sets, "log_every=1"]
-    first = _program(*command, XLA_FLAGS=IN_A_HURRY)
+    first = program(*command, XLA_FLAGS=IN_A_HURRY)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     results = json.loads((demo / "dagger" / "results.json").read_text())
     assert [row["arm"] for row in results["rows"]] == ["before", "round_1"]
@@ -253,10 +240,10 @@ def test_a_dagger_round_and_that_it_is_not_done_again(demo):
     assert len(lines) == 2
     assert all(np.isfinite(line["loss/sawyer, corrected"]) for line in lines)
     assert 0 < sum(line["samples/sawyer, corrected"] for line in lines) < 16
-    again = _program(*command)
+    again = program(*command)
     assert again.returncode == 0
     assert again.stdout.count("done before") == 5
-    other = _program(*command, "--share", "0.5")
+    other = program(*command, "--share", "0.5")
     assert other.returncode != 0
     assert "train_1.py is of other options; remove" in other.stderr
 
@@ -264,7 +251,7 @@ def test_a_dagger_round_and_that_it_is_not_done_again(demo):
 @pytest.mark.slow
 def test_a_run_skips_losses_that_are_not_finite_then_stops_and_names_the_samples(demo):
     diverging = ["optimizer.peak_lr=1e30", "optimizer.warmup_steps=0", "skip_bad_steps=2"]
-    done = _program(*_train(demo, "diverged"), *diverging, XLA_FLAGS=IN_A_HURRY)
+    done = program(*_train(demo, "diverged"), *diverging, XLA_FLAGS=IN_A_HURRY)
     assert done.returncode != 0
     assert "expected finite numbers; 2 such steps were skipped before" in done.stderr
     assert re.search(r"sawyer: sawyer_sim/1.0.0\S* .*episode \d+, step \d+ \(\S*tfrecord\S*, record \d+\)", done.stderr)
@@ -296,7 +283,7 @@ def test_a_run_of_two_processes_saves_at_the_same_step_and_keeps_others_out(demo
             assert [process.poll() for process in both] == [None, None], [log.read_text()[-2000:] for log in logs]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 both[0].wait(timeout=0.05)
-        second = _program(*_train(demo, "hosts"))
+        second = program(*_train(demo, "hosts"))
         assert second.returncode == 1
         (line,) = second.stderr.splitlines()
         assert f"hosts is in use by another run (host {socket.gethostname()}, pid {both[0].pid}, since " in line
@@ -310,27 +297,9 @@ def test_a_run_of_two_processes_saves_at_the_same_step_and_keeps_others_out(demo
 
 
 def test_a_run_says_what_is_wrong_with_its_inputs(demo):
-    missing = _program(*_train(demo, "wrong"), "data.entries.0.path=/nowhere/sawyer_sim/1.0.0")
+    missing = program(*_train(demo, "wrong"), "data.entries.0.path=/nowhere/sawyer_sim/1.0.0")
     assert missing.returncode != 0
     assert "/nowhere/sawyer_sim/1.0.0" in missing.stderr
-    typo = _program(*_train(demo, "wrong"), "data.entires.0.weight=1")
+    typo = program(*_train(demo, "wrong"), "data.entires.0.weight=1")
     assert typo.returncode != 0
     assert "did you mean 'entries'" in typo.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_driving_demo_reports_drives_and_plans(tmp_path):
-    pytest.importorskip("highway_env")
-    run = tmp_path / "run"
-    options = ["--tasks", "intersection-right", "--run", str(run)]
-    done = _program("train/demo_driving.py", *PULSE, *options, XLA_FLAGS=IN_A_HURRY)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    for policy in ("scene", "expert"):
-        (episode,) = read_episodes(run / "rollouts" / f"{policy}.jsonl")
-        assert episode.success == (policy == "expert")
-        assert 0 <= episode.measures["progress"] <= 1
-    plans = [json.loads(line) for line in (run / "open_loop" / "scene.jsonl").read_text().splitlines()]
-    assert len(plans) == 4
-    assert np.shape(plans[0]["answers"]["scene"]["plan"]) == (6, 2)
-    assert (run / "report.html").stat().st_size > 10_000

@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from openpi_like.job import SIMULATED, Job
+from openpi_like.job import SHALLOW, SIMULATED, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tasks of a robot; episodes per task and robot for training, and for validation; training steps; and episodes per task
@@ -126,7 +126,8 @@ def main(args: Args) -> None:
 
     def train(of: list[str], name: str, steps: int, *more: str) -> list[str]:
         length = [f"steps={steps}", f"optimizer.decay_steps={max(steps, 100)}"]
-        return ["train/train.py", *of, f"run_dir={run}/{name}", *length, *more]
+        small = SHALLOW if args.scale == "pulse" else ()
+        return ["train/train.py", *of, f"run_dir={run}/{name}", *length, *small, *more]
 
     tokenizer = f"tokenizer={run}/text.model"
     pretrain = config_of("configs/demo_pretrain.py", PRETRAINED, stats)

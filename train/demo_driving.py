@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from openpi_like.job import SIMULATED, Job
+from openpi_like.job import SHALLOW, SIMULATED, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/driving/scene.py"
@@ -62,7 +62,8 @@ def main(args: Args, console: Console) -> None:
 
     # ---- 2. Training -------------------------------------------------------------------------------------------------
     length = [f"steps={n['steps']}", f"optimizer.decay_steps={max(n['steps'], 100)}"]
-    job.step("train", ["train/train.py", CONFIG, f"run_dir={run}/scene", *sets, *length])
+    small = SHALLOW if args.scale == "pulse" else ()
+    job.step("train", ["train/train.py", CONFIG, f"run_dir={run}/scene", *sets, *length, *small])
 
     # ---- 3. Driving, and plans beside recorded drives ----------------------------------------------------------------
     port = ["--port-file", f"{run}/scene.port"]

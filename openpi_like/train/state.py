@@ -243,7 +243,7 @@ class Trainer:
         # Of all weights as they are drawn or read, in float32.
         self.placement: dict[str, NamedSharding] = flatten(weight_shardings(model.axes, model.shapes, mesh, rules))
         self.shardings = self._shardings()
-        self._init = jax.jit(self._fresh, out_shardings=self.shardings)
+        self._init = jax.jit(lambda: self._fresh(self._known_key()), out_shardings=self.shardings)
         self._from_weights = jax.jit(self._with_weights, out_shardings=self.shardings, donate_argnums=(0, 1))
         everywhere = replicated(mesh)
         self.train_step = jax.jit(
@@ -291,17 +291,23 @@ class Trainer:
 
     def init(self) -> TrainState:
         """Returns a state with fresh weights; no device ever holds more than its own part."""
-        return self._init(jax.random.key(self.seed))
+        return self._init()
 
     def fresh_weights(self, names: Sequence[str]) -> dict[str, jax.Array]:
         """Returns freshly initialised weights, flat by name; computes no others."""
 
-        def draw(key: jax.Array) -> dict[str, jax.Array]:
-            weights = flatten(self.model.init(key))
+        def draw() -> dict[str, jax.Array]:
+            weights = flatten(self.model.init(self._known_key()))
             return {name: self.model.hold(name, weights[name]) for name in names}
 
         held = flatten(self.shardings.params) | flatten(self.shardings.frozen)
-        return jax.jit(draw, out_shardings={name: held[name] for name in names})(jax.random.key(self.seed))
+        return jax.jit(draw, out_shardings={name: held[name] for name in names})()
+
+    def _known_key(self) -> jax.Array:
+        """Returns the seed's key as a constant: as an argument it would make fresh weights take twice as long to
+        compile, see `named_key`."""
+        with jax.ensure_compile_time_eval():
+            return jax.random.key(self.seed)
 
     def init_from(self, weights: Params) -> TrainState:
         """Returns a state at step 0 that starts from given weights, as `hold` gives them; takes over their buffers."""

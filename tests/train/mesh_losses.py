@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from openpi_like.batch import ActionTokens, EntityTokens
 from openpi_like.data.prompts import FastPrompt
@@ -96,7 +97,11 @@ def batch_of(config: PolicyConfig) -> dict[str, Any]:
     return batch
 
 
-def losses(config: PolicyConfig, mesh: MeshConfig, steps: int, rank: int, count: int) -> list[float]:
+def losses(config: PolicyConfig, mesh: MeshConfig, steps: int, rank: int, count: int, fresh: list[Any]) -> list[float]:
+    """fresh: keeps the first state of a policy for its other meshes: to compile what draws it takes as long as a step.
+
+    That what is drawn does not depend on the mesh is seen from the processes of the test, which draw on different ones.
+    """
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     optimizer = OptimizerConfig(peak_lr=3e-3, warmup_steps=2, decay_steps=100).create()
     trainer = Trainer(
@@ -111,11 +116,21 @@ def losses(config: PolicyConfig, mesh: MeshConfig, steps: int, rank: int, count:
     # The rows of a process are next to each other in the global batch, as its devices are in the mesh.
     local = BATCH // count
     batch = jax.tree.map(lambda x: x[rank * local : (rank + 1) * local], batch_of(config))
-    state, found = trainer.init(), []
+    if not fresh:
+        fresh.append(jax.tree.map(_whole, trainer.init()))
+    state, found = jax.tree.map(_laid_out, fresh[0], trainer.shardings), []
     for _ in range(steps):
         state, values = trainer.train_step(state, put_batch(batch, trainer.mesh))
         found.append(float(values["loss"]))
     return found
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _laid_out(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def main() -> None:
@@ -125,12 +140,12 @@ def main() -> None:
     hosts = Hosts(coordinator=where[0], count=int(where[1]), rank=int(where[2])) if where else Hosts(count=1)
     with join(hosts, lambda line: None) as group:
         for name in names.split(","):
-            config = policies()[name]
+            config, fresh = policies()[name], list[Any]()
             for mesh in meshes:
                 shape, _, slices = mesh.partition(":")
                 data, fsdp, tensor = map(int, shape.split("x"))
                 sizes = MeshConfig(data, fsdp, tensor, int(slices or 1))
-                of = losses(config, sizes, int(steps), group.rank, group.count)
+                of = losses(config, sizes, int(steps), group.rank, group.count, fresh)
                 if group.lead:
                     line = {"policy": name, "mesh": mesh, "processes": group.count, "losses": of}
                     print(json.dumps(line), flush=True)

@@ -59,6 +59,17 @@ def _run(trainer, batch, steps):
     return jax.device_get(state), jax.device_get(values)
 
 
+def test_a_key_that_is_known_while_tracing_is_the_same_and_compiles_nothing():
+    def known():
+        with jax.ensure_compile_time_eval():
+            key = jax.random.key(3)
+        return jax.random.key_data(named_key(key, "vlm"))
+
+    expected = jax.random.key_data(jax.jit(named_key, static_argnums=1)(jax.random.key(3), "vlm"))
+    np.testing.assert_array_equal(jax.jit(known)(), expected)
+    assert "threefry" not in jax.jit(known).lower().as_text()
+
+
 def test_datasets_of_one_name_are_counted_together(trainer):
     several = copy.copy(trainer)
     several.dataset_names = ("arm", "cart", "arm")
