@@ -16,6 +16,7 @@ directly, in LeRobot's own environment. That one is made as lerobot_bridge.py sa
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -187,17 +188,15 @@ def serve(args: Served) -> None:
 
 def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Path) -> None:
     """Writes a pi0 as openpi's model takes it, and what its transforms need."""
-    import importlib
-
-    from flax import nnx
-
-    from openpi_like.models.weights import export_weights, flatten
+    from openpi_like.models.weights import export_weights, plan_load, read_weights
     from openpi_like.robots.sims import SIMS
     from openpi_like.robots.sims.suites import suite_of
     from openpi_like.serve.dialects import DIALECTS
     from openpi_like.train.checkpoints.load import load_policy_parts
+    from openpi_like.train.checkpoints.warm_start import open_weights
 
     parts = load_policy_parts(checkpoint)
+    assert parts.source is not None
     config: Any = parts.model.config
     robot = next(r for r in parts.robots if r.name == robot_name)
     keys: Any = DIALECTS[dialect]
@@ -206,7 +205,8 @@ def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Pat
     alike = np.array_equal(robot.encode_state(numbers), numbers) and robot.action_size == config.action_dim
     if not alike or normalization.mode != "zscore" or robot.action_horizon != config.action_horizon:
         raise SystemExit(f"robot {robot.name} is not one that openpi's own transforms suffice for; try aloha")
-    weights = flatten(nnx.to_pure_dict(nnx.state(parts.model, nnx.Param)))
+    arrays = open_weights(parts.source)
+    weights = read_weights(arrays, plan_load(config, arrays, fmt="ours"), dtype="float32")
     theirs = {name: make() for name, make in export_weights(config, weights, "openpi")}
     np.savez(out / "weights.npz", **theirs)  # type: ignore[arg-type]
     prompts = importlib.import_module(f"openpi_like.robots.sims.{SIMS[robot.name].module}").PROMPTS
