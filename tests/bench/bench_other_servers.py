@@ -186,12 +186,15 @@ def serve(args: Served) -> None:
     module.WebsocketPolicyServer(theirs, host="127.0.0.1", port=args.port).serve_forever()
 
 
-def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Path) -> None:
-    """Writes a pi0 as openpi's model takes it, and what its transforms need."""
+def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Path) -> np.ndarray:
+    """Writes a pi0 as openpi's model takes it, what its transforms need, and a request; returns our answer to that."""
+    import jax
+
     from openpi_like.models.weights import export_weights, plan_load, read_weights
     from openpi_like.robots.sims import SIMS
     from openpi_like.robots.sims.suites import suite_of
     from openpi_like.serve.dialects import DIALECTS
+    from openpi_like.serve.policy import Policy
     from openpi_like.train.checkpoints.load import load_policy_parts
     from openpi_like.train.checkpoints.warm_start import open_weights
 
@@ -236,6 +239,17 @@ def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Pat
         "tokens": tokens,
     }
     (out / "about.json").write_text(json.dumps(about))
+    rng = np.random.default_rng(0)
+    pictures = {c: rng.integers(0, 256, (*config.image_size, 3), np.uint8) for c in about["cameras"]}
+    state, noise = (
+        np.array(normalization.state.mean, np.float32),
+        rng.normal(size=(1, robot.action_horizon, robot.action_size)),
+    )
+    np.savez(out / "asked.npz", state=state, noise=noise[0], **pictures)
+    request = Policy(parts).prepare({"images": pictures, "state": state, "prompt": said[0], "robot": robot.name})
+    row = jax.tree.map(lambda x: np.asarray(x)[None], request.row)
+    chunk = parts.model.sample_actions(jax.random.key(0), row, noise=noise)
+    return robot.decode_actions(normalization.invert_actions(np.asarray(chunk)), state[None])[0]
 
 
 def openpi(args: OpenPi, console: Console) -> None:
@@ -259,10 +273,12 @@ def openpi(args: OpenPi, console: Console) -> None:
             wait_for(port, server, log)
             evaluate(args.suite, "ours_in_openpis_server", port, folder, args.episodes, *asked)
         if args.openpi_python is not None:
-            export(args.checkpoint, name, args.dialect, args.suite, folder)
+            ours_says = export(args.checkpoint, name, args.dialect, args.suite, folder)
             port = free_port()
             with running([args.openpi_python, SIDE, "openpi", args.openpi, folder, port], log) as server:
                 wait_for(port, server, log)
+                apart = np.abs(np.load(folder / "answered.npy") - ours_says).max()
+                print(f"the same request and noise: actions at most {apart:.2g} apart from openpi's", flush=True)
                 evaluate(args.suite, "openpi", port, folder, args.episodes, *asked)
         report(folder / args.suite, console)
 

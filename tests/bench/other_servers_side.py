@@ -12,7 +12,8 @@ import numpy as np
 def openpi(checkout: str, folder: str, port: str) -> None:
     """Serves a pi0 with openpi's model, transforms, policy and server.
 
-    folder: weights and what they were trained with. What openpi would download, its tokenizer, is a table of prompts.
+    folder: weights and what they were trained with, and a request, whose answer is left there. What openpi would
+    download, its tokenizer, is a table of prompts.
     """
     sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src"]
     from tests.bench.bench_models import AbsentPackages, _nested
@@ -27,7 +28,7 @@ def openpi(checkout: str, folder: str, port: str) -> None:
     gemma.get_config = {"gemma_2b": gemma.Config(**about["vlm"]), "gemma_300m": gemma.Config(**about["expert"])}.get
     gemma.PALIGEMMA_VOCAB_SIZE = about["vocab"]
     siglip.decode_variant = lambda variant: {**about["vision"], "patch_size": (about["patch"],) * 2}
-    side = (about["image"],) * 2
+    side, images = (about["image"],) * 2, about["cameras"]
     model.preprocess_observation.__kwdefaults__.update(image_keys=about["order"], image_resolution=side)
     model.IMAGE_RESOLUTION = side
     config = pi0_config.Pi0Config(
@@ -40,11 +41,11 @@ def openpi(checkout: str, folder: str, port: str) -> None:
 
         def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
             flat = transforms.flatten_dict(data)
-            images = {name: np.asarray(flat[key]) for name, key in about["cameras"].items()}
+            pictures = {name: np.asarray(flat[key]) for name, key in images.items()}
             if about["channels_first"]:
-                images = {name: picture.transpose(1, 2, 0) for name, picture in images.items()}
-            masks = {name: np.True_ for name in images}
-            return {"image": images, "image_mask": masks, "state": flat[about["state"]], "prompt": flat["prompt"]}
+                pictures = {name: picture.transpose(1, 2, 0) for name, picture in pictures.items()}
+            masks = {name: np.True_ for name in pictures}
+            return {"image": pictures, "image_mask": masks, "state": flat[about["state"]], "prompt": flat["prompt"]}
 
     class Tokenizer:
         """Of the prompts that are asked for."""
@@ -65,10 +66,12 @@ def openpi(checkout: str, folder: str, port: str) -> None:
         ],
         output_transforms=[transforms.Unnormalize(stats), transforms.AbsoluteActions(about["relative"])],
     )
-    zeros = {name: np.zeros((3, *side) if about["channels_first"] else (*side, 3), np.uint8) for name in about["order"]}
-    flat = {about["cameras"][name]: picture for name, picture in zeros.items()}
-    first = {about["state"]: np.zeros(len(stats["state"].mean)), "prompt": next(iter(about["tokens"]))}
-    policy.infer({**flat, **first})  # compiles
+    with np.load(Path(folder) / "asked.npz") as asked:
+        noise, state = asked["noise"], asked["state"]
+        pictures = {name: asked[name].transpose(2, 0, 1) if about["channels_first"] else asked[name] for name in images}
+    first = {images[name]: picture for name, picture in pictures.items()}
+    first |= {about["state"]: state, "prompt": next(iter(about["tokens"]))}
+    np.save(Path(folder) / "answered.npy", policy.infer(first, noise=noise)["actions"])
     WebsocketPolicyServer(policy, host="127.0.0.1", port=int(port)).serve_forever()
 
 
