@@ -240,7 +240,7 @@ def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Pat
     }
     (out / "about.json").write_text(json.dumps(about))
     rng = np.random.default_rng(0)
-    pictures = {c: rng.integers(0, 256, (*config.image_size, 3), np.uint8) for c in about["cameras"]}
+    pictures: dict[str, Any] = {c: rng.integers(0, 256, (*config.image_size, 3), np.uint8) for c in about["cameras"]}
     state, noise = (
         np.array(normalization.state.mean, np.float32),
         rng.normal(size=(1, robot.action_horizon, robot.action_size)),
