@@ -348,6 +348,7 @@ def main(args: OpenPi | LeRobot | Served, console: Console) -> None:
         serve(args)
 
 
+COMMANDS: dict[str, Any] = {"openpi": OpenPi, "lerobot": LeRobot, "served": Served}
+
 if __name__ == "__main__":
-    commands: dict[str, Any] = {"openpi": OpenPi, "lerobot": LeRobot, "served": Served}
-    main(tyro.extras.subcommand_cli_from_dict(commands), Console(width=120))
+    main(tyro.extras.subcommand_cli_from_dict(COMMANDS), Console(width=120))

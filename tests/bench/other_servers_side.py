@@ -72,6 +72,7 @@ def openpi(checkout: str, folder: str, port: str) -> None:
     first = {images[name]: picture for name, picture in pictures.items()}
     first |= {about["state"]: state, "prompt": next(iter(about["tokens"]))}
     np.save(Path(folder) / "answered.npy", policy.infer(first, noise=noise)["actions"])
+    policy.infer(first)  # without noise it compiles once more
     WebsocketPolicyServer(policy, host="127.0.0.1", port=int(port)).serve_forever()
 
 
