@@ -30,7 +30,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -282,7 +282,7 @@ class LeRobotServer:
         return actions
 
     @contextlib.contextmanager
-    def _asking(self, advice: str) -> Any:
+    def _asking(self, advice: str) -> Iterator[None]:
         try:
             yield
         except self._lost as e:
