@@ -37,7 +37,7 @@ class Args:
     """
 
     scale: Literal["full", "pulse"] = "full"
-    suites: tuple[str, ...] = ("metaworld_seen", "robosuite_arms", "fetch", "pusht", "aloha")
+    suites: tuple[str, ...] = ("metaworld_30", "robosuite_arms", "fetch", "pusht", "aloha")
     run: Path = Path("runs/generalist")
     workers: int = 2
 

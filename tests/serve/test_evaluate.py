@@ -76,7 +76,10 @@ def test_suites_are_of_tasks_that_simulators_have() -> None:
         for robot, tasks in suite.tasks.items():
             if SIMS[robot].extra != "arms":  # which is not installed everywhere
                 module = importlib.import_module(f"openpi_like.robots.sims.{SIMS[robot].module}")
-                assert set(tasks) <= set(getattr(module, SIMS[robot].name).tasks), name
+                sim = getattr(module, SIMS[robot].name)
+                assert set(tasks) <= {*sim.tasks, *sim.more_tasks}, name
+            assert len(set(tasks)) == len(tasks)
+    assert [sum(map(len, SUITES[f"metaworld_{n}"].tasks.values())) for n in ("mt10", "30", "mt50")] == [10, 30, 50]
     with pytest.raises(ValueError, match="no suite 'push-t'; did you mean 'pusht'"):
         suite_of("push-t")
 

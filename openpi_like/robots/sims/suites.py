@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from openpi_like.config import near_names
 from openpi_like.driving.scenarios import PROMPTS as DRIVES
+from openpi_like.robots.sims.metaworld_tasks import FIRST, MT10, MT50
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
 
 _ARMS = ("panda", "sawyer", "ur5e", "iiwa", "kinova3")
@@ -29,7 +30,20 @@ class Suite:
     first_seed: int = HELD_OUT_SEED
 
 
+# What a policy learns that learns the other robots' tasks beside them (configs/generalist.py).
+_THIRTY = (
+    *FIRST,
+    *("button-press-topdown-wall", "button-press-wall", "dial-turn", "door-lock", "door-open", "door-unlock"),
+    *("handle-press-side", "handle-pull", "handle-pull-side", "lever-pull", "peg-unplug-side", "plate-slide-back"),
+    *("plate-slide-back-side", "plate-slide-side", "push", "reach", "reach-wall", "sweep-into"),
+)
+_METAWORLD = "(Meta-World, Yu et al. 2019), one camera, layouts drawn from the package's ranges"
+_SAYS_SO = "the package says so at any of its 500 steps"
+
 SUITES = {
+    "metaworld_mt10": Suite(f"the ten tasks of MT-10 {_METAWORLD}", {"sawyer": MT10}, _SAYS_SO),
+    "metaworld_mt50": Suite(f"the fifty tasks of MT-50 {_METAWORLD}", {"sawyer": MT50}, _SAYS_SO),
+    "metaworld_30": Suite(f"thirty tasks {_METAWORLD}", {"sawyer": _THIRTY}, _SAYS_SO),
     "robosuite_arms": Suite(
         "five arms at one table (robosuite 1.5, Zhu et al. 2020)",
         {f"robosuite_{arm}": ("lift", "stack") for arm in _ARMS},
