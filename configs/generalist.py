@@ -3,9 +3,9 @@ ALOHA's two arms.
 
     python train/train.py configs/generalist.py
 
-`train/generalist.py` makes the data, statistics and tokeniser it needs, runs it, and evaluates it. Its pictures are the
-largest of these robots', in 8 x 8 patches; its chunks the longest, ALOHA's 0.8 s. Others fill what they have. Of
-cameras there is one for all, and ALOHA's second.
+`train/benchmark.py --scale full` makes the data, statistics and tokeniser it needs, runs it, and evaluates it. Its
+pictures are the largest of these robots', in 8 x 8 patches; its chunks the longest, ALOHA's 0.8 s. Others fill what
+they have. Of cameras there is one for all, and ALOHA's second.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ ROBOTS = (
 )
 
 config = TrainConfig(
-    run_dir="runs/generalist/policy",
+    run_dir="runs/benchmark_full/pi0_all",
     model=Pi0Config.tiny(
         cameras=("base", "wrist_right"),
         image_size=(96, 96),
@@ -46,13 +46,13 @@ config = TrainConfig(
     ),
     data=DataConfig(
         entries=tuple(
-            MixtureEntry(robot=robot, path=f"runs/generalist/data/{robot.name}_sim/1.0.0", weight=weight)
+            MixtureEntry(robot=robot, path=f"runs/benchmark_full/data/{robot.name}_sim/1.0.0", weight=weight)
             for robot, weight in ROBOTS
         ),
         drop_cameras=("wrist",),
     ),
-    stats="runs/generalist/stats",
-    tokenizer="runs/generalist/text.model",
+    stats="runs/benchmark_full/stats",
+    tokenizer="runs/benchmark_full/text.model",
     batch_size=64,
     steps=STEPS,
     optimizer=MuonConfig(peak_lr=5e-3, end_lr=5e-5, warmup_steps=100, decay_steps=STEPS, weight_decay=1e-4),
