@@ -166,7 +166,10 @@ def _replace(obj: Any, assigned: _Assigned, failures: list[str]) -> Any:
         except ValueError as e:
             failures.append(str(e))
     if isinstance(obj, tuple):
-        return tuple(changes.get(str(i), x) for i, x in enumerate(obj))
+        at = {int(key): value for key, value in changes.items()}
+        return tuple(at.get(i, x) for i, x in enumerate(obj))
+    if len(changes) < len(assigned.inside):
+        return obj  # built from a part of what is to be assigned, it could be refused for what the rest would mend
     try:
         return dataclasses.replace(obj, **changes) if changes else obj
     except ValueError as e:

@@ -27,11 +27,10 @@ from rich.table import Table
 from openpi_like.config import near_names
 from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.suites import SUITES, Suite, suite_of
-from openpi_like.serve.closed_loop import Driving, Films, Layout, StoppedError, drive_all
+from openpi_like.serve.closed_loop import Driving, Films, Layout, StoppedError, drive_all, still_to_drive
 from openpi_like.serve.dialects import DIALECTS
-from openpi_like.serve.evaluation import Episode
 from openpi_like.serve.pilot import Senses
-from openpi_like.serve.results import read_results, suite_rows, write_about
+from openpi_like.serve.results import held, read_results, suite_rows, write_about
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,8 +73,11 @@ class Args:
             problems.append(f"--policy {self.policy!r}, expected a name for its file of results")
         if self.policy == "expert" and (self.blind or self.deaf or self.words):
             problems.append("--policy expert with --blind, --deaf or --words: an expert is told and shown nothing")
-        if self.episodes is not None and self.episodes < 1:
-            problems.append(f"--episodes {self.episodes}, expected at least 1")
+        for name in ("episodes", "execute_steps", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                problems.append(f"--{name.replace('_', '-')} {value}, expected at least 1")
+        if self.films < 0:
+            problems.append(f"--films {self.films}, expected 0 or more")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -89,17 +91,19 @@ def read_words(path: Path | None, suite: Suite) -> dict[str, tuple[str, ...]]:
     if path is None:
         return {}
     try:
-        words = {str(task): tuple(of) for task, of in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+        words = dict(json.loads(path.read_text()).items())
+    except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"--words {path}: not a JSON file, task -> list of instructions: {e}") from e
     known = sorted({task for of in suite.tasks.values() for task in of})
     problems = [f"no task {task!r}; {near_names(task, known)}" for task in words if task not in known]
     problems += [
-        f"{task!r} has {of!r}, expected texts" for task, of in words.items() if not all(isinstance(w, str) for w in of)
+        f"{task!r} has {of!r}, expected a list of texts that are not empty"
+        for task, of in words.items()
+        if not (isinstance(of, list) and of and all(isinstance(w, str) and w.strip() for w in of))
     ]
     if problems:
         raise ValueError(f"--words {path}: {'; '.join(problems)}")
-    return words
+    return {task: tuple(of) for task, of in words.items()}
 
 
 def layouts(suite: Suite, tasks: tuple[str, ...], episodes: int | None) -> list[Layout]:
@@ -161,6 +165,9 @@ def main(args: Args, console: Console) -> None:
     senses = Senses(args.blind, args.deaf, read_words(args.words, suite))
     sims = {robot: make_sim(robot) for robot in dict.fromkeys(layout.robot for layout in wanted)}
     out = args.out / args.suite / f"{args.policy}.jsonl"
+    if args.beside is not None and not (out.parent / f"{args.beside}.jsonl").is_file():
+        there = sorted(p.stem for p in out.parent.glob("*.jsonl"))
+        raise ValueError(f"--beside {args.beside}: it was not driven in {out.parent}; there are {there}")
     port = int(args.port_file.read_text()) if args.port_file is not None else args.port
     how = Driving(
         args.policy,
@@ -179,12 +186,13 @@ def main(args: Args, console: Console) -> None:
         "senses": dataclasses.asdict(senses),
         "max_steps": {robot: sim.max_steps for robot, sim in sims.items()},
         "renderers": {robot: sim.renderer for robot, sim in sims.items()},
-        "server": {key: server[key] for key in ("policy", "contract", "step") if key in server},
+        "server": {key: value for key, value in server.items() if key != "robots"},
     }
-    write_about(out, about, ROOT)
-    episodes: list[Episode] = drive_all(how, wanted, out, args.workers, console, f"{args.suite} {args.policy}")
+    with held(out):
+        write_about(out, about, len(still_to_drive(wanted, out)), ROOT)
+        episodes = drive_all(how, wanted, out, args.workers, console, f"{args.suite} {args.policy}")
     latency = sorted(ms for e in episodes for ms in e.latency_ms)
-    found = {name: of for name, of in read_results(out.parent).items() if name in (args.policy, args.beside, "expert")}
+    found = read_results(out.parent, {args.policy, args.beside or args.policy, "expert"})
     chosen = {name: {k: e for k, e in of.items() if Layout(*k) in set(wanted)} for name, of in found.items()}
     console.print(shown(suite_rows({n: of for n, of in chosen.items() if of}, args.beside), args.suite))
     if latency:

@@ -70,8 +70,11 @@ def main(args: Args, console: Console) -> None:
     of = SCALES[args.scale]
     folder = args.run or Path("runs") / {"small": "benchmark"}.get(args.scale, f"benchmark_{args.scale}")
     run, workers = str(folder), ["--workers", str(args.workers)]
-    tasks = {robot: names for suite in of.suites for robot, names in suite_of(suite).tasks.items()}
     places = {entry.robot.name: i for i, entry in enumerate(load_run(of.config).data.entries)}
+    tasks: dict[str, dict[str, None]] = {robot: {} for robot in places}
+    for suite in of.suites:
+        for robot, names in suite_of(suite).tasks.items():
+            tasks[robot] |= dict.fromkeys(names)
     job = Job(folder, "benchmark", console)
 
     # ---- 1. Demonstrations, statistics, words ------------------------------------------------------------------------

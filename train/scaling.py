@@ -19,9 +19,11 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from openpi_like.config import override
 from openpi_like.job import SIMULATED, Job
 from openpi_like.models.weights import weight_shapes
 from openpi_like.serve.evaluation import read_episodes, wilson
+from openpi_like.serve.results import provenance
 from openpi_like.train.scaling import PARTS, Run, fit, predict, success, success_of_loss
 from openpi_like.train.watching.metrics import read_metrics
 
@@ -49,14 +51,17 @@ def outcome(folder: Path, name: str, config: Any) -> Run:
         ValueError: it has no held-out loss, or was not driven.
     """
     lines = read_metrics(folder / name / "metrics.jsonl")
-    losses = [line["loss/sawyer"] for line in lines if line.get("split") == "val"]
+    losses = [line["loss/sawyer"] for line in lines if line.get("split") == "val" and line["step"] == config.steps]
     driven = read_episodes(folder / f"{name}.jsonl")
     if not losses or not driven:
-        raise ValueError(f"{folder / name}: {len(losses)} validations, {len(driven)} episodes, expected some of both")
+        raise ValueError(
+            f"{folder / name}: {len(losses)} validations at step {config.steps}, {len(driven)} episodes, expected some "
+            "of both; remove the directory to begin anew"
+        )
     _, demonstrations, _ = sizes_of(name)
     weights = sum(int(leaf.size) for leaf in weight_shapes(config.model).values())
     done = (sum(e.success for e in driven), len(driven))
-    return Run(weights, demonstrations, config.steps * config.batch_size, min(losses), done)
+    return Run(weights, demonstrations, config.steps * config.batch_size, losses[-1], done)
 
 
 def sizes_of(name: str) -> tuple[int, ...]:
@@ -73,7 +78,7 @@ def row(name: str, run: Run) -> list[str]:
 def main(args: Args, console: Console) -> None:
     folder = args.run.resolve()
     os.chdir(ROOT)
-    configs = runpy.run_path(FILE)["configs"]
+    configs = {name: override(config, args.set) for name, config in runpy.run_path(FILE)["configs"].items()}
     *names, larger = configs
     job, data = Job(folder, "scaling", console), f"{folder}/data/sawyer_sim/1.0.0"
 
@@ -104,14 +109,18 @@ def main(args: Args, console: Console) -> None:
     # ---- 3. What the larger run will be, before it is begun ----------------------------------------------------------
     before = folder / "prediction.json"
     if not before.is_file():
+        if f"train {larger}" in job.record["commands"]:
+            raise ValueError(f"{before} is gone and {larger} was begun: what is said now would not be said before it")
         weights = sum(int(leaf.size) for leaf in weight_shapes(configs[larger].model).values())
         sizes = np.array([weights, sizes_of(larger)[1], configs[larger].steps * configs[larger].batch_size], float)
         loss, low, high = predict(list(runs.values()), sizes)
         rate = success_of_loss(list(runs.values()))
         said = {"loss": loss, "interval": [low, high], "success": [success(rate, x) for x in (loss, high, low)]}
         curve = dataclasses.asdict(fit(list(runs.values())))
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        before.write_text(json.dumps({"of": larger, "date": date, **said, "curve": curve}, indent=1) + "\n")
+        at = {**provenance(ROOT), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        temporary = before.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"of": larger, **at, **said, "curve": curve}, indent=1) + "\n")
+        os.replace(temporary, before)
     prediction = json.loads(before.read_text())
 
     # ---- 4. The larger run, and the table ----------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def main(args: Args, console: Console) -> None:
             f"{larger}, as was said on {prediction['date'][:10]} before",
             *([""] * 3),
             f"{prediction['loss']:.4f} [{low:.4f}, {high:.4f}]",
-            f"{rate:.2f} [{least:.2f}, {most_likely:.2f}]",
+            f"{rate:.2f}, at the ends of that interval {least:.2f} and {most_likely:.2f}",
         ]
     ]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -46,7 +46,7 @@ def run(width: int, demonstrations: int, steps: int) -> TrainConfig:
         optimizer=MuonConfig(
             peak_lr=rate, end_lr=rate / 100, warmup_steps=50, decay_steps=max(steps, 100), weight_decay=1e-4
         ),
-        validate_every=max(1, steps // 4),
+        validate_every=steps // 3,
         save_every=steps,
     )
 

@@ -28,7 +28,8 @@ class Augment:
     wrist_cameras: slots whose images keep their geometry, which says where the hand is.
     state_noise: standard deviation of what is added to each number of the state, normalised as it is: against policies
         that go on as the state says instead of looking. state_dropout: part of the samples whose state is zero, the
-        middle of the data. Both are of states that are numbers to the policy, not words of its prompt.
+        middle of the data: below 1, or it would never learn to read the state that it is given later. Both are of
+        states that are numbers to the policy, not words of its prompt.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -51,9 +52,10 @@ class Augment:
         for name, most in (("rotation", 180), ("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 problems.append(f"{name}={getattr(self, name)}, expected a value in [0, {most}]")
-        for name in ("colour_probability", "state_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.append(f"{name}={getattr(self, name)}, expected a value in [0, 1]")
+        if not 0 <= self.colour_probability <= 1:
+            problems.append(f"colour_probability={self.colour_probability}, expected a value in [0, 1]")
+        if not 0 <= self.state_dropout < 1:
+            problems.append(f"state_dropout={self.state_dropout}, expected a value in [0, 1)")
         if not 0 <= self.state_noise < float("inf"):
             problems.append(f"state_noise={self.state_noise}, expected a number of at least 0")
         if problems:

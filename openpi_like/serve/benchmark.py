@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from openpi_like.robots.sims.suites import SUITES
-from openpi_like.serve.evaluation import mcnemar
+from openpi_like.serve.evaluation import Episode, mcnemar, paired_difference
 from openpi_like.serve.results import read_results, suite_rows
 
 EXPERT = "expert"
+_Episodes = Mapping[tuple[str, str, int], Episode]
 
 
 def collect(run: Path) -> dict[str, Any]:
     """Returns all numbers of a directory of results (serve/evaluate.py): suite -> policy -> its row, how it was driven,
-    and its share of the expert's success.
+    and its share of the expert's success. Of a policy that has not driven all layouts of a suite, only how many it did.
 
     Raises:
         ValueError: there are none, or a file of results has no JSON beside it that says how it came about; lists all.
@@ -27,28 +28,33 @@ def collect(run: Path) -> dict[str, Any]:
         except ValueError as e:
             problems.append(str(e))
             continue
-        policies: dict[str, Any] = {}
-        for row in suite_rows(found):
-            about = folder / f"{row['policy']}.json"
-            if not about.is_file():
-                problems.append(
-                    f"no {about}, which says how {row['policy']} was driven; drive it with serve/evaluate.py"
-                )
-                continue
-            latency = sorted(ms for e in found[row["policy"]].values() for ms in e.latency_ms)
-            policies[row["policy"]] = {
-                **{key: row[key] for key in ("successes", "episodes", "interval", "tasks", "mean_of_tasks")},
-                "of_expert": _of_expert(found, row["policy"]),
-                "median_ms": latency[len(latency) // 2] if latency else None,
-                "about": json.loads(about.read_text()),
-            }
-        if policies:
-            pairs = [
-                {"policies": [a, b], "common": len(both := sorted(found[a].keys() & found[b].keys()))}
-                | {"p": mcnemar([found[a][k].success for k in both], [found[b][k].success for k in both])}
-                for a, b in _pairs(list(policies))
-            ]
-            suites[folder.name] = {"policies": policies, "pairs": pairs}
+        problems += [
+            f"no {folder / name}.json, which says how {name} was driven; drive it with serve/evaluate.py"
+            for name in found
+            if not (folder / f"{name}.json").is_file()
+        ]
+        if not found or problems:
+            continue
+        wanted = _layouts(folder.name)
+        whole = {name: _of(episodes, wanted) for name, episodes in found.items() if wanted <= episodes.keys()}
+        suites[folder.name] = {
+            "policies": {
+                row["policy"]: {
+                    **{key: row[key] for key in ("successes", "episodes", "interval", "tasks", "mean_of_tasks")},
+                    "outcomes": _outcomes(whole[row["policy"]]),
+                    "of_expert": _of_expert(whole, row["policy"]),
+                    "median_ms": _median([ms for e in whole[row["policy"]].values() for ms in e.latency_ms]),
+                    "about": json.loads((folder / f"{row['policy']}.json").read_text()),
+                }
+                for row in suite_rows(whole)
+            },
+            "unfinished": {
+                name: [len(episodes.keys() & wanted), len(wanted)]
+                for name, episodes in found.items()
+                if name not in whole
+            },
+            "pairs": [_pair(whole, a, b) for a, b in _pairs(list(whole))],
+        }
     if not suites and not problems:
         problems.append(f"no results in {run}: expected SUITE/POLICY.jsonl, see serve/evaluate.py")
     if problems:
@@ -56,45 +62,81 @@ def collect(run: Path) -> dict[str, Any]:
     return {"suites": suites}
 
 
+def _layouts(suite: str) -> set[tuple[str, str, int]]:
+    """Returns all layouts of a suite, none of one that is not ours."""
+    of = SUITES.get(suite)
+    if of is None:
+        return set()
+    seeds = range(of.first_seed, of.first_seed + of.episodes)
+    return {(robot, task, seed) for robot, tasks in of.tasks.items() for task in tasks for seed in seeds}
+
+
+def _of(episodes: _Episodes, wanted: set[tuple[str, str, int]]) -> _Episodes:
+    return {k: e for k, e in episodes.items() if not wanted or k in wanted}
+
+
+def _outcomes(episodes: _Episodes) -> dict[str, dict[str, int]]:
+    outcomes: dict[str, dict[str, int]] = {}
+    for (robot, task, seed), episode in sorted(episodes.items()):
+        outcomes.setdefault(f"{robot} {task}", {})[str(seed)] = int(episode.success)
+    return outcomes
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
 def _pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     policies = [n for n in names if n != EXPERT]
     yield from ((a, b) for i, a in enumerate(policies) for b in policies[i + 1 :])
 
 
-def _of_expert(found: Mapping[str, Mapping[Any, Any]], policy: str) -> float | None:
-    """Mean over tasks of success, by that of the expert in the layouts that both drove."""
+def _pair(found: Mapping[str, _Episodes], a: str, b: str) -> dict[str, Any]:
+    both = sorted(found[a].keys() & found[b].keys())
+    first, second = ([found[name][k].success for k in both] for name in (a, b))
+    return {"policies": [a, b], "common": len(both), "p": mcnemar(first, second) if both else 1.0}
+
+
+def _of_expert(found: Mapping[str, _Episodes], policy: str) -> float | None:
+    """Mean success over tasks, divided by that of the expert; None where it did nothing, or was not driven."""
     if policy == EXPERT or EXPERT not in found:
         return None
-    both = found[policy].keys() & found[EXPERT].keys()
-    tasks = {key[:2] for key in both}
-    if not tasks:
-        return None
-    ours = [sum(found[policy][k].success for k in both if k[:2] == t) / sum(k[:2] == t for k in both) for t in tasks]
-    theirs = [sum(found[EXPERT][k].success for k in both if k[:2] == t) / sum(k[:2] == t for k in both) for t in tasks]
-    return sum(ours) / sum(theirs) if sum(theirs) else None
+    ours, theirs = ({row["policy"]: row for row in suite_rows(found)}[name] for name in (policy, EXPERT))
+    same = ours["tasks"].keys() == theirs["tasks"].keys()
+    return ours["mean_of_tasks"] / theirs["mean_of_tasks"] if same and theirs["successes"] else None
 
 
 def moved(published: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns which numbers are not what was published: rates whose intervals do not touch, in words.
+    """Returns which numbers are not what was published, in words: rates whose difference in the layouts that both have
+    has a 95 % interval without zero; and what is in one of them alone.
 
-    Suites, policies and tasks that are in one of them alone are left out.
+    Raises:
+        ValueError: they have nothing in common.
     """
-    lines = []
-    for suite, policy, task, before in _rates(published):
-        after = {(s, p, t): rate for s, p, t, rate in _rates(now)}.get((suite, policy, task))
-        if after is None:
-            continue
-        (low, high), (new_low, new_high) = before["interval"], after["interval"]
-        if new_low > high or new_high < low:
-            lines.append(f"{suite}, {policy}, {task}: {shown(before)} was published, now {shown(after)}")
+    before, after, lines = dict(_rates(published)), dict(_rates(now)), []
+    if not before.keys() & after.keys():
+        raise ValueError("nothing to compare: no policy was driven in a suite that is in the published numbers")
+    for what in sorted(before.keys() & after.keys()):
+        seeds = sorted(before[what].keys() & after[what].keys())
+        old, new = ([bool(of[what][seed]) for seed in seeds] for of in (before, after))
+        low, high = paired_difference(old, new)
+        if low > 0 or high < 0:
+            change = f"{sum(old)}/{len(seeds)} was published, now {sum(new)}/{len(seeds)}: [{low:+.2f}, {high:+.2f}]"
+            lines.append(f"{', '.join(what)}: {change}")
+    for of, others, where in ((before, after, "published"), (after, before, "driven now")):
+        policies = dict.fromkeys(what[:2] for what in sorted(of.keys()) if what[:2] not in {w[:2] for w in others})
+        lines += [f"{', '.join(policy)}: only {where}" for policy in policies]
     return lines
 
 
-def _rates(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+def _rates(numbers: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], dict[str, int]]]:
+    """Yields (suite, policy, task) and outcomes by layout: of all tasks, and of each where there are several."""
     for suite, of in numbers["suites"].items():
         for policy, row in of["policies"].items():
-            yield suite, policy, "all tasks", row
-            yield from ((suite, policy, task, rate) for task, rate in row["tasks"].items())
+            tasks = row["outcomes"]
+            yield (suite, policy, "all tasks"), {f"{t} {s}": x for t, by in tasks.items() for s, x in by.items()}
+            if len(tasks) > 1:
+                yield from (((suite, policy, task), by) for task, by in tasks.items())
 
 
 def shown(rate: Mapping[str, Any]) -> str:
@@ -107,17 +149,15 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
     """Returns the page as Markdown. figures: folder of the figures, as the page links to it."""
     parts = [
         "# Benchmarks\n\n"
-        "Written by `serve/benchmark_page.py` from the results of `serve/evaluate.py`; not by hand. Success has 95 % "
-        "Wilson\nintervals; layouts are new to every policy and the same for all. p is of McNemar's exact test in the "
-        "layouts that both\ndrove. Where each number comes from is at the end."
+        "Written by `serve/benchmark_page.py` from results of `serve/evaluate.py`. Success has 95 % Wilson intervals; "
+        "layouts are new to every\npolicy and the same for all. p is of McNemar's exact test, of each pair alone. Each "
+        "policy is one training run, whose chance no interval\nhas in it. Where numbers come from is at the end."
     ]
     for suite, of in numbers["suites"].items():
         about = SUITES.get(suite)
-        said = f"{about.about}. Done is a task when {about.success}." if about else ""
-        said = said[:1].upper() + said[1:]
-        parts.append(
-            f"## {suite}\n\n{textwrap.fill(said, 144)}".rstrip() + f"\n\n![success in {suite}]({figures}/{suite}.svg)\n"
-        )
+        said = f"{about.about}. Done is a task when {about.success}." if about else "Driven by a program of its own."
+        parts.append(f"## {suite}\n\n{textwrap.fill(said[:1].upper() + said[1:], 144)}")
+        parts += [f"![success in {suite}]({figures}/{suite}.svg)"] if of["policies"] else []
         head = ["policy", "episodes done", "mean of tasks", "of the expert's", "ms a request (median)"]
         rows = [
             [
@@ -129,30 +169,35 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
             ]
             for name, row in of["policies"].items()
         ]
+        for name, (driven, wanted) in of["unfinished"].items():
+            rows.append([name, f"unfinished: {driven} of {wanted} layouts", "", "", ""])
         parts.append(_table(head, rows))
         tasks = dict.fromkeys(t for row in of["policies"].values() for t in row["tasks"])
         if len(tasks) > 1:
-            cells = [
-                [t, *(_few(row["tasks"][t]) if t in row["tasks"] else "" for row in of["policies"].values())]
-                for t in tasks
-            ]
+            each = [row["tasks"] for row in of["policies"].values()]
+            cells = [[t, *(_few(rates[t]) if t in rates else "" for rates in each)] for t in tasks]
             parts.append(_table(["task", *of["policies"]], cells))
         if of["pairs"]:
             rows = [[*pair["policies"], str(pair["common"]), f"{pair['p']:.2g}"] for pair in of["pairs"]]
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))
     parts.append("## Where each number comes from")
     rows = [
-        [suite, name, f"`{run['command']}`", (run["commit"] or "unknown")[:8], run["date"], hardware(run)]
+        [suite, name, str(run["episodes"]), f"`{run['command']}`", commit(run), run["date"], hardware(run)]
         for suite, of in numbers["suites"].items()
         for name, row in of["policies"].items()
-        for run in row["about"]["runs"][-1:]
+        for run in row["about"]["runs"]
     ]
-    parts.append(_table(["suite", "policy", "command", "commit", "date", "hardware"], rows))
+    parts.append(_table(["suite", "policy", "episodes to drive", "command", "commit", "date", "hardware"], rows))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def commit(run: Mapping[str, Any]) -> str:
+    """Returns at which commit something ran, as text. run: see `openpi_like.serve.results.provenance`."""
+    return "unknown" if run["commit"] is None else run["commit"][:8] + (" and changes" if run["changed"] else "")
+
+
 def hardware(run: Mapping[str, Any]) -> str:
-    """Returns on what something ran, as text. run: see `openpi_like.serve.results.provenance`."""
+    """Returns on what something ran, as text."""
     return f"{run['hardware']['cores']} cores, {run['hardware']['cpu']}"
 
 

@@ -13,7 +13,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from openpi_like.robots.robot import Robot
 from openpi_like.robots.sims import make_sim
@@ -91,7 +91,7 @@ class Driving:
             return None
         try:
             return WebsocketClientPolicy(self.host, self.port)
-        except OSError as e:
+        except (OSError, WebSocketException) as e:
             raise StoppedError(
                 f"no policy server at {self.host}:{self.port} ({e}); start serve/policy_server.py first"
             ) from e
@@ -132,7 +132,7 @@ class Worker:
         self._driving, self._name = driving, ""
         self._sim: Sim | None = None
         self._recorder: Recorder | None = None
-        self.client = driving.connect()
+        self.client: WebsocketClientPolicy | None = None
 
     def _made(self, robot: str) -> Sim:
         if self._sim is None or self._name != robot:
@@ -144,7 +144,10 @@ class Worker:
 
     def drive(self, layout: Layout) -> Episode:
         """Runs one episode."""
-        driving, sim = self._driving, self._made(layout.robot)
+        driving = self._driving
+        if self.client is None:  # here, not when the process starts, where it would be lost why there is no server
+            self.client = driving.connect()
+        sim = self._made(layout.robot)
         recorder = self._recorder
         sim.reset(layout.task, layout.seed)
         camera = None
@@ -207,6 +210,12 @@ def _drive(layout: Layout) -> Episode:
     return _workers[0].drive(layout)
 
 
+def still_to_drive(wanted: Sequence[Layout], out: Path) -> list[Layout]:
+    """Returns the layouts whose episodes are not in a JSONL file."""
+    done = {Layout(e.robot, e.task, e.seed) for e in read_episodes(out)}
+    return [layout for layout in wanted if layout not in done]
+
+
 def drive_all(
     driving: Driving, wanted: Sequence[Layout], out: Path, workers: int, console: Console, title: str
 ) -> list[Episode]:
@@ -218,8 +227,7 @@ def drive_all(
         StoppedError: the server refused, is gone, or answered what does not fit. What ended meanwhile is in the file.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = {Layout(e.robot, e.task, e.seed) for e in read_episodes(out)}
-    todo = [layout for layout in wanted if layout not in done]
+    todo = still_to_drive(wanted, out)
     pool = concurrent.futures.ProcessPoolExecutor(
         max(1, min(workers, len(todo))),
         mp_context=multiprocessing.get_context("spawn"),
@@ -236,11 +244,16 @@ def drive_all(
                 append_episode(out, future.result())
                 left.remove(future)
                 progress.advance(bar)
-        except (RuntimeError, ValueError, ConnectionClosed) as e:  # the first: the server's, as openpi-client has it
+        except BaseException as e:
             pool.shutdown(cancel_futures=True)
             for future in left:  # of episodes that ended meanwhile
                 if not future.cancelled() and future.exception() is None:
                     append_episode(out, future.result())
+            if not isinstance(e, RuntimeError | ValueError | ConnectionClosed):
+                raise
+            if isinstance(e, StoppedError):
+                raise
+            # A RuntimeError is one of the server, as openpi-client has it.
             gone = isinstance(e, ConnectionClosed)
             why = f"the policy server at {driving.host}:{driving.port} is gone ({e}); start it and run this again"
             raise StoppedError(why if gone else str(e)) from e

@@ -71,12 +71,34 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def newcombe(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
-    """Returns a 95 % interval of the difference of two success rates, b - a (Newcombe 1998, method 10)."""
-    (p, n), (q, m) = ((sum(x) / len(x), len(x)) for x in (a, b))
-    (lower_a, upper_a), (lower_b, upper_b) = wilson(sum(a), n), wilson(sum(b), m)
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:
+    """Returns a 95 % interval of the difference of two success rates, b - a, in the same episodes (Newcombe 1998,
+    "Improved confidence intervals for the difference between binomial proportions based on paired data", method 10).
+
+    Raises:
+        ValueError: they are not as many.
+    """
+    _check_same(a, b)
+    n = len(a)
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    only_a, only_b = sum(a) - both, sum(b) - both
+    neither = n - both - only_a - only_b
+    (p, q), (lower_p, upper_p), (lower_q, upper_q) = (sum(a) / n, sum(b) / n), wilson(sum(a), n), wilson(sum(b), n)
+    spread = sum(a) * (n - sum(a)) * sum(b) * (n - sum(b))
+    together = float(both * neither - only_a * only_b)
+    together = max(together - n / 2, 0.0) if together > 0 else together  # a correction for continuity
+    phi = together / math.sqrt(spread) if spread else 0.0
+
+    def away(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
     d = q - p
-    return d - math.hypot(q - lower_b, upper_a - p), d + math.hypot(upper_b - q, p - lower_a)
+    return d - away(q - lower_q, upper_p - p), d + away(upper_q - q, p - lower_p)
+
+
+def _check_same(a: Sequence[bool], b: Sequence[bool]) -> None:
+    if len(a) != len(b) or not a:
+        raise ValueError(f"got {len(a)} and {len(b)} episodes, expected the same ones of both, and at least one")
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -85,8 +107,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     Raises:
         ValueError: they are not as many.
     """
-    if len(a) != len(b):
-        raise ValueError(f"got {len(a)} and {len(b)} episodes, expected the same ones of both")
+    _check_same(a, b)
     only_a, only_b = (sum(x and not y for x, y in zip(u, v, strict=True)) for u, v in ((a, b), (b, a)))
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n

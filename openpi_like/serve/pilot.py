@@ -72,6 +72,8 @@ class Camera(BasePolicy):
         started = time.perf_counter()
         reply = self._policy.infer(message)
         self.latency_ms.append(1e3 * (time.perf_counter() - started))
+        if "actions" not in reply:
+            raise ValueError(f"the server's answer has no actions, it has {sorted(reply)}")
         actions = np.asarray(reply["actions"])
         if actions.ndim != 2 or len(actions) < self.served.execute_steps:
             raise ValueError(

@@ -1,33 +1,43 @@
 """What a policy did in a suite: `<out>/<suite>/<policy>.jsonl`, an episode a line, and beside it a JSON of how it was
 driven. Policies of one folder were driven in the same layouts, or are compared in those that they have in common."""
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from openpi_like.job import cpu
-from openpi_like.serve.evaluation import Episode, mcnemar, newcombe, read_episodes, wilson
+from openpi_like.serve.evaluation import Episode, mcnemar, paired_difference, read_episodes, wilson
 
-PACKAGES = ("openpi-like", "numpy", "mujoco", "metaworld", "robosuite", "highway-env")
-KEPT = ("dialect", "execute_steps", "senses", "max_steps", "renderers", "server")
-"""What must not change while a file is added to."""
+PACKAGES = (
+    *("openpi-like", "numpy", "mujoco", "metaworld", "robosuite", "gymnasium-robotics", "gym-aloha", "gym-pusht"),
+    *("pymunk", "highway-env"),
+)
+KEPT = ("dialect", "execute_steps", "senses", "server")
+"""What must not change while a file is added to; nor `max_steps` and `renderers` of a robot."""
+_BY_ROBOT = ("max_steps", "renderers")
 
 
 def provenance(root: Path) -> dict[str, Any]:
-    """Returns what a number needs beside it: the command, the commit, the machine, the date, versions."""
+    """Returns what a number needs beside it: the command, the commit, the machine, the date, versions. commit: None
+    where there is no repository, or no git; changed: whether files differ from it."""
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
     versions = {}
     for package in PACKAGES:
         try:
@@ -35,51 +45,84 @@ def provenance(root: Path) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": (commit + (" and changes" if git("status", "--porcelain") else "")) or None,
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain")),
         "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "date": datetime.date.today().isoformat(),
         "versions": versions,
     }
 
 
-def write_about(path: Path, how: Mapping[str, Any], root: Path) -> None:
-    """Writes, beside the results at `path`, how they came about; a run that goes on adds to it.
-
-    how: of `KEPT`.
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keeps other processes from driving for the same file of results meanwhile.
 
     Raises:
-        ValueError: what is there was driven otherwise.
+        ValueError: one does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise ValueError(f"{path} is being driven by another process; wait for it, or stop it") from e
+        yield
+
+
+def write_about(path: Path, how: Mapping[str, Any], episodes: int, root: Path) -> None:
+    """Writes, beside the results at `path`, how they come about; a run that goes on adds to it.
+
+    how: of `KEPT`, and `max_steps` and `renderers` by robot. episodes: that are driven now; with none, nothing is
+    written.
+
+    Raises:
+        ValueError: what is there was driven otherwise, or nothing says how.
     """
     about, now = path.with_suffix(".json"), json.loads(json.dumps(how, default=str))
     runs = []
-    if about.is_file():
+    if path.is_file() and path.stat().st_size:
+        if not about.is_file():
+            raise ValueError(
+                f"{path} has episodes, and no {about.name} says how they were driven; give the policy another name"
+            )
         before = json.loads(about.read_text())
-        changed = [key for key in KEPT if before.get(key) != now.get(key)]
-        differs = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed]
+        differs = [f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in KEPT if before.get(k) != now.get(k)]
+        for k in _BY_ROBOT:
+            was, of = before.get(k, {}), now.get(k, {})
+            differs += [f"{k} of {r} was {was[r]!r}, is {of[r]!r}" for r in was.keys() & of.keys() if was[r] != of[r]]
+            now[k] = was | of
         if differs:
             raise ValueError(
-                f"{path} was driven otherwise: {'; '.join(differs)}; give the policy another name, or remove the file"
+                f"{path} was driven otherwise: {'; '.join(differs)}; give the policy another name, or remove "
+                f"{path.name} and {about.name}"
             )
         runs = before["runs"]
+    if not episodes:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = about.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**now, "runs": [*runs, provenance(root)]}, indent=1) + "\n")
+    run = {**provenance(root), "episodes": episodes}
+    temporary.write_text(json.dumps({**now, "runs": [*runs, run]}, indent=1) + "\n")
     os.replace(temporary, about)
 
 
-def read_results(folder: Path) -> dict[str, dict[tuple[str, str, int], Episode]]:
-    """Returns policy -> (robot, task, seed) -> episode, of all files of a suite's folder, the expert's last.
+def read_results(folder: Path, policies: Iterable[str] | None = None) -> dict[str, dict[tuple[str, str, int], Episode]]:
+    """Returns policy -> (robot, task, seed) -> episode, of files of a suite's folder, the expert's last.
+
+    policies: those to read, where there are such; None reads all.
 
     Raises:
         ValueError: a file is not one of episodes, or has one twice.
     """
     found, problems = {}, []
-    for path in sorted(folder.glob("*.jsonl"), key=lambda p: (p.stem == "expert", p.stem)):
+    paths = [p for p in folder.glob("*.jsonl") if policies is None or p.stem in policies]
+    for path in sorted(paths, key=lambda p: (p.stem == "expert", p.stem)):
         episodes = read_episodes(path)
         found[path.stem] = {(e.robot, e.task, e.seed): e for e in episodes}
-        if len(found[path.stem]) < len(episodes):
-            problems.append(f"{path}: {len(episodes) - len(found[path.stem])} episodes twice")
+        twice = len(episodes) - len(found[path.stem])
+        if twice:
+            problems.append(f"{path}: {twice} episodes are there twice; remove the file and drive them again")
     if problems:
         raise ValueError("; ".join(problems))
     return found
@@ -90,7 +133,7 @@ def suite_rows(
 ) -> list[dict[str, Any]]:
     """Returns a row for each policy: success by robot and task, of all episodes with Wilson's interval, the mean of the
     tasks' rates, and, in the layouts that both drove, beside another policy: the difference with its interval
-    (Newcombe) and McNemar's exact p.
+    (Newcombe's for pairs) and McNemar's exact p.
 
     beside: a policy of `found`; None: no comparison.
 
@@ -114,7 +157,7 @@ def suite_rows(
             ours, theirs = [episodes[k].success for k in both], [found[beside][k].success for k in both]
             if both:
                 row |= {"beside": beside, "common": len(both)}
-                row |= {"difference": newcombe(theirs, ours), "p": mcnemar(theirs, ours)}
+                row |= {"difference": paired_difference(theirs, ours), "p": mcnemar(theirs, ours)}
         rows.append(row)
     return rows
 

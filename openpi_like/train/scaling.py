@@ -16,7 +16,7 @@ PARTS = ("weights", "demonstrations", "samples")
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run. weights: of the policy. demonstrations: episodes that it learned from. samples: steps times batch size.
-    loss: held out, at the best of its validations. success: closed loop, of how many episodes; None where not driven.
+    loss: held out, of the weights that were driven. success: closed loop, of how many episodes; None where not driven.
     """
 
     weights: int
@@ -98,14 +98,16 @@ def fit(runs: Sequence[Run], start: Curve | None = None) -> Curve:
 
 def predict(runs: Sequence[Run], sizes: np.ndarray, draws: int = 200, seed: int = 0) -> tuple[float, float, float]:
     """Returns the loss of a run of (3,) other sizes, and an interval that holds 95 % of what curves through other draws
-    of these runs say, each with the error of one of them (a bootstrap of pairs, then of residuals).
+    of these runs say, each with the error of one of them (a bootstrap of pairs, then of residuals, which are widened by
+    the seven numbers that were fitted). It knows nothing of how far the form holds beyond the runs.
     """
     curve, rng = fit(runs), np.random.default_rng(seed)
-    residuals = [np.log(run.loss / curve.loss(run.sizes())) for run in runs]
+    wider = (len(runs) / (len(runs) - 7)) ** 0.5
+    residuals = [wider * np.log(run.loss / curve.loss(run.sizes())) for run in runs]
     said = list[float]()
     while len(said) < draws:
         drawn = [runs[i] for i in rng.integers(0, len(runs), len(runs))]
-        if any(len({run.sizes()[k] for run in drawn}) < 2 for k in range(3)):
+        if len(set(drawn)) < 8 or any(len({run.sizes()[k] for run in drawn}) < 2 for k in range(3)):
             continue
         said.append(fit(drawn, curve).loss(sizes) * float(np.exp(rng.choice(residuals))))
     low, high = np.quantile(said, (0.025, 0.975))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from openpi_like.config import near_names, to_json
-from openpi_like.serve.evaluation import mcnemar, newcombe, wilson
+from openpi_like.serve.evaluation import mcnemar, paired_difference, wilson
 from openpi_like.train.config import TrainConfig
 
 SAME = ("data", "batch_size", "steps", "seed")  # kept equal between the arms that are driven
@@ -70,10 +70,13 @@ class Study:
             if arm.start is None and arm.reinitialize:
                 problems.append(f"arm {name!r}: reinitialize={arm.reinitialize} without a start")
             again = [n for n in above if self.arms[n].same_run is None]
-            if arm.same_run is not None and (arm.same_run not in again or arm.set or arm.start or arm.own_statistics):
+            more = arm.set or arm.start or arm.own_statistics
+            if arm.same_run is not None and (
+                arm.same_run not in again or more or self.arms[arm.same_run].config != arm.config
+            ):
                 problems.append(
                     f"arm {name!r}: same_run={arm.same_run!r}, expected one of {sorted(again)}, trained above, "
-                    "and nothing else that is about training"
+                    "with the same config and nothing else that is about training"
                 )
             above.add(name)
         if not driven:
@@ -267,6 +270,6 @@ def study_rows(
             tasks[task] = {"successes": sum(of), "episodes": len(of), "interval": wilson(sum(of), len(of))}
         row = {"arm": name, "successes": sum(ours), "episodes": len(ours), "interval": (low, high), "tasks": tasks}
         if name != base:
-            row |= {"beside": base, "difference": newcombe(theirs, ours), "p": mcnemar(theirs, ours)}
+            row |= {"beside": base, "difference": paired_difference(theirs, ours), "p": mcnemar(theirs, ours)}
         rows.append(row)
     return rows

@@ -127,7 +127,10 @@ class Observations:
         if not isinstance(message, dict):
             raise ValueError(f"a message that is a {type(message).__name__}, expected a dict of an observation")
         said, problems = _flat(message), []
-        raw: dict[str, Any] = {"task": str(said.get(PROMPT, ""))}
+        task = said.get(PROMPT)
+        if not isinstance(task, str):
+            problems.append(f"{PROMPT}: got {type(task).__name__}, expected a text")
+        raw: dict[str, Any] = {"task": task}
         for feature in (STATE, *(IMAGES + name for name in self.cameras)):
             try:
                 value = np.asarray(said[self._key(feature, said)])

@@ -2,34 +2,39 @@
 
 import copy
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from openpi_like.serve.benchmark import collect, moved
+from openpi_like.robots.sims.suites import SUITES
+from openpi_like.serve.benchmark import collect, commit, moved
 from openpi_like.serve.evaluation import Episode, append_episode
-from openpi_like.serve.results import write_about
+from openpi_like.serve.results import provenance, write_about
 from tests.conftest import REPOSITORY
 
 PAGE = runpy.run_path(str(REPOSITORY / "serve" / "benchmark_page.py"), run_name="benchmark_page")
 
 
 def drove(run: Path, suite: str, policy: str, outcomes: dict[tuple[str, int], bool]) -> None:
-    path = run / suite / f"{policy}.jsonl"
-    write_about(path, {"dialect": "own", "server": {"contract": "abc"}}, REPOSITORY)
+    """Drives layouts of a suite of ours, counted from its first, or of another one."""
+    path, of = run / suite / f"{policy}.jsonl", SUITES.get(suite)
+    robot, first = ("arm", 0) if of is None else (next(iter(of.tasks)), of.first_seed)
+    write_about(path, {"dialect": "own", "server": {"contract": "abc"}}, len(outcomes), REPOSITORY)
     for (task, seed), success in outcomes.items():
-        append_episode(path, Episode("arm", task, policy, seed, success, 9, "egl", (5.0, 7.0, 9.0)))
+        append_episode(path, Episode(robot, task, policy, first + seed, success, 9, "egl", (5.0, 7.0, 9.0)))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     layouts = [(task, seed) for task in ("lift", "stack") for seed in range(10)]
-    drove(tmp_path, "fetch", "pi0", {(t, s): s < (8 if t == "lift" else 4) for t, s in layouts})
-    drove(tmp_path, "fetch", "deaf", {(t, s): s < 2 for t, s in layouts})
-    drove(tmp_path, "fetch", "expert", {(t, s): t == "lift" or s < 5 for t, s in layouts})
-    drove(tmp_path, "pusht", "pi0", {("push-t", s): s < 3 for s in range(10)})
+    drove(tmp_path, "theirs", "pi0", {(t, s): s < (8 if t == "lift" else 4) for t, s in layouts})
+    drove(tmp_path, "theirs", "deaf", {(t, s): s < 2 for t, s in layouts})
+    drove(tmp_path, "theirs", "expert", {(t, s): t == "lift" or s < 5 for t, s in layouts})
+    drove(tmp_path, "pusht", "pi0", {("push-t", s): s < 15 for s in range(50)})
+    drove(tmp_path, "pusht", "stopped", {("push-t", s): True for s in range(3)})
     return tmp_path
 
 
@@ -41,42 +46,75 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
     assert "| expert | 15/20 [0.53, 0.89] | 0.75 |  | 7.0 |" in text
     assert "| arm stack | 2/10 | 4/10 | 5/10 |" in text
     assert "| deaf | pi0 | 20 | 0.0078 |" in text  # eight layouts that only the one did: 2 / 2^8
-    assert text.count("`python ") == 4 + text.split("## ")[0].count("`python ")
-    for suite in ("fetch", "pusht"):
+    assert "| stopped | unfinished: 3 of 50 layouts |  |  |  |" in text
+    assert len(re.findall(r"\| `python [^`]*` \| ([0-9a-f]{8}( and changes)?|unknown) \|", text)) == 4
+    for suite in ("theirs", "pusht"):
         assert (tmp_path / "docs" / "benchmarks" / f"{suite}.svg").stat().st_size > 1000
         assert f"](benchmarks/{suite}.svg)" in text
     stored = json.loads((tmp_path / "docs" / "benchmarks.json").read_text())
-    assert stored == json.loads(json.dumps(collect(run)))
+    results = tmp_path / "results"
+    results.mkdir()
+    for suite in ("theirs", "pusht"):
+        (run / suite).rename(results / suite)
+    assert stored == json.loads(json.dumps(collect(results)))
     before = {p: p.read_bytes() for p in (tmp_path / "docs").rglob("*.*")}
-    PAGE["main"](PAGE["Args"](run, tmp_path / "docs"))
+    PAGE["main"](PAGE["Args"](results, tmp_path / "docs"))
     assert {p: p.read_bytes() for p in before} == before
+    compare = PAGE["Args"](results, compare=tmp_path / "docs" / "benchmarks.json")
     with pytest.raises(SystemExit) as ended:
-        PAGE["main"](PAGE["Args"](run, compare=tmp_path / "docs" / "benchmarks.json"))
+        PAGE["main"](compare)
     assert (ended.value.code, "no number has moved" in capsys.readouterr().out) == (0, True)
+    (results / "pusht" / "pi0.jsonl").unlink()
+    drove(results, "pusht", "pi0", {("push-t", s): s < 30 for s in range(50)})
+    with pytest.raises(SystemExit) as ended:
+        PAGE["main"](compare)
+    assert ended.value.code == 3
+
+
+def test_every_run_of_a_policy_is_named_and_one_that_drove_nothing_is_not(run: Path) -> None:
+    path, how = run / "pusht" / "pi0.jsonl", {"dialect": "own", "server": {"contract": "abc"}}
+    write_about(path, how, 0, REPOSITORY)
+    write_about(path, how, 20, REPOSITORY)
+    runs = collect(run)["suites"]["pusht"]["policies"]["pi0"]["about"]["runs"]
+    assert [r["episodes"] for r in runs] == [50, 20]
+    assert commit({"commit": None}) == "unknown"
+    assert commit({"commit": "0123456789", "changed": True}) == "01234567 and changes"
 
 
 def test_numbers_that_move_are_said(run: Path) -> None:
     published, now = collect(run), collect(run)
     assert moved(published, now) == []
-    row = now["suites"]["pusht"]["policies"]["pi0"]
-    row |= {"successes": 8, "interval": (0.49, 0.94)}  # touches [0.11, 0.60]
-    assert moved(published, now) == []
-    row |= {"successes": 9, "interval": (0.61, 0.98)}
+    outcomes = now["suites"]["pusht"]["policies"]["pi0"]["outcomes"]["pusht push-t"]
+    for seed in range(10_015, 10_017):
+        outcomes[str(seed)] = 1
+    assert moved(published, now) == []  # two of fifty
+    for seed in range(10_015, 10_025):
+        outcomes[str(seed)] = 1
     (line,) = moved(published, now)
-    assert line == "pusht, pi0, all tasks: 3/10 [0.11, 0.60] was published, now 9/10 [0.61, 0.98]"
+    assert line.startswith("pusht, pi0, all tasks: 15/50 was published, now 25/50: [+0.")
     less = copy.deepcopy(now)
     del less["suites"]["pusht"]
-    assert moved(published, less) == moved(less, published) == []
+    assert moved(now, less) == ["pusht, pi0: only published"]
+    assert moved(less, now) == ["pusht, pi0: only driven now"]
+    with pytest.raises(ValueError, match="nothing to compare"):
+        moved({"suites": {}}, now)
 
 
 def test_results_without_an_origin_are_refused(run: Path, tmp_path: Path) -> None:
-    (run / "fetch" / "pi0.json").unlink()
+    (run / "theirs" / "pi0.json").unlink()
+    with pytest.raises(ValueError, match=r"has episodes, and no pi0.json says how they were driven"):
+        write_about(run / "theirs" / "pi0.jsonl", {}, 1, REPOSITORY)
     (run / "pusht" / "pi0.jsonl").write_text("{}\n")
     with pytest.raises(
-        ValueError, match=r"no .*fetch/pi0.json, which says how pi0 was driven.*pi0.jsonl, line 1: not an"
+        ValueError, match=r"pi0.jsonl, line 1: not an episode.*no .*theirs/pi0.json, which says how pi0"
     ):
         collect(run)
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "none"):
         with pytest.raises(ValueError, match=r"no results in .*: expected SUITE/POLICY.jsonl"):
             collect(nothing)
+
+
+def test_without_git_the_commit_is_not_known(monkeypatch: Any) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert (provenance(REPOSITORY)["commit"], provenance(REPOSITORY)["changed"]) == (None, False)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import runpy
 import threading
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from openpi_like.robots.sims import SIMS
 from openpi_like.robots.sims.suites import SUITES, suite_of
 from openpi_like.serve.closed_loop import Films, Layout, StoppedError
 from openpi_like.serve.dialects import DIALECTS
-from openpi_like.serve.evaluation import Episode, append_episode, mcnemar, newcombe, read_episodes
+from openpi_like.serve.evaluation import Episode, append_episode, mcnemar, paired_difference, read_episodes, wilson
 from openpi_like.serve.pilot import GREY, SILENCE, Senses
-from openpi_like.serve.results import read_results, suite_rows
+from openpi_like.serve.results import held, read_results, suite_rows, write_about
 from tests.conftest import REPOSITORY
 from tests.serve.running import Stub, serving
 
@@ -117,9 +118,12 @@ def test_a_suite_is_driven_filmed_resumed_and_compared(tmp_path: Path) -> None:
             evaluate(tmp_path, port=server.port, deaf=True)
     assert [f.name for f in (tmp_path / "pusht" / "films" / "held").iterdir()] == ["pusht_push-t_10000.gif"]
     about = json.loads((tmp_path / "pusht" / "held.json").read_text())
-    assert about["server"] == {"policy": "default", "contract": "abc", "step": 7}
+    assert {"policy": "default", "contract": "abc", "step": 7}.items() <= about["server"].items()
+    assert "robots" not in about["server"]
     assert about["max_steps"] == {"pusht": 300}
-    assert [sorted(run) for run in about["runs"]] == [["command", "commit", "date", "hardware", "versions"]] * 2
+    assert [sorted(run) for run in about["runs"]] == [
+        ["changed", "command", "commit", "date", "episodes", "hardware", "versions"]
+    ] * 2
     printed = evaluate(tmp_path, policy="expert", beside="held")
     assert "1/1 [0.21, 1.00]" in printed
     assert "held of 1 [" in printed
@@ -141,9 +145,12 @@ def test_a_server_of_openpi_is_driven_in_its_own_words(tmp_path: Path) -> None:
         with pytest.raises(StoppedError, match=r"does not say how many actions .* say --execute-steps"):
             evaluate(tmp_path, **dialect)
         evaluate(tmp_path, **dialect, execute_steps=30, films=0)
-        with pytest.raises(StoppedError, match=r"actions of shape \(50, 2\), expected a chunk of at least 60"):
-            evaluate(tmp_path, **dialect, execute_steps=60, films=0, policy="longer")
-    assert len(asked) == 300 / 30 + 1
+        for steps in (60, 51):  # of the first nothing is left that would stand in the way of the second
+            with pytest.raises(
+                StoppedError, match=rf"actions of shape \(50, 2\), expected a chunk of at least {steps}"
+            ):
+                evaluate(tmp_path, **dialect, execute_steps=steps, films=0, policy="longer")
+    assert len(asked) == 300 / 30 + 2
     assert sorted(asked[0]) == ["observation/image", "observation/state", "prompt"]
     assert asked[0]["observation/image"].shape == (224, 224, 3)
     (episode,) = read_episodes(tmp_path / "pusht" / "held.jsonl")
@@ -151,9 +158,12 @@ def test_a_server_of_openpi_is_driven_in_its_own_words(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_evaluated_is_said_before_anything_is_driven(tmp_path: Path) -> None:
-    wrong = {"dialect": "openpi", "policy": "a/b", "episodes": 0}
-    with pytest.raises(ValueError, match=r"--dialect openpi; did you mean .*; --policy 'a/b'.*; --episodes 0"):
+    wrong = {"dialect": "openpi", "policy": "a/b", "episodes": 0, "execute_steps": -3, "films": -1}
+    message = r"--dialect openpi; did you mean .*; --policy 'a/b'.*; --episodes 0.*; --execute-steps -3.*; --films -1"
+    with pytest.raises(ValueError, match=message):
         evaluate(tmp_path, **wrong)
+    with pytest.raises(ValueError, match=r"--beside nobody: it was not driven in .*; there are \[\]"):
+        evaluate(tmp_path, policy="expert", beside="nobody")
     with pytest.raises(ValueError, match="an expert is told and shown nothing"):
         evaluate(tmp_path, policy="expert", blind=True)
     words = tmp_path / "words.json"
@@ -161,7 +171,9 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_driven(tmp_path: Pa
         ("[", "not a JSON file"),
         ('["push"]', "not a JSON file"),
         ('{"push": ["now"]}', "no task 'push'; did you mean 'push-t'"),
-        ('{"push-t": [1]}', "expected texts"),
+        ('{"push-t": [1]}', "expected a list of texts"),
+        ('{"push-t": "push it"}', "expected a list of texts"),
+        ('{"push-t": [" "]}', "expected a list of texts"),
     ):
         words.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -170,6 +182,25 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_driven(tmp_path: Pa
     with serving(other) as server, pytest.raises(StoppedError, match="does not serve robot 'pusht'"):
         evaluate(tmp_path, port=server.port)
     assert not (tmp_path / "pusht").exists()
+
+
+def test_what_a_server_leaves_out_is_said(tmp_path: Path) -> None:
+    nothing = as_openpi_serves(lambda observation: np.zeros(()))
+    with nothing as port, pytest.raises(StoppedError, match=r"actions of shape \(\), expected a chunk"):
+        evaluate(tmp_path, port=port, dialect="openpi_libero", execute_steps=4, films=0)
+
+
+def test_a_file_of_results_has_one_way_and_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with held(path), pytest.raises(ValueError, match=r"x.jsonl is being driven by another process"), held(path):
+        pass
+    how = {"dialect": "own", "max_steps": {"a": 1}}
+    write_about(path, how, 2, REPOSITORY)
+    append_episode(path, Episode("a", "lift", "x", 1, True, 9, "egl"))
+    write_about(path, {**how, "max_steps": {"b": 2}}, 1, REPOSITORY)
+    assert json.loads((tmp_path / "x.json").read_text())["max_steps"] == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match=r"max_steps of b was 2, is 3; .* or remove x.jsonl and x.json"):
+        write_about(path, {**how, "max_steps": {"b": 3}}, 1, REPOSITORY)
 
 
 # ---- What a policy is given ------------------------------------------------------------------------------------------
@@ -252,15 +283,38 @@ def test_policies_are_compared_in_the_layouts_that_both_drove(tmp_path: Path) ->
     with pytest.raises(ValueError, match="no policy 'b' to be compared with"):
         suite_rows(read_results(tmp_path), beside="b")
     drove(tmp_path, "a", {("lift", 3): True})
-    with pytest.raises(ValueError, match=r"a.jsonl: 1 episodes twice"):
+    with pytest.raises(ValueError, match=r"a.jsonl: 1 episodes are there twice"):
         read_results(tmp_path)
 
 
-def test_differences_are_as_published() -> None:
-    """Newcombe 1998, table II, method 10: 56/70 and 48/80, and nothing against all."""
-    a, b = [True] * 48 + [False] * 32, [True] * 56 + [False] * 14
-    assert newcombe(a, b) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    assert newcombe([False] * 10, [True] * 10) == pytest.approx((0.6075, 1.0), abs=5e-5)
+def test_differences_in_the_same_episodes() -> None:
+    """As of two samples that have nothing to do with each other where outcomes have not, by the formula of Newcombe's
+    other paper of that year, and narrower where they have."""
+    a, b = [True, False] * 40, [True, True, False, False] * 20
+    (low, high), (p, q) = paired_difference(a, b), wilson(40, 80)
+    assert (low, high) == pytest.approx((-math.hypot(0.5 - p, q - 0.5), math.hypot(0.5 - p, q - 0.5)), abs=1e-9)
+    same = [True] * 30 + [False] * 30
+    more = [True] * 38 + [False] * 22  # eight more, none less
+    low, high = paired_difference(same, more)
+    assert 0 < low < 8 / 60 < high < 0.3
+    assert paired_difference(more, same) == pytest.approx((-high, -low))
+    assert paired_difference([False] * 10, [True] * 10) == pytest.approx((0.6075, 1.0), abs=5e-5)
+    with pytest.raises(ValueError, match="got 0 and 0 episodes"):
+        paired_difference([], [])
+
+
+def test_the_interval_of_differences_covers_them() -> None:
+    """In 95 % of 400 draws of 50 pairs whose outcomes go together, about."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        hard = rng.random(50)
+        a, b = hard < 0.5, np.where(rng.random(50) < 0.2, rng.random(50) < 0.6, hard < 0.6)
+        low, high = paired_difference(a.tolist(), b.tolist())
+        covered += low <= 0.1 <= high
+    assert covered > 0.92 * 400
+
+
+def test_mcnemar_against_coins() -> None:
     # Discordant 2 and 9: twice the tail of 11 fair coins.
     ours, theirs = [True] * 9 + [False] * 2 + [True] * 5, [False] * 9 + [True] * 2 + [True] * 5
     assert mcnemar(theirs, ours) == pytest.approx(2 * (1 + 11 + 55) / 2**11)

@@ -178,7 +178,8 @@ def test_observations_are_told_in_lerobots_words() -> None:
     features = ONE.features()
     assert features["observation.state"] == {"dtype": "float32", "shape": (2,), "names": ["state_0", "state_1"]}
     assert features["observation.images.image"]["shape"] == (12, 16, 3)
-    assert ONE.raw({k: v for k, v in MESSAGE.items() if k != "prompt"})["task"] == ""
+    with pytest.raises(ValueError, match="prompt: got NoneType, expected a text"):
+        ONE.raw({k: v for k, v in MESSAGE.items() if k != "prompt"})
 
 
 def test_keys_may_be_nested_or_of_other_names_and_pictures_channels_first() -> None:

@@ -47,7 +47,7 @@ def test_what_helps_compares_what_can_be_compared() -> None:
         return [key for key in a if a[key] != b[key]]
 
     assert changed("four draws of noise and time") == ["model"]
-    assert changed("augmented images") == changed("no state") == ["data"]
+    assert changed("augmented images") == changed("noise on the state") == ["data"]
     assert changed("chunks of 16") == ["model", "data"]
     assert changed("no average of weights") == ["ema_decay"]
 
@@ -86,11 +86,16 @@ def test_what_a_study_cannot_vary() -> None:
 
 
 def test_what_a_run_that_is_driven_again_is() -> None:
-    arms = {"a": Arm("x.py", ("seed=1",)), "b": Arm("y.py", same_run="a", serve=("--think-every", "4"))}
+    arms = {"a": Arm("x.py", ("seed=1",)), "b": Arm("x.py", same_run="a", serve=("--think-every", "4"))}
     study = Study(arms, "sawyer", ("button-press",), 1)
     assert [study.run_of(n) for n in arms] == ["a", "a"]
     assert study.config_of("b") == ("x.py", ("seed=1",))
-    for wrong in (Arm("x.py", same_run="c"), Arm("x.py", ("seed=2",), same_run="a"), Arm("x.py", same_run="b")):
+    for wrong in (
+        Arm("y.py", same_run="a"),
+        Arm("x.py", same_run="c"),
+        Arm("x.py", ("seed=2",), same_run="a"),
+        Arm("x.py", same_run="b"),
+    ):
         with pytest.raises(ValueError, match=r"arm 'd': same_run='.', expected one of \['a'\], trained above"):
             Study({**arms, "d": wrong}, "sawyer", ("button-press",), 1)
 

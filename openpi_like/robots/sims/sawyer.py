@@ -15,6 +15,7 @@ from openpi_like.robots.sims.sim import Sim, check_action, prompt_of
 
 # The simulator runs at 80 Hz; an action is held for four of its steps.
 _REPEAT = 4
+_KEPT_ENVS = 12  # the tasks that programs do when they are told none
 _CAMERA = "corner2"
 # Balls at goals that nothing else shows: a colour that no scene has, and radii in metres of some pixels. The one below
 # a goal in the air is of a site that the package leaves at the robot's base and never uses.
@@ -99,7 +100,7 @@ class SawyerSim(Sim):
         self.renderer = renderer_name()
         self.success = False
         self.privileged_observation = np.zeros(0)
-        self._envs: dict[str, Any] = {}  # building one takes half a second
+        self._envs: dict[str, Any] = {}  # building one takes half a second, and each has 0.15 GB with its renderers
         self._renderers: dict[tuple[str, int], Renderer] = {}
         self._task, self._prompt = "", ""
 
@@ -107,9 +108,11 @@ class SawyerSim(Sim):
         """See `Sim.reset`."""
         prompts = {known: TASKS[known].prompts for known in self.known_tasks()}
         self._prompt = prompt_of(prompts, task, seed, self.robot)
-        if task not in self._envs:
-            self._envs[task] = self._make_env(task)
-        env = self._envs[task]
+        if task not in self._envs and len(self._envs) == _KEPT_ENVS:
+            longest_ago = next(iter(self._envs))
+            del self._envs[longest_ago]
+            self._renderers = {key: r for key, r in self._renderers.items() if key[0] != longest_ago}
+        env = self._envs[task] = self._envs.pop(task, None) or self._make_env(task)
         env.seed(seed)
         self.privileged_observation, _ = env.reset()
         self._task, self.success = task, False
