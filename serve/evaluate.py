@@ -33,6 +33,8 @@ from openpi_like.serve.pilot import Senses
 from openpi_like.serve.results import held, read_results, suite_rows, write_about
 
 ROOT = Path(__file__).resolve().parents[1]
+PARAPHRASES = Path("paraphrases")
+"""As `--words`: not a file, but what the suite has for this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Args:
     directory of results, of all suites. port_file: read the port from this file, as the server writes it. dialect: how
     the server is asked. execute_steps: of each chunk, if not as the server says. tasks: some of the suite's, as TASK or
     ROBOT/TASK. episodes: of each task, if not as the suite says. blind: pictures are grey. deaf: the instruction says
-    nothing of the task. words: JSON file, task -> list of instructions instead of the simulator's. films: of failures,
-    so many of each task. beside: policy that the others are compared with. workers: processes, each with a simulator
-    and a connection.
+    nothing of the task. words: JSON file, task -> list of instructions instead of the simulator's; "paraphrases" are
+    those that the suite has for this. films: of failures, so many of each task. beside: policy that the others are
+    compared with. workers: processes, each with a simulator and a connection.
     """
 
     suite: Annotated[str, tyro.conf.Positional]
@@ -83,13 +85,18 @@ class Args:
 
 
 def read_words(path: Path | None, suite: Suite) -> dict[str, tuple[str, ...]]:
-    """Returns the instructions of a file, by task of the suite.
+    """Returns the instructions of a file, or the suite's `PARAPHRASES`, by task of the suite.
 
     Raises:
-        ValueError: it is not such a file, or names other tasks.
+        ValueError: it is not such a file, it names other tasks, or the suite has no paraphrases.
     """
     if path is None:
         return {}
+    if path == PARAPHRASES:
+        if not suite.paraphrases:
+            having = ", ".join(name for name, other in SUITES.items() if other.paraphrases)
+            raise ValueError(f"--words {path}: this suite has none of its own, as {having} have; expected a JSON file")
+        return dict(suite.paraphrases)
     try:
         words = dict(json.loads(path.read_text()).items())
     except (OSError, ValueError, AttributeError) as e:

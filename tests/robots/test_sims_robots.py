@@ -271,8 +271,8 @@ def test_bad_actions_are_refused(sims, robot):
 
 
 def test_unknown_simulator():
-    cars = {"ego_vehicle", "ego_controls"}  # see tests/driving
-    assert {name for name in SIMS if name not in ARMS} | {"robosuite_panda"} == set(PACKAGES) | cars
+    elsewhere = {"ego_vehicle", "ego_controls", "cubes_panda"}  # see tests/driving, test_coloured_cubes.py
+    assert {name for name in SIMS if name not in ARMS} | {"robosuite_panda"} == set(PACKAGES) | elsewhere
     with pytest.raises(ValueError, match="no simulator of robot 'sawer'; did you mean 'sawyer'"):
         make_sim("sawer")
 

@@ -26,6 +26,7 @@ SIMS = {
     "robosuite_ur5e": _Where("robosuite_arms", "UR5eSim", "arms"),
     "robosuite_iiwa": _Where("robosuite_arms", "IIWASim", "arms"),
     "robosuite_kinova3": _Where("robosuite_arms", "Kinova3Sim", "arms"),
+    "cubes_panda": _Where("coloured_cubes", "ColouredCubesSim", "arms"),
     "ego_vehicle": _Where("ego_vehicle", "EgoVehicleSim", "driving"),
     "ego_controls": _Where("ego_vehicle", "EgoControlsSim", "driving"),
 }

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from openpi_like.config import near_names
 from openpi_like.driving.scenarios import PROMPTS as DRIVES
+from openpi_like.robots.sims.coloured_cubes import PARAPHRASES, SEEN, UNSEEN
 from openpi_like.robots.sims.metaworld_tasks import FIRST, MT10, MT50
 from openpi_like.robots.sims.sim import HELD_OUT_SEED
 
@@ -20,7 +21,8 @@ class Suite:
     """What policies are compared on.
 
     about: in words, with its source. tasks: of each robot. success: when a task is done, in words. episodes: of each
-    task. first_seed: of the layouts.
+    task. first_seed: of the layouts. paraphrases: task -> instructions that no demonstration has, for tests of what a
+    policy listens to.
     """
 
     about: str
@@ -28,6 +30,7 @@ class Suite:
     success: str
     episodes: int = 20
     first_seed: int = HELD_OUT_SEED
+    paraphrases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 # What a policy learns that learns the other robots' tasks beside them (configs/generalist.py).
@@ -38,6 +41,11 @@ _THIRTY = (
     *("plate-slide-back-side", "plate-slide-side", "push", "reach", "reach-wall", "sweep-into"),
 )
 _METAWORLD = "(Meta-World, Yu et al. 2019), one camera, layouts drawn from the package's ranges"
+_CUBES = "of one scene with three cubes, so that only the words say which is meant (an arm of robosuite 1.5)"
+_CUBE_IS = (
+    "the cube that was told is raised by 12 cm, let go on the right one, or pushed by 6 cm to the right side, and the "
+    "others are within 3 cm of where they were"
+)
 _SAYS_SO = "the package says so at any of its 500 steps"
 
 SUITES = {
@@ -48,6 +56,18 @@ SUITES = {
         "five arms at one table (robosuite 1.5, Zhu et al. 2020)",
         {f"robosuite_{arm}": ("lift", "stack") for arm in _ARMS},
         "the package's: the cube's middle is 4 cm above the table, or it lies on the other one and is let go",
+    ),
+    "cubes_seen": Suite(
+        f"the tasks that demonstrations are of, {_CUBES}",
+        {"cubes_panda": SEEN},
+        _CUBE_IS,
+        paraphrases={task: PARAPHRASES[task] for task in SEEN},
+    ),
+    "cubes_unseen": Suite(
+        f"deeds and cubes that demonstrations have in other combinations, {_CUBES}",
+        {"cubes_panda": UNSEEN},
+        _CUBE_IS,
+        paraphrases={task: PARAPHRASES[task] for task in UNSEEN},
     ),
     "fetch": Suite(
         "a mobile manipulator's arm (gymnasium-robotics, Plappert et al. 2018)",
