@@ -126,13 +126,14 @@ def test_every_cube_is_seen_and_has_room_around_it(sim: Any) -> None:
         ("lift-red", "lift-blue", "wrong_cube"),
         ("lift-red", "push-left-red", "wrong_deed"),
         ("stack-red-on-green", "stack-red-on-blue", "wrong_cube"),
-        ("stack-red-on-green", "lift-red", None),
+        ("stack-red-on-green", "lift-red", "wrong_deed"),
+        ("lift-red", "stack-red-on-green", None),
         ("push-left-red", "push-right-red", "wrong_deed"),
         ("push-right-green", "push-right-red", "wrong_cube"),
     ],
 )
 def test_the_instruction_decides_what_is_success(
-    sim: Any, demonstrations: Any, done: str, told: str, wrong: str
+    sim: Any, demonstrations: dict[str, list[np.ndarray]], done: str, told: str, wrong: str | None
 ) -> None:
     """The very actions that succeed under one instruction do not under another one."""
     replay(sim, told, demonstrations[done])
@@ -141,7 +142,7 @@ def test_the_instruction_decides_what_is_success(
     assert sim.measures() == {name: float(name == wrong) for name in ("wrong_cube", "wrong_deed")}
 
 
-def test_same_seed_same_episode_bit_for_bit(sim: Any, demonstrations: Any) -> None:
+def test_same_seed_same_episode_bit_for_bit(sim: Any, demonstrations: dict[str, list[np.ndarray]]) -> None:
     """Whatever was before, and whatever is told."""
     ends = []
     for task in ("push-left-red", "lift-blue"):
@@ -152,7 +153,7 @@ def test_same_seed_same_episode_bit_for_bit(sim: Any, demonstrations: Any) -> No
     np.testing.assert_array_equal(ends[0][1], ends[1][1])
 
 
-def test_left_is_that_of_the_picture(sim: Any, demonstrations: Any) -> None:
+def test_left_is_that_of_the_picture(sim: Any, demonstrations: dict[str, list[np.ndarray]]) -> None:
     def column() -> float:
         image = sim.observe()["images"]["base"].astype(int)
         return float(np.nonzero(image[..., 0] - image[..., 1:].max(-1) > 40)[1].mean())

@@ -119,7 +119,8 @@ class ColouredCubesSim(TableSim):
     """See `TableSim`. Tasks that programs do when they are told none are those that demonstrations are made of.
 
     It fails when another cube than the one that was told was raised or moved, or the right one was put on the wrong
-    one (`wrong_cube`), or when it was raised or pushed to the other side where it was to be pushed (`wrong_deed`).
+    one (`wrong_cube`); or when that was put on another one where it was not to be, or was raised or pushed to the other
+    side where it was to be pushed (`wrong_deed`).
     """
 
     robot, model_name, closed, opened = CUBES_PANDA, "Panda", 0.008, 0.086
@@ -166,17 +167,18 @@ class ColouredCubesSim(TableSim):
     def _judge(self) -> None:
         if self.success or self.failed:
             return
-        verb, (named, *_) = _MEANT[self._task]
+        verb, (named, *told) = _MEANT[self._task]
         moved = {colour: self._pose(colour)[0] - start for colour, start in self._start.items()}
-        along = moved[named][1] * _SIDES.get(verb, 0.0)
+        along, up = moved[named][1] * _SIDES.get(verb, 0.0), moved[named][2]
         lies_on = self._lies_on(named)
-        self._wrong_cube = lies_on not in (None, *_MEANT[self._task][1]) or any(
-            np.linalg.norm(by) > _TOUCHED for colour, by in moved.items() if colour != named
-        )
-        self._wrong_deed = verb in _SIDES and (along < -_PUSHED or moved[named][2] > _TOUCHED)
+        others = any(np.linalg.norm(by) > _TOUCHED for colour, by in moved.items() if colour != named)
+        self._wrong_cube = others or (verb == "stack" and lies_on not in (None, *told))
+        away = verb in _SIDES and bool(along < -_PUSHED or up > _TOUCHED)
+        self._wrong_deed = away or (verb != "stack" and lies_on is not None)
         self.failed = self._wrong_cube or self._wrong_deed
-        done = {"lift": moved[named][2] > _RAISED, "stack": lies_on is not None}
-        self.success = not self.failed and bool(done.get(verb, along > max(_PUSHED, abs(moved[named][0]))))
+        if not self.failed:
+            done = {"lift": up > _RAISED, "stack": lies_on is not None}
+            self.success = bool(done.get(verb, along > max(_PUSHED, abs(moved[named][0]))))
 
     def _lies_on(self, named: str) -> str | None:
         """Returns the cube that `named` lies on and was let go."""
@@ -223,4 +225,4 @@ class ColouredCubesExpert(CubeExpert):
     def _is_behind(self, side: np.ndarray) -> bool:
         """Whether the hand can push the cube there from where it is."""
         across, along, up = self._sim.hand - self._cube()
-        return abs(across) < 0.02 and -0.1 < along * side[1] < 0.0 and up < 0.02
+        return bool(abs(across) < 0.02 and -0.1 < along * side[1] < 0.0 and up < 0.02)
