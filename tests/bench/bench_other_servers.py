@@ -1,4 +1,4 @@
-"""Other servers driven by serve/evaluate.py: openpi's, and LeRobot's behind serve/benchmarks/lerobot_bridge.py.
+"""Other servers driven by serve/evaluate.py: openpi's, and LeRobot's behind serve/lerobot_bridge.py.
 
     git clone https://github.com/Physical-Intelligence/openpi ~/openpi      # and its environment, as it says
     python tests/bench/bench_other_servers.py openpi runs/full/finetune_aloha --suite aloha --dialect openpi_aloha \
@@ -304,7 +304,7 @@ def lerobot(args: LeRobot, console: Console) -> None:
     checkpoint = act / "checkpoints/last/pretrained_model"
     port, front, log = free_port(), free_port(), work / "server.log"
     theirs = ["-m", "lerobot.async_inference.policy_server", "--host=127.0.0.1", f"--port={port}"]
-    bridge = [ROOT / "serve/benchmarks/lerobot_bridge.py", checkpoint, "--server", f"127.0.0.1:{port}", "--port", front]
+    bridge = [ROOT / "serve/lerobot_bridge.py", checkpoint, "--server", f"127.0.0.1:{port}", "--port", front]
     with (
         running([args.python, *theirs, "--inference_latency=0"], log, cwd=work) as server,
         running([args.python, *bridge], work / "bridge.log") as bridging,

@@ -228,7 +228,7 @@ def test_numbers_of_the_manufacturers() -> None:
 def test_every_robot_has_its_source_here_and_is_listed_in_the_docs() -> None:
     files = {p.stem for p in Path("openpi_like/robots").glob("[!_]*.py")}
     others = {f for f in files if f.startswith(("oxe", "robosuite"))}
-    before = {"aloha", "ego_vehicle", "fetch", "metaworld_fetch", "pusht", "sawyer", "widowx"}
+    before = {"aloha", "cubes_panda", "ego_vehicle", "fetch", "metaworld_fetch", "pusht", "sawyer", "widowx"}
     assert files - others - before - set(_NO_ROBOTS) == {name.partition(":")[0] for name in SOURCES}
     listed = Path("docs/robots.md").read_text()
     for name in SOURCES:

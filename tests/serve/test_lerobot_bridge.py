@@ -21,7 +21,7 @@ from websockets.sync.server import serve
 from openpi_like.serve.protocol import unpack
 from tests.conftest import REPOSITORY
 
-BRIDGE = runpy.run_path(str(REPOSITORY / "serve" / "benchmarks" / "lerobot_bridge.py"), run_name="lerobot_bridge")
+BRIDGE = runpy.run_path(str(REPOSITORY / "serve" / "lerobot_bridge.py"), run_name="lerobot_bridge")
 Args, LeRobotServer, Observations = BRIDGE["Args"], BRIDGE["LeRobotServer"], BRIDGE["Observations"]
 ServerError = BRIDGE["ServerError"]
 PICTURE = np.arange(12 * 16 * 3, dtype=np.uint8).reshape(12, 16, 3)

@@ -8,7 +8,7 @@ Runs where lerobot is installed, an environment of its own (made with lerobot 0.
 With that environment's python, LeRobot's server, and beside it this program, with a folder that lerobot-train wrote:
 
     python -m lerobot.async_inference.policy_server --host=127.0.0.1 --port=8080 --inference_latency=0
-    python serve/benchmarks/lerobot_bridge.py outputs/act/checkpoints/last/pretrained_model --port 8000
+    python serve/lerobot_bridge.py outputs/act/checkpoints/last/pretrained_model --port 8000
 
 Then, with the trainer's:
 
