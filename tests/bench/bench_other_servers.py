@@ -17,7 +17,6 @@ directly, in LeRobot's own environment. That one is made as lerobot_bridge.py sa
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -173,13 +172,9 @@ class InTheirWords:
 def serve(args: Served) -> None:
     """Serves until it is ended."""
     from openpi_like.serve.policy import Policy
+    from tests.bench.openpi_server import websocket_policy_server
 
-    path = args.openpi / "src/openpi/serving/websocket_policy_server.py"
-    spec = importlib.util.spec_from_file_location("openpi_server", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = websocket_policy_server(args.openpi)
     policy = Policy.load(args.checkpoint)
     policy.warm_up()
     theirs = InTheirWords(policy, args.robot, args.dialect)

@@ -13,7 +13,6 @@ does hits both. An error of the server ends the bench.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -75,12 +74,9 @@ def serve(args: Args) -> None:
         run(PolicyServer(Policies({"default": policy}), port=0), port_file=Path(os.environ["PORT_FILE"]))
         return
     assert args.openpi is not None
-    path = args.openpi / "src/openpi/serving/websocket_policy_server.py"
-    spec = importlib.util.spec_from_file_location("openpi_server", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    from tests.bench.openpi_server import websocket_policy_server
+
+    module = websocket_policy_server(args.openpi)
     policy = Policy.load(args.checkpoint)
     policy.warm_up()
     tell(policy)
