@@ -30,7 +30,7 @@ from openpi_like.robots.sims.suites import SUITES, Suite, suite_of
 from openpi_like.serve.closed_loop import Driving, Films, Layout, StoppedError, drive_all, still_to_drive
 from openpi_like.serve.dialects import DIALECTS
 from openpi_like.serve.pilot import Senses
-from openpi_like.serve.results import held, read_results, suite_rows, write_about
+from openpi_like.serve.results import held, read_results, read_training, suite_rows, write_about
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAPHRASES = Path("paraphrases")
@@ -47,7 +47,8 @@ class Args:
     ROBOT/TASK. episodes: of each task, if not as the suite says. blind: pictures are grey. deaf: the instruction says
     nothing of the task. words: JSON file, task -> list of instructions instead of the simulator's; "paraphrases" are
     those that the suite has for this. films: of failures, so many of each task. beside: policy that the others are
-    compared with. workers: processes, each with a simulator and a connection.
+    compared with. training: JSON file of what the policy's training took, see `openpi_like.serve.results.TRAINING`,
+    which is kept beside its results. workers: processes, each with a simulator and a connection.
     """
 
     suite: Annotated[str, tyro.conf.Positional]
@@ -65,6 +66,7 @@ class Args:
     words: Path | None = None
     films: int = 1
     beside: str | None = None
+    training: Path | None = None
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -175,6 +177,7 @@ def main(args: Args, console: Console) -> None:
     if args.beside is not None and not (out.parent / f"{args.beside}.jsonl").is_file():
         there = sorted(p.stem for p in out.parent.glob("*.jsonl"))
         raise ValueError(f"--beside {args.beside}: it was not driven in {out.parent}; there are {there}")
+    training = {} if args.training is None else {"training": read_training(args.training)}
     port = int(args.port_file.read_text()) if args.port_file is not None else args.port
     how = Driving(
         args.policy,
@@ -194,6 +197,7 @@ def main(args: Args, console: Console) -> None:
         "max_steps": {robot: sim.max_steps for robot, sim in sims.items()},
         "renderers": {robot: sim.renderer for robot, sim in sims.items()},
         "server": {key: value for key, value in server.items() if key != "robots"},
+        **training,
     }
     with held(out):
         write_about(out, about, len(still_to_drive(wanted, out)), ROOT)

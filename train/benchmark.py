@@ -10,6 +10,7 @@ makes the page.
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from openpi_like.config import load_run
 from openpi_like.job import SIMULATED, Job
+from openpi_like.models.weights import weight_shapes
 from openpi_like.robots.sims.suites import suite_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,17 @@ def main(args: Args, console: Console) -> None:
     # ---- 2. Training -------------------------------------------------------------------------------------------------
     length = [f"steps={of.steps}", f"optimizer.decay_steps={max(of.steps, 200)}"]
     job.step("train", ["train/train.py", of.config, f"run_dir={run}/{of.policy}", *sets, *length])
+    config = load_run(of.config)
+    took = {
+        "seconds": job.record["seconds"]["train"],
+        "cores": os.cpu_count(),
+        "steps": of.steps,
+        "batch_size": config.batch_size,
+        "weights": sum(int(leaf.size) for leaf in weight_shapes(config.model).values()),
+        "memory_mb": None,
+    }
+    training = folder / f"{of.policy}.json"
+    training.write_text(json.dumps(took, indent=1) + "\n")
 
     # ---- 3. The suites -----------------------------------------------------------------------------------------------
     port = ["--port-file", f"{run}/port"]
@@ -103,7 +116,8 @@ def main(args: Args, console: Console) -> None:
     for suite in of.suites:
         drive = ["serve/evaluate.py", suite, *into]
         job.step(f"{suite} with the experts", [*drive, "--policy", "expert"])
-        told = [[*drive, "--policy", f"{of.policy}{name}", *senses, *port] for name, senses in SENSES.items()]
+        own = ["--training", str(training), *port]
+        told = [[*drive, "--policy", f"{of.policy}{name}", *senses, *own] for name, senses in SENSES.items()]
         job.step(f"{suite} with the policy, with it blind, and deaf", *told, server=server)
 
     # ---- 4. Beside what was published --------------------------------------------------------------------------------

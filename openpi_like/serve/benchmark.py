@@ -180,6 +180,17 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
         if of["pairs"]:
             rows = [[*pair["policies"], str(pair["common"]), f"{pair['p']:.2g}"] for pair in of["pairs"]]
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))
+    took = [
+        [suite, name, *_training(row["about"]["training"])]
+        for suite, of in numbers["suites"].items()
+        for name, row in of["policies"].items()
+        if "training" in row["about"]
+    ]
+    if took:
+        parts.append("## What training took")
+        parts.append(
+            _table(["suite", "policy", "minutes", "cores", "steps", "of samples", "weights", "memory", ""], took)
+        )
     parts.append("## Where each number comes from")
     rows = [
         [suite, name, str(run["episodes"]), f"`{run['command']}`", commit(run), run["date"], hardware(run)]
@@ -189,6 +200,15 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
     ]
     parts.append(_table(["suite", "policy", "episodes to drive", "command", "commit", "date", "hardware"], rows))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _training(took: Mapping[str, Any]) -> list[str]:
+    def said(name: str, form: str, unit: float = 1.0) -> str:
+        return "" if took[name] is None else form.format(took[name] / unit)
+
+    sizes = [said("seconds", "{:.1f}", 60.0), said("cores", "{:.0f}"), said("steps", "{:,.0f}")]
+    sizes += [said("batch_size", "{:.0f}"), said("weights", "{:.2f} M", 1e6), said("memory_mb", "{:.1f} GB", 1e3)]
+    return [*sizes, took.get("what", "")]
 
 
 def commit(run: Mapping[str, Any]) -> str:

@@ -25,6 +25,9 @@ PACKAGES = (
 KEPT = ("dialect", "execute_steps", "senses", "server")
 """What must not change while a file is added to; nor `max_steps` and `renderers` of a robot."""
 _BY_ROBOT = ("max_steps", "renderers")
+TRAINING = ("seconds", "cores", "steps", "batch_size", "weights", "memory_mb")
+"""What a policy's training took: of its wall time, with so many cores, and the most memory, of processes together;
+numbers, None where one is not known. Beside these, `what`, a text: by which code, what differs."""
 
 
 def provenance(root: Path) -> dict[str, Any]:
@@ -52,6 +55,31 @@ def provenance(root: Path) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "versions": versions,
     }
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """Returns what a policy's training took, of a JSON file.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        took = dict(json.loads(path.read_text()).items())
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: not a JSON file of what a training took: {e}") from e
+    problems = [
+        f"{name} is {took.get(name, 'missing')!r}, expected a number above 0, or null"
+        for name in TRAINING
+        if name not in took or not (took[name] is None or (type(took[name]) in (int, float) and took[name] > 0))
+    ]
+    problems += [
+        f"{name}: expected {', '.join((*TRAINING, 'what'))}" for name in took if name not in (*TRAINING, "what")
+    ]
+    if not isinstance(took.get("what", ""), str):
+        problems.append("what is no text")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return took
 
 
 @contextlib.contextmanager

@@ -22,7 +22,9 @@ def drove(run: Path, suite: str, policy: str, outcomes: dict[tuple[str, int], bo
     """Drives layouts of a suite of ours, counted from its first, or of another one."""
     path, of = run / suite / f"{policy}.jsonl", SUITES.get(suite)
     robot, first = ("arm", 0) if of is None else (next(iter(of.tasks)), of.first_seed)
-    write_about(path, {"dialect": "own", "server": {"contract": "abc"}}, len(outcomes), REPOSITORY)
+    took = {"seconds": 90.0, "cores": 2, "steps": 3_000, "batch_size": 32, "weights": 1_250_000, "memory_mb": None}
+    about = {"dialect": "own", "server": {"contract": "abc"}, **({"training": took} if policy == "pi0" else {})}
+    write_about(path, about, len(outcomes), REPOSITORY)
     for (task, seed), success in outcomes.items():
         append_episode(path, Episode(robot, task, policy, first + seed, success, 9, "egl", (5.0, 7.0, 9.0)))
 
@@ -46,6 +48,7 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
     assert "| expert | 15/20 [0.53, 0.89] | 0.75 |  | 7.0 |" in text
     assert "| arm stack | 2/10 | 4/10 | 5/10 |" in text
     assert "| deaf | pi0 | 20 | 0.0078 |" in text  # eight layouts that only the one did: 2 / 2^8
+    assert text.count("| pi0 | 1.5 | 2 | 3,000 | 32 | 1.25 M |  |  |") == 2
     assert "| stopped | unfinished: 3 of 50 layouts |  |  |  |" in text
     assert len(re.findall(r"\| `python [^`]*` \| ([0-9a-f]{8}( and changes)?|unknown) \|", text)) == 4
     for suite in ("theirs", "pusht"):

@@ -178,6 +178,15 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_driven(tmp_path: Pa
         words.write_text(text)
         with pytest.raises(ValueError, match=message):
             evaluate(tmp_path, words=words)
+    took = tmp_path / "took.json"
+    for text, message in (
+        ("[]", "not a JSON file"),
+        ('{"seconds": 0, "what": 1}', "seconds is 0, expected a number .*; cores is 'missing', .*; what is no text"),
+        ('{"gpus": 8}', "gpus: expected seconds, cores"),
+    ):
+        took.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path, training=took)
     other = Stub(hold, {"robots": {"sawyer": ABOUT}})
     with serving(other) as server, pytest.raises(StoppedError, match="does not serve robot 'pusht'"):
         evaluate(tmp_path, port=server.port)

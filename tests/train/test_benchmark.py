@@ -1,7 +1,8 @@
 """What the benchmark's program would run fits together, and ends with what was published."""
 
 import runpy
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from openpi_like.config import load_run
 from openpi_like.robots.policy_fit import policy_problems
 from openpi_like.robots.sims.suites import SUITES
+from openpi_like.serve.results import read_training
 from tests.conftest import REPOSITORY
 from tests.pages import command_problems
 
@@ -19,8 +21,10 @@ class Noted:
     """A job that notes its steps instead of running them."""
 
     steps: dict[str, tuple[Any, Any]]
+    record: ClassVar = {"seconds": {"train": 90.0}}
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, run: Path, *_: Any) -> None:
+        run.mkdir(exist_ok=True)
         Noted.steps = self.steps = {}
 
     def step(self, name: str, *commands: list[str], server: list[str] | None = None) -> None:
@@ -37,12 +41,14 @@ def test_policies_have_room_for_all_of_their_robots(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale", ["small", "full", "pulse"])
-def test_all_commands_can_be_given(monkeypatch: Any, scale: Any) -> None:
+def test_all_commands_can_be_given(monkeypatch: Any, tmp_path: Any, scale: Any) -> None:
     of = PROGRAM["SCALES"][scale]
     monkeypatch.chdir(REPOSITORY)  # where programs go
     monkeypatch.setitem(PROGRAM["main"].__globals__, "Job", Noted)
     monkeypatch.setitem(PROGRAM["main"].__globals__, "PUBLISHED", REPOSITORY / "no_such_file")
-    PROGRAM["main"](PROGRAM["Args"](scale), Console())
+    PROGRAM["main"](PROGRAM["Args"](scale, tmp_path), Console())
+    took = read_training(tmp_path / f"{of.policy}.json")
+    assert (took["seconds"], took["steps"]) == (90.0, of.steps)
     robots = {robot for name in of.suites for robot in SUITES[name].tasks}
     assert {f"demonstrations of {robot}" for robot in robots} < set(Noted.steps)
     for commands, server in Noted.steps.values():
