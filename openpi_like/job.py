@@ -1,10 +1,8 @@
 """Jobs of several programs: each step is one of the project's own, printed, timed, and skipped when it is done."""
 
 import contextlib
-import datetime
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -17,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from openpi_like.child import ended_by_sigterm, run_program
+from openpi_like.provenance import commit, provenance
 
 # How a policy is served to simulators: the requests of two of their processes in one batch; and no state is refused,
 # lest an episode that a policy drives astray ends the evaluation.
@@ -39,8 +38,15 @@ class Job:
         self.record: dict[str, Any] = {"seconds": {}, "commands": {}, "done": []}
         if self.record_path.is_file():
             self.record = json.loads(self.record_path.read_text())
-        self.record["hardware"] = {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-        self.record["date"] = datetime.date.today().isoformat()
+        self._from = provenance(Path(__file__).resolve().parents[1])
+        self.record |= {key: self._from[key] for key in ("hardware", "date")}
+
+    def origin(self) -> dict[str, Any]:
+        """Returns where what its steps made comes from: see `provenance`, with the time of each step in seconds, and
+        all commits at which steps ran."""
+        known = self.record.get("commits", {})
+        commits = sorted({known.get(name, "unknown") for name in self.record["done"]})
+        return {**self._from, "commits": commits, "seconds": self.record["seconds"]}
 
     def save(self) -> None:
         temporary = self.record_path.with_suffix(".tmp")
@@ -64,6 +70,7 @@ class Job:
             self._console.print(f"[dim]$ {line}", soft_wrap=True)
         self.record["seconds"].setdefault(name, 0.0)
         self.record["commands"][name] = text
+        self.record.setdefault("commits", {})[name] = commit(self._from)
         started = time.perf_counter()
         try:
             with ended_by_sigterm(), _policy_server(server) if server else contextlib.nullcontext():
@@ -95,12 +102,3 @@ def _policy_server(command: list[str]) -> Iterator[None]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
-
-
-def cpu() -> str:
-    """Returns the name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -3,7 +3,7 @@
     python train/scaling.py --run runs/scaling
 
 Runs are those of configs/studies/scaling.py. The curve and what it says of the larger run are, with the date, in
-`<run>/prediction.json` before that run is begun; what became of it is in `<run>/scaling.json` and `<run>/scaling.md`.
+`<run>/prediction.json` before that run is begun; what became of it is in `<run>/results.json` and `<run>/scaling.md`.
 It can be stopped at any moment and goes on where it was.
 """
 
@@ -22,8 +22,8 @@ from rich.console import Console
 from openpi_like.config import override
 from openpi_like.job import SIMULATED, Job
 from openpi_like.models.weights import weight_shapes
+from openpi_like.provenance import provenance
 from openpi_like.serve.evaluation import read_episodes, wilson
-from openpi_like.serve.results import provenance
 from openpi_like.train.scaling import PARTS, Run, fit, predict, success, success_of_loss
 from openpi_like.train.watching.metrics import read_metrics
 
@@ -140,8 +140,9 @@ def main(args: Args, console: Console) -> None:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     (folder / "scaling.md").write_text(table + "\n")
     result = {"runs": {name: dataclasses.asdict(run) for name, run in runs.items()}, "prediction": prediction}
-    facts = {k: job.record[k] for k in ("date", "hardware", "seconds")}
-    (folder / "scaling.json").write_text(json.dumps({**facts, **result}, indent=1) + "\n")
+    about = " ".join((__doc__ or "").split("\n\n")[0].split())
+    shown = {"about": about, "table": [head, *lines[2:]], **job.origin()}
+    (folder / "results.json").write_text(json.dumps({**shown, **result}, indent=1) + "\n")
     console.print(table)
 
 

@@ -8,6 +8,7 @@ equal is checked before anything is trained. It can be stopped at any moment: st
 and the interrupted one goes on. Numbers are in `<run>/results.json`, the table as Markdown in `<run>/study.md`.
 """
 
+import ast
 import dataclasses
 import json
 import os
@@ -182,8 +183,10 @@ def main(args: Args, console: Console) -> None:
     console.print(table)
     markdown = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
     (args.run / "study.md").write_text("\n".join(markdown) + "\n")
-    result = {**{k: job.record[k] for k in ("date", "hardware", "seconds")}, "rows": rows, "measured": more}
-    (args.run / "results.json").write_text(json.dumps({**result, "runs": runs}, indent=1) + "\n")
+    about = " ".join((ast.get_docstring(ast.parse(args.study.read_text())) or "").split("\n\n")[0].split())
+    shown = {"about": about, "table": [head, *body], **job.origin()}
+    result = {"rows": rows, "measured": more, "runs": runs}
+    (args.run / "results.json").write_text(json.dumps({**shown, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

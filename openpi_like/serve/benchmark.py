@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openpi_like.provenance import commit, hardware
 from openpi_like.robots.sims.suites import SUITES
 from openpi_like.serve.evaluation import Episode, mcnemar, paired_difference
 from openpi_like.serve.results import read_results, suite_rows
@@ -14,12 +15,15 @@ EXPERT = "expert"
 _Episodes = Mapping[tuple[str, str, int], Episode]
 
 
-def collect(run: Path) -> dict[str, Any]:
+def collect(run: Path, studies: Sequence[Path] = ()) -> dict[str, Any]:
     """Returns all numbers of a directory of results (serve/evaluate.py): suite -> policy -> its row, how it was driven,
     and its share of the expert's success. Of a policy that has not driven all layouts of a suite, only how many it did.
 
+    studies: directories of train/study.py and train/scaling.py, whose results are kept as they are.
+
     Raises:
-        ValueError: there are none, or a file of results has no JSON beside it that says how it came about; lists all.
+        ValueError: there are none, a file of results has no JSON beside it that says how it came about, or a study is
+            not finished; lists all.
     """
     suites, problems = {}, []
     for folder in sorted(p for p in run.iterdir() if p.is_dir()) if run.is_dir() else []:
@@ -57,9 +61,16 @@ def collect(run: Path) -> dict[str, Any]:
         }
     if not suites and not problems:
         problems.append(f"no results in {run}: expected SUITE/POLICY.jsonl, see serve/evaluate.py")
+    told = dict[str, Any]()
+    for folder in studies:
+        path = folder / "results.json"
+        told[folder.name] = json.loads(path.read_text()) if path.is_file() else {}
+        missing = [key for key in ("about", "table", "command", "commits") if key not in told[folder.name]]
+        if missing:
+            problems.append(f"{path}: no {', '.join(missing)}; run train/study.py or train/scaling.py to its end")
     if problems:
         raise ValueError("; ".join(problems))
-    return {"suites": suites}
+    return {"suites": suites, "studies": told}
 
 
 def _layouts(suite: str) -> set[tuple[str, str, int]]:
@@ -180,6 +191,9 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
         if of["pairs"]:
             rows = [[*pair["policies"], str(pair["common"]), f"{pair['p']:.2g}"] for pair in of["pairs"]]
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))
+    for name, study in numbers["studies"].items():
+        parts.append(f"## {name}\n\n{textwrap.fill(study['about'], 144)}")
+        parts += [f"![{name}]({figures}/{name}.svg)", _table(study["table"][0], study["table"][1:])]
     took = [
         [suite, name, *_training(row["about"]["training"])]
         for suite, of in numbers["suites"].items()
@@ -198,6 +212,10 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
         for name, row in of["policies"].items()
         for run in row["about"]["runs"]
     ]
+    rows += [
+        [name, "", "", f"`{study['command']}`", ", ".join(study["commits"]), study["date"], hardware(study)]
+        for name, study in numbers["studies"].items()
+    ]
     parts.append(_table(["suite", "policy", "episodes to drive", "command", "commit", "date", "hardware"], rows))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -209,16 +227,6 @@ def _training(took: Mapping[str, Any]) -> list[str]:
     sizes = [said("seconds", "{:.1f}", 60.0), said("cores", "{:.0f}"), said("steps", "{:,.0f}")]
     sizes += [said("batch_size", "{:.0f}"), said("weights", "{:.2f} M", 1e6), said("memory_mb", "{:.1f} GB", 1e3)]
     return [*sizes, took.get("what", "")]
-
-
-def commit(run: Mapping[str, Any]) -> str:
-    """Returns at which commit something ran, as text. run: see `openpi_like.serve.results.provenance`."""
-    return "unknown" if run["commit"] is None else run["commit"][:8] + (" and changes" if run["changed"] else "")
-
-
-def hardware(run: Mapping[str, Any]) -> str:
-    """Returns on what something ran, as text."""
-    return f"{run['hardware']['cores']} cores, {run['hardware']['cpu']}"
 
 
 def _few(rate: Mapping[str, Any]) -> str:

@@ -2,59 +2,22 @@
 driven. Policies of one folder were driven in the same layouts, or are compared in those that they have in common."""
 
 import contextlib
-import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpi_like.job import cpu
+from openpi_like.provenance import provenance
 from openpi_like.serve.evaluation import Episode, mcnemar, paired_difference, read_episodes, wilson
 
-PACKAGES = (
-    *("openpi-like", "numpy", "mujoco", "metaworld", "robosuite", "gymnasium-robotics", "gym-aloha", "gym-pusht"),
-    *("pymunk", "highway-env"),
-)
 KEPT = ("dialect", "execute_steps", "senses", "server")
 """What must not change while a file is added to; nor `max_steps` and `renderers` of a robot."""
 _BY_ROBOT = ("max_steps", "renderers")
 TRAINING = ("seconds", "cores", "steps", "batch_size", "weights", "memory_mb")
 """What a policy's training took: of its wall time, with so many cores, and the most memory, of processes together;
 numbers, None where one is not known. Beside these, `what`, a text: by which code, what differs."""
-
-
-def provenance(root: Path) -> dict[str, Any]:
-    """Returns what a number needs beside it: the command, the commit, the machine, the date, versions. commit: None
-    where there is no repository, or no git; changed: whether files differ from it."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD"),
-        "changed": bool(git("status", "--porcelain")),
-        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "date": datetime.date.today().isoformat(),
-        "versions": versions,
-    }
 
 
 def read_training(path: Path) -> dict[str, Any]:

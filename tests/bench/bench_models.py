@@ -205,7 +205,7 @@ class _Nothing(type):
 class AbsentPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Gives an empty stand-in for packages that openpi imports at the top and that nothing here uses."""
 
-    names = ("torch", "lerobot", "tensorflow", "tensorflow_datasets", "dlimp", "transformers")
+    names: tuple[str, ...] = ("torch", "lerobot", "tensorflow", "tensorflow_datasets", "dlimp", "transformers")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         wanted = name.split(".")[0] in self.names

@@ -1,6 +1,7 @@
 """The benchmark page: every number is that of the results, says where it comes from, and is missed when it moves."""
 
 import copy
+import dataclasses
 import json
 import re
 import runpy
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from openpi_like.provenance import commit, provenance
 from openpi_like.robots.sims.suites import SUITES
-from openpi_like.serve.benchmark import collect, commit, moved
+from openpi_like.serve.benchmark import collect, moved
 from openpi_like.serve.evaluation import Episode, append_episode
-from openpi_like.serve.results import provenance, write_about
+from openpi_like.serve.results import write_about
+from openpi_like.train.scaling import Run, fit
 from tests.conftest import REPOSITORY
 
 PAGE = runpy.run_path(str(REPOSITORY / "serve" / "benchmark_page.py"), run_name="benchmark_page")
@@ -41,7 +44,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: Path, capsys: Any) -> None:
-    PAGE["main"](PAGE["Args"](run, tmp_path / "docs"))
+    PAGE["main"](PAGE["Args"](run, out=tmp_path / "docs"))
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     # Of the expert's: (0.8 + 0.4) / (1.0 + 0.5).
     assert "| pi0 | 12/20 [0.39, 0.78] | 0.60 | 80% | 7.0 |" in text
@@ -61,7 +64,7 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
         (run / suite).rename(results / suite)
     assert stored == json.loads(json.dumps(collect(results)))
     before = {p: p.read_bytes() for p in (tmp_path / "docs").rglob("*.*")}
-    PAGE["main"](PAGE["Args"](results, tmp_path / "docs"))
+    PAGE["main"](PAGE["Args"](results, out=tmp_path / "docs"))
     assert {p: p.read_bytes() for p in before} == before
     compare = PAGE["Args"](results, compare=tmp_path / "docs" / "benchmarks.json")
     with pytest.raises(SystemExit) as ended:
@@ -72,6 +75,32 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
     with pytest.raises(SystemExit) as ended:
         PAGE["main"](compare)
     assert ended.value.code == 3
+
+
+def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path) -> None:
+    origin = {**provenance(REPOSITORY), "commits": ["01234567", "unknown"], "seconds": {}}
+    row = {"arm": "pi0", "successes": 30, "episodes": 60, "interval": [0.38, 0.62]}
+    helps = {"about": "What helps.", "table": [["policy", "all"], ["pi0", "30/60 [0.38, 0.62]"]], "rows": [row]}
+    sizes = {f"run {i}": Run(10**5 * (1 + i % 3), 20 * (1 + i % 4), 10**4 * (1 + i), 1 / (1 + i)) for i in range(9)}
+    said = {"of": "run 8", "loss": 0.12, "interval": [0.1, 0.2], "curve": dataclasses.asdict(fit(list(sizes.values())))}
+    runs = {name: dataclasses.asdict(of) for name, of in sizes.items()}
+    scaling = {"about": "More.", "table": [["run", "loss"], ["run 8", "0.1"]], "runs": runs, "prediction": said}
+    for name, of in (("helps", helps), ("scaling", scaling)):
+        (tmp_path / "studies" / name).mkdir(parents=True)
+        (tmp_path / "studies" / name / "results.json").write_text(json.dumps({**of, **origin}))
+    results = tmp_path / "results"
+    results.mkdir()
+    (run / "pusht").rename(results / "pusht")
+    folders = (tmp_path / "studies" / "helps", tmp_path / "studies" / "scaling")
+    PAGE["main"](PAGE["Args"](results, folders, tmp_path / "docs"))
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "## helps\n\nWhat helps.\n\n![helps](benchmarks/helps.svg)\n\n| policy | all |" in text
+    assert "| run 8 | 0.1 |" in text
+    assert re.search(r"\| helps \|  \|  \| `python [^`]*` \| 01234567, unknown \| 20", text)
+    assert (tmp_path / "docs" / "benchmarks" / "scaling.svg").stat().st_size > 1000
+    (tmp_path / "studies" / "helps" / "results.json").write_text(json.dumps({"about": "Old.", "table": []}))
+    with pytest.raises(ValueError, match=r"helps.*: no command, commits; run train/study.py"):
+        collect(results, folders)
 
 
 def test_every_run_of_a_policy_is_named_and_one_that_drove_nothing_is_not(run: Path) -> None:
