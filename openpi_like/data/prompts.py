@@ -14,6 +14,9 @@ from jaxtyping import Float, Int64
 
 from openpi_like.data.tokenizer import Message, Tokenizer
 
+THOUGHT_END = "Next action:"
+"""What a thought ends with, before its end of text: how DexVLA's reasoning goes over to actions."""
+
 
 def state_bins(state: Float[np.ndarray, "*batch De"]) -> Int64[np.ndarray, "*batch De"]:
     """Returns which of 256 equal bins of [-1, 1] each value of a normalised state is in: floor((x + 1) * 128).
@@ -81,8 +84,12 @@ class PromptFormat(abc.ABC):
 
     def thought(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Returns the ids of text that is written before acting, to its end; of "" the end alone."""
-        said = tokenizer.encode(f"{text}Next action:") if text else []
+        said = tokenizer.encode(f"{text}{THOUGHT_END}") if text else []
         return [*said, tokenizer.required("eos")]
+
+    def thought_said(self, written: str) -> str:
+        """Returns what a written thought says, without what announces the action."""
+        return written.removesuffix(THOUGHT_END).rstrip()
 
     def action_indicator(self, tokenizer: Tokenizer) -> list[int]:
         """Returns the ids that announce actions in an answer; none where the prompt ends with them."""

@@ -437,7 +437,8 @@ class Policy:
     def _text(self, ids: np.ndarray) -> str:
         tokenizer = self._parts.tokenizer
         known = ids[ids < tokenizer.vocab_size]
-        text, without = tokenizer.decode(known.tolist()).strip(), len(ids) - len(known)
+        written, without = tokenizer.decode(known.tolist()).strip(), len(ids) - len(known)
+        text = tokenizer.prompt_format.thought_said(written)
         if not without:
             return text
         return f"{text} ({without} id{'s' * (without > 1)} without text)".strip()

@@ -213,6 +213,7 @@ def test_thoughts_stand_behind_prompts_and_robots_are_numbered(
             thought = [*text.tokenizer.encode(f"{said}Next action:"), eos] if said else [eos]
             row_ids = [*asked_ids, *thought]
             assert batch["prompt_causal"][row].sum() == len(thought)
+            assert text.prompt_format.thought_said(text.tokenizer.decode(thought).strip()) == said
             np.testing.assert_array_equal(batch["prompt_causal"][row], batch["prompt_loss"][row])
         assert batch["prompt"][row][: len(row_ids)].tolist() == row_ids
         assert batch["action_mask"][row].any() == (i != 2)
