@@ -50,8 +50,8 @@ class Args:
     """Peers on the same demonstrations. run: of `make benchmark`, whose data it takes; all that is made goes there.
 
     minutes: of training, for each. only: of `PEERS`; default all whose environment is given. cores: all programs'.
-    lerobot_python: of LeRobot's environment. openpi, openpi_python: a checkout, and its environment. episodes: of each
-    task, default as the suite says. steps: instead of as many as there is time for.
+    lerobot_python, octo_python: of their environments. openpi, openpi_python: a checkout, and its environment.
+    episodes: of each task, default as the suite says. steps: instead of as many as there is time for.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -61,6 +61,7 @@ class Args:
     lerobot_python: Path | None = None
     openpi: Path | None = None
     openpi_python: Path | None = None
+    octo_python: Path | None = None
     episodes: int | None = None
     steps: int | None = None
 
@@ -264,6 +265,28 @@ def openpi_sizes(where: Path) -> tuple[int, int]:
         return sum(int(weights[name].size) for name in weights.files), BATCH
 
 
+# ---- octo ------------------------------------------------------------------------------------------------------------
+
+
+def octo_prepare(args: Args) -> None:
+    """Writes the instructions, of whose words its language is made."""
+    (args.run / "peers" / "texts.json").write_text(json.dumps(texts()))
+
+
+def octo_train(args: Args, steps: int, where: Path) -> list[Any]:
+    data = (args.run / "data/sawyer_sim/1.0.0", args.run / "peers" / "texts.json")
+    return [args.octo_python, SIDE.with_name("octo_side.py"), "train", *data, where, steps, 1e-3]
+
+
+def octo_serve(args: Args, where: Path, port: int) -> list[Any]:
+    return [args.octo_python, SIDE.with_name("octo_side.py"), "serve", where, handshake(args, 2), port]
+
+
+def octo_sizes(where: Path) -> tuple[int, int]:
+    about = json.loads((where / "about.json").read_text())
+    return about["weights"], about["batch_size"]
+
+
 # ---- All -------------------------------------------------------------------------------------------------------------
 
 PEERS: Mapping[str, Peer] = {
@@ -324,6 +347,14 @@ PEERS: Mapping[str, Peer] = {
         openpi_train,
         openpi_serve,
         openpi_sizes,
+    ),
+    "octo": Peer(
+        ("octo_python",),
+        "Octo (241fb35), a transformer of 1.8 M, see octo_side.py; rate 1e-3, three times its own",
+        octo_prepare,
+        octo_train,
+        octo_serve,
+        octo_sizes,
     ),
 }
 
