@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
 EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
 SOME = ("pi0", "insulated", "smolvla")
-POLICIES = (*SOME, "pi0_entities", "fast", "text_waypoints") if EVERYTHING else SOME
+POLICIES = (*SOME, "pi0_entities", "pi0_perception", "fast", "text_waypoints") if EVERYTHING else SOME
 STEPS = 20
 TOLERANCE = 2e-6  # of a loss, or of 1 where it is less: sums are taken in another order
 
