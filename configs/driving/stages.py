@@ -111,11 +111,14 @@ PRETRAINED = ("perception", "2D backbone")
 
 def perceived(stage: Stage) -> Stage:
     """Returns a stage with the perception; in that which plans, it is among what is trained as published."""
-    of = {"start": f"perceived_{stage.start}" if stage.start else "perception", "perception": SEES}
-    if stage.texts:
-        return dataclasses.replace(stage, besides=(*stage.besides, "perception"), **of)
-    of["perception"] = dataclasses.replace(SEES, detached=False)
-    return dataclasses.replace(stage, trained=(*stage.trained, "perception"), **of)
+    plans, also = not stage.texts, ("perception",)
+    return dataclasses.replace(
+        stage,
+        trained=stage.trained + also * plans,
+        besides=stage.besides + also * (not plans),
+        start="perception" if stage.start is None else f"perceived_{stage.start}",
+        perception=dataclasses.replace(SEES, detached=not plans),
+    )
 
 
 PERCEIVED = {
