@@ -88,6 +88,7 @@ class Shapes:
     answer_len: int = 0
     robots: tuple[str, ...] = ()
     entities: tuple[EntityTokens, ...] = ()
+    perception: None = None
 
 
 def open_one(args: Args, console: Console) -> Loader:

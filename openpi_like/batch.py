@@ -30,6 +30,9 @@ class Observation(TypedDict):
     # Where they were kept, in the place of images, of which there are none then: what a frozen backbone makes of them,
     # see `Backbone.image_states`. In the policy's dtype.
     image_states: NotRequired[Array]  # (B, L + 1, T, D)
+    # On the device alone, where it was looked at: what image towers see, `sequences.Seen`. Entities are then what is to
+    # be read, whoever said them, see `Backbone.looked`.
+    seen: NotRequired[Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,18 @@ tiny size nothing was, and what is frozen as it was drawn can teach nothing. So 
 published, and what is trained here besides: the language model in stage 1, and the 2D backbone up to stage 3, where it
 is frozen as published. The same holds for rates. Published are 1e-4, then a tenth of it, for weights that were trained
 for long; here it is half.
+
+The same stages with a perception of their own, which sees vehicles and lines in the images and is all that acting
+needs. It learns alone before them, with the image tower, from the simulator's annotations:
+
+    python train/train.py configs/driving/stages.py:perception
+    python train/train.py configs/driving/stages.py:perceived_stage1_alignment
+    python train/train.py configs/driving/stages.py:perceived_stage2_questions
+    python train/train.py configs/driving/stages.py:perceived_stage2b_forecasting
+    python train/train.py configs/driving/stages.py:perceived_stage3_planning
+
+As published it is pretrained, and trained again in the last stage, where the loss of the plan reaches it. In the stages
+between it is frozen there, and here trained besides: it stands behind the projector of the scene, which these train.
 """
 
 import dataclasses
@@ -26,6 +38,8 @@ from openpi_like.config import load_run
 from openpi_like.data.config import MixtureEntry
 from openpi_like.data.selection import Selection
 from openpi_like.driving.scene_texts import CAPTION_PROMPT
+from openpi_like.models.scene_decoder import SceneDecoderConfig
+from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.robots.ego_vehicle import ENTITIES
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
@@ -35,8 +49,10 @@ PARTS = {
     "2D backbone": r"^vision/(?!head/)",
     "projectors": r"^(entities|vision/head)/",
     "language model": r"^vlm/",
+    "perception": r"^perception/",
 }
-"""All weights of the policy, as patterns of names. The map behind the image tower is the projector of the scene."""
+"""All weights of the policy, as patterns of names. The map behind the image tower is the projector of the scene; there
+is a perception where a stage says how it learns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +73,7 @@ class Stage:
 
     trained: parts that are trained as published. besides: those that are trained here too, as nothing was before.
     rate: of learning, beside that of flow.py. texts: what is asked, () where it plans. start: the stage before, None
-    for weights as they are drawn.
+    for weights as they are drawn. perception: None where the simulator says what is around the car.
     """
 
     trained: tuple[str, ...]
@@ -66,11 +82,13 @@ class Stage:
     texts: tuple[Text, ...]
     start: str | None
     steps: int
+    perception: PerceptionConfig | None = None
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of the weights that are not trained."""
-        return tuple(pattern for part, pattern in PARTS.items() if part not in (*self.trained, *self.besides))
+        moved = {*self.trained, *self.besides} | ({"perception"} if self.perception is None else set())
+        return tuple(pattern for part, pattern in PARTS.items() if part not in moved)
 
 
 CAPTION = Text(None, "caption")
@@ -85,7 +103,28 @@ STAGES = {
     "stage2b_forecasting": Stage(TAUGHT, ("2D backbone",), 0.5, (FORECAST,), "stage2_questions", 1_000),
     "stage3_planning": Stage(TAUGHT, (), 0.5, (), "stage2b_forecasting", 1_500),
 }
-ALL_AT_ONCE = Stage(tuple(PARTS), (), 1.0, (), None, sum(stage.steps for stage in STAGES.values()))
+ALL_AT_ONCE = Stage((*TAUGHT, "2D backbone"), (), 1.0, (), None, sum(stage.steps for stage in STAGES.values()))
+
+SEES = PerceptionConfig(decoder=SceneDecoderConfig.tiny())
+PRETRAINED = ("perception", "2D backbone")
+
+
+def perceived(stage: Stage) -> Stage:
+    """Returns a stage with the perception; in that which plans, it is among what is trained as published."""
+    plans, also = not stage.texts, ("perception",)
+    return dataclasses.replace(
+        stage,
+        trained=stage.trained + also * plans,
+        besides=stage.besides + also * (not plans),
+        start="perception" if stage.start is None else f"perceived_{stage.start}",
+        perception=dataclasses.replace(SEES, detached=not plans),
+    )
+
+
+PERCEIVED = {
+    "perception": Stage(PRETRAINED, (), 1.0, (), None, 1_000, dataclasses.replace(SEES, alone=True)),
+    **{f"perceived_{name}": perceived(stage) for name, stage in STAGES.items()},
+}
 
 base = load_run(Path(__file__).with_name("text.py"))
 (plain,) = base.data.entries
@@ -116,6 +155,7 @@ def run(name: str, stage: Stage) -> TrainConfig:
         model=dataclasses.replace(
             base.model,
             entities=tuple(EntityTokens(e.name, e.count, e.size) for e in ENTITIES),
+            perception=stage.perception,
             prompt_len=32 if stage.texts else base.model.prompt_len,  # questions have no state in them
             thought_len=112 if stage.texts else 0,
         ),
@@ -129,4 +169,4 @@ def run(name: str, stage: Stage) -> TrainConfig:
     )
 
 
-configs = {name: run(name, stage) for name, stage in {**STAGES, "single_stage": ALL_AT_ONCE}.items()}
+configs = {name: run(name, stage) for name, stage in {**STAGES, "single_stage": ALL_AT_ONCE, **PERCEIVED}.items()}

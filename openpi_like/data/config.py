@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class PolicyShape(Protocol):
     def robots(self) -> tuple[str, ...]: ...
     @property
     def entities(self) -> tuple[EntityTokens, ...]: ...
+    @property
+    def perception(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)

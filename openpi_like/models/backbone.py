@@ -6,7 +6,8 @@ is a prefix, and a suffix, whose tokens see everything before them: captions, an
 prefix see of each other is the backbone's: all in PaliGemma, those before them in others.
 
 A policy can put tokens of its own behind those of the last camera (`embed_prefix`), and behind everything
-(`run_queries`).
+(`run_queries`). Things around the robot stand behind the cameras, too: as observations have them or, with a perception,
+as it sees them in what the towers make of the images (`looked`).
 
 A new backbone is one file: a config (`backbone_config.BackboneConfig`), a module that says how images become tokens and
 which language model reads them (`Backbone`), and the names that its weights have in published files.
@@ -16,7 +17,7 @@ V vocabulary, L layers, T tokens up to the last of the images.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ from openpi_like.models.language import Behind, KVCache, LanguageModel
 from openpi_like.models.sequences import Embedded, Seen, answers, given_beside
 from openpi_like.partition import pin
 
+if TYPE_CHECKING:
+    from openpi_like.models.scene_perception import ScenePerception
+
 
 class Backbone(Decoding):
     """Images and text to tokens: `language` to run them, `text_loss` to train text, `generate` to write it.
@@ -46,6 +50,7 @@ class Backbone(Decoding):
     causal: bool = False
     towers: tuple[str, ...] = ("vision",)
     entities: EntityProjectors | None = None  # where the config has slots of things
+    perception: "ScenePerception | None" = None  # where it sees these for itself
 
     def embed_images(
         self, images_BHWC: Float[Array, "B height width 3"], language_BD: Float[Array, "B D"] | None
@@ -56,13 +61,8 @@ class Backbone(Decoding):
         """
         raise NotImplementedError
 
-    def image_condition(
-        self, text_BSD: Float[Array, "B S D"], asked_BS: Bool[Array, "B S"]
-    ) -> Float[Array, "B D"] | None:
-        """Returns what images are seen with, of the embedded text; most backbones see them without.
-
-        asked: the tokens of the prompt, without those of an answer.
-        """
+    def image_condition(self, observation: Observation | TextBatch | Batch) -> Float[Array, "B D"] | None:
+        """Returns what images are seen with, of the prompt without its answer; most backbones see them without."""
         return None
 
     def positions(self, valid_BS: Bool[Array, "B S"]) -> Int[Array, "*axes B S"]:
@@ -74,16 +74,13 @@ class Backbone(Decoding):
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
 
-    def see(self, observation: Observation | TextBatch | Batch, text_BSD: Float[Array, "B S D"] | None = None) -> Seen:
-        """Returns the tokens of all cameras. text: the embedded prompt, see `image_condition`; without it, images are
-        seen with nothing."""
+    def see(self, observation: Observation | TextBatch | Batch) -> Seen:
+        """Returns the tokens of all cameras."""
         cameras = self.config.cameras
         images = jnp.stack([to_float(observation["images"][c]) for c in cameras], axis=1)
         # Cameras are the minor axis of the merged batch: a batch split over devices stays where it is.
         B, C = images.shape[:2]
-        language = None
-        if text_BSD is not None:
-            language = self.image_condition(text_BSD, observation["prompt_mask"] & ~answers(observation))
+        language = self.image_condition(observation)
         if language is not None:
             language = jnp.repeat(language, C, axis=0)
         tokens, deep = self.embed_images(images.reshape(B * C, *images.shape[2:]), language)
@@ -91,21 +88,28 @@ class Backbone(Decoding):
         there = jnp.stack([observation["image_mask"][c] for c in cameras], axis=1)
         return Seen(by_camera(tokens), there, tuple(by_camera(x) for x in deep))
 
+    def looked(self, observation: Observation | TextBatch | Batch) -> Any:
+        """Returns an observation with what the towers see ("seen") and, with a perception, what that sees as entities.
+
+        One that was looked at is as it is: whoever has need of that twice looks once, and may choose what is read.
+        """
+        if "seen" in observation:
+            return observation
+        seen = self.see(observation)
+        return {**observation, "seen": seen, **({} if self.perception is None else self.perception(seen).entities())}
+
     def embed_prefix(
-        self,
-        observation: Observation | TextBatch | Batch,
-        after_images: Float[Array, "B E D"] | None = None,
-        seen: Seen | None = None,
+        self, observation: Observation | TextBatch | Batch, after_images: Float[Array, "B E D"] | None = None
     ) -> Embedded:
         """Returns the tokens of cameras, in config order, and text, each where it stands.
 
         Behind those of the last camera come tokens of the things around the robot, where the config has such.
-        after_images: further tokens, valid in every row, behind these. seen: what `see` returns of this observation,
-            where there is need of it elsewhere too.
+        after_images: further tokens, valid in every row, behind these.
         """
         text, text_mask = self.vlm.embed(observation["prompt"]), observation["prompt_mask"]
-        seen = self.see(observation, text) if seen is None else seen
-        extra, extra_valid = self._behind_images(observation, after_images, seen.tokens.dtype)
+        looked = self.looked(observation)
+        seen: Seen = looked["seen"]
+        extra, extra_valid = self._behind_images(looked, after_images, seen.tokens.dtype)
         nothing = None if extra is None else jnp.zeros_like(extra)
         return Embedded(
             pin(self.splice(seen.tokens, text, extra), "batch", None, None),
@@ -260,16 +264,15 @@ class Backbone(Decoding):
         *,
         bidirectional: bool = False,
         everything_sees_everything: bool = False,
-        seen: Seen | None = None,
     ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
         """Runs cameras, text and queries; returns all tokens after the final norm, queries last, and which are valid.
 
         queries: embeddings that stand behind everything, valid in every row, and see all that is valid before them.
-        after_images, seen: see `embed_prefix`. bidirectional: queries see all queries, not those before them only.
+        after_images: see `embed_prefix`. bidirectional: queries see all queries, not those before them only.
         everything_sees_everything: what is valid sees all that is valid, queries and prefix.
         """
         who = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
-        sequence, mask, rope = self._with_queries(observation, queries_BQD, after_images, seen, **who)
+        sequence, mask, rope = self._with_queries(observation, queries_BQD, after_images, **who)
         with jax.named_scope("vlm"):
             return self.run(sequence, mask, rope)[0], sequence.valid
 
@@ -291,7 +294,7 @@ class Backbone(Decoding):
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
         queries = jnp.zeros((B, 0, D)) if queries_BQD is None else queries_BQD
         who = {"bidirectional": bidirectional, "everything_sees_everything": everything_sees_everything}
-        sequence, mask, rope = self._with_queries(observation, queries, after_images, None, **who)
+        sequence, mask, rope = self._with_queries(observation, queries, after_images, **who)
         with jax.named_scope("vlm"):
             states = self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
         return states[np.asarray(layers)], sequence.valid
@@ -301,13 +304,12 @@ class Backbone(Decoding):
         observation: Observation | TextBatch | Batch,
         queries_BQD: Float[Array, "B Q D"],
         after_images: Float[Array, "B E D"] | None,
-        seen: Seen | None,
         *,
         bidirectional: bool = False,
         everything_sees_everything: bool = False,
     ) -> tuple[Embedded, Bool[Array, "B S S"], Float[Array, "2 B S half"]]:
         """Returns a sequence, what sees what in it, and its rotations; see `run_queries`."""
-        prefix = self.embed_prefix(observation, after_images, seen)
+        prefix = self.embed_prefix(observation, after_images)
         (B, S), Q = prefix.valid.shape, queries_BQD.shape[1]
         behind = lambda x, value: jnp.pad(x, [(0, 0), (0, Q), (0, 0)][: x.ndim], constant_values=value)  # noqa: E731
         tokens = jnp.concatenate([prefix.tokens, queries_BQD.astype(prefix.tokens.dtype)], axis=1)
@@ -336,7 +338,7 @@ class Backbone(Decoding):
         begin = slice(0, self.image_starts()[0])
         before: Any = {**observation, **{k: observation[k][:, begin] for k in ("prompt", "prompt_mask")}}
         B, D = observation["prompt"].shape[0], self.config.backbone.language.width
-        sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None, None)
+        sequence, mask, rope = self._with_queries(before, jnp.zeros((B, 0, D)), None)
         with jax.named_scope("vlm"):
             return self.vlm.hidden_states(sequence.tokens, mask, rope, **given_beside(sequence))
 

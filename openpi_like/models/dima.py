@@ -25,25 +25,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from openpi_like.batch import Array as Leaf
-from openpi_like.batch import Batch, EntityTokens, Observation
+from openpi_like.batch import Batch, Observation
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import Backbone, masked_means
+from openpi_like.models.losses import weighted_sum
 from openpi_like.models.paligemma import PaliGemmaConfig
 from openpi_like.models.param import Linear, normal, use, weight, zeros
 from openpi_like.models.policy import OnePassPolicy, PolicyConfig
 from openpi_like.models.scene_decoder import SceneDecoder, SceneDecoderConfig, SceneReader
-from openpi_like.models.scene_perception import Perceived, PerceptionConfig, ScenePerception
-from openpi_like.models.sequences import Seen
 from openpi_like.models.vit import LayerNorm
 from openpi_like.partition import lookup
-from openpi_like.robots import Robot
 
 ACTORS = ("student", "teacher")
 LEFT_BEHIND = (r"^vlm/", r"^teacher/")
 """Weights of `DimaConfig` that `DimaStudentConfig` has no place for: for `WarmStart.drop`."""
-
-# A share of the loss, and the mean of it and the metrics by sample.
-_Part = tuple[float, tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]]
 
 
 # ---- Configs ---------------------------------------------------------------------------------------------------------
@@ -54,32 +49,15 @@ class DimaStudentConfig(PolicyConfig):
     """Sizes and options of the student alone, which has no language model; see `PolicyConfig`.
 
     backbone: of the teacher, for the towers, which see images without the text. student: sizes of its decoder.
-    perception: sees `entities` in the images; observations need not have any then, and training needs those of all
-        robots. None: they are given.
     """
 
     student: SceneDecoderConfig
-    perception: PerceptionConfig | None = None
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
         if getattr(self.backbone, "film", False):
             problems.append("backbone.film=True, expected False: the student has no language model to look with")
-        if self.perception is not None and not self.entities:
-            problems.append("perception without entities, expected slots for what it sees")
         return problems
-
-    def robot_problems(self, robot: Robot, fast: Any) -> list[str]:
-        """Returns slots that a robot has not, where they are learned: of it, nothing would seem to be around it."""
-        missing = sorted({slot.name for slot in self.entities} - {things.name for things in robot.entities})
-        if self.perception is None or not missing:
-            return []
-        return [f"entities without {', '.join(missing)}, expected all that the perception learns"]
-
-    @property
-    def entities_asked(self) -> tuple[EntityTokens, ...]:
-        """As `PolicyConfig.entities_asked`: none with a perception."""
-        return self.entities if self.perception is None else ()
 
     @classmethod
     def tiny(cls, *, image_size: tuple[int, int] = (64, 64), patch_size: int = 16, **options: Any) -> Any:
@@ -160,12 +138,12 @@ class Student(nnx.Module):
         mean_BW = jnp.where(there_BS, words_BSW, 0).sum(1) / jnp.maximum(there_BS.sum(1), 1)
         return mean_BW + self.state_in(observation["state"])
 
-    def __call__(self, backbone: Backbone, observation: Observation, seen: Seen) -> Planned:
-        """Returns the plan. backbone: what has a map of the things around the car. seen: what `Backbone.see` returns.
+    def __call__(self, backbone: Backbone, observation: Any) -> Planned:
+        """Returns the plan. backbone: what has a map of the things around the car. observation: that `looked` returns.
 
         The feature is the mean of the waypoints' queries behind the decoder.
         """
-        tokens, there = self.images_in(seen)
+        tokens, there = self.images_in(observation["seen"])
         if backbone.entities is not None:
             things, there_too = backbone.entities(observation["entities"], observation["entity_mask"])
             things_BEW = self.things_in(self.things_norm(things.astype(tokens.dtype)))
@@ -188,11 +166,11 @@ class Teacher(nnx.Module):
         self.plan_out = Linear(named_key(key, "plan_out"), "BH,HAJ->BAJ", shape, ("mlp", None, "action"))
         self.match = Linear(named_key(key, "match"), "BW,WD->BD", (c.student.width, D), ("mlp", "embed"))
 
-    def __call__(self, backbone: Backbone, observation: Observation, seen: Seen) -> Planned:
+    def __call__(self, backbone: Backbone, observation: Any) -> Planned:
         """Returns the plan; its feature is the query's last hidden state."""
         B = observation["prompt"].shape[0]
         query = jnp.broadcast_to(self.query[...], (B, *self.query[...].shape))
-        out_BSD, _ = backbone.run_queries(observation, query, seen=seen)
+        out_BSD, _ = backbone.run_queries(observation, query)
         with jax.named_scope("teacher_head"):
             hidden_BD = out_BSD[:, -1].astype(jnp.float32)
             told_BH = self.hidden_in(hidden_BD) + self.state_in(observation["state"])
@@ -209,62 +187,14 @@ def divergence(of_BD: Float[Array, "B D"], to_BD: Float[Array, "B D"]) -> Float[
 
 
 class ScenePolicy(OnePassPolicy):
-    """What student and both have in common: they look once, and may see for themselves what is around the car."""
+    """What student and both have in common."""
 
     config: DimaStudentConfig
 
     def __init__(self, config: DimaStudentConfig, key: Key[Array, ""]) -> None:
         """Use the config's `create`."""
         super().__init__(config, key)
-        c = config
-        self.student = Student(c, named_key(key, "student"))
-        if c.perception is not None:
-            self.perception = ScenePerception(
-                named_key(key, "perception"),
-                c.perception,
-                c.entities,
-                cameras=len(c.cameras),
-                token_width=c.backbone.language.width,
-                unroll=c.unroll,
-                remat=c.remat,
-            )
-
-    def looked(self, observation: Observation) -> tuple[Observation, Seen, Perceived | None]:
-        """Returns what acting plans from: the observation with the things that are seen in the images, where there is a
-        perception, what the towers see, and what the perception does."""
-        seen = self.backbone.see(observation)
-        if self.config.perception is None:
-            return observation, seen, None
-        perceived = self.perception(seen)
-        return _with_entities(observation, perceived), seen, perceived
-
-    def looked_in_training(self, batch: Batch) -> tuple[Observation, Seen, Perceived | None]:
-        """As `looked`; what is read of the things around the car is as `PerceptionConfig` has it."""
-        given, of = self.config.observation(batch), self.config.perception
-        observation, seen, perceived = self.looked(given)
-        if of is None or perceived is None:
-            return observation, seen, perceived
-        if of.reads == "annotations":
-            observation = given
-        elif of.detached:
-            observation = _with_entities(given, jax.lax.stop_gradient(perceived))
-        return observation, seen, perceived
-
-    def perception_parts(
-        self, perceived: Perceived | None, batch: Batch, counts: dict[str, Float[Array, ""]] | None
-    ) -> dict[str, _Part]:
-        """Returns the perception's loss and, for the metrics, what that is made of; nothing without a perception."""
-        if perceived is None or self.config.perception is None:
-            return {}
-        errors_B, parts = self.perception.errors(perceived, batch["entities"], batch["entity_mask"])
-        samples = None if counts is None else counts["samples"]
-        whole = masked_means(errors_B[:, None], jnp.ones((len(errors_B), 1), bool), samples)
-        named = {name: (0.0, masked_means(*of)) for name, of in parts.items()}
-        return {"perception_loss": (self.config.perception.weight, whole), **named}
-
-    def loss_counts(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """As `OnePassPolicy.loss_counts`, and "samples"."""
-        return super().loss_counts(batch) | {"samples": jnp.float32(len(batch["action_mask"]))}
+        self.student = Student(config, named_key(key, "student"))
 
     def validation_losses(self, key: Key[Array, ""], batch: Batch) -> dict[str, Float[Array, ""]]:
         """Returns "loss" and each of its parts, NaN where no sample of the batch has it."""
@@ -291,23 +221,18 @@ class DimaStudent(ScenePolicy):
 
     def predict(self, observation: Observation) -> Float[Array, "B A J"]:
         """Returns normalised waypoints."""
-        observation, seen, _ = self.looked(observation)
-        return self.student(self.backbone, observation, seen).plan
+        return self.student(self.backbone, self.backbone.looked(observation)).plan
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
         """Returns the mean absolute error of a sample's valid entries, then over samples; `key` is not used.
 
-        With a perception, its loss is added. Metrics: "loss" and "valid", and those of `perception_parts`.
-        counts: see `loss_counts`.
+        Metrics: "loss" and "valid", and the same as "student_loss". counts: see `loss_counts`.
         """
         self.config.check_inputs(batch, actions=True)
-        observation, seen, perceived = self.looked_in_training(batch)
-        plan = self.student(self.backbone, observation, seen).plan
-        total = None if counts is None else counts["actions"]
-        of_plan = _l1(plan, batch["actions"], batch["action_mask"], total)
-        return _sum({"student_loss": (1.0, of_plan), **self.perception_parts(perceived, batch, counts)})
+        plan, total = self.predict(self.config.observation(batch)), None if counts is None else counts["actions"]
+        return weighted_sum({"student_loss": (1.0, _l1(plan, batch["actions"], batch["action_mask"], total))})
 
 
 class Dima(ScenePolicy):
@@ -320,20 +245,19 @@ class Dima(ScenePolicy):
         super().__init__(config, key)
         self.teacher = Teacher(config, named_key(key, "teacher"))
 
-    def both(self, observation: Observation, seen: Seen) -> tuple[Planned, Planned]:
-        """Returns what the student and the teacher plan. seen: see `looked`."""
-        return self.student(self.backbone, observation, seen), self.teacher(self.backbone, observation, seen)
+    def both(self, observation: Observation) -> tuple[Planned, Planned]:
+        """Returns what the student and the teacher plan, who look once."""
+        looked = self.backbone.looked(observation)
+        return self.student(self.backbone, looked), self.teacher(self.backbone, looked)
 
     def predict(self, observation: Observation) -> Float[Array, "B A J"]:
         """Returns normalised waypoints of the one that acts; the other is not run."""
         plans = self.student if self.config.acts_as == "student" else self.teacher
-        observation, seen, _ = self.looked(observation)
-        return plans(self.backbone, observation, seen).plan
+        return plans(self.backbone, self.backbone.looked(observation)).plan
 
     def outputs(self, key: Key[Array, ""], batch: Batch) -> Float[Array, "B A2 J"]:
         """Returns both plans, the student's first."""
-        observation, seen, _ = self.looked(self.config.observation(batch))
-        return jnp.concatenate([planned.plan for planned in self.both(observation, seen)], axis=1)
+        return jnp.concatenate([planned.plan for planned in self.both(self.config.observation(batch))], axis=1)
 
     def loss(
         self, key: Key[Array, ""], batch: Batch, *, counts: dict[str, Float[Array, ""]] | None = None
@@ -341,13 +265,12 @@ class Dima(ScenePolicy):
         """Returns the mean absolute error of both plans, plus what draws the student to the teacher; `key` is not used.
 
         Each part is a mean over a sample's valid entries, then over samples that have any. Metrics: "loss" and "valid",
-        and each part with its own "..._valid": "student_loss", "teacher_loss", "feature_loss", "imitation_loss", and
-        those of `perception_parts`. counts: see `loss_counts`.
+        and each part with its own "..._valid": "student_loss", "teacher_loss", "feature_loss" and
+        "imitation_loss". counts: see `loss_counts`.
         """
         self.config.check_inputs(batch, actions=True)
         c, mask, total = self.config, batch["action_mask"], None if counts is None else counts["actions"]
-        observation, seen, perceived = self.looked_in_training(batch)
-        student, teacher = self.both(observation, seen)
+        student, teacher = self.both(self.config.observation(batch))
         with jax.named_scope("distillation"):
             apart = divergence(self.teacher.match(student.feature), jax.lax.stop_gradient(teacher.feature))
             feature = masked_means(apart[:, None], mask.any((1, 2))[:, None], total)
@@ -358,12 +281,7 @@ class Dima(ScenePolicy):
             "feature_loss": (c.feature_weight, feature),
             "imitation_loss": (c.imitation_weight, imitation),
         }
-        return _sum(parts | self.perception_parts(perceived, batch, counts))
-
-
-def _with_entities(observation: Observation, perceived: Perceived) -> Observation:
-    values, there = perceived.entities()
-    return {**observation, "entities": values, "entity_mask": there}
+        return weighted_sum(parts)
 
 
 def _l1(
@@ -374,14 +292,3 @@ def _l1(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
     """Returns the mean absolute error, see `masked_means`."""
     return masked_means(jnp.abs(plan_BAJ - jnp.where(mask_BAJ, to_BAJ, 0.0)), mask_BAJ, samples)
-
-
-def _sum(parts: dict[str, _Part]) -> tuple[Float[Array, ""], dict[str, Float[Array, "B"]]]:
-    """Returns the weighted sum of parts, and metrics by sample: the sum, and each part."""
-    metrics = {
-        "loss": jnp.stack([share * each["loss"] for share, (_, each) in parts.values()]).sum(0),
-        "valid": jnp.stack([each["valid"] for _, (_, each) in parts.values()]).max(0),
-    }
-    for name, (_, (_, each)) in parts.items():
-        metrics |= {name: each["loss"], f"{name}_valid": each["valid"]}
-    return jnp.stack([share * loss for share, (loss, _) in parts.values()]).sum(), metrics

@@ -8,14 +8,15 @@ A model's config has the sizes of a batch and a `backbone`, itself a config. A p
     think(observation, **options) -> text that is written before acting, for the observation of the next chunks
     remember(key, batch) -> {name: what it keeps}, of weights that are not trained but written (`param.memory`)
 
-which is all that the trainer, the validator and the server know of it. A new policy is one file with its config and its
+which is all that the trainer, the validator and the server know of it. What is learned beside, where a policy sees for
+itself what is around the robot, is the same for all (`perceiving`). A new policy is one file with its config and its
 module, and a config of a run that names it.
 
 Letters: B batch, S text tokens, T tokens of an answer, A action horizon, J action dims.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -32,6 +33,7 @@ from openpi_like.models.backbone import Backbone
 from openpi_like.models.backbone_config import BackboneConfig
 from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.formats import Format
+from openpi_like.models.scene_perception import PerceptionConfig, ScenePerception
 from openpi_like.models.stack import remat_problem
 from openpi_like.robots import Robot
 
@@ -50,6 +52,8 @@ class VisionLanguageConfig:
     resize: how frames of other sizes become this one, see `openpi_like.data.images.fit`.
     image_slots: of each camera, how many text tokens stand before its own; () puts all images before the text.
     entities: slots of things that it reads beside images, as tokens behind those of the last camera.
+    perception: sees these in the images: observations need not have any then, and training needs those of all robots.
+        None: they are given.
     prompt_len: S, padded text tokens. dtype: of activations, "float32" or "bfloat16"; weights are float32.
     remat: what the backward pass recomputes, see `stack.remat_problem`; None recomputes nothing.
     unroll: compile layers one by one instead of as a loop: faster for a few layers, see `stack.run_layers`.
@@ -66,6 +70,7 @@ class VisionLanguageConfig:
     unroll: bool = False
     image_slots: tuple[int, ...] = ()
     entities: tuple[EntityTokens, ...] = ()
+    perception: PerceptionConfig | None = None
 
     def __post_init__(self) -> None:
         problems = self._problems()
@@ -96,6 +101,8 @@ class VisionLanguageConfig:
         names = [slot.name for slot in self.entities]
         if len(set(names)) != len(names):
             problems.append(f"entities {names}, expected each named once")
+        if self.perception is not None and not names:
+            problems.append("perception without entities, expected slots for what it sees")
         wrong = remat_problem(self.remat)
         if wrong is not None:
             problems.append(wrong)
@@ -118,6 +125,11 @@ class VisionLanguageConfig:
         """Returns LeRobot's `config.json` for these weights in `dtype`; None where it has no such policy."""
         return None
 
+    @property
+    def entities_asked(self) -> tuple[EntityTokens, ...]:
+        """Slots that an observation fills: all; none where the policy sees them for itself."""
+        return self.entities if self.perception is None else ()
+
     # ---- Shapes of inputs --------------------------------------------------------------------------------------------
 
     def text_shapes(self, B: int, *, answers: bool = False) -> dict[str, Any]:
@@ -133,13 +145,24 @@ class VisionLanguageConfig:
             **{name: row("bool", S) for name in masks},
             "images": {camera: row("uint8", *self.image_size, 3) for camera in self.cameras},
             "image_mask": {camera: row("bool") for camera in self.cameras},
-            **({"entities": {e.name: row("float32", e.count, e.size) for e in self.entities}} if self.entities else {}),
-            **({"entity_mask": {e.name: row("bool", e.count) for e in self.entities}} if self.entities else {}),
+            **_entity_shapes(B, self.entities_asked),
         }
 
     def batch_shapes(self, B: int) -> dict[str, Any]:
         """Returns the shapes of a training batch, see `openpi_like.batch.TextBatch`."""
-        return self.text_shapes(B, answers=True) | {"dataset_id": jax.ShapeDtypeStruct((B,), "int32")}
+        return self.text_shapes(B, answers=True) | self._of_training(B)
+
+    def _of_training(self, B: int) -> dict[str, Any]:
+        """Returns the shapes of what no observation has, and all batches do: what a perception learns is among it."""
+        return {"dataset_id": jax.ShapeDtypeStruct((B,), "int32"), **_entity_shapes(B, self.entities)}
+
+    def check_batch(self, batch: Any) -> None:
+        """Checks names, shapes and dtypes of a whole training batch, see `batch_shapes`.
+
+        Raises:
+            ValueError: lists everything that does not fit.
+        """
+        _compare(batch, self.batch_shapes(_rows(batch)))
 
     def check(self, inputs: Any, *, answers: bool = False) -> None:
         """Checks names, shapes and dtypes of images and text; costs nothing when compiled. answers: see `text_shapes`.
@@ -225,8 +248,6 @@ class PolicyConfig(VisionLanguageConfig):
         chunk = (self.action_horizon, self.action_dim)
         shapes: dict[str, Any] = {"state": row("float32", self.state_dim), "state_mask": row("bool", self.state_dim)}
         shapes |= self.text_shapes(B, answers=answers)
-        if not actions and not self.entities_asked:
-            shapes = {name: of for name, of in shapes.items() if name not in ("entities", "entity_mask")}
         if self.robots:
             shapes["robot"] = row("int32")
         if actions:
@@ -242,7 +263,7 @@ class PolicyConfig(VisionLanguageConfig):
 
     def batch_shapes(self, B: int) -> dict[str, Any]:
         """Returns the shapes of a training batch, see `openpi_like.batch.Batch`."""
-        return self.input_shapes(B, actions=True) | {"dataset_id": jax.ShapeDtypeStruct((B,), "int32")}
+        return self.input_shapes(B, actions=True) | self._of_training(B)
 
     @property
     def reads_episodes(self) -> bool:
@@ -252,11 +273,6 @@ class PolicyConfig(VisionLanguageConfig):
     def sampling_shapes(self) -> dict[str, Any]:
         """Returns the shapes of what `sample_actions` takes besides an observation, by name: here nothing."""
         return {}
-
-    @property
-    def entities_asked(self) -> tuple[EntityTokens, ...]:
-        """Slots that an observation fills: all; those that the policy sees for itself, it need not have."""
-        return self.entities
 
     @property
     def takes_previous(self) -> bool:
@@ -307,6 +323,16 @@ class Model(nnx.Module):
         if config.entities:
             width = config.backbone.language.width
             self.backbone.entities = EntityProjectors(named_key(key, "entities"), config.entities, width)
+        if config.perception is not None:
+            self.backbone.perception = ScenePerception(
+                named_key(key, "perception"),
+                config.perception,
+                config.entities,
+                cameras=len(config.cameras),
+                token_width=config.backbone.language.width,
+                unroll=config.unroll,
+                remat=config.remat,
+            )
 
     def with_parts(self, **parts: nnx.Module) -> Any:
         """Returns the same model with other modules in the place of its own; itself where they are its own."""
@@ -384,6 +410,17 @@ class OnePassPolicy(Model):
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _entity_shapes(B: int, slots: Sequence[EntityTokens]) -> dict[str, Any]:
+    """Returns the shapes of "entities" and "entity_mask" of B rows, where there are slots."""
+    if not slots:
+        return {}
+    shape = jax.ShapeDtypeStruct
+    return {
+        "entities": {e.name: shape((B, e.count, e.size), "float32") for e in slots},
+        "entity_mask": {e.name: shape((B, e.count), "bool") for e in slots},
+    }
 
 
 def _rows(inputs: Any) -> int:

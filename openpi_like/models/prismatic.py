@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
+from openpi_like.batch import Batch, Observation, TextBatch
 from openpi_like.draws import named_key
 from openpi_like.models.backbone import Backbone
 from openpi_like.models.dino import Dino, DinoConfig
@@ -20,6 +21,7 @@ from openpi_like.models.formats import Format
 from openpi_like.models.llama import Llama, LlamaConfig
 from openpi_like.models.prismatic_names import prismatic_formats
 from openpi_like.models.projectors import PrismaticProjector
+from openpi_like.models.sequences import answers
 from openpi_like.models.siglip import Siglip, SiglipConfig
 
 
@@ -114,12 +116,11 @@ class Prismatic(Backbone):
         """As `Backbone.images_first`: not where the prompt changes what is seen."""
         return super().images_first and not self.config.backbone.film
 
-    def image_condition(
-        self, text_BSD: Float[Array, "B S D"], asked_BS: Bool[Array, "B S"]
-    ) -> Float[Array, "B D"] | None:
+    def image_condition(self, observation: Observation | TextBatch | Batch) -> Float[Array, "B D"] | None:
         """Returns the mean of the prompt's embeddings, for FiLM."""
         if not self.config.backbone.film:
             return None
+        text_BSD, asked_BS = self.vlm.embed(observation["prompt"]), observation["prompt_mask"] & ~answers(observation)
         there_BS1 = asked_BS[..., None].astype(jnp.float32)
         return ((text_BSD * there_BS1).sum(1) / jnp.maximum(there_BS1.sum(1), 1.0)).astype(text_BSD.dtype)
 

@@ -43,6 +43,7 @@ class PerceptionConfig:
     decoder: sizes. weight: of its loss beside the policy's. value_weight: of the distance of numbers beside presence.
     reads: what the policy reads in training, one of `READS`; acting, it always reads predictions.
     detached: the policy's loss does not reach the perception through them.
+    alone: the policy's own loss is left out, and not computed; for a run that makes a perception for others.
     """
 
     decoder: SceneDecoderConfig
@@ -50,6 +51,7 @@ class PerceptionConfig:
     value_weight: float = 5.0
     reads: str = "predictions"
     detached: bool = True
+    alone: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -69,10 +71,11 @@ class Perceived(NamedTuple):
     logits: dict[str, Leaf]
     values: dict[str, Leaf]
 
-    def entities(self) -> tuple[dict[str, Float[Array, "B _ _"]], dict[str, Bool[Array, "B _"]]]:
-        """Returns what is likelier there than not, as `Observation.entities` and `Observation.entity_mask`."""
+    def entities(self) -> dict[str, dict[str, Leaf]]:
+        """Returns what is likelier there than not, as "entities" and "entity_mask" of an `Observation`."""
         there = {name: logits > 0 for name, logits in self.logits.items()}
-        return {name: jnp.where(there[name][..., None], x, 0) for name, x in self.values.items()}, there
+        values = {name: jnp.where(there[name][..., None], x, 0) for name, x in self.values.items()}
+        return {"entities": values, "entity_mask": there}
 
 
 class SlotHead(nnx.Module):

@@ -10,7 +10,7 @@ from openpi_like.robots.robot import Robot
 def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = ()) -> list[str]:
     """Returns what of a robot does not fit a policy's config: cameras without a slot, more dims or steps than it has.
 
-    policy: anything with cameras, entities, state_dim, action_dim and action_horizon.
+    policy: anything with cameras, entities, perception, robots, state_dim, action_dim and action_horizon.
     drop_cameras: cameras it need not see.
     """
     problems = []
@@ -34,6 +34,12 @@ def policy_problems(robot: Robot, policy: Any, *, drop_cameras: Sequence[str] = 
                 f"entities {things.name!r}: {things.count} of {things.size} numbers, the policy reads {slot.count} of "
                 f"{slot.size}"
             )
+    missing = sorted(slots.keys() - {things.name for things in robot.entities})
+    if policy.perception is not None and missing:
+        problems.append(
+            f"no entities {', '.join(missing)}, which the policy's perception learns from all robots; leave the robot "
+            "out, or the perception"
+        )
     if policy.robots and robot.name not in policy.robots:
         problems.append(f"the policy has no parts for it; {near_names(robot.name, policy.robots)}")
     unseen = [c.name for c in robot.cameras if c.name not in policy.cameras]

@@ -20,7 +20,8 @@ from openpi_like.models.weights import abstract_model
 from openpi_like.train.state import Trainable
 
 MOST_RATE = 1e-3  # of AdamW, for presets that learn faster than the checkpoint did
-ENTITIES = "entities"  # within the backbone, of the robot: projectors of the things around it, see `models.entities`
+# Within the backbone, of the robot: projectors of the things around it, and what sees these.
+SCENE = frozenset({"entities", "perception"})
 _LAYERS = Lora().rules[0].pattern  # linear maps of the language model's and the expert's layers
 
 
@@ -42,9 +43,9 @@ def parts(policy: Any) -> Parts:
     model: Any = abstract_model(policy)
     tree = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     within = set(tree.pop(BACKBONE))
-    backbone = tuple(sorted(within - {ENTITIES}))
+    backbone = tuple(sorted(within - SCENE))
     vision = tuple(name for name in model.backbone.towers if name in backbone)
-    return Parts(vision, backbone, tuple(sorted({*tree, *(within & {ENTITIES})})))
+    return Parts(vision, backbone, tuple(sorted({*tree, *(within & SCENE)})))
 
 
 def full(policy: Any) -> Trainable:

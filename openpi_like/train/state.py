@@ -22,6 +22,7 @@ from openpi_like.models.arrays import leaf_name
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.lora import Lora, add_lora, base_name, is_lora
 from openpi_like.models.param import MapDims, weight_name
+from openpi_like.models.perceiving import training_counts, training_loss
 from openpi_like.models.quantize import QUANTIZED, is_stacked, quantize
 from openpi_like.models.weights import flatten, named_weights, put_weights, unflatten
 from openpi_like.partition import ShardingRules, pin, placed
@@ -340,11 +341,10 @@ class Trainer:
         if self.augment is not None:
             with jax.named_scope("augment"):
                 batch = augment_batch(of_images, batch, self.augment)
-        totals = {} if counts is None else {"counts": counts}
         if self.model.memory:  # which a loss may read; the gradient of it is none
             fixed = lambda name, x: jax.lax.stop_gradient(x) if name in self.model.memory else x  # noqa: E731
             weights = unflatten({name: fixed(name, x) for name, x in flatten(weights).items()})
-        return self.model.bind(weights).loss(of_loss, batch, **totals)
+        return training_loss(self.model.bind(weights), of_loss, batch, counts=counts)
 
     def _key(self, name: str) -> jax.Array:
         return named_key(jax.random.key(self.seed), name)
@@ -375,7 +375,7 @@ class Trainer:
     def _accumulated(self, state: TrainState, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], Params]:
         """As `_gradients` of the whole batch, in parts."""
         # Each part's loss is a part of the whole batch's: a sum over its own samples, by what counts in all of them.
-        counts = self.model.bind(state.weights(average=False)).loss_counts(batch)
+        counts = training_counts(self.model.bind(state.weights(average=False)), batch)
 
         def add(carry: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
             loss, per_sample, grads = self._gradients(state, part, counts)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from openpi_like.batch import Batch
 from openpi_like.data.loader import ValidationBatch, validation_batches
 from openpi_like.data.normalize import FLOOR
+from openpi_like.models import perceiving
 from openpi_like.train.checkpoints.contract import Contract
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.sharding import check_batch, put_batch
@@ -25,7 +26,7 @@ NOISE_SEED = 0
 def held_out_losses(trainer: Trainer, params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
     """Returns the policy's losses of a batch. params: all weights, nested."""
     with trainer.tracing():
-        return trainer.model.bind(params).validation_losses(key, batch)
+        return perceiving.held_out_losses(trainer.model.bind(params), key, batch)
 
 
 def sampled_chunks(

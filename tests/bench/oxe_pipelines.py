@@ -148,6 +148,7 @@ class Shapes:
     answer_len: int = 0
     robots: tuple[str, ...] = ()
     entities: tuple[Any, ...] = ()
+    perception: None = None
 
 
 def ours(spec: Spec, released: Callable[[], float] = lambda: 0.0, *, one_batch: bool = False) -> None:

@@ -75,6 +75,7 @@ class Shapes:
     thought_len: int = 0
     robots: tuple[str, ...] = ()
     entities: tuple[EntityTokens, ...] = ()
+    perception: None = None
 
     @property
     def answer_len(self) -> int:

@@ -86,7 +86,7 @@ def test_tokens_behind_the_cameras(observation: Any, slots: tuple[int, ...]) -> 
 def test_what_queries_see(observation: Any, causal: bool, how: str) -> None:
     model, queries, extra = backbone_of((1, 3), causal=causal), draw(2, B, Q, D), draw(3, B, E, D)
     options = {"bidirectional": how == "bidirectional", "everything_sees_everything": how == "everything"}
-    sequence, mask, _ = model._with_queries(observation, queries, extra, None, **options)
+    sequence, mask, _ = model._with_queries(observation, queries, extra, **options)
     valid, n = np.asarray(sequence.valid), sequence.valid.shape[1]
     expected = np.tril(np.ones((n, n), bool))
     if not causal:
@@ -102,7 +102,7 @@ def test_an_answer_in_the_prompt_is_seen_as_in_training(observation: Any) -> Non
     answer = jnp.arange(S) >= jnp.array([[3], [2]])
     model = backbone_of((1, 3))
     batch: Any = {**observation, "prompt_causal": answer}
-    sequence, mask, _ = model._with_queries(batch, draw(2, B, Q, D), None, None)
+    sequence, mask, _ = model._with_queries(batch, draw(2, B, Q, D), None)
     starts = model.text_slots(answer, sequence.valid.shape[1] - Q)
     np.testing.assert_array_equal(mask[:, :-Q, :-Q], model.mask(sequence.valid[:, :-Q], starts))
 

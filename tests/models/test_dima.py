@@ -59,7 +59,7 @@ def model(config: DimaConfig, filled: Any) -> Dima:
 
 
 def test_the_loss_by_hand(config: DimaConfig, model: Dima, batch: Any) -> None:
-    student, teacher = (jax.tree.map(np.asarray, x) for x in model.both(*model.looked(config.observation(batch))[:2]))
+    student, teacher = (jax.tree.map(np.asarray, x) for x in model.both(config.observation(batch)))
     mask, actions = (np.asarray(batch[name]) for name in ("action_mask", "actions"))
     by_sample = lambda x, y: np.array([np.abs(a - b)[m].mean() for a, b, m in zip(x, y, mask, strict=True)])  # noqa: E731
     w = {k: np.asarray(v, np.float64) for k, v in flat_weights(model).items()}
@@ -137,7 +137,7 @@ def test_the_student_reads_no_weight_of_the_teacher(tiny_policy: Any, filled: An
     config = config_of(tiny_policy, acts_as=acts_as)
     model = filled(lambda: config.create(KEY))
     observation = config.observation(batch)
-    student, teacher = model.both(*model.looked(observation)[:2])
+    student, teacher = model.both(observation)
     plan = act(model, observation)
     np.testing.assert_allclose(plan, (student if acts_as == "student" else teacher).plan, atol=1e-5)
     prefixes = ("vlm/", "teacher/") if acts_as == "student" else ("student/",)

@@ -19,6 +19,7 @@ from openpi_like.models.m2vla import M2VlaConfig
 from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
+from openpi_like.models.perceiving import held_out_losses, training_counts, training_loss
 from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.plan_text import Characters
 from openpi_like.models.prismatic import PrismaticConfig
@@ -114,7 +115,7 @@ def things(config: Any, B: int) -> dict[str, Any]:
 def functions(model: Any) -> Any:
     """The policy's calls, compiled once."""
     return (
-        jax.jit(lambda batch, counts: model.loss(KEY, batch, counts=counts)),
+        jax.jit(lambda batch, counts: training_loss(model, KEY, batch, counts=counts)),
         jax.jit(lambda observation, mask: model.sample_actions(KEY, observation, action_mask=mask)),
     )
 
@@ -124,7 +125,7 @@ def test_the_loss_of_parts_is_that_of_the_whole(config: Any, model: Any, samples
     whole, metrics = loss(samples, None)
     assert np.isfinite(whole)
     assert {"loss", "valid"} <= metrics.keys()
-    counts = model.loss_counts(samples)
+    counts = training_counts(model, samples)
     halves = [jax.tree.map(lambda x, h=h: x[h], samples) for h in (slice(0, 4), slice(4, 8))]
     np.testing.assert_allclose(sum(loss(half, counts)[0] for half in halves), whole, rtol=2e-5)
     for name in (k for k in metrics if f"{k}_valid" in metrics):
@@ -167,7 +168,7 @@ def test_a_row_is_the_same_in_company_and_alone(config: Any, samples: Any, funct
 
 
 def test_validation_and_comparison(config: Any, model: Any, samples: Any) -> None:
-    losses = model.validation_losses(KEY, samples)
+    losses = held_out_losses(model, KEY, samples)
     assert "loss" in losses
     assert all(np.isfinite(float(v)) for v in losses.values())
     assert np.isfinite(np.asarray(model.outputs(KEY, samples))).all()

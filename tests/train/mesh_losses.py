@@ -24,6 +24,8 @@ from openpi_like.models.pi0 import Pi0Config
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.plan_text import Characters
 from openpi_like.models.policy import PolicyConfig
+from openpi_like.models.scene_decoder import SceneDecoderConfig
+from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.smolvla import SmolVlaConfig
 from openpi_like.models.smolvla_expert import ExpertConfig
@@ -62,6 +64,12 @@ def policies() -> dict[str, PolicyConfig]:
             **common, expert=gemma, pi05=True, prompt_format=FastPrompt(), action_tokens=tokens, insulate=True
         ),
         "pi0_entities": Pi0Config(**common, expert=gemma, entities=(EntityTokens("agents", 3, 4),)),
+        "pi0_perception": Pi0Config(
+            **common,
+            expert=gemma,
+            entities=(EntityTokens("agents", 3, 4),),
+            perception=PerceptionConfig(decoder=SceneDecoderConfig(16, 1, 4, 32), detached=False),
+        ),
         "fast": Pi0FastConfig(**common, action_tokens=tokens),
         "text_waypoints": TextWaypointsConfig(**common, characters=Characters.fitted()),
         "smolvla": SmolVlaConfig(**{**common, "backbone": small}, expert=ExpertConfig(width=16, mlp_dim=32)),

