@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from openpi_like.serve.benchmark import EXPERT, collect, moved, page
+from openpi_like.serve.benchmark import EXPERT, collect, drawn, moved, page
 from openpi_like.train.scaling import PARTS, Curve, Run
 
 _COLOURS = ("#2563eb", "#d97706", "#9333ea", "#0891b2", "#dc2626", "#4b5563", "#db2777", "#65a30d")
@@ -95,13 +95,13 @@ def main(args: Args) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same numbers give the same file
     figures = args.out / "benchmarks"
     figures.mkdir(parents=True, exist_ok=True)
-    for suite, of in numbers["suites"].items():
-        if not of["policies"]:
+    for suite, driven in numbers["suites"].items():
+        if not driven["policies"]:
             continue
-        figure(suite, of["policies"]).savefig(figures / f"{suite}.svg", metadata={"Date": None})
+        figure(suite, driven["policies"]).savefig(figures / f"{suite}.svg", metadata={"Date": None})
     for name, study in numbers["studies"].items():
-        drawn = curves(study) if "prediction" in study else figure(name, {row["arm"]: row for row in study["rows"]})
-        drawn.savefig(figures / f"{name}.svg", metadata={"Date": None})
+        of = curves(study) if "prediction" in study else figure(name, {row["arm"]: row for row in study["rows"]})
+        of.savefig(figures / drawn(name), metadata={"Date": None})
     (args.out / "benchmarks.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (args.out / "benchmarks.md").write_text(page(numbers, figures.name))
     print(f"{args.out / 'benchmarks.md'}: {', '.join(numbers['suites'])}")

@@ -141,7 +141,7 @@ def main(args: Args, console: Console) -> None:
     (folder / "scaling.md").write_text(table + "\n")
     result = {"runs": {name: dataclasses.asdict(run) for name, run in runs.items()}, "prediction": prediction}
     about = " ".join((__doc__ or "").split("\n\n")[0].split())
-    shown = {"about": about, "table": [head, *lines[2:]], **job.origin()}
+    shown = {"file": FILE, "about": about, "table": [head, *lines[2:]], **job.origin()}
     (folder / "results.json").write_text(json.dumps({**shown, **result}, indent=1) + "\n")
     console.print(table)
 

@@ -184,7 +184,8 @@ def main(args: Args, console: Console) -> None:
     markdown = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
     (args.run / "study.md").write_text("\n".join(markdown) + "\n")
     about = " ".join((ast.get_docstring(ast.parse(args.study.read_text())) or "").split("\n\n")[0].split())
-    shown = {"about": about, "table": [head, *body], **job.origin()}
+    file = str(args.study.relative_to(ROOT) if args.study.is_relative_to(ROOT) else args.study.name)
+    shown = {"file": file, "about": about, "table": [head, *body], **job.origin()}
     result = {"rows": rows, "measured": more, "runs": runs}
     (args.run / "results.json").write_text(json.dumps({**shown, **result}, indent=1) + "\n")
 

@@ -64,8 +64,9 @@ def collect(run: Path, studies: Sequence[Path] = ()) -> dict[str, Any]:
     told = dict[str, Any]()
     for folder in studies:
         path = folder / "results.json"
-        told[folder.name] = json.loads(path.read_text()) if path.is_file() else {}
-        missing = [key for key in ("about", "table", "command", "commits") if key not in told[folder.name]]
+        study = json.loads(path.read_text()) if path.is_file() else {}
+        told[study.get("file", "").removeprefix("configs/").removesuffix(".py")] = study
+        missing = [key for key in ("file", "about", "table", "command", "commits") if key not in study]
         if missing:
             problems.append(f"{path}: no {', '.join(missing)}; run train/study.py or train/scaling.py to its end")
     if problems:
@@ -193,7 +194,7 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))
     for name, study in numbers["studies"].items():
         parts.append(f"## {name}\n\n{textwrap.fill(study['about'], 144)}")
-        parts += [f"![{name}]({figures}/{name}.svg)", _table(study["table"][0], study["table"][1:])]
+        parts += [f"![{name}]({figures}/{drawn(name)})", _table(study["table"][0], study["table"][1:])]
     took = [
         [suite, name, *_training(row["about"]["training"])]
         for suite, of in numbers["suites"].items()
@@ -218,6 +219,11 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
     ]
     parts.append(_table(["suite", "policy", "episodes to drive", "command", "commit", "date", "hardware"], rows))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def drawn(study: str) -> str:
+    """Returns the file of a study's figure."""
+    return f"{study.replace('/', '_')}.svg"
 
 
 def _training(took: Mapping[str, Any]) -> list[str]:

@@ -80,11 +80,22 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
 def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path) -> None:
     origin = {**provenance(REPOSITORY), "commits": ["01234567", "unknown"], "seconds": {}}
     row = {"arm": "pi0", "successes": 30, "episodes": 60, "interval": [0.38, 0.62]}
-    helps = {"about": "What helps.", "table": [["policy", "all"], ["pi0", "30/60 [0.38, 0.62]"]], "rows": [row]}
+    helps = {
+        "file": "configs/studies/helps.py",
+        "about": "What helps.",
+        "table": [["policy", "all"], ["pi0", "30/60 [0.38, 0.62]"]],
+        "rows": [row],
+    }
     sizes = {f"run {i}": Run(10**5 * (1 + i % 3), 20 * (1 + i % 4), 10**4 * (1 + i), 1 / (1 + i)) for i in range(9)}
     said = {"of": "run 8", "loss": 0.12, "interval": [0.1, 0.2], "curve": dataclasses.asdict(fit(list(sizes.values())))}
     runs = {name: dataclasses.asdict(of) for name, of in sizes.items()}
-    scaling = {"about": "More.", "table": [["run", "loss"], ["run 8", "0.1"]], "runs": runs, "prediction": said}
+    scaling = {
+        "file": "configs/studies/scaling.py",
+        "about": "More.",
+        "table": [["run", "loss"], ["run 8", "0.1"]],
+        "runs": runs,
+        "prediction": said,
+    }
     for name, of in (("helps", helps), ("scaling", scaling)):
         (tmp_path / "studies" / name).mkdir(parents=True)
         (tmp_path / "studies" / name / "results.json").write_text(json.dumps({**of, **origin}))
@@ -94,12 +105,13 @@ def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path
     folders = (tmp_path / "studies" / "helps", tmp_path / "studies" / "scaling")
     PAGE["main"](PAGE["Args"](results, folders, tmp_path / "docs"))
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert "## helps\n\nWhat helps.\n\n![helps](benchmarks/helps.svg)\n\n| policy | all |" in text
+    title = "## studies/helps\n\nWhat helps.\n\n![studies/helps](benchmarks/studies_helps.svg)"
+    assert f"{title}\n\n| policy | all |" in text
     assert "| run 8 | 0.1 |" in text
-    assert re.search(r"\| helps \|  \|  \| `python [^`]*` \| 01234567, unknown \| 20", text)
-    assert (tmp_path / "docs" / "benchmarks" / "scaling.svg").stat().st_size > 1000
+    assert re.search(r"\| studies/helps \|  \|  \| `python [^`]*` \| 01234567, unknown \| 20", text)
+    assert (tmp_path / "docs" / "benchmarks" / "studies_scaling.svg").stat().st_size > 1000
     (tmp_path / "studies" / "helps" / "results.json").write_text(json.dumps({"about": "Old.", "table": []}))
-    with pytest.raises(ValueError, match=r"helps.*: no command, commits; run train/study.py"):
+    with pytest.raises(ValueError, match=r"helps.*: no file, command, commits; run train/study.py"):
         collect(results, folders)
 
 
