@@ -30,13 +30,13 @@ def training_loss(
     Raises:
         ValueError: the batch does not fit the config; lists everything that does not.
     """
-    of = policy.config.perception
+    of, given = policy.config.perception, {} if counts is None else {"counts": counts}
     if of is None:
-        return policy.loss(key, batch, counts=counts)
+        return policy.loss(key, batch, **given)
     read, perceived = _looked(policy, batch)
     parts, named = {}, {}
     if not of.alone:
-        scalar, metrics = policy.loss(key, read, counts=counts)
+        scalar, metrics = policy.loss(key, read, **given)
         parts["policy_loss"] = 1.0, (scalar, metrics)
         named = {name: x for name, x in metrics.items() if name not in ("loss", "valid")}
     errors_B, made_of = policy.backbone.perception.errors(perceived, batch["entities"], batch["entity_mask"])

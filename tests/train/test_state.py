@@ -274,6 +274,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny_policy, ti
 class Brightness(nnx.Module):
     """A policy whose loss says what its images are."""
 
+    config = types.SimpleNamespace(perception=None)
+
     def __init__(self) -> None:
         self.weight = nnx.Param(jnp.ones(3), axes=("embed",))
 

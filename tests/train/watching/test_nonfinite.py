@@ -43,6 +43,8 @@ BAD = {"loss": float("nan"), "grad_norm": float("inf")}
 class Effort(nnx.Module):
     """A policy whose loss of a sample is the size of its actions, with a draw, and more for bright images."""
 
+    config = types.SimpleNamespace(perception=None)
+
     def __init__(self) -> None:
         self.weight = nnx.Param(jnp.ones(3), axes=("embed",))
 
