@@ -238,9 +238,12 @@ class Silent:
         return {"loss": 1.0}
 
 
+FIRST, LAST = "perceived_stage1_alignment", "perceived_stage3_planning"
+
+
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[str, TrainConfig]:
-    """Runs of two steps, smaller than they are: of stage 1, of stage 3 after it, and of the perception."""
+    """Runs of two steps, smaller than they are: of stage 1 with a perception, and of stage 3 after it."""
     pytest.importorskip("tensorflow_datasets")
     root = tmp_path_factory.mktemp("driving")
     splits = {"train": [episode(0), episode(1)], "val": [episode(2)]}
@@ -250,7 +253,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[s
     train = runpy.run_path(str(REPOSITORY / "train" / "train.py"))["main"]
     train.__globals__["Validator"] = Silent
     runs: dict[str, TrainConfig] = {}
-    for name in ("stage1_alignment", "stage3_planning", "perception"):
+    for name in (FIRST, LAST):
         run = TABLE["configs"][name]
         entries = tuple(dataclasses.replace(e, path=str(path)) for e in run.data.entries)
         runs[name] = run = dataclasses.replace(
@@ -262,7 +265,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, tiny_policy: Any) -> dict[s
             tokenizer=str(root / "text.model"),
             batch_size=4,
             steps=2,
-            warm_start=None if run.warm_start is None else WarmStart(str(root / "stage1_alignment")),
+            warm_start=None if name == FIRST else WarmStart(str(root / FIRST)),
             attention="einsum",
             draw_batch=False,
         )
@@ -279,53 +282,45 @@ def weights_of(run: TrainConfig) -> dict[str, np.ndarray]:
 
 
 def test_a_stage_begins_with_every_weight_of_the_one_before(driven: dict[str, TrainConfig]) -> None:
-    report = json.loads((Path(driven["stage3_planning"].run_dir) / "load_report.json").read_text())
+    report = json.loads((Path(driven[LAST].run_dir) / "load_report.json").read_text())
     assert {row["from"] for row in report} == {"checkpoint"}
-    assert {row["weight"] for row in report} == set(weight_shapes(driven["stage3_planning"].model))
+    assert {row["weight"] for row in report} == set(weight_shapes(driven[LAST].model))
 
 
 def test_what_is_frozen_stays_and_all_else_is_trained(driven: dict[str, TrainConfig]) -> None:
-    before, after = (weights_of(driven[name]) for name in ("stage1_alignment", "stage3_planning"))
-    averaged = open_weights(driven["stage1_alignment"].run_dir)
+    before, after = (weights_of(driven[name]) for name in (FIRST, LAST))
+    averaged = open_weights(driven[FIRST].run_dir)
     same = {name for name, value in after.items() if np.array_equal(value, averaged.read(name))}
     assert same == {name for name in after if part_of(name) == "2D backbone"}
     # The first stage has moved all, too.
-    fresh = flatten(ModelDef(driven["stage1_alignment"].model).init(jax.random.key(0)))
+    fresh = flatten(ModelDef(driven[FIRST].model).init(jax.random.key(0)))
     moved = {name for name in before if not np.array_equal(before[name], fresh[name])}
     assert moved == set(before)
-    # The perception has moved itself and the image tower. All else is as it was drawn, for the stages to begin with;
-    # but for a bit of some, which are drawn in a compiled program there.
-    seeing = weights_of(driven["perception"])
-    still = {name for name in seeing if name in fresh and np.allclose(seeing[name], fresh[name], rtol=1e-5, atol=1e-8)}
-    assert still == {name for name in seeing if part_of(name) in ("projectors", "language model")}
 
 
 def test_the_last_stage_plans(driven: dict[str, TrainConfig]) -> None:
-    policy = Policy(load_policy_parts(driven["stage3_planning"].run_dir))
+    policy = Policy(load_policy_parts(driven[LAST].run_dir))
     rng = np.random.default_rng(0)
     observation = {
         "images": {view: rng.integers(0, 256, (48, 80, 3)).astype(np.uint8) for view in VIEWS},
         "state": rng.normal(size=17).astype(np.float32),
         "prompt": "keep the lane",
-        "entities": {e.name: rng.normal(size=(2, e.size)).astype(np.float32) for e in ENTITIES},
     }
     plan = policy.infer(observation)["actions"]
     assert plan.shape == (6, 2)
     assert np.abs(plan).max() <= 999.99
     np.testing.assert_allclose(plan, plan.round(2), atol=1e-4)
-    # What sees for itself is told of nothing.
-    seeing = Policy(load_policy_parts(driven["perception"].run_dir))
-    assert seeing.metadata()["robots"]["ego_vehicle"]["entities"] == {}
+    # It sees for itself what is around the car, and is told of nothing.
+    assert policy.metadata()["robots"]["ego_vehicle"]["entities"] == {}
+    told = {e.name: np.zeros((1, e.size), np.float32) for e in ENTITIES}
     with pytest.raises(ObservationError, match=r"entities"):
-        seeing.infer(observation)
-    with pytest.raises(ObservationError, match=r"entities"):
-        policy.infer({k: v for k, v in observation.items() if k != "entities"})
-    assert not load_policy_parts(driven["stage1_alignment"].run_dir).robots
+        policy.infer({**observation, "entities": told})
+    assert not load_policy_parts(driven[FIRST].run_dir).robots
 
 
 def test_what_is_acted_by_without_a_thought_is_its_end(driven: dict[str, TrainConfig]) -> None:
     """As at steps without a text: configs/driving/emma.py learns these, and is served so with `--think-every 0`."""
-    run = driven["stage1_alignment"]
+    run = driven[FIRST]
     policy = Policy(load_policy_parts(run.run_dir), PolicyOptions(think_every=0))
     thought = policy.no_thought
     text = TextTokenizer.of_policy(read_tokenizer(str(run.tokenizer)), run.model)
