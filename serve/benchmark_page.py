@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from openpi_like.serve.benchmark import EXPERT, collect, drawn, moved, page
+from openpi_like.serve.benchmark import EXPERT, collect, compare, drawn, page
 from openpi_like.train.scaling import PARTS, Curve, Run
 
 _COLOURS = ("#2563eb", "#d97706", "#9333ea", "#0891b2", "#dc2626", "#4b5563", "#db2777", "#65a30d")
@@ -89,9 +89,9 @@ def curves(scaling: dict[str, Any]) -> Figure:
 def main(args: Args) -> None:
     numbers = collect(args.run, args.studies)
     if args.compare is not None:
-        lines = moved(json.loads(args.compare.read_text()), numbers)
-        print("\n".join(lines) or "no number has moved beyond its interval")
-        sys.exit(3 if lines else 0)
+        found = compare(json.loads(args.compare.read_text()), numbers)
+        print("\n".join(found.lines()))
+        sys.exit(3 if found.moved else 0)
     matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same numbers give the same file
     figures = args.out / "benchmarks"
     figures.mkdir(parents=True, exist_ok=True)

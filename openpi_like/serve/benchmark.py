@@ -1,5 +1,6 @@
 """The numbers of the benchmark page: what policies did in suites, how each number came about, and which have moved."""
 
+import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,27 +119,45 @@ def _of_expert(found: Mapping[str, _Episodes], policy: str) -> float | None:
     return ours["mean_of_tasks"] / theirs["mean_of_tasks"] if same and theirs["successes"] else None
 
 
-def moved(published: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns which numbers are not what was published, in words: rates whose difference in the layouts that both have
-    has a 95 % interval without zero; and what is in one of them alone.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Numbers beside published ones. moved: which are others, in words. compared: how many were, of which one in
+    twenty is another by chance alone. missing, new: suites' policies that only the published have, and these."""
+
+    moved: tuple[str, ...]
+    compared: int
+    missing: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Returns all of it as text."""
+        said = f"{len(self.moved)} of {self.compared} numbers have moved beyond their intervals"
+        by_chance = f"; by chance alone about {self.compared / 20:.0f} would" if self.compared >= 20 else ""
+        others = (("not driven now", self.missing), ("not published", self.new))
+        return [*self.moved, said + by_chance, *(f"{what}: {'; '.join(of)}" for what, of in others if of)]
+
+
+def compare(published: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
+    """Returns what is not as it was published: rates whose difference in the layouts that both have has a 95 % interval
+    without zero, of each suite and policy, and of each task.
 
     Raises:
         ValueError: they have nothing in common.
     """
     before, after, lines = dict(_rates(published)), dict(_rates(now)), []
-    if not before.keys() & after.keys():
+    both = sorted(before.keys() & after.keys())
+    if not both:
         raise ValueError("nothing to compare: no policy was driven in a suite that is in the published numbers")
-    for what in sorted(before.keys() & after.keys()):
+    for what in both:
         seeds = sorted(before[what].keys() & after[what].keys())
         old, new = ([bool(of[what][seed]) for seed in seeds] for of in (before, after))
         low, high = paired_difference(old, new)
         if low > 0 or high < 0:
             change = f"{sum(old)}/{len(seeds)} was published, now {sum(new)}/{len(seeds)}: [{low:+.2f}, {high:+.2f}]"
             lines.append(f"{', '.join(what)}: {change}")
-    for of, others, where in ((before, after, "published"), (after, before, "driven now")):
-        policies = dict.fromkeys(what[:2] for what in sorted(of.keys()) if what[:2] not in {w[:2] for w in others})
-        lines += [f"{', '.join(policy)}: only {where}" for policy in policies]
-    return lines
+    policies = [dict.fromkeys(f"{what[0]}, {what[1]}" for what in sorted(of)) for of in (before, after)]
+    missing, further = (tuple(p for p in a if p not in b) for a, b in (policies, policies[::-1]))
+    return Comparison(tuple(lines), len(both), missing, further)
 
 
 def _rates(numbers: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str, str], dict[str, int]]]:

@@ -12,7 +12,7 @@ import pytest
 
 from openpi_like.provenance import commit, provenance
 from openpi_like.robots.sims.suites import SUITES
-from openpi_like.serve.benchmark import collect, moved
+from openpi_like.serve.benchmark import collect, compare
 from openpi_like.serve.evaluation import Episode, append_episode
 from openpi_like.serve.results import write_about
 from openpi_like.train.scaling import Run, fit
@@ -69,7 +69,7 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
     compare = PAGE["Args"](results, compare=tmp_path / "docs" / "benchmarks.json")
     with pytest.raises(SystemExit) as ended:
         PAGE["main"](compare)
-    assert (ended.value.code, "no number has moved" in capsys.readouterr().out) == (0, True)
+    assert (ended.value.code, "0 of 10 numbers have moved" in capsys.readouterr().out) == (0, True)
     (results / "pusht" / "pi0.jsonl").unlink()
     drove(results, "pusht", "pi0", {("push-t", s): s < 30 for s in range(50)})
     with pytest.raises(SystemExit) as ended:
@@ -127,21 +127,24 @@ def test_every_run_of_a_policy_is_named_and_one_that_drove_nothing_is_not(run: P
 
 def test_numbers_that_move_are_said(run: Path) -> None:
     published, now = collect(run), collect(run)
-    assert moved(published, now) == []
+    assert compare(published, now).lines() == ["0 of 10 numbers have moved beyond their intervals"]
     outcomes = now["suites"]["pusht"]["policies"]["pi0"]["outcomes"]["pusht push-t"]
     for seed in range(10_015, 10_017):
         outcomes[str(seed)] = 1
-    assert moved(published, now) == []  # two of fifty
+    assert compare(published, now).moved == ()  # two of fifty
     for seed in range(10_015, 10_025):
         outcomes[str(seed)] = 1
-    (line,) = moved(published, now)
+    (line,) = compare(published, now).moved
     assert line.startswith("pusht, pi0, all tasks: 15/50 was published, now 25/50: [+0.")
     less = copy.deepcopy(now)
     del less["suites"]["pusht"]
-    assert moved(now, less) == ["pusht, pi0: only published"]
-    assert moved(less, now) == ["pusht, pi0: only driven now"]
+    assert compare(now, less).lines()[-1] == "not driven now: pusht, pi0"
+    assert compare(less, now).lines()[-1] == "not published: pusht, pi0"
+    assert compare(less, now).moved == compare(now, less).moved == ()
+    many = dataclasses.replace(compare(now, less), compared=44).lines()
+    assert many[0] == "0 of 44 numbers have moved beyond their intervals; by chance alone about 2 would"
     with pytest.raises(ValueError, match="nothing to compare"):
-        moved({"suites": {}}, now)
+        compare({"suites": {}}, now)
 
 
 def test_results_without_an_origin_are_refused(run: Path, tmp_path: Path) -> None:
