@@ -213,7 +213,7 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))
     for name, study in numbers["studies"].items():
         parts.append(f"## {name}\n\n{textwrap.fill(study['about'], 144)}")
-        parts += [f"![{name}]({figures}/{drawn(name)})", _table(study["table"][0], study["table"][1:])]
+        parts += [f"![{name}]({figures}/{drawn(name)})", _study_table(study)]
     took = [
         [suite, name, *_training(row["about"]["training"])]
         for suite, of in numbers["suites"].items()
@@ -238,6 +238,14 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
     ]
     parts.append(_table(["suite", "policy", "episodes to drive", "command", "commit", "date", "hardware"], rows))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _study_table(study: Mapping[str, Any]) -> str:
+    """Returns a study's own table; where it is of many tasks, with the intervals of all tasks together alone."""
+    head, *rows = study["table"]
+    tasks = study["rows"][0]["tasks"] if "rows" in study else {}
+    short = [name in tasks and len(tasks) > 3 for name in head]
+    return _table(head, [[c.split(" [")[0] if s else c for c, s in zip(row, short, strict=True)] for row in rows])
 
 
 def drawn(study: str) -> str:

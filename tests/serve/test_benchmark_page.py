@@ -79,7 +79,9 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
 
 def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path) -> None:
     origin = {**provenance(REPOSITORY), "commits": ["01234567", "unknown"], "seconds": {}}
-    row = {"arm": "pi0", "successes": 30, "episodes": 60, "interval": [0.38, 0.62]}
+    tasks = dict.fromkeys("abcd")
+    row = {"arm": "pi0", "successes": 30, "episodes": 60, "interval": [0.38, 0.62], "tasks": tasks}
+    whole = "30/60 [0.38, 0.62]"
     helps = {
         "file": "configs/studies/helps.py",
         "about": "What helps.",
@@ -106,7 +108,8 @@ def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path
     PAGE["main"](PAGE["Args"](results, folders, tmp_path / "docs"))
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     title = "## studies/helps\n\nWhat helps.\n\n![studies/helps](benchmarks/studies_helps.svg)"
-    assert f"{title}\n\n| policy | all |" in text
+    assert f"{title}\n\n| policy | a | b | c | d | all |" in text
+    assert f"| pi0 | 30/60 | 30/60 | 30/60 | 30/60 | {whole} |" in text
     assert "| run 8 | 0.1 |" in text
     assert re.search(r"\| studies/helps \|  \|  \| `python [^`]*` \| 01234567, unknown \| 20", text)
     assert (tmp_path / "docs" / "benchmarks" / "studies_scaling.svg").stat().st_size > 1000
