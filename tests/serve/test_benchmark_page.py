@@ -85,7 +85,7 @@ def test_studies_and_a_scaling_curve_stand_on_the_page(run: Path, tmp_path: Path
     helps = {
         "file": "configs/studies/helps.py",
         "about": "What helps.",
-        "table": [["policy", "all"], ["pi0", "30/60 [0.38, 0.62]"]],
+        "table": [["policy", *tasks, "all"], ["pi0", *[whole] * 5]],
         "rows": [row],
     }
     sizes = {f"run {i}": Run(10**5 * (1 + i % 3), 20 * (1 + i % 4), 10**4 * (1 + i), 1 / (1 + i)) for i in range(9)}
