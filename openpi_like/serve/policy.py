@@ -17,6 +17,7 @@ from openpi_like.config import near_names
 from openpi_like.data.images import fit
 from openpi_like.models.attention import Sizes, computed_by, sizes_in
 from openpi_like.models.chunking import Previous, previous_row
+from openpi_like.models.fingerprint import fingerprint
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
 from openpi_like.serve.observation import ObservationError, check_entities, check_observation, check_previous, robot_of
@@ -195,6 +196,8 @@ class Policy:
             self._held_alone = jax.tree.map(lambda x: x.addressable_shards[0].data, self._held)
         drawn = {} if o.temperature is None else {"temperature": o.temperature}
         self._function = _Function(graph, structure, drawn, mesh)
+        named = jax.tree.leaves_with_path(nnx.to_pure_dict(state))
+        self.fingerprint = fingerprint({jax.tree_util.keystr(path): weight for path, weight in named})
 
     @classmethod
     def load(cls, checkpoint: str | Path, options: PolicyOptions | None = None, *, step: Step = None) -> "Policy":
@@ -254,6 +257,7 @@ class Policy:
         package = importlib.metadata.version("openpi-like")
         chunking = {"real_time_chunking": self.max_delay is not None, "max_delay": self.max_delay or 0}
         contract: dict[str, Any] = {"contract": self._parts.contract_hash, "step": self._parts.step}
+        contract["weights"] = self.fingerprint
         if self.thinks:
             contract["think_every"] = self.think_every
         return {"protocol": PROTOCOL, "package": package, **contract, **chunking, "robots": robots}

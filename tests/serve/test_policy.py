@@ -1,6 +1,7 @@
 """A checkpoint as a policy: every fault of an observation is named, and actions come back in the robot's own units."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -282,6 +283,8 @@ def test_pictures_may_be_encoded(policy, observation):
 def test_metadata_tells_a_robot_what_to_send(policy):
     metadata = policy.metadata()
     assert (metadata["contract"], metadata["step"]) == ("abc", 7)
+    assert metadata["weights"] == policy.fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", policy.fingerprint)
     assert metadata["robots"]["arm"] == {
         "cameras": {"base": [24, 32], "wrist_right": None},
         "state": [["hand", 2, "mm"], ["gripper", 1, "1"]],
