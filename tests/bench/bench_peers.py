@@ -11,7 +11,7 @@ everywhere. Two short runs of each say how long it takes to start and how long a
 steps there is time for, over which the rate of learning falls. What it took is measured in the run itself.
 
 Sizes and rates are those of `PEERS`. Where a recipe's own rate is for weights that were trained before, or for days,
-it is larger here, and said. LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees
+it is larger here, and said. Ours was chosen in studies of this project, on three like tasks; theirs were not searched. LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees
 no more. openpi's samples are in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork of transformers, so pi0
 is openpi's. Environments are made as serve/lerobot_bridge.py and bench_models.py say.
 """
@@ -290,9 +290,16 @@ def octo_sizes(where: Path) -> tuple[int, int]:
 # ---- All -------------------------------------------------------------------------------------------------------------
 
 PEERS: Mapping[str, Peer] = {
-    "pi0": Peer((), "ours, configs/mt10.py", lambda args: None, ours_train, ours_serve, ours_sizes),
+    "pi0": Peer(
+        (),
+        "ours, configs/mt10.py; its rate was chosen in studies of this project",
+        lambda args: None,
+        ours_train,
+        ours_serve,
+        ours_sizes,
+    ),
     "lerobot_act": lerobot(
-        "ACT of LeRobot 0.4.4, ResNet-18 and a transformer of 128; rate 1e-4, ten times its own",
+        "ACT of LeRobot 0.4.4, ResNet-18 and a transformer of 128; rate 1e-4, ten times its own, not searched",
         8,
         4,
         type="act",
@@ -308,7 +315,7 @@ PEERS: Mapping[str, Peer] = {
         optimizer_lr_backbone="1e-4",
     ),
     "lerobot_diffusion": lerobot(
-        "diffusion policy of LeRobot 0.4.4, its own rate; one observation, 10 DDIM steps",
+        "diffusion policy of LeRobot 0.4.4, its own rate, not searched; one observation, 10 DDIM steps",
         8,
         4,
         type="diffusion",
@@ -322,7 +329,7 @@ PEERS: Mapping[str, Peer] = {
         num_inference_steps="10",
     ),
     "lerobot_smolvla": lerobot(
-        "SmolVLA of LeRobot 0.4.4 at a width of 96, all of it trained, from nothing; rate 1e-3, ten times its own",
+        "SmolVLA of LeRobot 0.4.4 at a width of 96, all of it trained; rate 1e-3, ten times its own, not searched",
         32,
         4,
         type="smolvla",
@@ -342,7 +349,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "openpi_pi0": Peer(
         ("openpi", "openpi_python"),
-        "openpi's own pi0 and train step, in the sizes of ours; rate 1e-3, from nothing",
+        "openpi's own pi0 and train step, in the sizes of ours; AdamW, rate 1e-3, not searched",
         openpi_prepare,
         openpi_train,
         openpi_serve,
@@ -350,7 +357,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "octo": Peer(
         ("octo_python",),
-        "Octo (241fb35), a transformer of 1.8 M, see octo_side.py; rate 1e-3, three times its own",
+        "Octo (241fb35), a transformer of 1.8 M, see octo_side.py; rate 1e-3, three times its own, not searched",
         octo_prepare,
         octo_train,
         octo_serve,
