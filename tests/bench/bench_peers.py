@@ -10,10 +10,11 @@ train, served by its own policy class behind openpi's protocol, and driven by se
 everywhere. Two short runs of each say how long it takes to start and how long a step takes; of that follows how many
 steps there is time for, over which the rate of learning falls. What it took is measured in the run itself.
 
-Sizes and rates are those of `PEERS`. Where a recipe's own rate is for weights that were trained before, or for days,
-it is larger here, and said. Ours was chosen in studies of this project, on three like tasks; theirs were not searched. LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees
-no more. openpi's samples are in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork of transformers, so pi0
-is openpi's. Environments are made as serve/lerobot_bridge.py and bench_models.py say.
+Sizes and rates are those of `PEERS`. Where a recipe's own rate is for weights that were trained before, or for days, it
+is larger here, and said. Ours was chosen in studies of this project, on three like tasks; theirs were not searched.
+LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees no more. openpi's samples are
+in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork of transformers, so pi0 is openpi's. Environments are
+made as serve/lerobot_bridge.py and bench_models.py say.
 """
 
 import dataclasses
