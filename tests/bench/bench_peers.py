@@ -186,7 +186,10 @@ def lerobot(what: str, batch: int, execute_steps: int, **policy: str) -> Peer:
 
 
 def openpi_prepare(args: Args) -> None:
-    """Writes all samples as openpi's transforms leave them, the sizes, and the tokens of the instructions."""
+    """Writes all samples as openpi's transforms leave them, the sizes, and the tokens of the instructions.
+
+    States and actions are those of the robot, as a dataset of LeRobot has them; how we encode grippers is undone.
+    """
     out = args.run / "peers" / "openpi"
     if (out / "about.json").is_file():
         return
@@ -204,8 +207,9 @@ def openpi_prepare(args: Args) -> None:
     (entry,) = run.data.entries
     robot = entry.robot
     normalization = load_normalization(args.run / "stats/sawyer.json", robot)
-    if normalization.mode != "zscore" or any(f.relative_to is not None for f in robot.action):
-        raise SystemExit("openpi's transforms as they are here need z-scores, and actions that are relative to nothing")
+    numbers = np.arange(robot.state_size, dtype=np.float32)
+    if any(f.relative_to is not None for f in robot.action) or not np.array_equal(robot.encode_state(numbers), numbers):
+        raise SystemExit("this needs a state as the robot has it, and actions that are relative to nothing")
     assert run.tokenizer is not None
     tokenizer = TextTokenizer.of_policy(read_tokenizer(run.tokenizer), config)
     dataset = open_dataset(entry.path, robot, entry.split)
@@ -227,9 +231,18 @@ def openpi_prepare(args: Args) -> None:
         for name, value in zip(names, found, strict=True):
             rows[name].append(np.array(value))
     loader.close()
+    whole = {name: np.concatenate(of)[:frames] for name, of in rows.items()}
+    state = normalization.invert_state(whole["state"])
+    actions = robot.decode_actions(normalization.invert_actions(whole["actions"]), state)
+    whole |= {"state": state, "actions": actions}
+    stats = {}
+    for name in ("state", "actions"):
+        every = whole[name].reshape(-1, whole[name].shape[-1])
+        stats[name] = {"mean": every.mean(0), "std": every.std(0)}
+        whole[name] = ((whole[name] - stats[name]["mean"]) / (stats[name]["std"] + 1e-6)).astype(np.float32)
     out.mkdir(parents=True, exist_ok=True)
-    for name, of in rows.items():
-        np.save(out / f"{name}.npy", np.concatenate(of)[:frames])
+    for name, values in whole.items():
+        np.save(out / f"{name}.npy", values)
     fields = ("width", "depth", "mlp_dim", "num_heads")
     heads = (*fields, "num_kv_heads", "head_dim")
     about = {
@@ -243,10 +256,7 @@ def openpi_prepare(args: Args) -> None:
         "prompt_len": config.prompt_len,
         "horizon": config.action_horizon,
         "action_dim": config.action_dim,
-        "stats": {
-            name: {"mean": [*of.mean], "std": [*of.std]}
-            for name, of in (("state", normalization.state), ("actions", normalization.action))
-        },
+        "stats": {name: {k: v.tolist() for k, v in of.items()} for name, of in stats.items()},
         "tokens": {text: [x.tolist() for x in tokenizer.encode(text, None)] for text in texts()},
     }
     (out / "about.json").write_text(json.dumps(about))
