@@ -14,7 +14,7 @@ Sizes and rates are those of `PEERS`. Where a recipe's own rate is for weights t
 is larger here, and said. Ours was chosen in studies of this project, on three like tasks; theirs were not searched.
 LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees no more. openpi's samples are
 in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork of transformers, so pi0 is openpi's. Environments are
-made as serve/lerobot_bridge.py and bench_models.py say.
+made as serve/lerobot_bridge.py, bench_models.py and octo_side.py say.
 """
 
 import dataclasses
