@@ -43,7 +43,7 @@ class Job:
 
     def origin(self) -> dict[str, Any]:
         """Returns where what its steps made comes from: see `provenance`, with the time of each step in seconds, and
-        all commits at which steps ran."""
+        all commits at which steps ran, of one that was interrupted the last."""
         known = self.record.get("commits", {})
         commits = sorted({known.get(name, "unknown") for name in self.record["done"]})
         return {**self._from, "commits": commits, "seconds": self.record["seconds"]}

@@ -181,6 +181,24 @@ def serve(args: Served) -> None:
     module.WebsocketPolicyServer(theirs, host="127.0.0.1", port=args.port).serve_forever()
 
 
+def openpi_sizes_of(config: Any) -> dict[str, Any]:
+    """Returns the sizes of one of our pi0, as `other_servers_side.openpi_config` takes them."""
+    fields = ("width", "depth", "mlp_dim", "num_heads")
+    heads = (*fields, "num_kv_heads", "head_dim")
+    return {
+        "vision": {k: getattr(config.backbone.vision, k) for k in fields},
+        "patch": config.backbone.vision.patch_size,
+        "vlm": {k: getattr(config.backbone.vlm, k) for k in heads},
+        "expert": {k: getattr(config.expert, k) for k in heads},
+        "order": list(config.cameras),
+        "image": config.image_size[0],
+        "vocab": config.vocab_size,
+        "prompt_len": config.prompt_len,
+        "horizon": config.action_horizon,
+        "action_dim": config.action_dim,
+    }
+
+
 def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Path) -> np.ndarray:
     """Writes a pi0 as openpi's model takes it, what its transforms need, and a request; returns our answer to that."""
     import jax
@@ -210,22 +228,10 @@ def export(checkpoint: Path, robot_name: str, dialect: str, suite: str, out: Pat
     prompts = importlib.import_module(f"openpi_like.robots.sims.{SIMS[robot.name].module}").PROMPTS
     said = [text for task in suite_of(suite).tasks[robot.name] for text in prompts[task]]
     tokens = {text: [x.tolist() for x in parts.tokenizer.encode(text, None)] for text in said}
-    sizes = ("width", "depth", "mlp_dim", "num_heads")
-    heads = (*sizes, "num_kv_heads", "head_dim")
-    about = {
-        "vision": {k: getattr(config.backbone.vision, k) for k in sizes},
-        "patch": config.backbone.vision.patch_size,
-        "vlm": {k: getattr(config.backbone.vlm, k) for k in heads},
-        "expert": {k: getattr(config.expert, k) for k in heads},
+    about = openpi_sizes_of(config) | {
         "cameras": {c: k for c, k in zip((c.name for c in robot.cameras), keys.images, strict=False)},
-        "order": list(config.cameras),
         "channels_first": keys.channels_first,
         "state": keys.state,
-        "image": config.image_size[0],
-        "prompt_len": config.prompt_len,
-        "vocab": config.vocab_size,
-        "horizon": config.action_horizon,
-        "action_dim": config.action_dim,
         "stats": {
             name: {"mean": of.mean, "std": of.std}
             for name, of in (("state", normalization.state), ("actions", normalization.action))

@@ -12,9 +12,10 @@ steps there is time for, over which the rate of learning falls. What it took is 
 
 Sizes and rates are those of `PEERS`. Where a recipe's own rate is for weights that were trained before, or for days, it
 is larger here, and said. Ours was chosen in studies of this project, on three like tasks; theirs were not searched.
-LeRobot's diffusion looks at one observation instead of two, since a server of chunks sees no more. openpi's samples are
-in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork of transformers, so pi0 is openpi's. Environments are
-made as serve/lerobot_bridge.py, bench_models.py and octo_side.py say.
+LeRobot's execute 4 actions of a chunk, the others 2. LeRobot's diffusion looks at one observation instead of two, since
+a server of chunks sees no more. openpi's samples are in memory, not in a loader. lerobot 0.4.4's own pi0 needs a fork
+of transformers, so pi0 is openpi's. Environments are made as serve/lerobot_bridge.py, bench_models.py and octo_side.py
+say.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from openpi_like.config import load_run, near_names
 from openpi_like.models.weights import weight_shapes
 from openpi_like.robots.sims import make_sim
 from openpi_like.serve.results import TRAINING
-from tests.bench.bench_other_servers import environment, free_port, run, running, wait_for
+from tests.bench.bench_other_servers import environment, free_port, openpi_sizes_of, run, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("peers_side.py")
@@ -243,19 +244,7 @@ def openpi_prepare(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, values in whole.items():
         np.save(out / f"{name}.npy", values)
-    fields = ("width", "depth", "mlp_dim", "num_heads")
-    heads = (*fields, "num_kv_heads", "head_dim")
-    about = {
-        "vision": {k: getattr(config.backbone.vision, k) for k in fields},
-        "patch": config.backbone.vision.patch_size,
-        "vlm": {k: getattr(config.backbone.vlm, k) for k in heads},
-        "expert": {k: getattr(config.expert, k) for k in heads},
-        "camera": camera,
-        "image": config.image_size[0],
-        "vocab": config.vocab_size,
-        "prompt_len": config.prompt_len,
-        "horizon": config.action_horizon,
-        "action_dim": config.action_dim,
+    about = openpi_sizes_of(config) | {
         "stats": {name: {k: v.tolist() for k, v in of.items()} for name, of in stats.items()},
         "tokens": {text: [x.tolist() for x in tokenizer.encode(text, None)] for text in texts()},
     }

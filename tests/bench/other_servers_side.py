@@ -9,43 +9,45 @@ from typing import Any
 import numpy as np
 
 
-def openpi(checkout: str, folder: str, port: str) -> None:
-    """Serves a pi0 with openpi's model, transforms, policy and server.
+def openpi_config(checkout: str, about: dict[str, Any], absent: tuple[str, ...] = ()) -> Any:
+    """Returns the config of openpi's pi0 in other sizes than it has, which its modules are made to take.
 
-    folder: weights and what they were trained with, and a request, whose answer is left there. What openpi would
-    download, its tokenizer, is a table of prompts.
+    about: sizes, "order" of cameras, "image" size. absent: packages that are imported and not used, besides others'.
     """
-    sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src"]
-    from tests.bench.bench_models import AbsentPackages, _nested
+    sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src", f"{checkout}/scripts"]
+    from tests.bench.bench_models import AbsentPackages
 
-    sys.meta_path.append(AbsentPackages())  # torch and others that only its other policies use
-    from openpi import transforms
+    class Absent(AbsentPackages):
+        names = (*AbsentPackages.names, *absent)
+
+    sys.meta_path.append(Absent())  # torch and others that only its other policies use
     from openpi.models import gemma, model, pi0_config, siglip
-    from openpi.policies.policy import Policy
-    from openpi.serving.websocket_policy_server import WebsocketPolicyServer
 
-    about = json.loads((Path(folder) / "about.json").read_text())
     gemma.get_config = {"gemma_2b": gemma.Config(**about["vlm"]), "gemma_300m": gemma.Config(**about["expert"])}.get
     gemma.PALIGEMMA_VOCAB_SIZE = about["vocab"]
     siglip.decode_variant = lambda variant: {**about["vision"], "patch_size": (about["patch"],) * 2}
-    side, images = (about["image"],) * 2, about["cameras"]
+    side = (about["image"],) * 2
     model.preprocess_observation.__kwdefaults__.update(image_keys=about["order"], image_resolution=side)
     model.IMAGE_RESOLUTION = side
-    config = pi0_config.Pi0Config(
+    return pi0_config.Pi0Config(
         dtype="float32", action_dim=about["action_dim"], action_horizon=about["horizon"],
         max_token_len=about["prompt_len"],
     )  # fmt: skip
 
-    class Inputs(transforms.DataTransformFn):
-        """As openpi has one for each robot."""
 
+def openpi_policy(config: Any, about: dict[str, Any], weights: Path, inputs: Any, after: tuple[Any, ...] = ()) -> Any:
+    """Returns openpi's policy with its own transforms. What it would download, its tokenizer, is a table of prompts.
+
+    inputs: a message -> what a policy reads, as openpi has one for each robot. after: further transforms of answers.
+    """
+    from openpi import transforms
+    from openpi.policies.policy import Policy
+
+    from tests.bench.bench_models import _nested
+
+    class Inputs(transforms.DataTransformFn):
         def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-            flat = transforms.flatten_dict(data)
-            pictures = {name: np.asarray(flat[key]) for name, key in images.items()}
-            if about["channels_first"]:
-                pictures = {name: picture.transpose(1, 2, 0) for name, picture in pictures.items()}
-            masks = {name: np.True_ for name in pictures}
-            return {"image": pictures, "image_mask": masks, "state": flat[about["state"]], "prompt": flat["prompt"]}
+            return inputs(data)
 
     class Tokenizer:
         """Of the prompts that are asked for."""
@@ -55,17 +57,39 @@ def openpi(checkout: str, folder: str, port: str) -> None:
             return np.asarray(ids), np.asarray(mask)
 
     stats = {n: types.SimpleNamespace(**{k: np.array(v) for k, v in of.items()}) for n, of in about["stats"].items()}
-    policy = Policy(
-        config.load(_nested(Path(folder) / "weights.npz", np.float32)),
+    return Policy(
+        config.load(_nested(weights, np.float32)),
         transforms=[
             Inputs(),
             transforms.Normalize(stats),
-            transforms.ResizeImages(*side),
+            transforms.ResizeImages(about["image"], about["image"]),
             transforms.TokenizePrompt(Tokenizer()),
             transforms.PadStatesAndActions(about["action_dim"]),
         ],
-        output_transforms=[transforms.Unnormalize(stats), transforms.AbsoluteActions(about["relative"])],
+        output_transforms=[transforms.Unnormalize(stats), *after],
     )
+
+
+def openpi(checkout: str, folder: str, port: str) -> None:
+    """Serves a pi0 with openpi's model, transforms, policy and server.
+
+    folder: weights and what they were trained with, and a request, whose answer is left there.
+    """
+    about = json.loads((Path(folder) / "about.json").read_text())
+    config, images = openpi_config(checkout, about), about["cameras"]
+    from openpi import transforms
+    from openpi.serving.websocket_policy_server import WebsocketPolicyServer
+
+    def inputs(data: dict[str, Any]) -> dict[str, Any]:
+        flat = transforms.flatten_dict(data)
+        pictures = {name: np.asarray(flat[key]) for name, key in images.items()}
+        if about["channels_first"]:
+            pictures = {name: picture.transpose(1, 2, 0) for name, picture in pictures.items()}
+        masks = {name: np.True_ for name in pictures}
+        return {"image": pictures, "image_mask": masks, "state": flat[about["state"]], "prompt": flat["prompt"]}
+
+    after = (transforms.AbsoluteActions(about["relative"]),)
+    policy = openpi_policy(config, about, Path(folder) / "weights.npz", inputs, after)
     with np.load(Path(folder) / "asked.npz") as asked:
         noise, state = asked["noise"], asked["state"]
         pictures = {name: asked[name].transpose(2, 0, 1) if about["channels_first"] else asked[name] for name in images}

@@ -4,7 +4,6 @@ import json
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,42 +114,21 @@ def lerobot_serve(checkpoint: str, handshake: str, port: str) -> None:
 # ---- openpi ----------------------------------------------------------------------------------------------------------
 
 
-def _openpi(checkout: str, about: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Returns openpi's modules `train` (the program) and `model`, and the config of a pi0 in the given sizes."""
-    sys.path[:0] = [f"{checkout}/src", f"{checkout}/packages/openpi-client/src", f"{checkout}/scripts"]
-    from tests.bench.bench_models import AbsentPackages
-
-    class Absent(AbsentPackages):
-        names = (*AbsentPackages.names, "wandb", "tqdm_loggable")
-
-    sys.meta_path.append(Absent())
-    from openpi.models import gemma, model, pi0_config, siglip
-
-    gemma.get_config = {"gemma_2b": gemma.Config(**about["vlm"]), "gemma_300m": gemma.Config(**about["expert"])}.get
-    gemma.PALIGEMMA_VOCAB_SIZE = about["vocab"]
-    siglip.decode_variant = lambda variant: {**about["vision"], "patch_size": (about["patch"],) * 2}
-    side = (about["image"],) * 2
-    model.preprocess_observation.__kwdefaults__.update(image_keys=[about["camera"]], image_resolution=side)
-    model.IMAGE_RESOLUTION = side
-    config = pi0_config.Pi0Config(
-        dtype="float32", action_dim=about["action_dim"], action_horizon=about["horizon"],
-        max_token_len=about["prompt_len"],
-    )  # fmt: skip
-    import train
-
-    return train, model, config
-
-
 def openpi_train(checkout: str, data: str, out: str, steps: str) -> None:
     """Trains a pi0 with openpi's model, loss, augmentation, optimiser and step, on samples that are in memory."""
     import functools
+    import importlib
+
+    from tests.bench.other_servers_side import openpi_config
 
     about = json.loads((Path(data) / "about.json").read_text())
-    train, model, sizes = _openpi(checkout, about)
+    sizes = openpi_config(checkout, about, ("wandb", "tqdm_loggable"))
     import jax
+    from openpi.models import model
     from openpi.training import config as configs
     from openpi.training import optimizer, sharding
 
+    train: Any = importlib.import_module("train")  # openpi's program
     rows = {n: np.load(Path(data) / f"{n}.npy") for n in ("images", "state", "prompt", "prompt_mask", "actions")}
     n = int(steps)
     config = configs.TrainConfig(
@@ -167,8 +145,8 @@ def openpi_train(checkout: str, data: str, out: str, steps: str) -> None:
         of = {name: values[chosen] for name, values in rows.items()}
         observation = model.Observation.from_dict(
             {
-                "image": {about["camera"]: of["images"]},
-                "image_mask": {about["camera"]: np.ones(len(chosen), bool)},
+                "image": {about["order"][0]: of["images"]},
+                "image_mask": {about["order"][0]: np.ones(len(chosen), bool)},
                 "state": of["state"],
                 "tokenized_prompt": of["prompt"],
                 "tokenized_prompt_mask": of["prompt_mask"],
@@ -184,42 +162,18 @@ def openpi_train(checkout: str, data: str, out: str, steps: str) -> None:
 
 def openpi_serve(checkout: str, data: str, weights: str, handshake: str, port: str) -> None:
     """Serves that pi0 with openpi's policy and transforms."""
+    from tests.bench.other_servers_side import openpi_config, openpi_policy
+
     about = json.loads((Path(data) / "about.json").read_text())
-    _, _, config = _openpi(checkout, about)
-    from openpi import transforms
-    from openpi.policies.policy import Policy
+    config = openpi_config(checkout, about)
 
-    from tests.bench.bench_models import _nested
+    def inputs(said: dict[str, Any]) -> dict[str, Any]:
+        (picture,) = said["images"].values()
+        pictures = {about["order"][0]: np.asarray(picture)}
+        masks = dict.fromkeys(pictures, np.True_)
+        return {"image": pictures, "image_mask": masks, "state": np.asarray(said["state"]), "prompt": said["prompt"]}
 
-    class Inputs(transforms.DataTransformFn):
-        """As openpi has one for each robot."""
-
-        def __call__(self, said: dict[str, Any]) -> dict[str, Any]:
-            (picture,) = said["images"].values()
-            pictures = {about["camera"]: np.asarray(picture)}
-            return {
-                "image": pictures, "image_mask": dict.fromkeys(pictures, np.True_), "state": np.asarray(said["state"]),
-                "prompt": said["prompt"],
-            }  # fmt: skip
-
-    class Tokenizer:
-        """Of the prompts that are asked for."""
-
-        def tokenize(self, prompt: str, state: Any = None) -> tuple[np.ndarray, np.ndarray]:
-            ids, mask = about["tokens"][prompt]
-            return np.asarray(ids), np.asarray(mask)
-
-    stats = {n: types.SimpleNamespace(**{k: np.array(v) for k, v in of.items()}) for n, of in about["stats"].items()}
-    policy = Policy(
-        config.load(_nested(Path(weights) / "weights.npz", np.float32)),
-        transforms=[
-            Inputs(),
-            transforms.Normalize(stats),
-            transforms.TokenizePrompt(Tokenizer()),
-            transforms.PadStatesAndActions(about["action_dim"]),
-        ],
-        output_transforms=[transforms.Unnormalize(stats)],
-    )
+    policy = openpi_policy(config, about, Path(weights) / "weights.npz", inputs)
     serve(lambda message: policy.infer(message)["actions"], handshake, port)
 
 
