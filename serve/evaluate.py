@@ -154,6 +154,8 @@ def shown(rows: list[dict[str, Any]], title: str) -> Table:
     table.add_section()
     table.add_row("all", *(cell(row) for row in rows))
     table.add_row("mean of tasks", *(f"{row['mean_of_tasks']:.3f}" for row in rows))
+    for what in dict.fromkeys(what for row in rows for what in row["measures"]):
+        table.add_row(what, *(f"{row['measures'][what]:.3f}" if what in row["measures"] else "" for row in rows))
     if any("beside" in row for row in rows):
         beside = [
             "{} of {} [{:+.2f}, {:+.2f}], p {:.2g}".format(row["beside"], row["common"], *row["difference"], row["p"])

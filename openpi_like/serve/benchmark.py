@@ -45,7 +45,10 @@ def collect(run: Path, studies: Sequence[Path] = ()) -> dict[str, Any]:
         suites[folder.name] = {
             "policies": {
                 row["policy"]: {
-                    **{key: row[key] for key in ("successes", "episodes", "interval", "tasks", "mean_of_tasks")},
+                    **{
+                        key: row[key]
+                        for key in ("successes", "episodes", "interval", "tasks", "mean_of_tasks", "measures")
+                    },
                     "outcomes": _outcomes(whole[row["policy"]]),
                     "of_expert": _of_expert(whole, row["policy"]),
                     "median_ms": _median([ms for e in whole[row["policy"]].values() for ms in e.latency_ms]),
@@ -208,6 +211,13 @@ def page(numbers: Mapping[str, Any], figures: str) -> str:
             each = [row["tasks"] for row in of["policies"].values()]
             cells = [[t, *(_few(rates[t]) if t in rates else "" for rates in each)] for t in tasks]
             parts.append(_table(["task", *of["policies"]], cells))
+        measures = dict.fromkeys(what for row in of["policies"].values() for what in row["measures"])
+        if measures:
+            rows = [
+                [name, *(f"{row['measures'][what]:.3f}" if what in row["measures"] else "" for what in measures)]
+                for name, row in of["policies"].items()
+            ]
+            parts.append(_table(["mean of episodes", *measures], rows))
         if of["pairs"]:
             rows = [[*pair["policies"], str(pair["common"]), f"{pair['p']:.2g}"] for pair in of["pairs"]]
             parts.append(_table(["policy", "beside", "episodes of both", "p"], rows))

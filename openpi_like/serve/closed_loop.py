@@ -154,6 +154,8 @@ class Worker:
         if self.client is not None:
             dialect = DIALECTS[driving.dialect]
             served = dialect.served(self.client.get_server_metadata(), sim.robot, driving.execute_steps)
+            if served.begins_anew:  # lest noise, and what is remembered, depend on which episodes were driven before
+                self.client.infer({"reset": True, "seed": layout.seed})
             camera = Camera(self.client, sim, served, driving.senses, layout.task, layout.seed)
         pilot = Pilot(driving.who, sim, layout.seed, camera, driving.takeover)
         films = driving.films if driving.films is not None and driving.films.path(layout, False) else None

@@ -23,13 +23,14 @@ class Served:
 
     message: an observation (`Sim.observe`) -> what the server takes. execute_steps: of each chunk. renderer: of the
     pictures that the policy was trained on, None where it is not known. thinks: whether answers may hold what the
-    policy wrote before it acted.
+    policy wrote before it acted. begins_anew: whether a session can, see docs/wire.md.
     """
 
     message: Callable[[Mapping[str, Any]], dict[str, Any]]
     execute_steps: int
     renderer: str | None = None
     thinks: bool = False
+    begins_anew: bool = False
 
 
 class Dialect(Protocol):
@@ -63,7 +64,8 @@ class Own:
             lambda observation: asked_for(observation, about, robot),
             execute_steps or about["execute_steps"],
             about["renderer"],
-            "think" in metadata.get("features", ()),
+            thinks="think" in metadata.get("features", ()),
+            begins_anew="reset" in metadata.get("features", ()),
         )
 
 

@@ -123,8 +123,9 @@ def suite_rows(
     found: Mapping[str, Mapping[tuple[str, str, int], Episode]], beside: str | None = None
 ) -> list[dict[str, Any]]:
     """Returns a row for each policy: success by robot and task, of all episodes with Wilson's interval, the mean of the
-    tasks' rates, and, in the layouts that both drove, beside another policy: the difference with its interval
-    (Newcombe's for pairs) and McNemar's exact p.
+    tasks' rates, the means of what simulators measured (`Sim.measures`) in the episodes that have it, and, in the
+    layouts that both drove, beside another policy: the difference with its interval (Newcombe's for pairs) and
+    McNemar's exact p.
 
     beside: a policy of `found`; None: no comparison.
 
@@ -143,6 +144,11 @@ def suite_rows(
         row = {"policy": name, **_rate([s for of in tasks.values() for s in of])}
         row["tasks"] = {task: _rate(of) for task, of in tasks.items()}
         row["mean_of_tasks"] = sum(sum(of) / len(of) for of in tasks.values()) / len(tasks)
+        measured: dict[str, list[float]] = {}
+        for episode in episodes.values():
+            for what, value in episode.measures.items():
+                measured.setdefault(what, []).append(value)
+        row["measures"] = {what: sum(of) / len(of) for what, of in measured.items()}
         if beside is not None and name != beside:
             both = sorted(episodes.keys() & found[beside].keys())
             ours, theirs = [episodes[k].success for k in both], [found[beside][k].success for k in both]

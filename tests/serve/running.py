@@ -34,11 +34,15 @@ class Row:
 
 
 class Stub:
-    """A policy that answers each observation with what a function returns. batches: sizes of those it was asked for."""
+    """A policy that answers each observation with what a function returns.
+
+    batches: sizes of those it was asked for. noise: seed of the session and number of each request.
+    """
 
     def __init__(self, infer: Callable[[Any], Any], metadata: dict[str, Any] | None = None, max_batch: int = 4) -> None:
         self._infer, self._metadata = infer, {"robots": {"r": {}}} if metadata is None else metadata
         self.batches: list[int] = []
+        self.noise: list[tuple[int | None, int]] = []
         self.sizes, self.ranges = (max_batch,), Ranges()
         self.thinks, self.think_every = False, 1
 
@@ -46,6 +50,7 @@ class Stub:
         return self._metadata
 
     def prepare(self, observation: Any, *, number: int, seed: int | None) -> Any:
+        self.noise.append((seed, number))
         return Row(observation, robot=ARM)
 
     def sample(self, requests: Sequence[Any]) -> list[Any]:

@@ -29,7 +29,9 @@ def drove(run: Path, suite: str, policy: str, outcomes: dict[tuple[str, int], bo
     about = {"dialect": "own", "server": {"contract": "abc"}, **({"training": took} if policy == "pi0" else {})}
     write_about(path, about, len(outcomes), REPOSITORY)
     for (task, seed), success in outcomes.items():
-        append_episode(path, Episode(robot, task, policy, first + seed, success, 9, "egl", (5.0, 7.0, 9.0)))
+        measures = {"wrong_cube": float(not success)} if policy == "deaf" else {}
+        about_it = (robot, task, policy, first + seed, success, 9, "egl", (5.0, 7.0, 9.0))
+        append_episode(path, Episode(*about_it, measures=measures))
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def test_the_page_has_the_numbers_and_where_they_come_from(run: Path, tmp_path: 
     assert "| pi0 | 12/20 [0.39, 0.78] | 0.60 | 80% | 7.0 |" in text
     assert "| expert | 15/20 [0.53, 0.89] | 0.75 |  | 7.0 |" in text
     assert "| arm stack | 2/10 | 4/10 | 5/10 |" in text
+    assert "| mean of episodes | wrong_cube |\n| --- | --- |\n| deaf | 0.800 |\n| pi0 |  |" in text
     assert "| deaf | pi0 | 20 | 0.0078 |" in text  # eight layouts that only the one did: 2 / 2^8
     assert text.count("| pi0 | 1.5 | 2 | 3,000 | 32 | 1.25 M |  |  |") == 2
     assert "| stopped | unfinished: 3 of 50 layouts |  |  |  |" in text

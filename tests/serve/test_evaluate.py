@@ -105,7 +105,8 @@ def test_a_suite_is_driven_filmed_resumed_and_compared(tmp_path: Path) -> None:
         asked.append(observation)
         return hold(observation)
 
-    with serving(Stub(infer, OURS)) as server:
+    stub = Stub(infer, OURS)
+    with serving(stub) as server:
         printed = evaluate(tmp_path, port=server.port)
         assert "0/1 [0.00, 0.79]" in printed
         assert f"{300 // PUSHT.execute_steps} requests" in printed
@@ -114,6 +115,10 @@ def test_a_suite_is_driven_filmed_resumed_and_compared(tmp_path: Path) -> None:
         evaluate(tmp_path, port=server.port, episodes=2, films=0)
         assert read_episodes(tmp_path / "pusht" / "held.jsonl")[:1] == first
         assert len(asked) == 2 * before
+        # The noise is that of the layout, whatever was driven before.
+        assert stub.noise == [(seed, number) for seed in (10_000, 10_001) for number in range(before)]
+        evaluate(tmp_path, port=server.port, policy="both", episodes=2, films=0)
+        assert stub.noise[2 * before :] == stub.noise[: 2 * before]
         with pytest.raises(ValueError, match=r"driven otherwise: senses was .*'deaf': False.*another name"):
             evaluate(tmp_path, port=server.port, deaf=True)
     assert [f.name for f in (tmp_path / "pusht" / "films" / "held").iterdir()] == ["pusht_push-t_10000.gif"]
@@ -253,7 +258,8 @@ def test_our_own_dialect_asks_what_the_handshake_asks_for() -> None:
     about = {**ABOUT, "cameras": {"front": [48, 80]}, "state": [["speed", 1, "m/s"]], "renderer": "egl"}
     metadata = {"robots": {"ego_vehicle": about}, "features": ["think"]}
     served = DIALECTS["own"].served(metadata, EGO_VEHICLE, None)
-    assert (served.execute_steps, served.renderer, served.thinks) == (PUSHT.execute_steps, "egl", True)
+    assert (served.execute_steps, served.renderer) == (PUSHT.execute_steps, "egl")
+    assert (served.thinks, served.begins_anew) == (True, False)
     assert DIALECTS["own"].served(metadata, EGO_VEHICLE, 2).execute_steps == 2
     seen = {"images": {"front": 1, "back": 2}, "state": np.arange(17.0), "prompt": "go"}
     assert served.message(seen) == {"robot": "ego_vehicle", "images": {"front": 1}, "state": [7.0], "prompt": "go"}
