@@ -1,12 +1,19 @@
-"""Results of benchmarks as JSON lines, success rates, films of failures. For the clients beside this file."""
+"""Results of benchmarks as JSON lines, how they came about, success rates, films of failures. For the clients beside
+this file."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import math
+import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -25,6 +32,7 @@ FIELDS = (
     *("latency_ms", "expert_steps", "thoughts", "measures"),
 )
 """Of a line of results: those of `openpi_like.serve.evaluation.Episode`, which reads it."""
+PACKAGES = ("libero", "hf-libero", "robosuite", "mujoco", "simpler_env", "mani_skill2_real2sim", "sapien", "pybullet")
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
@@ -54,6 +62,61 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise BenchmarkError(f"{path}, line {i + 1}: not an episode; give another --out, or remove the file")
         lines.append(line)
     return lines
+
+
+def write_about(path: Path, how: Mapping[str, Any], episodes: int) -> None:
+    """Writes, beside the results at `path`, how they come about, in the form that `serve/benchmark_page.py` reads; a
+    run that goes on adds to it.
+
+    how: what must not change while a file is added to. episodes: that are driven now; with none, nothing is written.
+
+    Raises:
+        BenchmarkError: what is there was driven otherwise, or nothing says how.
+    """
+    about, now = path.with_suffix(".json"), json.loads(json.dumps(how, default=str))
+    runs = []
+    if path.is_file() and path.stat().st_size:
+        if not about.is_file():
+            raise BenchmarkError(f"no {about} says how the episodes of {path} were driven; give another --out")
+        before = json.loads(about.read_text())
+        differs = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
+        if differs:
+            raise BenchmarkError(f"{path} was driven otherwise: {'; '.join(differs)}; give another --out")
+        runs = before["runs"]
+    if not episodes:
+        return
+    temporary = about.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**now, "runs": [*runs, {**_origin(), "episodes": episodes}]}, indent=1) + "\n")
+    os.replace(str(temporary), str(about))
+
+
+def _origin() -> dict[str, Any]:
+    """As `openpi_like.provenance.provenance`, which is not there. The folder may lie in no repository."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        named = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        cpu = named[0].split(":", 1)[1].strip() if named else cpu
+    found = {}
+    for name in ("numpy", "openpi-client", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {
+        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": bool(git("status", "--porcelain")),
+        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()},
+        "date": datetime.date.today().isoformat(),
+        "versions": found,
+    }
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from benchmark_results import FIELDS, FRAMES, BenchmarkError, Films, append_line, read_lines, success_rates
+from benchmark_results import FIELDS, FRAMES, BenchmarkError, Films, append_line, read_lines, success_rates, write_about
 
 FLAT_SIZE = (224, 224)
 """Height and width that openpi's examples send (openpi, examples/libero/main.py, `resize_size`)."""
@@ -390,6 +390,17 @@ def run(sim: Simulator, args: argparse.Namespace, say: Callable[[str], None] = p
         raise BenchmarkError(f"{args.out} has results of {', '.join(others)}; give another --out for {args.label!r}")
     with connected(args) as (infer, handshake):
         pilot = Pilot(infer, form_of(handshake, sim, args), args.execute_steps)
+        how = {
+            "dialect": "own" if sim.ours else "flat",
+            "execute_steps": pilot.execute_steps,
+            "seed": args.seed,
+            "keys": args.keys,
+            "image_size": args.image_size,
+            "max_steps": {pilot.robot: sim.horizon},
+            "renderers": {pilot.robot: sim.renderer},
+            "server": {name: value for name, value in handshake.items() if name != "robots"},
+        }
+        write_about(args.out, how, sum(job not in lines for job in wanted))
         say(f"{len(wanted)} episodes as robot {pilot.robot!r}, {pilot.execute_steps} actions of each chunk")
         for i, (task, seed) in enumerate(wanted):
             if (task, seed) in lines:

@@ -20,12 +20,15 @@ from benchmark_results import BenchmarkError, Films
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from openpi_like.provenance import provenance
 from openpi_like.robots.oxe_franka import LIBERO
 from openpi_like.robots.oxe_google import FRACTAL
 from openpi_like.robots.robot import Robot
+from openpi_like.serve.benchmark import collect
 from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, wilson
 from openpi_like.serve.observation import check_observation, robot_of
 from openpi_like.serve.policy import Reply
+from tests.conftest import REPOSITORY
 from tests.serve.running import Row, Stub, serving
 
 FOLDER = Path(__file__).resolve().parents[2] / "serve" / "benchmarks"
@@ -254,6 +257,17 @@ def test_libero_is_driven_and_goes_on_where_it_was_stopped(libero: type[LiberoEn
     assert said[-1] == "   4/4    100.0% [51.0%, 100.0%]  all episodes together"
     sent = policy.seen[0]
     assert {name: x.shape for name, x in sent["images"].items()} == {"base": (256, 256, 3), "wrist": (256, 256, 3)}
+    about = collect(tmp_path)["suites"]["out"]["policies"]["r"]["about"]  # as the benchmark page reads it
+    assert [run["episodes"] for run in about["runs"]] == [4, 1]
+    ours = provenance(REPOSITORY)
+    same = ("command", "commit", "changed", "hardware", "date")
+    assert {k: about["runs"][1][k] for k in same} == {k: ours[k] for k in same}
+    assert about["max_steps"] == {"libero": libero_client.MAX_STEPS["libero_goal"]}
+    with serving(policy) as server, pytest.raises(BenchmarkError, match=r"otherwise: seed was 7, is 8; give another"):
+        protocol.run(_libero(), _args(tmp_path, "--seed", "8", port=server.port))
+    args.out.with_suffix(".json").unlink()
+    with serving(policy) as server, pytest.raises(BenchmarkError, match=r"no .*r.json says how the episodes of"):
+        protocol.run(_libero(), _args(tmp_path, port=server.port))
     with pytest.raises(BenchmarkError, match=r"r.jsonl has results of mine; give another --out for 'other'"):
         protocol.run(_libero(), _args(tmp_path, "--label", "other"))
 
