@@ -99,9 +99,8 @@ def run(command: Sequence[Any], **options: Any) -> None:
 def running(command: Sequence[Any], log: Path, **options: Any) -> Iterator[subprocess.Popen]:
     print("$", *command, flush=True)
     with log.open("w") as out:
-        process = subprocess.Popen(
-            [str(word) for word in command], env=environment(), stdout=out, stderr=subprocess.STDOUT, **options
-        )
+        options = {"env": environment(), **options}
+        process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=subprocess.STDOUT, **options)
     try:
         yield process
     finally:

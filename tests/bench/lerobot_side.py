@@ -1,9 +1,11 @@
-"""The part of bench_lerobot.py that runs where lerobot is installed: writes the dataset, and loads it as peers do."""
+"""The part of bench_lerobot.py and bench_new_robot.py that runs where lerobot is installed: writes datasets, and loads
+them as peers do."""
 
 import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,25 @@ def write(root: str, episodes: int, length: int, height: int, width: int) -> Non
             state = np.sin(np.arange(6) + t / 15 + episode).astype(np.float32)
             frame = {"observation.state": state, "action": state + np.float32(0.01), "task": "sort the cubes"}
             dataset.add_frame(frame | dict(zip(KEYS, images, strict=True)))
+        dataset.save_episode()
+    if hasattr(dataset, "finalize"):
+        dataset.finalize()
+
+
+def lab(root: str, episodes: str) -> None:
+    """Writes recorded episodes, files with images, state, action and task, in the columns of a lab's own robot."""
+    names = ["x", "y", "z", "gripper"]
+    features: dict[str, Any] = {
+        "observation.images.front": {"dtype": "video", "shape": (256, 256, 3), "names": ["height", "width", "channels"]}
+    }
+    features |= {k: {"dtype": "float32", "shape": (4,), "names": names} for k in ("observation.state", "action")}
+    dataset = LeRobotDataset.create("lab/own", fps=20, features=features, root=root, use_videos=True)
+    for path in sorted(Path(episodes).glob("*.npz")):
+        with np.load(path) as episode:
+            rows = zip(episode["images"], episode["state"], episode["action"], strict=True)
+            for image, state, action in rows:
+                said = {"observation.state": state, "action": action, "task": str(episode["task"])}
+                dataset.add_frame({"observation.images.front": image, **said})
         dataset.save_episode()
     if hasattr(dataset, "finalize"):
         dataset.finalize()
@@ -123,6 +144,8 @@ if __name__ == "__main__":
     what, root, *rest = sys.argv[1:]
     if what == "write":
         write(root, *map(int, rest))
+    elif what == "lab":
+        lab(root, rest[0])
     elif what == "pixels":
         pixels(root, rest[0], rest[1], int(rest[2]))
     else:
