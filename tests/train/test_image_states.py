@@ -125,6 +125,8 @@ def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) ->
     loaders, trainers = [loader_of(c) for c in (config, of)], [c.trainer(c.mesh.create()) for c in (config, of)]
     state, trainer = trainers[0].init(), trainers[1]
     check_image_states(of.data, trainer, state)
+    make = jax.jit(lambda w, b: trainer.model.bind(w).backbone.image_states(config.model.observation(b)).swapaxes(0, 1))
+    kept_rows, made_rows = [], []
     for _ in range(3):
         seen, read = (next(loader) for loader in loaders)
         states, losses = zip(
@@ -134,7 +136,13 @@ def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) ->
             ),
             strict=True,
         )
+        kept_rows.append(read["image_states"])
+        with trainer.tracing():
+            made_rows.append(jax.device_get(make(state.weights(average=False), put_batch(seen, trainer.mesh))))
+        remade = {**read, "image_states": made_rows[-1]}
+        _, same = trainer.train_step(jax.tree.map(jnp.copy, state), put_batch(remade, trainer.mesh))
         seen_loss, read_loss = (np.asarray(metrics["loss"]) for metrics in losses)
+        np.testing.assert_array_equal(read_loss, same["loss"])
         np.testing.assert_array_max_ulp(seen_loss, read_loss, maxulp=1)
         weights, others = (flatten(jax.device_get(after.params)) for after in states)
         for name, x in weights.items():
@@ -142,6 +150,8 @@ def test_steps_with_and_without_are_the_same(config: TrainConfig, kept: Path) ->
         state = states[0]
     for loader in loaders:
         loader.close()
+    # Other frames stood beside them when they were kept, in a batch as large.
+    np.testing.assert_array_equal(np.concatenate(kept_rows), np.concatenate(made_rows))
     assert read["images"] == {}
     assert read["image_states"].shape == (8, 3, 3 * 4 + 1, 16)
     for name in seen.keys() - {"images"}:
