@@ -52,7 +52,8 @@ class FineTuning:
     fresh: weights whose sizes the robot changes may start fresh. held_out: percent of the episodes of a dataset without
         a split "val" that are not trained on; 0 trains on all of them, and then nothing says which step is best.
     steps: at most. patience: validations, every `validate_every` steps, without a better one before the run stops.
-    peak_lr: None is that of the run that it starts from, or 2.5e-5, times `Preset.rate`.
+    peak_lr: None is that of the run that it starts from, or 2.5e-5, times `Preset.rate`. The optimizer is of the run's
+        kind, with its other numbers; of published weights AdamW.
     augment: random changes of training images.
     model, tokenizer, action_tokenizer: of published weights, which do not know: a name in `RELEASED` or a config file,
         and the files of the tokenizers.
@@ -129,6 +130,12 @@ class Written:
 def policy_of(run: str, **changes: Any) -> Any:
     """Returns the config of the policy of a run, with changes."""
     return dataclasses.replace(read_contract(find_step(run)).policy, **changes)
+
+
+def optimizer_of(run: str, **changes: Any) -> OptimizerConfig:
+    """Returns the optimizer of a run, with changes; AdamW where it does not say."""
+    stored = read_record(find_step(run))["config"].get("optimizer")
+    return dataclasses.replace(OptimizerConfig() if stored is None else from_json(stored), **changes)
 
 
 # ---- What fits -------------------------------------------------------------------------------------------------------
@@ -256,11 +263,8 @@ def learning_rate(asked: FineTuning) -> float:
     """Returns the peak of the learning rate, see `FineTuning.peak_lr` and `Preset.peak_lr`."""
     if asked.peak_lr is not None:
         return asked.peak_lr
-    base = OptimizerConfig().peak_lr
-    if is_run(asked.start):
-        stored = read_record(find_step(asked.start))["config"].get("optimizer")
-        base = base if stored is None else from_json(stored).peak_lr
-    return PRESETS[asked.preset].peak_lr(base)
+    base = optimizer_of(asked.start) if is_run(asked.start) else OptimizerConfig()
+    return PRESETS[asked.preset].peak_lr(base.peak_lr)
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
@@ -391,8 +395,9 @@ def _text(
     wrist = tuple(c.name for c in find_robot(asked.robot).cameras if "wrist" in c.name)
     statistics = call(f"statistics.{STATISTICS[asked.statistics].__name__}", robot=asked.statistics_of)
     steps, rate, every = asked.steps, learning_rate(asked), min(asked.validate_every, asked.steps)
-    rates = {"peak_lr": rate, "end_lr": float(f"{rate / 100:.3g}")}
-    optimizer = call("OptimizerConfig", **rates, warmup_steps=min(100, steps - 1), decay_steps=max(steps, 2))
+    rates: dict[str, Any] = {"peak_lr": rate, "end_lr": float(f"{rate / 100:.3g}")}
+    rates |= {"warmup_steps": min(100, steps - 1), "decay_steps": max(steps, 2)}
+    optimizer = call("OptimizerConfig", **rates) if published else call("finetune.optimizer_of", "START", **rates)
     lines = [
         f'"""Fine-tunes {asked.start} to {asked.robot}: python train/train.py {path}"""',
         "",
@@ -406,7 +411,7 @@ def _text(
         *(["from openpi_like.train.checkpoints.checkpoint import Keep"] if held_out else []),
         "from openpi_like.train.checkpoints.warm_start import WarmStart",
         "from openpi_like.train.config import TrainConfig",
-        "from openpi_like.train.optimizer import OptimizerConfig",
+        *(["from openpi_like.train.optimizer import OptimizerConfig"] if published else []),
         "",
         f"START = {literal(asked.start)}",
         *data,

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from openpi_like.config import load_run, override
+from openpi_like.config import load_run, override, to_json
 from openpi_like.data.augment import Augment
 from openpi_like.data.blend import blend
 from openpi_like.data.dataset import open_dataset
@@ -32,10 +32,11 @@ from openpi_like.models.vlm4vla import Vlm4VlaConfig
 from openpi_like.models.weights import WeightsError, flatten, unflatten
 from openpi_like.train import finetune
 from openpi_like.train.checkpoints.checkpoint import Keep, find_step, save_policy
-from openpi_like.train.checkpoints.contract import Contract, read_contract
+from openpi_like.train.checkpoints.contract import Contract, read_contract, read_record
 from openpi_like.train.checkpoints.load import load_policy_parts
 from openpi_like.train.finetune import FineTuning, fitted, make_config, splits, write_config
 from openpi_like.train.hosts.process_group import ProcessGroup
+from openpi_like.train.muon import MuonConfig
 from openpi_like.train.state import ModelDef
 from openpi_like.train.validation import Validator, action_errors
 from openpi_like.train.watching.metrics import read_metrics
@@ -220,6 +221,19 @@ def test_learning_rates(asked: Any, tmp_path: Path) -> None:
     assert rate() == 2.5e-5
     assert rate(preset="lora") == pytest.approx(2e-4)
     assert rate(preset="lora", peak_lr=1e-2) == 1e-2
+
+
+@pytest.mark.parametrize("preset", ["full", "lora"])
+def test_the_optimizer_is_of_the_kind_that_the_run_had(
+    asked: Any, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    """A rate is one of its optimizer: Muon's is far too high for AdamW."""
+    record, had = read_record(find_step(start)), MuonConfig(peak_lr=4e-3, beta=0.9, weight_decay=1e-4, clip_norm=2.0)
+    record = {**record, "config": {**record["config"], "optimizer": to_json(had)}}
+    monkeypatch.setattr(finetune, "read_record", lambda step: record)
+    config = _config(asked(preset=preset, steps=500), tmp_path)
+    expected = dataclasses.replace(had, peak_lr=4e-3, end_lr=4e-5, warmup_steps=100, decay_steps=500)
+    assert config.optimizer == expected
 
 
 def _config(asked: FineTuning, tmp_path: Path) -> Any:
