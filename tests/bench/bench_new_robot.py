@@ -37,6 +37,7 @@ from rich.table import Table
 from openpi_like.robots.sims import make_sim
 from openpi_like.robots.sims.sim import HELD_OUT_SEED, Sim
 from openpi_like.serve.evaluation import wilson
+from openpi_like.train.watching.metrics import read_metrics
 from tests.bench.bench_other_servers import free_port, run, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ class Args:
     work: Annotated[Path, tyro.conf.Positional]
     pretrained: Path
     lerobot_python: Path
-    tasks: tuple[str, ...] = ("drawer-open", "faucet-open")
+    tasks: tuple[str, ...] = ("drawer-open", "plate-slide")  # with another arm, pretraining saw the first
     demonstrations: int = 25
     steps: int = 600
     episodes: int = 20
@@ -92,6 +93,7 @@ def dataset(args: Args) -> Path:
         action = np.stack([step["action"] for step in steps]).astype(np.float32)
         text = steps[0]["language_instruction"].decode()
         np.savez(raw / f"{i:03}.npz", images=images, state=state, action=action, task=text)
+    shutil.rmtree(args.work / "being_written", ignore_errors=True)
     run([args.lerobot_python, SIDE, "lab", args.work / "being_written", raw])
     (args.work / "being_written").rename(done)
     shutil.rmtree(raw)
@@ -145,7 +147,10 @@ class Watch:
 
     def __init__(self, folder: Path, rows: list[tuple[str, float]]) -> None:
         self._folder, self.rows = folder, rows
-        self._environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        # As of who has never run anything: no compiled functions, no packages.
+        cache = {name: str(folder / "cache" / name) for name in ("OPENPI_LIKE_CACHE", "PIP_CACHE_DIR")}
+        alone = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self._environment = {**alone, **cache}
 
     def run(self, shown: str) -> str:
         """Returns what a command prints."""
@@ -201,7 +206,8 @@ print(reply["actions"].shape, reply["actions"][0].round(2))
 def main(args: Args, console: Console) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     data, clone, port = dataset(args), args.work / "openpi_like", free_port()
-    shutil.rmtree(clone, ignore_errors=True)
+    for left in (clone, args.work / "cache", data / ".openpi_like_index"):
+        shutil.rmtree(left, ignore_errors=True)
     watch = Watch(args.work, [])
     watch.run(f"git clone -q {ROOT} openpi_like")
     watch = Watch(clone, watch.rows)
@@ -215,13 +221,21 @@ def main(args: Args, console: Console) -> None:
     print("blanks:", *blanks(robot), sep="\n  ")
     check = f"python data/check_robot.py {NAME} --robot my_robot.py --out my_robot.html"
     fill_in(robot, WRONG)
-    print(watch.run(check).split("nothing looks wrong")[0][-1500:])
+    said = watch.run(check)
+    print(*(line for line in said.split("\n") if "suspect" in line), sep="\n")
+    if "nothing looks wrong" in said:
+        raise SystemExit(f"the check has not found the wrong gripper:\n{said}")
     robot.write_text(draft)
     fill_in(robot, RIGHT)
-    print(watch.run(check)[-200:])
+    said = watch.run(check)
+    if "nothing looks wrong" not in said:
+        raise SystemExit(f"the check suspects what is right:\n{said}")
     every = max(args.steps // 6, 1)
     tune = f"python train/finetune.py my_robot.py {NAME} --from pretrain --fresh --steps {args.steps}"
     watch.run(f"{tune} --validate-every {every}")
+    for line in read_metrics(clone / "runs" / "my_robot_full" / "metrics.jsonl"):
+        if line.get("split") == "val":
+            print({name: value for name, value in line.items() if name == "step" or name.startswith("action_error")})
     successes = {}
     with watch.serving("python serve/policy_server.py runs/my_robot_full --step best", port):
         watch.run("pip install -q --no-deps openpi-client")
@@ -230,8 +244,8 @@ def main(args: Args, console: Console) -> None:
         successes["fine-tuned"] = driven(args, port)
     took = list(watch.rows)
     if args.scratch:
-        others = "run_dir=runs/scratch warm_start=None"
-        watch.run(f"python train/train.py runs/my_robot_full/config.py {others}")
+        fresh = "run_dir=runs/scratch \"warm_start.reinitialize=('.*',)\""
+        watch.run(f"python train/train.py runs/my_robot_full/config.py {fresh}")
         with watch.serving("python serve/policy_server.py runs/scratch --step best", port):
             successes["from scratch"] = driven(args, port)
     report(args, console, took, successes)
