@@ -14,7 +14,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from openpi_like import html_page
-from openpi_like.serve.evaluation import Episode, read_episodes, success_rows
+from openpi_like.serve.evaluation import Episode, read_episodes, success_rows, that_thought, thoughts_text
 from openpi_like.train.watching.metrics import read_metrics
 
 # What runs are called, by how the names of their directories begin; what follows is a robot.
@@ -55,8 +55,8 @@ def collect(run: Path) -> dict[str, Any]:
     numbers["renderers"] = {e.robot: e.renderer for e in episodes}
     numbers["latency_ms"] = {r: _latency(episodes, r) for r in sorted({e.robot for e in episodes if e.latency_ms})}
     numbers["thoughts"] = [
-        {"robot": e.robot, "task": e.task, "success": e.success, "thoughts": e.thoughts}
-        for e in _that_thought(episodes)
+        {"robot": e.robot, "task": e.task, "success": e.success, "thoughts": thoughts_text(e)}
+        for e in that_thought(e for e in episodes if e.policy == "trained")
     ]
     numbers["training"] = {name: _training(run / name / "metrics.jsonl") for name in runs}
     numbers["weights"] = {
@@ -69,28 +69,11 @@ def collect(run: Path) -> dict[str, Any]:
     return numbers
 
 
-def _that_thought(episodes: list[Episode]) -> list[Episode]:
-    """Returns an episode of each task, that of the first layout, in which the trained policy wrote what it acted by."""
-    first: dict[tuple[str, str], Episode] = {}
-    for e in sorted(episodes, key=lambda e: e.seed):
-        if e.thoughts and e.policy == "trained":
-            first.setdefault((e.robot, e.task), e)
-    return list(first.values())
-
-
 def _thoughts(rows: list[dict[str, Any]]) -> list[str]:
     """Returns the section of what policies wrote before they acted, if any did."""
     if not rows:
         return []
-    body = [
-        [
-            row["robot"],
-            row["task"],
-            "; ".join(f"{step}: {text}" for step, text in row["thoughts"]),
-            "success" if row["success"] else "no success",
-        ]
-        for row in rows
-    ]
+    body = [[row["robot"], row["task"], row["thoughts"], "success" if row["success"] else "no success"] for row in rows]
     table = html_page.table(["robot", "task", "from which control step on, and what", "outcome"], body)
     return [html_page.section("What the policies wrote before they acted", table)]
 

@@ -94,6 +94,9 @@ def test_ways_to_produce_actions_are_compared(demo):
     assert [(row["arm"], row["episodes"]) for row in results["rows"]] == [("insulated_subtasks", 1)]
     (episode,) = read_episodes(demo / "study" / "insulated_subtasks.jsonl")
     assert episode.thoughts[0][0] == 0
+    (wrote,) = results["thoughts"]
+    assert wrote["thoughts"].startswith(f"0: {episode.thoughts[0][1]}")
+    assert f"| insulated_subtasks | {task} | {wrote['thoughts']} | " in (demo / "study" / "study.md").read_text()
     assert all(now != later for (_, now), (_, later) in itertools.pairwise(episode.thoughts))
     assert all(of["step_ms"] > 0 and of["weights"] > 5e5 for of in results["measured"].values())
 

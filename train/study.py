@@ -5,7 +5,8 @@ and prints success with intervals:
 
 What is trained, in which order and from what is in the file's `study`, a `Study` or a `Matrix` of them; what must be
 equal is checked before anything is trained. It can be stopped at any moment: started again, it skips the finished steps
-and the interrupted one goes on. Numbers are in `<run>/results.json`, the table as Markdown in `<run>/study.md`.
+and the interrupted one goes on. Numbers are in `<run>/results.json`, the table as Markdown in `<run>/study.md`, with
+what policies wrote that write before they act.
 """
 
 import ast
@@ -25,7 +26,7 @@ from rich.table import Table
 from openpi_like.config import load_run, near_names, override
 from openpi_like.job import SIMULATED, Job
 from openpi_like.models.weights import weight_shapes
-from openpi_like.serve.evaluation import read_episodes
+from openpi_like.serve.evaluation import read_episodes, that_thought, thoughts_text
 from openpi_like.train.checkpoints.checkpoint import find_step, stored_scores
 from openpi_like.train.checkpoints.contract import read_contract
 from openpi_like.train.config import TrainConfig
@@ -126,6 +127,17 @@ def run_arm(job: Job, args: Args, study: Study, part: str, name: str, config: Tr
         job.step(f"{of}{Path(also[0]).stem} with {name}", [*also, *port], server=server)
 
 
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *body))
+
+
+def written(thoughts: list[dict[str, Any]]) -> str:
+    """Returns a table of what policies wrote before they acted, in the first episode of each task."""
+    outcomes = ("no success", "success")
+    body = [[t["arm"], t["task"], t["thoughts"].replace("|", "\\|"), outcomes[t["success"]]] for t in thoughts]
+    return markdown(["policy", "task", "from which control step on, and what it wrote", "outcome"], body)
+
+
 def main(args: Args, console: Console) -> None:
     args = dataclasses.replace(args, study=args.study.resolve(), run=args.run.resolve())
     study = load_study(args.study)
@@ -159,14 +171,20 @@ def main(args: Args, console: Console) -> None:
     if not driven:  # --only of arms that prepare others
         return
     folders = {part: args.run / slug(part) for part in configs}
-    found: dict[str, dict[tuple[str, int], bool]] = {
-        name: {
-            (study.place(part, e.task), e.seed): e.success
-            for part, folder in folders.items()
-            for e in read_episodes(folder / f"{slug(name)}.jsonl")
-        }
+    episodes = {
+        name: {part: read_episodes(folder / f"{slug(name)}.jsonl") for part, folder in folders.items()}
         for name in driven
     }
+    found: dict[str, dict[tuple[str, int], bool]] = {
+        name: {(study.place(part, e.task), e.seed): e.success for part, of in parts.items() for e in of}
+        for name, parts in episodes.items()
+    }
+    thoughts = [
+        {"arm": name, "task": study.place(part, e.task), "success": e.success, "thoughts": thoughts_text(e)}
+        for name, parts in episodes.items()
+        for part, of in parts.items()
+        for e in that_thought(of)
+    ]
     runs = {
         name: {
             part: measured(folder / slug(study.parts[part].run_of(name)), configs[part][name])
@@ -181,12 +199,11 @@ def main(args: Args, console: Console) -> None:
     for row in body:
         table.add_row(*row)
     console.print(table)
-    markdown = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
-    (args.run / "study.md").write_text("\n".join(markdown) + "\n")
+    (args.run / "study.md").write_text(markdown(head, body) + (f"\n{written(thoughts)}" if thoughts else ""))
     about = " ".join((ast.get_docstring(ast.parse(args.study.read_text())) or "").split("\n\n")[0].split())
     file = str(args.study.relative_to(ROOT) if args.study.is_relative_to(ROOT) else args.study.name)
     shown = {"file": file, "about": about, "table": [head, *body], **job.origin()}
-    result = {"rows": rows, "measured": more, "runs": runs}
+    result = {"rows": rows, "measured": more, "runs": runs, "thoughts": thoughts}
     (args.run / "results.json").write_text(json.dumps({**shown, **result}, indent=1) + "\n")
 
 

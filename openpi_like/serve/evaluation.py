@@ -57,6 +57,20 @@ def read_episodes(path: Path) -> list[Episode]:
     return episodes
 
 
+def that_thought(episodes: Iterable[Episode]) -> list[Episode]:
+    """Returns an episode of each robot and task, that of the first layout, in which a policy wrote what it acted by."""
+    first: dict[tuple[str, str], Episode] = {}
+    for e in sorted(episodes, key=lambda e: e.seed):
+        if e.thoughts:
+            first.setdefault((e.robot, e.task), e)
+    return list(first.values())
+
+
+def thoughts_text(episode: Episode) -> str:
+    """Returns what was written, each text after the control step from which on it was acted by."""
+    return "; ".join(f"{step}: {text}" for step, text in episode.thoughts)
+
+
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Returns the Wilson score interval of a success rate (z = 1.959964: 95 %).
 

@@ -52,7 +52,7 @@ def test_numbers_are_those_of_the_run(run, capsys):
     assert numbers["training"]["finetune_aloha"]["action_mae"] == {"aloha/hand_0 [m]": 0.0421}
     assert list(numbers["training"]) == ["pretrain", "finetune_aloha", "scratch_aloha"]
     assert numbers["weights"]["finetune_aloha"]["loaded"] == 1
-    said = [[0, "go <there>"], [4, "grasp it"]]
+    said = "0: go <there>; 4: grasp it"
     assert numbers["thoughts"] == [{"robot": "arm", "task": "lift", "success": True, "thoughts": said}]
 
 
