@@ -20,15 +20,15 @@ from openpi_like.robots.sawyer import SAWYER as METAWORLD
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.muon import MuonConfig
 
-STEPS = 24_000
+STEPS = 16_000
 
 # Their part of the samples, and chunks as those that each alone was learned best with, see docs/demo.md.
 ROBOTS = (
     (METAWORLD, 0.45),
-    (dataclasses.replace(PUSHT, action_horizon=16, execute_steps=8), 0.2),
+    (dataclasses.replace(PUSHT, action_horizon=16, execute_steps=8), 0.15),
     (dataclasses.replace(ALOHA, action_horizon=40, execute_steps=20), 0.2),
-    *((arm, 0.02) for arm in ARMS.values()),
-    (FETCH, 0.05),
+    *((arm, 0.025) for arm in ARMS.values()),
+    (FETCH, 0.075),
 )
 
 config = TrainConfig(
@@ -42,7 +42,7 @@ config = TrainConfig(
         action_horizon=40,
         prompt_len=24,
         vocab_size=1024,
-        flow_draws=4,
+        flow_draws=2,
     ),
     data=DataConfig(
         entries=tuple(

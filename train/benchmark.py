@@ -51,7 +51,7 @@ SMALL = Scale("pi0_mt10", "configs/mt10.py", ("metaworld_mt10",), 6_000)
 ARMS = ("metaworld_30", "robosuite_arms", "fetch", "pusht", "aloha")
 SCALES = {
     "small": SMALL,
-    "full": Scale("pi0_all", "configs/generalist.py", ARMS, 24_000, more=(("pusht", 2_400), ("aloha", 300))),
+    "full": Scale("pi0_all", "configs/generalist.py", ARMS, 16_000, more=(("pusht", 2_400), ("aloha", 300))),
     "pulse": dataclasses.replace(SMALL, steps=2, demos=1, val=1, episodes=1),
 }
 
