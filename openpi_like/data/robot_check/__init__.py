@@ -10,6 +10,7 @@ from openpi_like.data.robot_check.findings import Check, Curves, Finding, Pictur
 from openpi_like.data.robot_check.grippers import Grippers
 from openpi_like.data.robot_check.language import Language
 from openpi_like.data.robot_check.limits import LimitsKept
+from openpi_like.data.robot_check.normalized import Normalized
 from openpi_like.data.robot_check.rates import Rates
 from openpi_like.data.robot_check.replay import Replay
 from openpi_like.data.robot_check.robot_sample import RobotSample
@@ -22,6 +23,7 @@ __all__ = ["CHECKS", "Check", "Curves", "Finding", "Picture", "RobotSample", "ch
 
 CHECKS: tuple[Check, ...] = (
     Values(),
+    Normalized(),
     Rates(),
     Units(),
     LimitsKept(),
