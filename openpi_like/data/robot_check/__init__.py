@@ -41,6 +41,7 @@ def check_robot(sample: RobotSample, checks: tuple[Check, ...] = CHECKS) -> dict
     """Returns what each check finds, by its name, in order.
 
     Raises:
-        DatasetError: an image cannot be read or decoded, or does not have the size that the robot says.
+        DatasetError: an image cannot be read or decoded, or does not have the size that the robot says; or there is no
+            step that a robot normalised by quantiles could be trained on.
     """
     return {check.name: check.findings(sample) for check in checks}

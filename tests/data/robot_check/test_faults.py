@@ -19,7 +19,15 @@ from openpi_like.data.selection import Selection
 from openpi_like.robots import Gripper, Limits, Robot
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.robot_check.arm import ARM, EPISODES, STEPS
-from tests.data.robot_check.faults import inverted, late, scaled, suspected, with_columns, with_field
+from tests.data.robot_check.faults import (
+    inverted,
+    late,
+    scaled,
+    suspected,
+    with_columns,
+    with_field,
+    with_quaternion,
+)
 
 DEGREES = 180 / np.pi
 Fault = Callable[[FrameIndex], tuple[FrameIndex, Robot]]
@@ -53,6 +61,13 @@ def saturated(joints: slice) -> Callable[[np.ndarray], None]:
     return change
 
 
+def negated(*dims: int) -> Callable[[np.ndarray], None]:
+    def change(x: np.ndarray) -> None:
+        x[:, dims] *= -1
+
+    return change
+
+
 def jerked(x: np.ndarray) -> None:
     """Four turns of 100 degrees in a step among those of a few."""
     x[[77, 171, 234, 390], 3] = 1.75
@@ -82,6 +97,9 @@ S, A = "state", "action"
 FREE = with_field(with_field(ARM, S, "joints", limits=None), A, "joints", limits=None)
 MM = Gripper(open=80.0, closed=0.0)
 QUANTILES = dataclasses.replace(ARM, normalization="quantile")
+QUATERNION = with_field(
+    ARM, S, "turn", key="observation/quaternion", start=0, size=4, unit="1", rotation="quaternion_xyzw"
+)
 ROLLS = with_field(ARM, S, "turn", model_rotation=None)
 # name: (what is wrong, check, about, part of what to do)
 FAULTS: dict[str, tuple[Fault, str, str, str]] = {
@@ -192,6 +210,16 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         "record what lies beyond",
     ),
     "far beyond quantiles": (in_data(stored(A, jerked), QUANTILES), "Normalization", "action turn", "keep_ranges"),
+    "an axis negated": (in_data(stored(A, negated(1))), "Replay", "action hand", "another sign"),
+    "a joint negated": (in_data(stored(A, negated(8))), "Replay", "action joints", "another sign"),
+    "a turn negated": (in_data(stored(A, negated(5))), "Replay", "action turn", "another sign"),
+    "steps too large": (in_data(lambda i: scaled(i, A, slice(0, 3), 2.5)), "Replay", "action hand", "does not lead"),
+    "no quaternion": (
+        in_data(lambda i: with_quaternion(i, 1.1), QUATERNION),
+        "Rotations",
+        "state turn",
+        "these are probably other numbers",
+    ),
     "outlier": (in_data(stored(A, outlier), FREE), "Values", "action joints", "normalise by quantiles"),
 }
 # What a fault shows elsewhere too: a unit that is wrong in a state is wrong beside its command.
@@ -286,6 +314,13 @@ def test_what_the_data_do_not_have_is_refused_at_once(arm_index: FrameIndex) -> 
     robot = dataclasses.replace(with_field(ARM, S, "hand", key="observation/stat"), language_key="instruction")
     with pytest.raises(DatasetError, match=r"(?s)did you mean 'observation/state'.*no 'instruction'"):
         RobotSample.take(arm_index, robot)
+
+
+def test_quaternions_of_unit_length_are_not_suspected(arm_index: FrameIndex) -> None:
+    for length in (1.0, 1.019, -0.981):
+        assert suspected(with_quaternion(arm_index, length), QUATERNION) == []
+    (norm,) = suspected(with_quaternion(arm_index, 1.03), QUATERNION)
+    assert norm[1].message == "100% of these are not of length 1 (1.03 to 1.03), as quaternion_xyzw"
 
 
 def test_instructions(arm_index: FrameIndex) -> None:
