@@ -34,6 +34,7 @@ from openpi_like.robots.robot import Robot
 
 WORKER_BYTES = 260 << 20  # resident memory of a worker process that has read nothing yet: Python and its libraries
 _PILLOW_COPIES = 5  # sizes of an image that resizing it with Pillow holds: itself, a copy, 4 bytes a pixel twice
+_END = 1 << 62  # of a run: grain divides by the batch size as a float, which makes more than a length may be of more
 _CHUNK_STAGES = 8  # sizes of a chunk in float64 that are there at once while it is read and encoded
 
 
@@ -153,7 +154,7 @@ def make_loader(
             episodes=episodes,
             group_episodes=config.group_episodes,
         )
-        mine = order.slice(slice(start + process_index, None, process_count))
+        mine = order.slice(slice(start + process_index, _END, process_count))
         batches = mine.batch(local, batch_fn=list).map(assemble.samples)
         ahead = -(-config.prefetch // max(config.num_workers, 1)) + config.num_threads
         stream = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, prefetch_buffer_size=ahead))

@@ -29,7 +29,7 @@ from openpi_like.data.schema import DatasetError
 from openpi_like.data.stats import compute_normalization
 from openpi_like.data.text import TextTokenizer
 from tests.conftest import REPOSITORY
-from tests.data import hdf5_files
+from tests.data import hdf5_files, toy_lerobot
 from tests.data.hdf5_files import (
     ALOHA,
     ALOHA_LENGTHS,
@@ -339,8 +339,8 @@ def test_a_file_that_changes_is_indexed_again(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.fixture
-def mixed(toy: Path, tmp_path: Path, tokenizer: TextTokenizer) -> Iterator[Any]:
-    """Makes loaders of a mixture of RLDS, ALOHA and robomimic, and closes them."""
+def mixed(toy: Path, lerobots: dict[str, Path], tmp_path: Path, tokenizer: TextTokenizer) -> Iterator[Any]:
+    """Makes loaders of a mixture of RLDS, ALOHA, robomimic and both versions of LeRobot, and closes them."""
     aloha = write_aloha(tmp_path / "cube", "jpeg")
     raw = write_aloha(tmp_path / "raw", "frames")
     lift = write_robomimic(tmp_path / "lift.hdf5", stored="gzip", masks={"train": list(range(9)), "valid": [9, 10, 11]})
@@ -351,6 +351,7 @@ def mixed(toy: Path, tmp_path: Path, tokenizer: TextTokenizer) -> Iterator[Any]:
             MixtureEntry(ALOHA, str(aloha), weight=2.0, val_split=None),
             MixtureEntry(ALOHA, str(raw), val_split=None),
             MixtureEntry(PANDA, str(lift), val_split="valid"),
+            *(MixtureEntry(toy_lerobot.ARM, str(directory), val_split=None) for directory in lerobots.values()),
         ),
         seed=9,
         camera_dropout=0.3,
@@ -379,10 +380,13 @@ def test_samples_of_a_mixture_are_the_same_however_they_are_read(mixed: Any, cap
     loader = mixed()
     batches = [next(loader) for _ in range(6)]
     whole = rows(batches)
-    assert {int(i) for b in batches for i in b["dataset_id"]} == {0, 1, 2, 3, 4}
+    assert {int(i) for b in batches for i in b["dataset_id"]} == set(range(7))
     assert "HDF5 files" in capsys.readouterr().out  # is part of the memory that is announced
     resumed = mixed(start=13, batch_size=7, num_threads=3)
     assert rows([next(resumed) for _ in range(5)]) == whole[13:48]
+    for start in range(0, 48, 11):
+        single = mixed(start=start, batch_size=1)
+        assert rows([next(single) for _ in range(2)]) == whole[start : start + 2]
     hosts = [mixed(process_index=h, process_count=2, start=16) for h in range(2)]
     parts = [rows([next(part) for _ in range(4)]) for part in hosts]
     assert [row for samples in zip(*parts, strict=True) for row in samples] == whole[16:48]

@@ -21,9 +21,11 @@ from tests.data.toy_lerobot import (
     EPISODES,
     FPS,
     FRONT,
+    HEIGHT,
     LENGTHS,
     MIXED,
     VIDEO_SPAN,
+    WIDTH,
     WRIST,
     WRITERS,
     change_info,
@@ -144,6 +146,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: _trim(videos(d)[0], 0.0, 4 / FPS),
         r"has no frame for \d+ of \d+ steps, first for step \d at 0.200 s; its 4 frames are at 0.000 to 0.150 s",
     ),
+    "a video with pictures of another size": (
+        lambda d: encode(videos(d)[0], decoded(videos(d)[0])[:, ::2, ::2], "libx264"),
+        r"episode 0: observation.images.front: videos/\S+mp4 has pictures of 32 x 40 pixels, meta/info.json says "
+        r"64 x 80; copy the video again, or put shape right there if all of this camera's are so",
+    ),
     "a picture that is missing": (
         lambda d: edit(
             tables(d)[0],
@@ -173,6 +180,27 @@ def test_damage_is_named_and_tolerated(
     expected = rows(3, LENGTHS[3])["action"]
     np.testing.assert_array_equal(index.columns["action"][-LENGTHS[3] :], expected)
     np.testing.assert_array_equal(index.read_pixels(index.steps - 1, WRIST), pictures(3, LENGTHS[3], 1)[-1])
+
+
+@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([HEIGHT, WIDTH, 3], None),
+        ([3, HEIGHT, WIDTH], None),
+        ([WIDTH, HEIGHT, 3], ["width", "height", "channels"]),
+        (None, None),
+    ],
+)
+def test_however_the_size_of_pictures_is_told_it_is_theirs(
+    lerobot: Path, version: str, shape: list[int] | None, names: list[str] | None
+) -> None:
+    of = {"dtype": "video", "shape": shape, "names": names}
+    change_info(lerobot, features=features(MIXED) | {FRONT: of})
+    index = open_index(lerobot, "train")
+    assert index.episodes == 4
+    assert index.schema.steps[FRONT].shape == ((HEIGHT, WIDTH, 3) if shape else ())
+    assert index.read_pixels(0, FRONT).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_a_video_that_was_trimmed(tmp_path: Path) -> None:

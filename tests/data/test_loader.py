@@ -73,6 +73,11 @@ def test_resuming_anywhere_on_any_hosts_is_exact(
     assert loaders[0].position == start + 16
 
 
+def test_a_batch_may_be_one_sample(load: Any) -> None:
+    whole, single = rows([next(load())]), load(batch_size=1, start=3)
+    assert rows([next(single) for _ in range(3)]) == whole[3:6]
+
+
 def test_workers_give_what_threads_give(load: Any, tokenizer: TextTokenizer, everything: dict[str, Any]) -> None:
     """Two processes, from the middle of the run, with action tokens and what these could not write."""
     narrow = fit_fast([np.zeros((4, 6, 3), np.int64)], scale=5.0, vocab_size=100, span=(-3, 3))

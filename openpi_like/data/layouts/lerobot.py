@@ -14,7 +14,7 @@ from openpi_like.data.layouts.lerobot_meta import meta_files, read_episodes, rea
 from openpi_like.data.layouts.lerobot_storage import LeRobotStorage
 from openpi_like.data.schema import DatasetError, Schema, Split
 
-_READER = 2  # an index that an older reader has built, which took more for whole, is built again
+_READER = 3  # an index that an older reader has built, which took more for whole, is built again
 
 _log = logging.getLogger(__name__)
 

@@ -163,6 +163,8 @@ def feature(key: str, of: dict[str, Any]) -> Feature:
         names = flat_names(of.get("names"))
         if len(shape) == 3 and (names[:1] in (["channel"], ["channels"]) or (shape[0] in (1, 3) and shape[2] > 4)):
             shape = (*shape[1:], shape[0])
+        elif len(shape) == 3 and names[:2] == ["width", "height"]:
+            shape = (shape[1], shape[0], shape[2])
         told = [of, *(of[name] for name in ("info", "video_info") if isinstance(of.get(name), dict))]  # v2.0: the last
         depth = any(t.get("video.is_depth_map") or t.get("is_depth_map") for t in told)
         return Feature(key, "other" if depth else "image", "depth map" if depth else "uint8", shape, dtype)

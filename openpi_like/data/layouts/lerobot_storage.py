@@ -20,7 +20,7 @@ from openpi_like.data.files import Location, Ranges
 from openpi_like.data.images import Target
 from openpi_like.data.index_build import digest
 from openpi_like.data.index_columns import IndexColumn, file_name, index_columns
-from openpi_like.data.layouts.lerobot_info import file_stats, join, read_info, read_splits
+from openpi_like.data.layouts.lerobot_info import INFO, file_stats, join, read_info, read_splits
 from openpi_like.data.layouts.lerobot_meta import TEXTS, Episodes, open_parquet, read_episodes
 from openpi_like.data.layouts.parquet_pages import Page, find_values, read_page
 from openpi_like.data.layouts.video import (
@@ -33,12 +33,13 @@ from openpi_like.data.layouts.video import (
     VideoTable,
     read_packets,
 )
-from openpi_like.data.schema import DatasetError, MissingPackageError, Shard, Split
+from openpi_like.data.schema import DatasetError, Feature, MissingPackageError, Shard, Split
 from openpi_like.data.storage import EncodedPictures, Pictures, Place, RecordError, Rows, StoredEpisode, pack, unpack
 
 CACHE_BYTES = 64 << 20  # pages of pictures that were decompressed last
 PAGE_BYTES = 2 << 20  # what writers make a page of pictures: a megabyte and the picture that ends it
 _CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "BROTLI", "ZSTD", "LZ4")
+_CHANNELS = ((1,), (3,), (4,))  # what a shape ends with that is (H, W, C)
 _NEAR = 0.25  # of the time between two steps: a frame or step further away than this is not that step's
 _RATE = 0.02  # part by which the time of a whole episode may differ from what its rate says
 _FEW = 5  # steps that, evenly apart, have a rate of their own
@@ -187,7 +188,7 @@ class _Table:
                 if field.folder != "image":
                     values[field.column] = self._rows(table, field)
                 elif field.feature.encoding == "video":
-                    values[field.column] = self._frames(key, i, seconds)
+                    values[field.column] = self._frames(field.feature, i, seconds)
                 else:
                     places = self._places[key]
                     if isinstance(places, RecordError):
@@ -221,8 +222,9 @@ class _Table:
             return found
         return _values(table[key], field.dtype, field.shape)
 
-    def _frames(self, key: str, i: int, seconds: np.ndarray) -> np.ndarray:
+    def _frames(self, feature: Feature, i: int, seconds: np.ndarray) -> np.ndarray:
         """Returns (T, 2), the address and the length of the frame of each step of an episode."""
+        key = feature.key
         video = int(self._meta.video[key][i])
         name = self._meta.videos[key][video]
         packets = _packets(self._directory, name, self._shard.part.parent)
@@ -231,6 +233,12 @@ class _Table:
         at, far = packets.at(shown)
         near = _NEAR / self._rate
         problems = []
+        if feature.shape[2:] in _CHANNELS and packets.size != feature.shape[:2]:
+            got, expected = (f"{height} x {width}" for height, width in (packets.size, feature.shape[:2]))
+            problems.append(
+                f"{name} has pictures of {got} pixels, {INFO} says {expected}; copy the video again, or put shape "
+                "right there if all of this camera's are so"
+            )
         # Not `far > near`: that is false for NaN.
         if (missing := ~(far <= near)).any():
             first = int(np.argmax(missing))
@@ -338,7 +346,7 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _packets_file(parts: Path, name: str, stat: files.Stat) -> Path:
-    return parts / f"video-{digest([name, stat.size, stat.stamp])}.npz"
+    return parts / f"packets-{digest([name, stat.size, stat.stamp])}.npz"
 
 
 def _packets(directory: Location, name: str, parts: Path) -> Packets:
@@ -353,14 +361,16 @@ def _packets(directory: Location, name: str, parts: Path) -> Packets:
         except RecordError as e:
             raise RecordError(f"{name}: {e}", resumable=True) from e
         codec = np.array(json.dumps(dataclasses.astuple(found.codec)))
-        _save(path, {"rows": found.rows, "seconds": found.seconds, "codec": codec})
+        _save(path, {"rows": found.rows, "seconds": found.seconds, "codec": codec, "size": np.array(found.size)})
     return _load_packets(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)  # several episodes are in one video
 def _load_packets(path: Path, _: int) -> Packets:
     with np.load(path) as arrays:
-        return Packets(arrays["rows"], arrays["seconds"], Codec(*json.loads(str(arrays["codec"]))))
+        height, width = arrays["size"].tolist()
+        codec = Codec(*json.loads(str(arrays["codec"])))
+        return Packets(arrays["rows"], arrays["seconds"], codec, (height, width))
 
 
 def _kept_packets(parts: Path, name: str, stats: Mapping[str, files.Stat]) -> Packets | None:

@@ -54,11 +54,13 @@ class Packets:
     rows: (M, 4) int64: byte in the file, length, time stamp in units of the video, and the packet from which decoding
         must begin, itself for a key frame. seconds: (M,), when each frame is shown; NaN for one that the file's edit
         list hides, as where a video was trimmed without encoding it again.
+    size: height and width of the pictures, in pixels, as the file says it.
     """
 
     rows: Int64[np.ndarray, "M 4"]
     seconds: Float64[np.ndarray, "M"]
     codec: Codec
+    size: tuple[int, int]
 
     def at(self, seconds: Float[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         """Returns for each time (n,) the packet whose frame is nearest, and how far away that is, in seconds."""
@@ -92,6 +94,7 @@ def read_packets(location: Location) -> Packets:
                 raise RecordError("it is no video, cut or damaged: it has no frames; copy it again", resumable=True)
             stream = container.streams.video[0]
             codec = _codec(package, stream)
+            shown = stream.codec_context.height, stream.codec_context.width
             found = [(p.pos, p.size, p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
             base = float(stream.time_base)
             announced = stream.frames
@@ -117,7 +120,7 @@ def read_packets(location: Location) -> Packets:
     while (early := (rows[:, 2] < rows[first, 2]) & (first > 0)).any():
         first[early] = key[np.searchsorted(key, first[early]) - 1]
     rows[:, 3] = first
-    return Packets(rows, np.where(hidden, np.nan, rows[:, 2] * base), codec)
+    return Packets(rows, np.where(hidden, np.nan, rows[:, 2] * base), codec, shown)
 
 
 def _codec(package: Any, stream: Any) -> Codec:

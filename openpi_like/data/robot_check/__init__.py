@@ -10,6 +10,7 @@ from openpi_like.data.robot_check.findings import Check, Curves, Finding, Pictur
 from openpi_like.data.robot_check.grippers import Grippers
 from openpi_like.data.robot_check.language import Language
 from openpi_like.data.robot_check.limits import LimitsKept
+from openpi_like.data.robot_check.normalized import Normalized
 from openpi_like.data.robot_check.rates import Rates
 from openpi_like.data.robot_check.replay import Replay
 from openpi_like.data.robot_check.robot_sample import RobotSample
@@ -22,6 +23,7 @@ __all__ = ["CHECKS", "Check", "Curves", "Finding", "Picture", "RobotSample", "ch
 
 CHECKS: tuple[Check, ...] = (
     Values(),
+    Normalized(),
     Rates(),
     Units(),
     LimitsKept(),
@@ -39,6 +41,7 @@ def check_robot(sample: RobotSample, checks: tuple[Check, ...] = CHECKS) -> dict
     """Returns what each check finds, by its name, in order.
 
     Raises:
-        DatasetError: an image cannot be read or decoded, or does not have the size that the robot says.
+        DatasetError: an image cannot be read or decoded, or does not have the size that the robot says; or there is no
+            step that a robot normalised by quantiles could be trained on.
     """
     return {check.name: check.findings(sample) for check in checks}

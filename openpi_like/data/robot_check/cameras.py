@@ -111,7 +111,9 @@ def _light(
     elif found[0].level == "found" and deviation < _FLAT:
         message = f"it shows one colour: standard deviation {deviation:.1f} of 255"
         found.append(Finding("suspect", camera.name, message, "is it covered? leave it out"))
-    return found + Finding.of_trap(traps.swapped_channels(camera.key, images), camera.name)
+    advice = 'look at the pictures: if skin and wood are blue, leave out channel_order="bgr" of this camera'
+    swapped = traps.swapped_channels(camera.key, images)
+    return found + Finding.of_trap(swapped, camera.name, advice if camera.channel_order == "bgr" else "")
 
 
 def _frozen(sample: RobotSample, camera: Camera) -> list[Finding]:

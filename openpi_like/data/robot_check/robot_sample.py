@@ -74,11 +74,7 @@ class RobotSample:
                 "beside the state; look at its plans with data/show.py"
             )
         part = range(index.steps)
-        # A wrong rate is a finding of `Rate`, which says more than an error here would.
-        described = index.split.rate
-        hz = robot.control_hz if described is None else described / robot.stride
-        at_its_rate = dataclasses.replace(robot, control_hz=hz)
-        check_dataset(index, at_its_rate, part, Selection(skip_not_finite=True), max_corrupt_fraction)
+        check_dataset(index, at_its_rate(robot, index), part, Selection(skip_not_finite=True), max_corrupt_fraction)
         bad = not_finite(index, part, [*robot.state, *robot.action])
         sample = Sample.take(index, most)
         known = _rate(sample, robot, rate)
@@ -143,6 +139,15 @@ class RobotSample:
         named = [s for s in self.robot.state if s.name in (field.relative_to, field.name)]
         alike = [s for s in named or self.robot.state if _comparable(field, s)]
         return alike[0] if len(alike) == 1 or (named and alike) else None
+
+
+def at_its_rate(robot: Robot, index: FrameIndex) -> Robot:
+    """Returns the robot at the rate that the dataset says, if it says one.
+
+    A wrong rate is a finding of `Rates`, which says more than the error that a dataset would raise.
+    """
+    described = index.split.rate
+    return robot if described is None else dataclasses.replace(robot, control_hz=described / robot.stride)
 
 
 def _comparable(action: ActionField, state: StateField) -> bool:

@@ -12,6 +12,9 @@ from openpi_like.data.step_values import describe_not_finite
 
 _SYMMETRIC = 0.01  # of the range: ends that differ by less in size are those of a cut
 _CUT = 0.05  # of the steps at an end and at its opposite: chance puts a step or two there
+_NAMED = 0.01  # of the steps at an end: fewer are not worth a line
+_STUCK = 0.05  # of the steps at an end of a position in the midst of episodes: in many, real ones have none
+_VISITS = 5  # of an end in the midst of episodes: the turning point of a single one is not cut
 _DISTINCT = 20  # values: fewer are levels, not a range
 
 
@@ -45,9 +48,16 @@ class Values:
                 if field.gripper is None and field.rotation is None:
                     found += Finding.of_trap(traps.outliers(field.key, x, bounds(x)), about)
                 found += _constant(about, x)
+        for state in robot.state:
+            if state.gripper is None:
+                found += _stuck(f"state {state.name}", sample.states[state.name], sample)
         for field in robot.action:
             if field.name in sample.commands and field.gripper is None:
-                found += _cut(f"action {field.name}", sample.commands[field.name], field.command, field.unit)
+                about, x = f"action {field.name}", sample.commands[field.name]
+                if field.command == "absolute":
+                    found += _stuck(about, x, sample)
+                else:
+                    found += _cut(about, x, field.unit)
         return found
 
 
@@ -56,25 +66,59 @@ def _constant(about: str, x: np.ndarray) -> list[Finding]:
     return [] if trap is None else [Finding("found", about, f"constant: {trap.found}", trap.advice)]
 
 
-def _cut(about: str, x: np.ndarray, command: str, unit: str) -> list[Finding]:
-    """Commands at both ends of a range around 0: of changes and rates, whose ends are those of a controller or a cut.
-
-    Targets rest at the ends of a movement, so theirs say nothing.
-    """
-    if command == "absolute":
-        return []
+def _at_ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which values (n, D) are at the least and which at the greatest of their dim; of levels, none."""
     low, high = bounds(x)
-    span = high - low
-    tolerance = 1e-4 * span
-    share = np.minimum((x <= low + tolerance).mean(axis=0), (x >= high - tolerance).mean(axis=0))
-    distinct = np.array([len(np.unique(column)) for column in x.T])
-    cut = (share >= _CUT / 2) & (np.abs(low + high) <= _SYMMETRIC * span) & (distinct >= _DISTINCT)
+    tolerance = 1e-4 * (high - low)
+    ranges = np.array([len(np.unique(column)) >= _DISTINCT for column in x.T])
+    return (x <= low + tolerance) & ranges, (x >= high - tolerance) & ranges
+
+
+def _stuck(about: str, x: np.ndarray, sample: RobotSample) -> list[Finding]:
+    """Positions, and targets, at the very end of their range, again and again.
+
+    Episodes begin and end at rest, which may be at an end of the range, so what is at one from the first step on or to
+    the last is not suspected.
+    """
+    at_low, at_high = _at_ends(x)
+    at = at_low | at_high
+    midst = at.copy()
+    for e in range(len(sample.lengths)):
+        part = at[sample.episode(e)]
+        rests = np.logical_and.accumulate(part) | np.logical_and.accumulate(part[::-1])[::-1]
+        midst[sample.episode(e)] &= ~rests
+    share, stuck = at.mean(axis=0), midst.mean(axis=0)
+    visits = (midst[1:] & ~midst[:-1]).sum(axis=0)
+    low, high = bounds(x)
+    shown = ", ".join(
+        f"[{d}] {share[d]:.1%} at {low[d]:.4g} or {high[d]:.4g}, {stuck[d]:.1%} in the midst of an episode"
+        for d in np.flatnonzero(share >= _NAMED)
+    )
+    if not shown:
+        return []
+    if not ((stuck >= _STUCK) & (visits >= _VISITS)).any():
+        return [Finding("found", about, f"at an end of the range: {shown}")]
+    return [
+        Finding(
+            "suspect",
+            about,
+            f"saturated: {shown}",
+            "a sensor, a calibration or a controller cuts it there: record what lies beyond, or declare the ends as "
+            "limits",
+        )
+    ]
+
+
+def _cut(about: str, x: np.ndarray, unit: str) -> list[Finding]:
+    """Changes and rates at both ends of a range around 0, which are those of a controller or a cut."""
+    at_low, at_high = _at_ends(x)
+    low, high = bounds(x)
+    share = np.minimum(at_low.mean(axis=0), at_high.mean(axis=0))
+    cut = (share >= _CUT / 2) & (np.abs(low + high) <= _SYMMETRIC * (high - low))
     if not cut.any():
         return []
     shown = ", ".join(
-        f"[{d}] {((x[:, d] <= low[d] + tolerance[d]) | (x[:, d] >= high[d] - tolerance[d])).mean():.0%} at "
-        f"{low[d]:.4g} or {high[d]:.4g}"
-        for d in np.flatnonzero(cut)
+        f"[{d}] {(at_low | at_high)[:, d].mean():.0%} at {low[d]:.4g} or {high[d]:.4g}" for d in np.flatnonzero(cut)
     )
     if unit == "1":  # a fraction of what a controller does at most, which is its own business
         return [Finding("found", about, f"at an end of the range: {shown}")]

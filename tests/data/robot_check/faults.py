@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from openpi_like.data.index import FrameIndex
 from openpi_like.data.robot_check import CHECKS, Finding, RobotSample, check_robot
@@ -30,6 +31,12 @@ def with_columns(index: FrameIndex, **columns: np.ndarray) -> FrameIndex:
     """The index with other numbers; `observation__state` is the field observation/state."""
     changed = {k.replace("__", "/"): v for k, v in columns.items()}
     return dataclasses.replace(index, columns={**index.columns, **changed})
+
+
+def with_quaternion(index: FrameIndex, length: float) -> FrameIndex:
+    """The index with the turn of its arm as a quaternion (x, y, z, w) of that length, in `observation/quaternion`."""
+    turn = Rotation.from_euler("xyz", index.columns["observation/state"][:, 3:6])
+    return with_columns(index, observation__quaternion=(length * turn.as_quat()).astype(np.float32))
 
 
 def scaled(index: FrameIndex, key: str, dims: slice, factor: float) -> FrameIndex:

@@ -116,6 +116,28 @@ def test_sizes_that_are_not_those_of_the_robot(arm_index: FrameIndex) -> None:
         look(arm_index, Camera("base", "observation/base", 48, 64))
 
 
+@pytest.mark.parametrize(
+    ("told", "advice"), [("rgb", 'set channel_order="bgr"'), ("bgr", 'leave out channel_order="bgr"')]
+)
+def test_the_swapped_channels_of_bridge(
+    bridge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, advice: str
+) -> None:
+    """In the data of a robot that says nothing of it, and by a robot that says it of data that are right."""
+    index = open_index(bridge, "train", index_dir=tmp_path)
+    sample = RobotSample.take(index, dataclasses.replace(WIDOWX, cameras=WIDOWX.cameras[:1]))
+    assert suspicions(Cameras().findings(sample)) == []
+    if told == "rgb":
+        original = FrameIndex.read_for
+        monkeypatch.setattr(FrameIndex, "read_for", lambda self, i, key, _, *more: original(self, i, key, "bgr", *more))
+    camera = dataclasses.replace(WIDOWX.cameras[0], channel_order=told)
+    robot = dataclasses.replace(sample.robot, cameras=(camera,))
+    (found,) = suspicions(Cameras().findings(dataclasses.replace(sample, robot=robot)))
+    assert re.match(
+        rf"{camera.name}: swapped channels: coloured pixels are more blue than red \(warmth -0\.\d\d", found
+    )
+    assert advice in found
+
+
 def test_the_absent_camera_of_bridge(bridge: Path, tmp_path: Path) -> None:
     index = open_index(bridge, "train", index_dir=tmp_path)
     robot = dataclasses.replace(WIDOWX, cameras=(*WIDOWX.cameras, Camera("wrist", "observation/image_3")))

@@ -11,13 +11,23 @@ import pytest
 from openpi_like.data.dataset_check import check_dataset
 from openpi_like.data.index import FrameIndex, Texts, open_index
 from openpi_like.data.robot_check import CHECKS, RobotSample, check_robot
+from openpi_like.data.robot_check.normalized import Normalized
 from openpi_like.data.robot_check.rates import Rates
+from openpi_like.data.robot_check.values import Values
 from openpi_like.data.schema import DatasetError
 from openpi_like.data.selection import Selection
 from openpi_like.robots import Gripper, Limits, Robot
 from openpi_like.robots.widowx import WIDOWX
 from tests.data.robot_check.arm import ARM, EPISODES, STEPS
-from tests.data.robot_check.faults import inverted, late, scaled, suspected, with_columns, with_field
+from tests.data.robot_check.faults import (
+    inverted,
+    late,
+    scaled,
+    suspected,
+    with_columns,
+    with_field,
+    with_quaternion,
+)
 
 DEGREES = 180 / np.pi
 Fault = Callable[[FrameIndex], tuple[FrameIndex, Robot]]
@@ -44,6 +54,25 @@ def cut(x: np.ndarray) -> None:
     x[:, :3] = np.clip(x[:, :3], -0.01, 0.01)
 
 
+def saturated(joints: slice) -> Callable[[np.ndarray], None]:
+    def change(x: np.ndarray) -> None:
+        x[:, joints] = np.clip(x[:, joints], -0.4, 0.4)
+
+    return change
+
+
+def negated(*dims: int) -> Callable[[np.ndarray], None]:
+    def change(x: np.ndarray) -> None:
+        x[:, dims] *= -1
+
+    return change
+
+
+def jerked(x: np.ndarray) -> None:
+    """Four turns of 100 degrees in a step among those of a few."""
+    x[[77, 171, 234, 390], 3] = 1.75
+
+
 def outlier(x: np.ndarray) -> None:
     x[77, 7] = 40.0
 
@@ -67,6 +96,10 @@ def flipped(x: np.ndarray) -> None:
 S, A = "state", "action"
 FREE = with_field(with_field(ARM, S, "joints", limits=None), A, "joints", limits=None)
 MM = Gripper(open=80.0, closed=0.0)
+QUANTILES = dataclasses.replace(ARM, normalization="quantile")
+QUATERNION = with_field(
+    ARM, S, "turn", key="observation/quaternion", start=0, size=4, unit="1", rotation="quaternion_xyzw"
+)
 ROLLS = with_field(ARM, S, "turn", model_rotation=None)
 # name: (what is wrong, check, about, part of what to do)
 FAULTS: dict[str, tuple[Fault, str, str, str]] = {
@@ -169,6 +202,24 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         "the limits are too narrow",
     ),
     "cut": (in_data(stored(A, cut)), "Values", "action hand", "before they are cut"),
+    "targets saturated": (in_data(stored(A, saturated(slice(6, 8)))), "Values", "action joints", "a calibration"),
+    "states saturated": (
+        in_data(stored("observation/state", saturated(slice(6, 8)))),
+        "Values",
+        "state joints",
+        "record what lies beyond",
+    ),
+    "far beyond quantiles": (in_data(stored(A, jerked), QUANTILES), "Normalization", "action turn", "keep_ranges"),
+    "an axis negated": (in_data(stored(A, negated(1))), "Replay", "action hand", "another sign"),
+    "a joint negated": (in_data(stored(A, negated(8))), "Replay", "action joints", "another sign"),
+    "a turn negated": (in_data(stored(A, negated(5))), "Replay", "action turn", "another sign"),
+    "steps too large": (in_data(lambda i: scaled(i, A, slice(0, 3), 2.5)), "Replay", "action hand", "does not lead"),
+    "no quaternion": (
+        in_data(lambda i: with_quaternion(i, 1.1), QUATERNION),
+        "Rotations",
+        "state turn",
+        "these are probably other numbers",
+    ),
     "outlier": (in_data(stored(A, outlier), FREE), "Values", "action joints", "normalise by quantiles"),
 }
 # What a fault shows elsewhere too: a unit that is wrong in a state is wrong beside its command.
@@ -265,6 +316,13 @@ def test_what_the_data_do_not_have_is_refused_at_once(arm_index: FrameIndex) -> 
         RobotSample.take(arm_index, robot)
 
 
+def test_quaternions_of_unit_length_are_not_suspected(arm_index: FrameIndex) -> None:
+    for length in (1.0, 1.019, -0.981):
+        assert suspected(with_quaternion(arm_index, length), QUATERNION) == []
+    (norm,) = suspected(with_quaternion(arm_index, 1.03), QUATERNION)
+    assert norm[1].message == "100% of these are not of length 1 (1.03 to 1.03), as quaternion_xyzw"
+
+
 def test_instructions(arm_index: FrameIndex) -> None:
     def told(*table: str) -> list[str]:
         ids = np.repeat(np.arange(EPISODES) % len(table), STEPS)
@@ -303,6 +361,46 @@ def test_constants_and_short_episodes_break_nothing(arm_index: FrameIndex) -> No
     assert [f for fs in check_robot(few).values() for f in fs if f.level != "found"] == []
 
 
+def test_values_at_the_ends_are_counted(arm_index: FrameIndex) -> None:
+    """In the midst of episodes they are suspected; where episodes begin and end there, at rest, they are not."""
+
+    def said(change: Callable[[np.ndarray], None]) -> list[tuple[str, str]]:
+        index = stored("observation/state", change)(arm_index)
+        found = Values().findings(RobotSample.take(index, ARM))
+        return [(f.level, f.message) for f in found if f.about == "state joints"]
+
+    def rest(x: np.ndarray) -> None:
+        x.reshape(EPISODES, STEPS, -1)[:, [0, 1, 2, 3, -2, -1], 8] = 2.5
+
+    assert said(lambda x: None) == []
+    assert said(rest) == [
+        ("found", "at an end of the range: [2] 15.2% at -1.076 or 2.5, 0.0% in the midst of an episode")
+    ]
+    at = np.abs(arm_index.columns["observation/state"][:, 6].reshape(EPISODES, STEPS)) >= 0.4
+    resting = [np.logical_and.accumulate(a, axis=1) for a in (at, at[:, ::-1])]
+    midst = at & ~resting[0] & ~resting[1][:, ::-1]
+    ((level, message),) = said(saturated(slice(6, 7)))
+    assert 0.1 < midst.mean() < at.mean() < 0.6
+    counted = f"{at.mean():.1%} at -0.4 or 0.4, {midst.mean():.1%} in the midst of an episode"
+    assert (level, message) == ("suspect", f"saturated: [0] {counted}")
+
+
+def test_values_beyond_the_quantiles_are_counted(arm_index: FrameIndex) -> None:
+    found = {f.about: f.message for f in Normalized().findings(RobotSample.take(arm_index, QUANTILES))}
+    x = arm_index.columns["observation/state"][:, :3].astype(np.float64)
+    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
+    outside = ((x < q01) | (x > q99)).mean(axis=0)
+    farthest = np.abs((x - q01) / (q99 - q01 + 1e-6) * 2 - 1).max(axis=0)
+    shown = ", ".join(f"hand_{d} [m] {outside[d]:.1%}, the farthest {farthest[d]:.3g}" for d in range(3))
+    assert found["state hand"] == f"beyond the quantiles, which become -1 and 1: {shown}"
+    assert found["action gripper"].endswith("gripper_0 [1] 0.0%, the farthest 1")
+    (other,) = Normalized().findings(RobotSample.take(arm_index, ARM))
+    assert (other.level, other.message) == (
+        "found",
+        "by mean and standard deviation, so there are no ends to be beyond",
+    )
+
+
 def test_derived_commands_are_not_compared_with_themselves(arm_index: FrameIndex) -> None:
     robot = with_field(ARM, A, "hand", key="observation/state", next_step="change")
     robot = with_field(robot, A, "joints", key="observation/state", next_step="value")
@@ -321,8 +419,9 @@ def bridge_index(bridge: Path, tmp_path_factory: pytest.TempPathFactory) -> Fram
 
 def test_bridge_is_as_described_and_its_faults_are_found(bridge_index: FrameIndex) -> None:
     """25 episodes of 10 steps of a real arm are enough."""
-    found = check_robot(RobotSample.take(bridge_index, WIDOWX))
-    assert [f for findings in found.values() for f in findings if f.level != "found"] == []
+    for described in (WIDOWX, dataclasses.replace(WIDOWX, normalization="quantile")):
+        found = check_robot(RobotSample.take(bridge_index, described))
+        assert [f for findings in found.values() for f in findings if f.level != "found"] == []
     for index, robot, check, about in (
         (bridge_index, inverted(WIDOWX, A), "Grippers", "action gripper"),
         (bridge_index, inverted(WIDOWX, S), "Grippers", "action gripper"),
