@@ -31,9 +31,9 @@ class StuckError(Exception):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What answers a batch: `openpi_like.serve.policy.Policy`. sizes: of batches, the last is the largest."""
+    """What answers a batch: `openpi_like.serve.policy.Policy`. most: requests of one."""
 
-    sizes: tuple[int, ...]
+    most: int
 
     def sample(self, requests: Sequence[Any]) -> Sequence[Any | Exception]:
         """Returns an answer, or an error, for each request."""
@@ -189,7 +189,7 @@ class Batcher:
         """Waits for more jobs where `wait_s` allows it. With the lock held, which it gives away meanwhile."""
         sampler, lane = next(iter(self._lanes.values()))
         until = lane.oldest() + self._wait_s
-        while not self._closing and len(lane) < sampler.sizes[-1]:
+        while not self._closing and len(lane) < sampler.most:
             left = until - time.monotonic()
             if left <= 0 or not self._changed.wait(left):
                 return
@@ -198,7 +198,7 @@ class Batcher:
         """Returns a batch of the sampler whose turn it is, and jobs that are late or of clients that are gone."""
         now, jobs, dropped = time.monotonic(), list[Job](), list[Job]()
         key, (sampler, lane) = self._lanes.popitem(last=False)
-        while lane.sessions and len(jobs) < sampler.sizes[-1]:
+        while lane.sessions and len(jobs) < sampler.most:
             job = lane.take()
             late = job.due is not None and now > job.due
             (dropped if late or not job.alive() else jobs).append(job)

@@ -20,6 +20,7 @@ from openpi_like.models.chunking import Previous, previous_row
 from openpi_like.models.fingerprint import fingerprint
 from openpi_like.models.sampling import for_sampling
 from openpi_like.robots import Robot
+from openpi_like.serve.batch_sizes import largest_that_pays, least_seconds
 from openpi_like.serve.observation import ObservationError, check_entities, check_observation, check_previous, robot_of
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.protocol import PROTOCOL
@@ -178,6 +179,7 @@ class Policy:
         seen = parts.model.config.cameras  # others were left out of training with drop_cameras
         self._cameras = {name: {c.name: c for c in r.cameras if c.name in seen} for name, r in self.robots.items()}
         self.sizes, self.ranges, self.think_every = o.sizes, o.ranges, o.think_every
+        self.most = self.sizes[-1]
         self._ranges = {name: RobotRanges(r, parts.normalizations[name], o.ranges) for name, r in self.robots.items()}
         # Once, instead of in every request; the weights this replaces are not kept.
         self._parts = dataclasses.replace(parts, model=for_sampling(parts.model, quantize=o.quantize))
@@ -263,7 +265,7 @@ class Policy:
         return {"protocol": PROTOCOL, "package": package, **contract, **chunking, "robots": robots}
 
     def warm_up(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Compiles, by sampling once in every batch size, before the first request.
+        """Compiles, by sampling once in every batch size, before the first request, and measures how large ones pay.
 
         What computes attention fastest is measured before; say: is called with the choices.
         """
@@ -281,8 +283,17 @@ class Policy:
         self._function.attention = {choice.sizes: choice.name for choice in choices}
         for choice in choices:
             say(str(choice))
-        for n, call in calls:
-            jax.block_until_ready(self._function.compiled(n)(*call))
+        runs = [functools.partial(self._run, n, call) for n, call in calls]
+        for run in runs:
+            run()
+        seconds = {n: least_seconds(run) for n, run in zip(self.sizes, runs, strict=False)}
+        self.most = largest_that_pays(seconds)
+        if self.most < self.sizes[-1]:
+            told = " and ".join(f"{n} take {1e3 * seconds[n]:.1f} ms" for n in (self.most, self.sizes[-1]))
+            say(f"batches of at most {self.most}: {told}")
+
+    def _run(self, size: int, call: Sequence[Any]) -> None:
+        jax.block_until_ready(self._function.compiled(size)(*call))
 
     def _in_the_middle(self, robot: Robot) -> Request:
         cameras = self._cameras[robot.name].values()

@@ -43,7 +43,7 @@ class Stub:
         self._infer, self._metadata = infer, {"robots": {"r": {}}} if metadata is None else metadata
         self.batches: list[int] = []
         self.noise: list[tuple[int | None, int]] = []
-        self.sizes, self.ranges = (max_batch,), Ranges()
+        self.most, self.ranges = max_batch, Ranges()
         self.thinks, self.think_every = False, 1
 
     def metadata(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from openpi_like.models.flow import draw_noise
 from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.robots import ActionField, Camera, Gripper, Robot, StateField
 from openpi_like.robots.limits import Limits
+from openpi_like.serve.batch_sizes import largest_that_pays
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.options import PolicyOptions
 from openpi_like.serve.policy import Policy
@@ -173,6 +174,19 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(batched, observa
             batched.sample(requests[:count])
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "most"),
+    [
+        ({1: 1.76, 2: 3.2, 4: 5.2, 8: 8.2, 16: 15.6}, 8),  # a tiny policy on a processor: 1.03 and 0.98 a request
+        ({1: 20.7, 2: 22.0, 4: 27.0, 8: 38.0, 16: 60.0}, 16),  # a device that one request does not fill
+        ({1: 10.0, 2: 20.5, 4: 41.0}, 1),
+        ({1: 10.0}, 1),
+    ],
+)
+def test_batches_are_no_larger_than_pays(milliseconds, most):
+    assert largest_that_pays(milliseconds) == most
+
+
 def test_devices_share_the_rows_of_a_batch(batched, tiny_policy, observation):
     """Each computes what one device alone would of its rows, bit for bit."""
     with jax.default_matmul_precision("highest"):
@@ -180,6 +194,7 @@ def test_devices_share_the_rows_of_a_batch(batched, tiny_policy, observation):
         shared = _policy(tiny_policy, max_batch=7, devices=4, model=model)
         shared.warm_up()
     assert shared.sizes == (1, 4, 8)
+    assert shared.most in shared.sizes  # as was measured here
     requests = _requests(batched, observation, 8)
     expected = [action for i in range(0, 8, 2) for action in _actions(batched, requests[i : i + 2])]
     np.testing.assert_array_equal(_actions(shared, requests), expected)
