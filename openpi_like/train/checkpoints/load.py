@@ -51,9 +51,11 @@ def _read_weights(step_dir: Path, model: ModelDef, *, average: bool, dtype: str 
                 is_leaf=lambda x: hasattr(x, "shape"),
             )
             weights = flatten(checkpointer.restore(item, target))
-        for name in model.memory - weights.keys():
-            memory = OrbaxArrays(step_dir / "params").read(name)
-            weights[name] = jax.device_put(memory.astype(dtype) if dtype and memory.shape else memory, device)
+        if beside := model.memory - weights.keys():
+            raw = OrbaxArrays(step_dir / "params")
+            for name in beside & raw.shapes.keys():
+                x = raw.read(name)
+                weights[name] = jax.device_put(x.astype(dtype) if dtype and x.shape else x, device)
         return unflatten(weights)
     except Exception as e:  # Orbax raises bare Exception for a damaged array
         first = str(e.__cause__ or e).split("\n")[0]
