@@ -5,7 +5,8 @@
 
 `/data/oxe` holds a directory per dataset, see `openpi_like.data.oxe.mixture`, and `data/aloha` episodes of the robot
 that the next stages are about. `weights/distilbert` holds distilbert-base-uncased, its safetensors and its tokenizer.
-The recipe is the published one (arXiv 2502.05855, table 1): 1e-4 throughout; its own hundred hours are not published.
+The recipe is the published one (arXiv 2502.05855, table 1): all is trained, 1e-4 throughout; its own hundred hours are
+not published.
 Each robot has maps of its own into the expert and out of it.
 """
 
@@ -22,7 +23,6 @@ from openpi_like.robots.aloha_stationary import ALOHA_STATIONARY
 from openpi_like.train.checkpoints.warm_start import WarmStart
 from openpi_like.train.config import TrainConfig
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.state import Trainable
 
 ROBOT = dataclasses.replace(ALOHA_STATIONARY, action_horizon=50, normalization="quantile")
 ENTRIES = (
@@ -51,7 +51,6 @@ config = TrainConfig(
     stats="stats",
     tokenizer="weights/distilbert",
     warm_start=WarmStart("weights/distilbert", reinitialize=("^(resnet_|map_|expert/)",)),
-    trainable=Trainable(frozen=("^text/",)),
     batch_size=96,
     steps=200_000,
     optimizer=OptimizerConfig(peak_lr=1e-4, end_lr=1e-4, warmup_steps=1_000, decay_steps=200_000, weight_decay=0.0),

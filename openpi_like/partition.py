@@ -295,7 +295,7 @@ def lookup(table_VD: Float[Array, "V D"], axes: Axes, ids_BS: Int[Array, "B S"])
         if spec[0] == "tensor":  # one of them has the row, the others have zeros
             mine = jax.lax.psum(mine, "tensor")
         there = (ids >= 0) & (ids < table_VD.shape[0])
-        return jnp.where(there[..., None], mine.swapaxes(0, 1).reshape(*ids.shape, -1), jnp.nan)
+        return jnp.where(there[..., None], mine.swapaxes(0, 1).reshape(*ids.shape, table_VD.shape[1]), jnp.nan)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec, batch), out_specs=PartitionSpec(*batch, None))
     return mapped(table_VD, ids_BS)

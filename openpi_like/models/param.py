@@ -49,7 +49,8 @@ def weight(
 def memory(shape: tuple[int, ...], axes: Axes) -> nnx.Param:
     """Returns what a policy keeps of what it has seen, and no gradient trains: zeros, float32, see `Model.remember`.
 
-    It is a weight in all else: it has a name, lies on the mesh, and is saved, averaged, loaded and served like one.
+    The optimiser does not know of it, and there is no average of it. It is a weight in all else: it has a name, lies on
+    the mesh, and is saved, loaded and served like one.
     """
     if len(shape) != len(axes):
         raise ValueError(f"memory of shape {shape}: got logical axes {axes}, expected {len(shape)} of them")

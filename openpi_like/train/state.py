@@ -70,8 +70,8 @@ def trained_names(
     memory: names of weights that are written, see `openpi_like.models.param.memory`; unless frozen, they are too.
 
     Raises:
-        ValueError: a pattern matches no weight, or an overlay; nothing is left, or nothing is held in `frozen_dtype`.
-            Lists all that is wrong.
+        ValueError: a pattern matches no weight, or an overlay; nothing but memory is left, or nothing is held in
+            `frozen_dtype`. Lists all that is wrong.
     """
     lora, frozen = trainable.lora, trainable.frozen
     also = () if lora is None else lora.also_train
@@ -94,7 +94,7 @@ def trained_names(
     ]
     if len(trained) == len(names) and trainable.frozen_dtype != "float32":
         problems.append(f"frozen_dtype={trainable.frozen_dtype!r}, but all weights are trained, which float32 is for")
-    if not trained:
+    if memory.issuperset(trained):
         problems.append(f"nothing is left to train: frozen={frozen} matches all weights")
     if problems:
         raise ValueError("what is to be trained:\n  " + "\n  ".join(problems))
@@ -107,8 +107,9 @@ def trained_names(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 (). params: nested dict of the float32 weights that are trained. frozen: nested dict of the others,
-    as they are held. ema: like params (None when off). opt_state: optax.
+    """step: int32 (). params: nested dict of the float32 weights that are trained, and of memory, which is written.
+    frozen: nested dict of the others, as they are held. ema: like params without memory (None when off). opt_state:
+    optax, of params without memory.
 
     The same structure also holds the shapes, or the shardings, of these leaves.
     """
@@ -121,13 +122,13 @@ class TrainState:
 
     def weights(self, *, average: bool = True) -> Params:
         """Returns all weights, nested: the averaged ones where an average is kept (and asked for), and the frozen."""
-        trained = self.ema if average and self.ema is not None else self.params
-        return join(trained, self.frozen)
+        averaged = self.ema if average and self.ema is not None else {}
+        return join(self.params, averaged, self.frozen)
 
 
-def join(params: Params, frozen: Params) -> Params:
-    """Returns trained and frozen weights as one nested dict."""
-    return unflatten({**flatten(params), **flatten(frozen)})
+def join(*weights: Params) -> Params:
+    """Returns nested dicts of weights as one; of a weight that is in several, the last is taken."""
+    return unflatten({name: x for of in weights for name, x in flatten(of).items()})
 
 
 class ModelDef:
@@ -148,6 +149,7 @@ class ModelDef:
         self.axes: Params = unflatten({name: metadata["axes"] for name, metadata in self._metadata.items()})
         self.memory = frozenset(name for name, metadata in self._metadata.items() if metadata.get("memory", False))
         self.trained = trained_names(sorted(self._metadata), trainable, memory=self.memory)
+        self.learned = self.trained - self.memory  # by gradients; memory is written
         self.maps = self._inner_maps()  # see `openpi_like.train.muon`
 
     def _create(self, key: jax.Array) -> nnx.Module:
@@ -267,7 +269,7 @@ class Trainer:
         params = unflatten({name: self.placement[name] for name in flatten(self.abstract.params)})
         frozen = unflatten({name: held(name, value) for name, value in flatten(self.abstract.frozen).items()})
         opt_state = shardings_like(self.placement, self.abstract.opt_state, self.mesh)
-        ema = None if self.abstract.ema is None else params
+        ema = None if self.abstract.ema is None else self._learned(params)
         return TrainState(step=everywhere, params=params, frozen=frozen, ema=ema, opt_state=opt_state)
 
     def hold(self, name: str, value: jax.Array) -> Any:
@@ -276,15 +278,20 @@ class Trainer:
         return jax.jit(lambda x: self.model.hold(name, x), out_shardings=flatten(of)[name])(value)
 
     def _with_weights(self, params: Params, frozen: Params) -> TrainState:
+        learned = self._learned(params)
         # A copy for the average: step donates the state, and a buffer cannot be donated twice.
-        ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, params)
-        opt_state = self.optimizer.init(params)
+        ema = None if self.ema_decay is None else jax.tree.map(jnp.copy, learned)
+        opt_state = self.optimizer.init(learned)
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, frozen=frozen, ema=ema, opt_state=opt_state)
 
     def _split(self, weights: Mapping[str, Any]) -> tuple[Params, Params]:
         """Returns flat weights as nested dicts of those that are trained and those that are not."""
         trained = {name: value for name, value in weights.items() if name in self.trained}
         return unflatten(trained), unflatten({k: v for k, v in weights.items() if k not in trained})
+
+    def _learned(self, params: Params) -> Params:
+        """Returns what of `TrainState.params` gradients move: all but memory."""
+        return unflatten({name: x for name, x in flatten(params).items() if name in self.model.learned})
 
     def _fresh(self, key: jax.Array) -> TrainState:
         weights = flatten(self.model.init(key))
@@ -341,9 +348,6 @@ class Trainer:
         if self.augment is not None:
             with jax.named_scope("augment"):
                 batch = augment_batch(of_images, batch, self.augment)
-        if self.model.memory:  # which a loss may read; the gradient of it is none
-            fixed = lambda name, x: jax.lax.stop_gradient(x) if name in self.model.memory else x  # noqa: E731
-            weights = unflatten({name: fixed(name, x) for name, x in flatten(weights).items()})
         return training_loss(self.model.bind(weights), of_loss, batch, counts=counts)
 
     def _key(self, name: str) -> jax.Array:
@@ -352,9 +356,9 @@ class Trainer:
     def _gradients(
         self, state: TrainState, batch: Batch, counts: dict[str, jax.Array] | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array], Params]:
-        """Returns the loss, per-sample metrics and the gradient."""
-        of = lambda params: self.losses(join(params, state.frozen), batch, counts)  # noqa: E731
-        (loss, per_sample), grads = jax.value_and_grad(of, has_aux=True)(state.params)
+        """Returns the loss, per-sample metrics and the gradient; of memory, which a loss may read, there is none."""
+        of = lambda learned: self.losses(join(state.params, learned, state.frozen), batch, counts)  # noqa: E731
+        (loss, per_sample), grads = jax.value_and_grad(of, has_aux=True)(self._learned(state.params))
         return loss, per_sample, grads
 
     def parts(self, batch: Batch) -> Batch:
@@ -377,18 +381,20 @@ class Trainer:
         # Each part's loss is a part of the whole batch's: a sum over its own samples, by what counts in all of them.
         counts = training_counts(self.model.bind(state.weights(average=False)), batch)
 
+        shardings = self._learned(self.shardings.params)
+
         def add(carry: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], dict[str, jax.Array]]:
             loss, per_sample, grads = self._gradients(state, part, counts)
             total = jax.tree.map(jnp.add, carry[1], grads)
-            return (carry[0] + loss, jax.lax.with_sharding_constraint(total, self.shardings.params)), per_sample
+            return (carry[0] + loss, jax.lax.with_sharding_constraint(total, shardings)), per_sample
 
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-        zero = jax.lax.with_sharding_constraint(zero, self.shardings.params)
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self._learned(state.params))
+        zero = jax.lax.with_sharding_constraint(zero, shardings)
         (loss, grads), every = jax.lax.scan(add, (jnp.float32(0), zero), self.parts(batch))
         return loss, self.whole(every), grads
 
-    def _remembered(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the memory after a batch, flat by name; of what is frozen, nothing.
+    def _remembered(self, state: TrainState, batch: Batch) -> Params:
+        """Returns what is written of the memory after a batch, nested; of what is frozen, nothing.
 
         Raises:
             ValueError: the policy writes what is no memory of it, or in another shape.
@@ -402,21 +408,19 @@ class Trainer:
         ]
         if wrong:
             raise ValueError(f"{type(self.model.config).__name__}.remember wrote what it has not: " + "; ".join(wrong))
-        # What is not written stays: weight decay would make it smaller.
-        return {name: written.get(name, x).astype(x.dtype) for name, x in have.items()}
+        return unflatten({name: x.astype(have[name].dtype) for name, x in written.items() if name in have})
 
-    def _updated(self, state: TrainState, grads: Params, written: dict[str, jax.Array]) -> TrainState:
+    def _updated(self, state: TrainState, grads: Params, written: Params) -> TrainState:
         with jax.named_scope("optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            learned = self._learned(state.params)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, learned)
+            learned = optax.apply_updates(learned, updates)
         ema = state.ema
         if ema is not None and self.ema_decay is not None:
             decay = self.ema_decay
             with jax.named_scope("ema"):
-                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
-        if written:  # whatever the optimiser made of it; and an average of memories is none
-            params = unflatten(flatten(params) | written)
-            ema = None if ema is None else unflatten(flatten(ema) | written)
+                ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, learned)
+        params = join(state.params, learned, written)
         return dataclasses.replace(state, params=params, ema=ema, opt_state=opt_state)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -251,6 +251,28 @@ def test_what_images_become_depends_on_nothing_else(config: M2VlaConfig, filled:
     assert np.abs(first.asked - second.asked).max() > 0.1
 
 
+def test_as_released_visual_tokens_begin_one_too_early(config: M2VlaConfig, filled: Any, tiny_batch: Any) -> None:
+    """With the first token of the text, and without the last patch of the last camera."""
+    both = config, dataclasses.replace(config, as_released=True)
+    plain, released = (filled(lambda config=config: config.create(KEY)) for config in both)
+    assert plain._visual_tokens().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # of two cameras, behind one token
+    assert released._visual_tokens().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    observation = config.observation(jax.tree.map(lambda x: jnp.asarray(x[::2]), tiny_batch))  # rows with both cameras
+    (mine, keys), (theirs, other) = plain.features(observation), released.features(observation)
+    np.testing.assert_array_equal(theirs.seen[:, :, 1:], mine.seen[:, :, :-1])
+    first = released.backbone.image_states(observation)[:, :, 0]
+    np.testing.assert_array_equal(theirs.seen[:, :, 0], first[1:])
+    np.testing.assert_array_equal(theirs.asked, mine.asked)
+    # Keys are of what is seen: before the first layer and behind the second.
+    said = np.concatenate([(first[i] - plain.backbone.image_states(observation)[i, :, 8]) / 8 for i in (0, 2)], axis=1)
+    np.testing.assert_allclose(other - keys, said, atol=1e-5)
+
+
+def test_memory_alone_is_nothing_to_train(config: M2VlaConfig) -> None:
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        ModelDef(config, Trainable(frozen=("^(?!skills/)",)))
+
+
 def test_released_sizes() -> None:
     """The head has 257.0 million weights with what the released code declares and never uses: keys and values of the
     memory, and a FiLM, in each block."""

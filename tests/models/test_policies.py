@@ -1,6 +1,7 @@
 """What the trainer, the validator and the server need of a policy, asked of each of them at tiny size."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from openpi_like.batch import EntityTokens
+from openpi_like.batch import ActionTokens, EntityTokens
+from openpi_like.data.fast import dct_coefficients, fit_fast
 from openpi_like.models.ddim import Ddim
+from openpi_like.models.dexvla import DexVlaConfig
 from openpi_like.models.dima import DimaConfig, DimaStudentConfig
 from openpi_like.models.entities import EntityProjectors
 from openpi_like.models.llama import LlamaConfig
@@ -21,8 +24,10 @@ from openpi_like.models.openvla import OpenVlaConfig
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
 from openpi_like.models.perceiving import held_out_losses, training_counts, training_loss
 from openpi_like.models.pi0 import Pi0Config
+from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.plan_text import Characters
 from openpi_like.models.prismatic import PrismaticConfig
+from openpi_like.models.scale_dp import ScaleDpConfig
 from openpi_like.models.scene_decoder import SceneDecoderConfig
 from openpi_like.models.scene_perception import PerceptionConfig
 from openpi_like.models.siglip import SiglipConfig
@@ -73,6 +78,16 @@ OWN: dict[str, tuple[Any, dict[str, Any]]] = {
         {"student": STUDENT, "teacher_width": 16, "entities": THINGS, "perception": PerceptionConfig(decoder=STUDENT)},
     ),
     "pi0_entities": (Pi0Config, {"entities": THINGS}),
+    "dexvla": (
+        DexVlaConfig,
+        {
+            "backbone": PRISMATIC,
+            "expert": ScaleDpConfig(width=16, depth=2, heads=2, combined=16),
+            "thought_len": 4,
+            "diffusion": Ddim(20, 4),
+        },
+    ),
+    "pi0_fast": (Pi0FastConfig, {"action_tokens": ActionTokens(max_len=20, count=120, skip=4)}),
 }
 
 
@@ -95,7 +110,26 @@ def samples(config: Any, tiny_batch: Any) -> Any:
     """`tiny_batch` with the policy's horizon."""
     A = config.action_horizon
     cut = {k: tiny_batch[k][:, :A] for k in ("actions", "action_mask")}
-    return jax.tree.map(jnp.asarray, tiny_batch | cut | things(config, len(tiny_batch["state"])))
+    more = things(config, len(tiny_batch["state"])) | written(config, tiny_batch)
+    return jax.tree.map(jnp.asarray, tiny_batch | cut | more)
+
+
+def written(config: Any, batch: Any) -> dict[str, Any]:
+    """Draws what is written behind the prompts, by policies that learn text: thoughts, or action tokens."""
+    T, (B, S) = config.answer_len, batch["prompt"].shape
+    if not T:
+        return {}
+    rng, at, asked = np.random.default_rng(6), np.arange(S + T), batch["prompt_mask"].sum(1)[:, None]
+    said = (at >= asked) & (at < asked + 1 + np.arange(B)[:, None] % T)
+    prompt = np.pad(batch["prompt"], ((0, 0), (0, T)))
+    text = {
+        "prompt": np.where(said, rng.integers(180, 290, said.shape), prompt).astype(np.int32),
+        "prompt_mask": (at < asked) | said,
+        "prompt_causal": said,
+        "prompt_loss": said,
+        "prompt_action": said,
+    }
+    return {name: x for name, x in text.items() if name in config.batch_shapes(B)}
 
 
 def things(config: Any, B: int) -> dict[str, Any]:
@@ -112,11 +146,22 @@ def things(config: Any, B: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def functions(model: Any) -> Any:
+def options(config: Any) -> dict[str, Any]:
+    """What sampling takes of tokenizers."""
+    text = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(required=lambda name: 1), action_indicator=lambda: [7, 9]
+    )
+    waves = np.sin(np.random.default_rng(0).uniform(0, 6, (200, 1, 4)) + np.linspace(0, 3, 4)[:, None])
+    fast = fit_fast([dct_coefficients(waves.astype(np.float32), 6.0)], scale=6.0, vocab_size=120)
+    return jax.tree.map(jnp.asarray, config.sampling_options(text, fast))
+
+
+@pytest.fixture(scope="module")
+def functions(model: Any, options: dict[str, Any]) -> Any:
     """The policy's calls, compiled once."""
     return (
         jax.jit(lambda batch, counts: training_loss(model, KEY, batch, counts=counts)),
-        jax.jit(lambda observation, mask: model.sample_actions(KEY, observation, action_mask=mask)),
+        jax.jit(lambda observation, mask: model.sample_actions(KEY, observation, action_mask=mask, **options)),
     )
 
 
@@ -174,10 +219,12 @@ def test_validation_and_comparison(config: Any, model: Any, samples: Any) -> Non
     assert np.isfinite(np.asarray(model.outputs(KEY, samples))).all()
 
 
-def test_packed_samples_the_same(config: Any, model: Any, samples: Any, functions: Any) -> None:
+def test_packed_samples_the_same(
+    config: Any, model: Any, samples: Any, functions: Any, options: dict[str, Any]
+) -> None:
     observation, mask = config.observation(samples), samples["action_mask"]
     packed = model.packed()
-    again = jax.jit(lambda o, m: packed.sample_actions(KEY, o, action_mask=m))(observation, mask)
+    again = jax.jit(lambda o, m: packed.sample_actions(KEY, o, action_mask=m, **options))(observation, mask)
     np.testing.assert_allclose(again, functions[1](observation, mask), atol=2e-5)
 
 

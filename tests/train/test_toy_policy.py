@@ -14,6 +14,7 @@ from openpi_like.draws import named_key
 from openpi_like.models.backbone import masked_means
 from openpi_like.models.param import Linear, memory
 from openpi_like.models.policy import Model, PolicyConfig
+from openpi_like.models.weights import flatten
 from openpi_like.partition import ShardingRules
 from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.client import PolicyClient
@@ -103,7 +104,7 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     batch = _batch(toy, tiny_batch)
 
     # It trains, and is validated.
-    trainer = _trainer(toy)
+    trainer = _trainer(toy, ema_decay=0.5)
     state, losses = trainer.init(), []
     placed = put_batch(batch, trainer.mesh)
     for _ in range(60):
@@ -129,7 +130,7 @@ def test_a_policy_of_ones_own(tmp_path: Any, policy: Any, contract_of: Any, tiny
     assert position == 480
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored.params), jax.device_get(state.params))
 
-    # It is served.
+    # It is served, with averaged weights, but for what it keeps.
     parts = load_policy_parts(tmp_path)
     np.testing.assert_allclose(parts.model.mean[...], batch["actions"].mean(0), atol=1e-5)
     served = Policy(parts)
@@ -182,16 +183,20 @@ class ReaderConfig(ToyConfig):
 
 
 def test_memory_that_is_not_written_stays(policy: Any, tiny_batch: Any) -> None:
-    """The optimiser would let it decay. Written in another type, it keeps its own."""
+    """The optimiser would let it decay: it has none of it, nor has the average. Written in another type, it keeps its
+    own."""
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(ToyConfig) if hasattr(policy, f.name)}
     trainer = _trainer(ReaderConfig(**fields), weight_decay=0.5, ema_decay=0.9)
     state = trainer.init()
     state.params["mean"] = state.params["mean"] + 2.0
     before = np.asarray(state.params["mean"])
     state, _ = trainer.train_step(state, put_batch(_batch(ReaderConfig(**fields), tiny_batch), trainer.mesh))
-    for kept in (state.params, state.ema):
+    for kept in (state.params, state.weights()):
         np.testing.assert_array_equal(kept["mean"], before)
         assert (float(kept["count"]), kept["count"].dtype) == (1.0, jnp.float32)
+    learned = flatten(trainer.model.shapes).keys() - {"mean", "count"}
+    adam = state.opt_state[1][0]
+    assert all(flatten(of).keys() == learned for of in (state.ema, adam.mu, adam.nu))
 
 
 class Wrong(Toy):

@@ -1,7 +1,8 @@
 """Checkpoints of a run: weights, optimiser and data position, and the contract; which of them are kept.
 
 Layout of a run (Orbax):
-    checkpoints/<step>/params/     float32 weights that are trained     ema/  their moving average, when kept
+    checkpoints/<step>/params/     float32 weights that are trained, and memory, which is written
+    checkpoints/<step>/ema/        moving average of those that are trained, when kept
     checkpoints/<step>/opt_state/  optax state                          contract/  one JSON object, see `Contract`
     checkpoints/<step>/metrics/    what it is ranked by, see `Keep`
     base/                          weights that are not trained, if any; see `openpi_like.train.checkpoints.base`

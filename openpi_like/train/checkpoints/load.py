@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from openpi_like.config import from_json, near_names
 from openpi_like.data.normalize import Normalization
 from openpi_like.data.text import TextTokenizer
+from openpi_like.models.arrays import OrbaxArrays
 from openpi_like.models.weights import WeightsError, flatten, plan_load, read_weights, unflatten
 from openpi_like.robots import Robot
 from openpi_like.train.checkpoints.checkpoint import Step, find_step
@@ -38,8 +39,8 @@ class PolicyParts:
     source: Path | None = None
 
 
-def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params:
-    """Reads the averaged weights, or the raw ones where no average was kept or `average` is False."""
+def _read_weights(step_dir: Path, model: ModelDef, *, average: bool, dtype: str | None) -> Params:
+    """Reads the averaged weights, or the raw ones where no average was kept, as of memory, or `average` is False."""
     item = step_dir / ("ema" if average and (step_dir / "ema").is_dir() else "params")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -49,7 +50,13 @@ def _read_weights(step_dir: Path, *, average: bool, dtype: str | None) -> Params
                 checkpointer.metadata(item).item_metadata.tree,
                 is_leaf=lambda x: hasattr(x, "shape"),
             )
-            return checkpointer.restore(item, target)
+            weights = flatten(checkpointer.restore(item, target))
+        if beside := model.memory - weights.keys():
+            raw = OrbaxArrays(step_dir / "params")
+            for name in beside & raw.shapes.keys():
+                x = raw.read(name)
+                weights[name] = jax.device_put(x.astype(dtype) if dtype and x.shape else x, device)
+        return unflatten(weights)
     except Exception as e:  # Orbax raises bare Exception for a damaged array
         first = str(e.__cause__ or e).split("\n")[0]
         raise CheckpointError(f"cannot read the weights {item}: {first}; they are damaged or incomplete") from e
@@ -82,7 +89,7 @@ def load_policy_parts(
     contract: Contract = from_json(record["contract"])
     model = ModelDef(contract.policy)
     if record.get("base") is None:
-        params = _read_weights(step_dir, average=ema, dtype=dtype)
+        params = _read_weights(step_dir, model, average=ema, dtype=dtype)
     else:
         params = _merged_weights(step_dir, contract.policy, average=ema, dtype=dtype)
     have, want = ({k: tuple(v.shape) for k, v in flatten(of).items()} for of in (params, model.shapes))

@@ -105,7 +105,8 @@ def _verify_step(report: StepReport, step_dir: Path, read: set[str], progress: P
         dropped = tuple(record["config"].get("data", {}).get("drop_cameras", ()))
         for problem in contract_problems(contract, drop_cameras=dropped):
             report.add("contract", None, problem)
-        expected["params"] = expected["ema"] = {k: v for k, v in flatten(model.shapes).items() if k in model.trained}
+        shapes = flatten(model.shapes)
+        expected["params"], expected["ema"] = ({k: shapes[k] for k in of} for of in (model.trained, model.learned))
         if "opt_state" in items:
             expected["opt_state"] = _optimizer_arrays(record, model)
             if expected["opt_state"] is None:
@@ -125,7 +126,7 @@ def _optimizer_arrays(record: Mapping[str, Any], model: ModelDef) -> dict[str, j
         optimizer = from_json(record["config"]["optimizer"]).create(model.maps)
     except (KeyError, ValueError):
         return None
-    params = unflatten({name: v for name, v in flatten(model.shapes).items() if name in model.trained})
+    params = unflatten({name: v for name, v in flatten(model.shapes).items() if name in model.learned})
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(optimizer.init, params))
     return {leaf_name(path): leaf for path, leaf in leaves}
 

@@ -71,23 +71,44 @@ def open_weights(
     if lora_scale is not None:
         raise WeightsError(f"lora_scale={lora_scale} is for published weights, {checkpoint} is a run; leave it out")
     step_dir = find_step(checkpoint)
-    item = step_dir / ("ema" if average and (step_dir / "ema").is_dir() else "params")
     record = read_record(step_dir)
-    return open_arrays(item) if record.get("base") is None else RunArrays(step_dir, record, item, merge=merge)
+    trained = TrainedArrays(step_dir, record, average=average)
+    return trained if record.get("base") is None else RunArrays(step_dir, record, trained, merge=merge)
+
+
+class TrainedArrays:
+    """The weights that a checkpoint holds, averaged where it has an average; of memory, there is none."""
+
+    def __init__(self, step_dir: Path, record: dict[str, Any], *, average: bool) -> None:
+        """
+        Raises:
+            WeightsError: they cannot be read.
+        """
+        averaged = average and (step_dir / "ema").is_dir()
+        self._params = open_arrays(step_dir / "params")
+        self._arrays = open_arrays(step_dir / "ema") if averaged else self._params
+        beside = self._params.shapes.keys() - self._arrays.shapes.keys()
+        if beside:
+            beside &= ModelDef(from_json(record["contract"]).policy).memory
+        self.shapes = {**self._arrays.shapes, **{name: self._params.shapes[name] for name in beside}}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one weight."""
+        return (self._arrays if name in self._arrays.shapes else self._params).read(name)
 
 
 class RunArrays:
     """The weights of a run that trains only some of them: these from its checkpoint, the others from its base."""
 
-    def __init__(self, step_dir: Path, record: dict[str, Any], item: Path, *, merge: bool) -> None:
-        """item: of the checkpoint, its trained weights. merge: the overlay of LoRA into the others.
+    def __init__(self, step_dir: Path, record: dict[str, Any], trained: Arrays, *, merge: bool) -> None:
+        """trained: what the checkpoint holds. merge: the overlay of LoRA into the others.
 
         Raises:
             CheckpointError, WeightsError: the base is not there.
         """
         self._model = ModelDef(from_json(record["contract"]).policy, stored_trainable(record))
         self._overlays = overlays(self._model.abstract) if merge else {}
-        self._trained, self._frozen = open_arrays(item), BaseArrays(step_dir, record, self._model)
+        self._trained, self._frozen = trained, BaseArrays(step_dir, record, self._model)
         model = ModelDef(self._model.config) if merge else self._model
         self.shapes = {k: tuple(v.shape) for k, v in flatten(model.shapes).items()}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from openpi_like.models.ddim import Ddim
 from openpi_like.models.dexvla import DexVlaConfig
@@ -22,14 +23,17 @@ from openpi_like.robots.sawyer import SAWYER
 from openpi_like.serve.observation import ObservationError
 from openpi_like.serve.policy import Policy
 from openpi_like.train.checkpoints.checkpoint import Checkpointer, save_policy
-from openpi_like.train.checkpoints.contract import contract_problems
+from openpi_like.train.checkpoints.contract import CheckpointError, contract_problems
 from openpi_like.train.checkpoints.load import load_policy_parts
+from openpi_like.train.checkpoints.verify import verify_run
 from openpi_like.train.checkpoints.warm_start import WarmStart, warm_start
 from openpi_like.train.optimizer import OptimizerConfig
-from openpi_like.train.sharding import MeshConfig
-from openpi_like.train.state import ModelDef, Trainable, Trainer
+from openpi_like.train.sharding import MeshConfig, put_batch
+from openpi_like.train.state import ModelDef, Trainable, Trainer, TrainState
 from tests.models.test_policies import PRISMATIC, SKILLS, STUDENT, THINGS
 from tests.train.run_files import ORDER, run_config
+
+ADAMW = OptimizerConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=100)
 
 
 def common(config: type, policy: Any) -> dict[str, Any]:
@@ -42,34 +46,109 @@ def observation(policy: Policy) -> dict[str, Any]:
     return {"images": images, "state": np.zeros(SAWYER.robot_state_size), "prompt": "press", "seed": 3}
 
 
-def test_a_memory_is_saved_and_served(policy: Any, contract_of: Any, tmp_path: Path) -> None:
-    """Its rows, and how many there are, exactly, in a server that holds bfloat16 too."""
+@pytest.fixture(scope="module")
+def remembering(policy: Any) -> Trainer:
+    """Of an M2-VLA whose backbone is frozen, on four devices; half of the batches are written."""
     config = M2VlaConfig(
         **common(M2VlaConfig, policy), backbone=PRISMATIC, queries=4, head_heads=2,
         skills=dataclasses.replace(SKILLS, size=300),
     )  # fmt: skip
-    model, contract = ModelDef(config, Trainable(frozen=FROZEN)), contract_of(config)
+    model = ModelDef(config, Trainable(frozen=FROZEN))
+    return Trainer(
+        model, ADAMW.create(model.maps), ema_decay=0.9, seed=0, mesh=MeshConfig(fsdp=4).create(),
+        rules=ShardingRules(), dataset_names=("sawyer",),
+    )  # fmt: skip
+
+
+def drawn(config: Any, step: int) -> dict[str, Any]:
+    """A batch of eight samples, the next ones at every step."""
+    rng = np.random.default_rng(step)
+
+    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if x.dtype == bool:
+            return np.ones(x.shape, bool)
+        if np.issubdtype(x.dtype, np.floating):
+            return rng.standard_normal(x.shape, np.float32)
+        return rng.integers(4, 200, x.shape).astype(x.dtype)
+
+    position = np.stack([np.zeros(8), 8 * step + np.arange(8)], axis=1).astype(np.uint32)
+    shapes = jax.tree.map(draw, config.batch_shapes(8))
+    return {**shapes, "dataset_id": np.zeros(8, np.int32), "position": position}
+
+
+def test_a_run_with_a_memory_goes_on_exactly(remembering: Trainer, contract_of: Any, tmp_path: Path) -> None:
+    """Three steps, a checkpoint and three more are six, bit for bit; validation and sampling write nothing."""
+    trainer, config = remembering, remembering.model.config
+
+    def trained(state: TrainState, steps: range) -> tuple[TrainState, list[float]]:
+        counts = []
+        for step in steps:
+            state, _ = trainer.train_step(state, put_batch(drawn(config, step), trainer.mesh))
+            counts.append(float(state.params["skills"]["count"]))
+        return state, counts
+
+    contract = contract_of(config)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", trainable=trainer.model.trainable)
+    state = trainer.init()
+    checkpointer.begin(state)
+    state, counts = trained(state, range(3))
+    checkpointer.save(state, position=24, order=ORDER, contract=contract, config=ADAMW)
+    checkpointer.close()
+    whole, more = trained(state, range(3, 6))
+    assert (counts, more) == ([0, 8, 16], [16, 24, 24])  # of both parts, some batches were written and some were not
+
+    checkpointer = Checkpointer(tmp_path / "checkpoints", trainable=trainer.model.trainable)
+    restored, position, _ = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+    checkpointer.close()
+    assert position == 24
+    resumed, again = trained(restored, range(3, 6))
+    assert again == more
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+
+    # A quarter of the rows on each device.
+    rows = {"keys": (75, 32), "values": (75, config.action_horizon * config.action_dim)}
+    for name, shape in rows.items():
+        x = resumed.params["skills"][name]
+        assert [shard.data.shape for shard in x.addressable_shards] == [shape] * 4
+        assert sorted(shard.index[0].start for shard in x.addressable_shards) == [0, 75, 150, 225]
+
+    model, kept = trainer.model.bind(resumed.weights()), jax.device_get(resumed.params["skills"])
+    batch = put_batch(drawn(config, 6), trainer.mesh)
+    with trainer.tracing():  # nnx.jit hands back what a call has changed of its module
+        loss = nnx.jit(lambda model, batch: model.validation_losses(jax.random.key(0), batch)["loss"])(model, batch)
+        observation = config.observation(batch)
+        actions = nnx.jit(lambda model, o: model.sample_actions(jax.random.key(0), o))(model, observation)
+    assert np.isfinite(loss)
+    assert np.isfinite(np.asarray(actions)).all()
+    for name, x in kept.items():
+        np.testing.assert_array_equal(getattr(model.skills, name)[...], x)
+
+
+def test_a_memory_is_saved_and_served(remembering: Trainer, contract_of: Any, tmp_path: Path) -> None:
+    """Its rows, and how many there are, exactly, in a server that holds bfloat16 too. The average has none."""
+    trainer, model, config = remembering, remembering.model, remembering.model.config
+    contract = contract_of(config)
     assert contract_problems(contract) == []
-    mesh, rules = MeshConfig(fsdp=4).create(), ShardingRules()
-    optimizer = OptimizerConfig().create(model.maps)
-    trainer = Trainer(model, optimizer, ema_decay=0.9, seed=0, mesh=mesh, rules=rules, dataset_names=("sawyer",))
     state = trainer.init()
     rng, kept = np.random.default_rng(0), {"count": np.float32(287)}  # which bfloat16 does not hold
     for name in ("keys", "values"):
         kept[name] = rng.standard_normal(state.params["skills"][name].shape).astype(np.float32)
     placed = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), kept, state.params["skills"])
-    state = dataclasses.replace(
-        state, params={**state.params, "skills": placed}, ema={**(state.ema or {}), "skills": placed}
-    )
+    state = dataclasses.replace(state, params={**state.params, "skills": placed})
+    assert "skills/keys" in flatten(state.params)
+    for part in (state.ema, state.opt_state):
+        assert not [path for path, _ in jax.tree.leaves_with_path(part) if "skills" in jax.tree_util.keystr(path)]
     checkpointer = Checkpointer(tmp_path / "checkpoints", trainable=model.trainable)
     checkpointer.begin(state, source=None)
-    saved = {"position": 8, "order": ORDER, "contract": contract, "config": run_config(tmp_path, config)}
+    run = run_config(tmp_path, config, trainable=model.trainable, optimizer=ADAMW)
+    saved = {"position": 8, "order": ORDER, "contract": contract, "config": run}
     checkpointer.save(dataclasses.replace(state, step=jnp.int32(1)), **saved)
     checkpointer.close()
 
-    abstract = Checkpointer(tmp_path / "checkpoints", trainable=model.trainable)
-    again = abstract.restore(trainer.abstract, trainer.shardings, contract=contract)[0]
-    abstract.close()
+    (report,) = verify_run(tmp_path)
+    assert (report.problems, report.notes) == ([], [])
+    checkpointer = Checkpointer(tmp_path / "checkpoints", trainable=model.trainable)
+    again = checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)[0]
     for name, x in kept.items():
         np.testing.assert_array_equal(again.params["skills"][name], x)
         assert again.params["skills"][name].sharding == placed[name].sharding
@@ -81,6 +160,22 @@ def test_a_memory_is_saved_and_served(policy: Any, contract_of: Any, tmp_path: P
         actions = served.infer(observation(served))["actions"]
         assert np.isfinite(actions).all()
         np.testing.assert_array_equal(served.infer(observation(served))["actions"], actions)  # it only reads
+
+    # As runs were saved while the optimiser and the average had it: no run goes on from there, but one may begin.
+    before = dataclasses.replace(
+        state,
+        step=jnp.int32(2),
+        ema={**(state.ema or {}), "skills": placed},
+        opt_state=trainer.optimizer.init(state.params),
+    )
+    checkpointer.save(before, **saved)
+    checkpointer.wait()
+    with pytest.raises(CheckpointError, match="its optimiser or its average is of another kind, train into another"):
+        checkpointer.restore(trainer.abstract, trainer.shardings, contract=contract)
+    checkpointer.close()
+    weights = flatten(warm_start(WarmStart(str(tmp_path)), trainer)[0])
+    for name, x in kept.items():
+        np.testing.assert_array_equal(weights[f"skills/{name}"], x)
 
 
 def test_a_robot_acts_by_its_own_maps_after_a_thought(policy: Any, contract_of: Any, tmp_path: Path) -> None:
