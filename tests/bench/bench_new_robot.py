@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("lerobot_side.py")
 ROBOT = "metaworld_fetch"
 SIZE = 256
-NAME = "fetch_drawer"
+NAME = "fetch_table"
 WRONG, RIGHT = "open=0.0, closed=100.0", "open=100.0, closed=0.0"  # of the gripper's state
 
 
@@ -57,7 +57,7 @@ class Args:
     work: Annotated[Path, tyro.conf.Positional]
     pretrained: Path
     lerobot_python: Path
-    tasks: tuple[str, ...] = ("drawer-open", "plate-slide")  # with another arm, pretraining saw the first
+    tasks: tuple[str, ...] = ("faucet-open", "plate-slide")  # with another arm, pretraining saw the first
     demonstrations: int = 25
     steps: int = 600
     episodes: int = 20
@@ -93,11 +93,6 @@ def dataset(args: Args) -> Path:
         action = np.stack([step["action"] for step in steps]).astype(np.float32)
         text = steps[0]["language_instruction"].decode()
         np.savez(raw / f"{i:03}.npz", images=images, state=state, action=action, task=text)
-    shutil.rmtree(args.work / "being_written", ignore_errors=True)
-    run([args.lerobot_python, SIDE, "lab", args.work / "being_written", raw])
-    (args.work / "being_written").rename(done)
-    shutil.rmtree(raw)
-    return done
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
@@ -198,7 +193,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 policy = WebsocketClientPolicy("localhost", {port})
 image = np.full((256, 256, 3), 180, np.uint8)  # a robot gives its cameras' pictures
 state = np.array([0.0, 600.0, 200.0, 100.0], np.float32)
-reply = policy.infer({{"images": {{"base": image}}, "state": state, "prompt": "open the drawer"}})
+reply = policy.infer({{"images": {{"base": image}}, "state": state, "prompt": "open the faucet"}})
 print(reply["actions"].shape, reply["actions"][0].round(2))
 """
 
