@@ -70,18 +70,20 @@ def dataset(args: Args) -> Path:
     if done.is_dir():
         return done
     demos, raw = args.work / "demos", args.work / "episodes"
-    make = [
-        "data/make_demos.py",
-        "--robot",
-        ROBOT,
-        "--out",
-        demos,
-        "--tasks",
-        *args.tasks,
-        "--val-episodes-per-task",
-        "1",
-    ]
-    run([sys.executable, *make, "--episodes-per-task", args.demonstrations], cwd=ROOT)
+    make = ["data/make_demos.py", "--robot", ROBOT, "--out", demos, "--tasks", *args.tasks]
+    counts = ["--episodes-per-task", args.demonstrations, "--val-episodes-per-task", 1]
+    run([sys.executable, *make, *counts], cwd=ROOT)
+    with multiprocessing.get_context("spawn").Pool(1) as other:  # TensorFlow and OpenGL crash each other
+        other.apply(export, (demos, raw))
+    shutil.rmtree(args.work / "being_written", ignore_errors=True)
+    run([args.lerobot_python, SIDE, "lab", args.work / "being_written", raw])
+    (args.work / "being_written").rename(done)
+    shutil.rmtree(raw)
+    return done
+
+
+def export(demos: Path, raw: Path) -> None:
+    """Writes a file for each demonstration, in the lab's columns."""
     import tensorflow_datasets as tfds
 
     raw.mkdir(exist_ok=True)
