@@ -14,6 +14,7 @@ nothing, as long. Steps that are done are not repeated, but the commands of the 
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import re
 import shlex
@@ -176,7 +177,7 @@ class Watch:
 
 
 def blanks(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().split("\n") if '"?"' in line]
+    return [line.strip() for line in path.read_text().split("\n") if '="?"' in line]
 
 
 def fill_in(path: Path, gripper: str) -> None:
