@@ -3,13 +3,14 @@
     python train/study.py configs/studies/m2vla_ablations.py --run runs/studies/m2vla_ablations
 
 The data is that of policies.py. There is no tiny pretrained vision-language model; what stands for one has learned to
-say chunks of the same data (prismatic.py), and is frozen in the four arms after it. Without the mixture, the head is
-that of VLA-Adapter.
+say chunks of the same data (prismatic.py), and is frozen in the arms after it. Without the mixture, the head is that of
+VLA-Adapter. In the last arm it is that of the paper, which predicts noise.
 """
 
 from openpi_like.train.study import Arm, Study
 
 FRESH = ("^(queries|state_|norm_in|map_in|head|skill)",)
+NOISE = ("^(queries|state_|norm_in|map_in|head|skill|action_|step_)",)
 
 study = Study(
     arms={
@@ -18,6 +19,7 @@ study = Study(
         "mixture": Arm("configs/studies/m2vla.py", ("model.skills=None",), "OFT, all trained", FRESH),
         "memory": Arm("configs/studies/vla_adapter.py", (), "OFT, all trained", FRESH),
         "mixture and memory": Arm("configs/studies/m2vla.py", (), "OFT, all trained", FRESH),
+        "both, predicting noise": Arm("configs/studies/m2vla_noise.py", (), "OFT, all trained", NOISE),
     },
     robot="sawyer",
     tasks=("button-press", "drawer-open", "window-close"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from openpi_like.models.layer_mixture import JointBlock, LayerBlock, SeparateBlock, rotated
 from openpi_like.models.llama import LlamaConfig
 from openpi_like.models.m2vla import FROZEN, M2VlaConfig
+from openpi_like.models.m2vla_noise import M2VlaNoiseConfig
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.siglip import SiglipConfig
 from openpi_like.models.skill_memory import SkillMemory, SkillMemoryConfig
@@ -206,8 +207,12 @@ def config(tiny_policy: Any) -> M2VlaConfig:
     return M2VlaConfig(**{**{name: getattr(tiny_policy, name) for name in common}, **own})
 
 
-def test_it_trains_frozen_and_writes_some_batches_whole(config: M2VlaConfig, tiny_batch: Any) -> None:
+@pytest.mark.parametrize("kind", [M2VlaConfig, M2VlaNoiseConfig])
+def test_it_trains_frozen_and_writes_some_batches_whole(
+    config: M2VlaConfig, tiny_batch: Any, kind: type[M2VlaConfig]
+) -> None:
     """On four devices: the backbone stays, the rest moves, and the memory holds the chunks of the batches it drew."""
+    config = kind(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     trainer = Trainer(
         ModelDef(config, Trainable(frozen=FROZEN)),
         OptimizerConfig(peak_lr=1e-2, warmup_steps=1, decay_steps=100).create(),
