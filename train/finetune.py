@@ -42,7 +42,8 @@ class Args:
     fresh: weights may start fresh where the robot has more dims or steps than the policy.
     held-out: percent of the episodes where a dataset has no split "val". steps: at most. patience: validations, every
     validate-every steps, without a better one before it stops. peak-lr: default that of the run it starts from; for
-    LoRA eight times that, up to 1e-3. augment: change training images at random. run-dir: default runs/ROBOT_PRESET.
+    LoRA eight times that, up to 1e-3. augment: random changes of training images.
+    run-dir: default runs/ROBOT_PRESET.
     config: the file to write.
     model: of published weights, such as pi0, or a config file with its sizes. tokenizer, action-tokenizer: theirs.
     write-only: write the config and say what was decided, but start nothing.
@@ -62,7 +63,7 @@ class Args:
     validate_every: int = 500
     patience: int = 10
     peak_lr: float | None = None
-    augment: bool = True
+    augment: Literal["colours", "openpi", "octo", "none"] = "colours"
     run_dir: Path | None = None
     config: Path | None = None
     model: str | None = None

@@ -80,6 +80,11 @@ class Augment:
         )  # fmt: skip
 
     @classmethod
+    def colours(cls) -> "Augment":
+        """Those of openpi without its geometry: where a camera stands still, the picture says where things are."""
+        return dataclasses.replace(cls.openpi(), scale=(1.0, 1.0), rotation=0.0)
+
+    @classmethod
     def octo(cls, *, wrist_cameras: tuple[str, ...] = ()) -> "Augment":
         """The ranges of octo: a crop of 80 to 100 % of the area, and slight changes of colour.
 

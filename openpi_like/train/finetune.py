@@ -6,7 +6,7 @@ What is decided here stands in the file, in words of the library, and is there t
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,15 @@ SELECTIONS = {
 }
 
 
+# By name, what stands in the file; given the cameras at a wrist, whose geometry stays.
+AUGMENTATIONS: dict[str, Callable[[tuple[str, ...]], str | None]] = {
+    "colours": lambda wrist: call("Augment.colours"),
+    "openpi": lambda wrist: call("Augment.openpi", wrist_cameras=wrist or None),
+    "octo": lambda wrist: call("Augment.octo", wrist_cameras=wrist or None),
+    "none": lambda wrist: None,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
     """What is asked for.
@@ -54,7 +63,7 @@ class FineTuning:
     steps: at most. patience: validations, every `validate_every` steps, without a better one before the run stops.
     peak_lr: None is that of the run that it starts from, or 2.5e-5, times `Preset.rate`. The optimizer is of the run's
         kind, with its other numbers; of published weights AdamW.
-    augment: random changes of training images.
+    augment: random changes of training images, a name in `AUGMENTATIONS`.
     model, tokenizer, action_tokenizer: of published weights, which do not know: a name in `RELEASED` or a config file,
         and the files of the tokenizers.
     """
@@ -74,7 +83,7 @@ class FineTuning:
     validate_every: int = 500
     patience: int = 10
     peak_lr: float | None = None
-    augment: bool = True
+    augment: str = "colours"
     model: str | None = None
     tokenizer: str | None = None
     action_tokenizer: str | None = None
@@ -393,6 +402,7 @@ def _text(
     data, entries = _entries(asked.data, parts, SELECTIONS[asked.selection])
     held_out = any(val_split is not None for _, val_split in parts)
     wrist = tuple(c.name for c in find_robot(asked.robot).cameras if "wrist" in c.name)
+    augment = AUGMENTATIONS[asked.augment](wrist)
     statistics = call(f"statistics.{STATISTICS[asked.statistics].__name__}", robot=asked.statistics_of)
     steps, rate, every = asked.steps, learning_rate(asked), min(asked.validate_every, asked.steps)
     rates: dict[str, Any] = {"peak_lr": rate, "end_lr": float(f"{rate / 100:.3g}")}
@@ -402,7 +412,7 @@ def _text(
         f'"""Fine-tunes {asked.start} to {asked.robot}: python train/train.py {path}"""',
         "",
         *(["import dataclasses", ""] if published or mode is not None else []),
-        *(["from openpi_like.data.augment import Augment"] if asked.augment else []),
+        *(["from openpi_like.data.augment import Augment"] if augment is not None else []),
         "from openpi_like.data.config import DataConfig, MixtureEntry",
         *(["from openpi_like.data.selection import Selection"] if asked.selection != "all" else []),
         *(["from openpi_like.models.released import find_model"] if published else []),
@@ -423,7 +433,7 @@ def _text(
         "    model=MODEL,",
         "    data=DataConfig(",
         *(f"        {line}" for line in entries),
-        *([f"        augment={call('Augment.openpi', wrist_cameras=wrist or None)},"] if asked.augment else []),
+        *([f"        augment={augment},"] if augment is not None else []),
         "    ),",
         f"    stats={literal(str(Path(asked.run_dir) / 'stats'))},",
         f"    statistics={statistics},",

@@ -117,10 +117,22 @@ def test_the_file_is_short_and_is_loaded(asked: Any, preset: str, statistics: st
     assert (config.trainable.lora is None) == (preset != "lora")
     assert config.model.cameras == ("base", "wrist")
     assert (config.model.action_horizon, config.model.action_dim) == (5, 4)
-    assert config.data.augment == Augment.openpi(wrist_cameras=("wrist",))
+    assert config.data.augment == Augment.colours()
     assert config.keep == Keep(best=1, metric="action_error")
     assert config.tokenizer is None
     assert written.notes[-2:] == ("cameras: base, wrist; new: none; gone: third", "action_horizon: 6 -> 5")
+
+
+@pytest.mark.parametrize(
+    ("name", "augment"),
+    [
+        ("none", None),
+        ("octo", Augment.octo(wrist_cameras=("wrist",))),
+        ("openpi", Augment.openpi(wrist_cameras=("wrist",))),
+    ],
+)
+def test_images_are_changed_as_asked(asked: Any, tmp_path: Path, name: str, augment: Augment | None) -> None:
+    assert _config(asked(augment=name), tmp_path).data.augment == augment
 
 
 def test_the_same_command_goes_on_and_another_does_not(asked: Any, tmp_path: Path) -> None:
@@ -407,7 +419,7 @@ def test_a_run_stops_when_it_learns_no_more_and_its_best_step_stays(
         batch_size=8,
         validate_every=2,
         patience=2,
-        augment=False,
+        augment="none",
     )
     stats = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "data" / "stats.py")))
     stats.main(stats.Args(config=path), Console(quiet=True))
