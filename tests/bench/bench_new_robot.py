@@ -33,6 +33,7 @@ from openpi_client.action_chunk_broker import ActionChunkBroker
 from openpi_client.base_policy import BasePolicy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from openpi_like.robots.sims import make_sim
@@ -252,7 +253,7 @@ def main(args: Args, console: Console) -> None:
 def report(args: Args, console: Console, took: list[tuple[str, float]], successes: dict[str, dict[str, int]]) -> None:
     table = Table("", "command", "seconds")
     for i, (shown, seconds) in enumerate(took):
-        table.add_row(str(i + 1), shown.replace(str(ROOT), "URL"), f"{seconds:.1f}")
+        table.add_row(str(i + 1), escape(shown.replace(str(ROOT), "URL")), f"{seconds:.1f}")
     table.add_row("", "together", f"{sum(seconds for _, seconds in took):.0f}")
     console.print(table)
     table = Table("policy", *args.tasks, "all")
