@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 from flax import nnx
 
-from openpi_like.batch import ActionTokens
 from openpi_like.models.lora import Lora, is_lora
 from openpi_like.models.openvla_oft import OpenVlaOftConfig
 from openpi_like.models.pi0 import Pi0Config
-from openpi_like.models.pi0_fast import Pi0FastConfig
 from openpi_like.models.prismatic import PrismaticConfig
 from openpi_like.models.weights import abstract_model, flatten
 from openpi_like.train.presets import PRESETS, expert_only, frozen_vision, full, lora, parts
@@ -27,8 +25,9 @@ VISION = {
     "m2vla": ONE_TOWER,
     "m2vla_noise": ONE_TOWER,
     "vla_adapter": ONE_TOWER,
+    "dexvla": ONE_TOWER,
 }
-EXPERT = {"pi0": ("expert",), "pi05": ("expert",), "smolvla": ("expert",), "pi0_entities": ("expert",)}
+EXPERT = dict.fromkeys(("pi0", "pi05", "smolvla", "pi0_entities"), ("expert",))
 BLIND = ("dima_student",)  # has no language model, and so nothing that the preset of LoRA lies on
 SMALL = {
     "pi0": PI0,
@@ -43,13 +42,14 @@ SMALL = {
     "openvla_oft": ("action_head", "state_in", "state_out"),
     "prismatic": ("action_head", "state_in", "state_out"),
     "vla_adapter": ADAPTER,
+    "dexvla": ("expert", "fusion"),  # the expert is no language model, and is trained in full beside LoRA
     "m2vla": (*ADAPTER, "skill_in", "skills"),
     "m2vla_noise": (
         *("action_in", "action_position", "head", "queries", "skill_in", "skills"),
         *("state_in", "state_out", "step_in", "step_out"),
     ),
 }
-KINDS = (*OWN, "pi0", "pi05", "pi0_fast", "prismatic")
+KINDS = (*OWN, "pi0", "pi05", "prismatic")
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,10 @@ def policies(tiny_policy: Pi0Config) -> dict[str, Any]:
         common = {f.name: getattr(tiny_policy, f.name) for f in dataclasses.fields(cls) if hasattr(tiny_policy, f.name)}
         return cls(**{**common, **own})
 
-    tokens = {"prompt_format": Pi0FastConfig.prompt_format, "action_tokens": ActionTokens(8, count=20, skip=0)}
     return {
         **{name: make(cls, **own) for name, (cls, own) in OWN.items()},
         "pi0": tiny_policy,
         "pi05": dataclasses.replace(tiny_policy, pi05=True),
-        "pi0_fast": make(Pi0FastConfig, **tokens),
         "prismatic": make(OpenVlaOftConfig, backbone=PrismaticConfig.tiny(), image_size=(32, 32), head_width=16),
     }
 
