@@ -109,8 +109,11 @@ def _origin() -> dict[str, Any]:
     for name in ("numpy", "openpi-client", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    # A key of the server is nobody's business: the file is made to be shown.
+    said = [re.sub("(?<=^--api-key=).*", "...", w) for w in sys.argv]
+    said = ["..." if before == "--api-key" else word for before, word in zip(["", *said], said)]
     return {
-        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "command": " ".join(["python", *map(shlex.quote, said)]),
         "commit": git("rev-parse", "HEAD"),
         "changed": bool(git("status", "--porcelain")),
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()},

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -270,6 +271,15 @@ def test_libero_is_driven_and_goes_on_where_it_was_stopped(libero: type[LiberoEn
         protocol.run(_libero(), _args(tmp_path, port=server.port))
     with pytest.raises(BenchmarkError, match=r"r.jsonl has results of mine; give another --out for 'other'"):
         protocol.run(_libero(), _args(tmp_path, "--label", "other"))
+
+
+@pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api-key=secret"]])
+def test_a_key_is_not_written_beside_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["libero_client.py", *given, "--port", "1"])
+    benchmark_results.write_about(tmp_path / "r.jsonl", {"seed": 7}, 1)
+    text = (tmp_path / "r.json").read_text()
+    assert "secret" not in text
+    assert json.loads(text)["runs"][0]["command"].endswith(" --port 1")
 
 
 @pytest.mark.parametrize(("suite", "most"), libero_client.MAX_STEPS.items())
